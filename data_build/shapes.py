@@ -1,0 +1,88 @@
+"""Draw captioned pictures of the shapes world: an imagefolder with metadata.jsonl, seeded, deliberately imperfect.
+
+A stated share of the captions is wrong (one word of the scene was changed after drawing) and a stated share of the drawings
+is weird (specks, noise, blur, colours off the palette, wobbly outlines), so that a model trained on the folder has
+something left to learn. `metadata.jsonl` rows: file_name, text, drawn (the caption of what was really drawn), defects
+({name: strength}), near_misses (captions that differ from `drawn` in one word: hard negatives for image-text matching).
+
+    python data_build/shapes.py --output data/shapes --count 20000          # hardware: one CPU core; > 500 pictures/s
+
+Left out: outlines, textures, overlap and rotation; the world is kept so small that a judge can read it from pixels alone.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from preftune.cli import parse
+from preftune.records import write_jsonl
+from rewards.shapes_drawing import change_one_word, draw, place, random_defects, random_scene, to_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Draw captioned pictures of the shapes world into an imagefolder."""
+
+    output: Path
+    """Folder to create; it must not exist yet."""
+    count: int = 20_000
+    """Number of pictures."""
+    wrong_share: float = 0.15
+    """Share of captions with one wrong word, in [0, 1]."""
+    weird_share: float = 0.35
+    """Share of drawings with one or two defects, in [0, 1]."""
+    seed: int = 0
+    """Picture i is a function of (seed, i) alone."""
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"--count must be at least 1, got {self.count}")
+        for name, share in (("wrong-share", self.wrong_share), ("weird-share", self.weird_share)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"--{name} must lie in [0, 1], got {share}")
+
+
+def picture(index: int, config: Config) -> tuple[NDArray[np.uint8], dict[str, object]]:
+    """Return picture `index` (SIZE, SIZE, 3) uint8 and its metadata row without file_name."""
+    rng = np.random.default_rng((config.seed, index))
+    scene = random_scene(rng)
+    defects = random_defects(rng, config.weird_share)
+    image = draw(place(scene, rng), scene.background, rng, defects)
+    text = change_one_word(scene, rng) if rng.random() < config.wrong_share else scene
+    misses = [change_one_word(scene, rng).caption() for _ in range(2)]
+    strengths = {name: round(strength, 3) for name, strength in defects.items()}
+    return to_bytes(image), {
+        "text": text.caption(),
+        "drawn": scene.caption(),
+        "defects": strengths,
+        "near_misses": misses,
+    }
+
+
+def main(config: Config) -> None:
+    """Write the folder under a temporary name, then rename it."""
+    if config.output.exists():
+        raise ValueError(f"{config.output} exists already; remove it or choose another --output")
+    partial = config.output.with_name(config.output.name + f".tmp-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    rows = []
+    for index in tqdm(range(config.count), desc="drawing", unit="picture"):
+        image, row = picture(index, config)
+        name = f"{index // 1000:03d}/{index:06d}.png"
+        if index % 1000 == 0:
+            (partial / name).parent.mkdir()
+        Image.fromarray(image).save(partial / name, compress_level=1)
+        rows.append({"file_name": name, **row})
+    write_jsonl(partial / "metadata.jsonl", rows)
+    partial.rename(config.output)
+
+
+if __name__ == "__main__":
+    main(parse(Config))

@@ -1,0 +1,1 @@
+"""Programs that measure and show what a run made; they read folders."""

@@ -1,0 +1,1 @@
+"""Fine-tuning drivers, one file per method, started by path: accelerate launch finetune/<driver>.py."""

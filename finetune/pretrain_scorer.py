@@ -1,0 +1,199 @@
+"""Pre-train an ImageReward architecture on pictures and captions before it sees a single preference, as BLIP was.
+
+Losses of BLIP (Li et al. 2022, arXiv 2201.12086, section 3.2): image-text contrast between the two towers, and image-text
+matching by the text tower that reads the picture. Matching is read off the reward head, so that the head already means
+"this caption fits" when the rankings come. A negative caption is a near miss of the data set's `near_misses` column where
+there is one, otherwise the caption in the batch that contrast finds most alike (BLIP's hard negative, without sampling).
+
+    accelerate launch finetune/pretrain_scorer.py --config finetune/configs/pretrain_scorer/tiny.yaml
+
+Left out: BLIP's captioning loss and its momentum encoders. Output: `OUTPUT/scorer`, which reward_model.py starts from.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+from finetune.run import Run
+from finetune.run_config import RunConfig, check
+from preftune.cli import dump, exit_on_user_error, parse
+from preftune.images import load_pixels
+from preftune.prompts import items_at
+from preftune.records import Sample, read_samples
+from rewards.imagereward import ImageReward, ImageRewardConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Sizes of the scorer that is built; both towers have heads of 32 channels."""
+
+    image: int = 64
+    """Side of the pictures, pixels."""
+    patch: int = 8
+    """Side of a patch, pixels."""
+    width: int = 128
+    """Width of both towers."""
+    vision_layers: int = 4
+    """Layers of the image tower."""
+    text_layers: int = 3
+    """Layers of the text tower, each with cross-attention."""
+    max_length: int = 22
+    """Tokens of a caption, [CLS] and [SEP] included."""
+    head: tuple[int, int, int, int] = (128, 64, 32, 16)
+    """Widths inside the linear head."""
+
+    def __post_init__(self) -> None:
+        if self.width % 32 or self.image % self.patch:
+            raise ValueError(
+                f"--sizes.width must be a multiple of 32 and --sizes.image of --sizes.patch, got {self}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Pre-train an ImageReward architecture by image-text contrast and matching."""
+
+    data: Path
+    """Imagefolder with metadata.jsonl (file_name, text and, if it has them, near_misses)."""
+    vocab: Path
+    """WordPiece vocab.txt, as bert-base-uncased's."""
+    sizes: Sizes = field(default_factory=Sizes)
+    temperature: float = 0.07
+    """Of the contrast, fixed."""
+    run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: RunConfig(output=Path("runs/pretrain_scorer"))
+    )
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"--temperature must be positive, got {self.temperature}")
+
+
+def contrastive_loss(images: Tensor, texts: Tensor, temperature: float) -> Tensor:
+    """Return the mean of the two cross-entropies of matching unit vectors (B, P) by row and by column."""
+    logits = images @ texts.T / temperature
+    truth = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
+
+
+def matching_loss(fits: Tensor, misses: Tensor) -> Tensor:
+    """Return the mean binary cross-entropy of logits (B,) for captions that fit and captions that do not."""
+    return (F.softplus(-fits) + F.softplus(misses)).mean() / 2
+
+
+class Pretraining(nn.Module):
+    """Both losses as one forward, so that processes share its gradients."""
+
+    def __init__(self, scorer: ImageReward, temperature: float) -> None:
+        super().__init__()
+        self.scorer, self.temperature = scorer, temperature
+
+    def forward(
+        self, pixels: Tensor, captions: list[str], misses: list[str | None]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return contrastive loss, matching loss, and the share of pictures whose caption beats its near miss."""
+        scorer = self.scorer
+        tokens = scorer.image_tokens(pixels)
+        images = F.normalize(scorer.vision_proj(tokens[:, 0]), dim=1)
+        texts = scorer.text_embedding(captions)
+        negatives = [
+            miss or captions[other] for miss, other in zip(misses, hardest(images, texts), strict=True)
+        ]
+        both = scorer.mlp(
+            scorer.read(captions + negatives, torch.cat([tokens, tokens]), pixels.device)
+        ).squeeze(1)
+        fit, miss = both.chunk(2)
+        return (
+            contrastive_loss(images, texts, self.temperature),
+            matching_loss(fit, miss),
+            (fit > miss).float().mean(),
+        )
+
+
+@torch.no_grad()
+def hardest(images: Tensor, texts: Tensor) -> list[int]:
+    """Return for each picture the row of the most similar caption that is not its own."""
+    likeness = images @ texts.T
+    return likeness.fill_diagonal_(-torch.inf).argmax(1).tolist()
+
+
+def build(config: Config) -> ImageReward:
+    """Return the scorer with random weights."""
+    sizes = config.sizes
+    layout = ImageRewardConfig(
+        image_size=sizes.image,
+        patch_size=sizes.patch,
+        vision_width=sizes.width,
+        vision_layers=sizes.vision_layers,
+        vision_heads=sizes.width // 32,
+        vocab_size=len(config.vocab.read_text().split()) + 2,
+        max_positions=sizes.max_length,
+        max_length=sizes.max_length,
+        text_width=sizes.width,
+        text_layers=sizes.text_layers,
+        text_heads=sizes.width // 32,
+        text_intermediate=4 * sizes.width,
+        text_dropout=0.0,
+        projection=64,
+        head=sizes.head,
+        head_dropout=(0.0, 0.0, 0.0),
+        mean=0.0,
+        std=1.0,
+    )
+    return ImageReward.build(layout, config.vocab, config.run.seed)
+
+
+def main(config: Config) -> int:
+    """Train and save the scorer."""
+    with exit_on_user_error():
+        check(config.run)
+        if not config.vocab.is_file():
+            raise ValueError(
+                f"--vocab: there is no file {config.vocab}; python assets/tiny/vocab.py writes the tiny one"
+            )
+        samples = read_samples(config.data)
+        run = Run(config.run, driver="pretrain_scorer", config_text=dump(config))
+    scorer = build(config)
+    module = run.prepare(Pretraining(scorer, config.temperature))
+
+    def write(folder: Path) -> None:
+        with run.ema_weights():
+            scorer.save(folder / "scorer")
+
+    for step in run.steps():
+        for micro in range(run.accumulation):
+            indices = run.image_indices(step, micro)
+            rows = items_at(samples, indices, config.run.seed)
+            misses = [near_miss(row, run.generator(i)) for row, i in zip(rows, indices, strict=True)]
+            with run.accumulate():
+                contrast, matching, right = module(
+                    load(rows, config.sizes.image).to(run.device), [row.text for row in rows], misses
+                )
+                run.update(contrast + matching, contrast=contrast, matching=matching, matched=right)
+        if run.due("save_every", step):
+            run.save(step, write=write)
+    if run.is_main and not run.interrupted:
+        write(run.folder)
+    return run.finish()
+
+
+def load(rows: Sequence[Sample], size: int) -> Tensor:
+    """Return the pictures (B, 3, size, size) in [0, 1]."""
+    return torch.stack([load_pixels(row.path, size) for row in rows])
+
+
+def near_miss(row: Sample, generator: torch.Generator) -> str | None:
+    """Return one of the row's near misses, or None where it has none."""
+    misses = row.extra.get("near_misses", [])
+    return misses[int(torch.randint(len(misses), (), generator=generator))] if misses else None
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse(Config)))

@@ -1,0 +1,262 @@
+"""ReFL: tune a diffusion model by the gradient of a reward at a random late denoising step (ImageReward, paper 002).
+
+Algorithm 1 with its choices as flags: denoise without gradient from x_T to a random late step, take that step with
+gradient, predict x_0, decode it, and descend on eq. 2, lambda phi(r(y, x_0)) with phi = relu(margin - r). The loss of
+eq. 3, plain noise prediction on captioned pictures, keeps the model from drifting: `--pretraining alternate` makes an
+update of it before each reward update (Algorithm 1), `sum` adds the two (the text's "final loss"), `off` leaves it out (the
+released script). Defaults are the paper's (T = 40, steps 30..39, lambda 1e-3, lr 1e-5) where the paper gives them.
+
+    accelerate launch finetune/refl.py                                     # the embedded default: three minutes on a laptop
+    accelerate launch finetune/refl.py --model SD_FOLDER --prompts refl_data.json --rewards imagereward=1 --pretraining off
+
+Where paper and released code differ: x_0 and pixels are not clamped here (the script's clamp kills the gradient of every
+pixel out of range), and scorers resize with antialias. Left out: image-column checks, random flips, noise offset.
+Hardware: Stable Diffusion 1.x at 512 px wants a GPU; the tiny model runs on two CPU cores.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from torch import Generator, Tensor, nn
+
+import rewards
+from finetune import showcase
+from finetune.run import Run
+from finetune.run_config import RunConfig, check
+from preftune import families
+from preftune.cli import dump, exit_on_user_error, parse
+from preftune.families.base import Family
+from preftune.images import load_pixels
+from preftune.lora import LoRA
+from preftune.noise import x0_from
+from preftune.objective import denoising_error
+from preftune.prompts import items_at, read_prompts
+from preftune.records import Sample, read_samples
+from preftune.sampling import Drawing, make_scheduler, noise_like_seeds, step
+from rewards.mix import Mix, parse_weights
+
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TINY = Path(__file__).parent / "configs" / "refl" / "tiny.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Tune a diffusion model by ReFL. With no arguments at all: the embedded model and scorer."""
+
+    model: Path
+    """Pipeline folder in diffusers' format (Stable Diffusion 1.x or 2.x)."""
+    prompts: Path
+    """Prompt file: txt, json, jsonl, csv, tsv or parquet."""
+    rewards: tuple[str, ...] = ("imagereward=1.0",)
+    """Scorers with weights; `python -m rewards` lists them."""
+    reward_files: tuple[str, ...] = ()
+    """Weights of scorers on disk, as imagereward=PATH; others come from this repository or the hub's cache."""
+    reward_units: Literal["raw", "card"] = "raw"
+    """raw adds the scores as they are; card first brings each scorer to mean 0 and deviation 1."""
+    reward_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Arithmetic of the scorers."""
+    num_steps: int = 40
+    """T, denoising steps of a trajectory."""
+    window: tuple[int, int] = (30, 39)
+    """First and last index of the step with gradient, both included; indices count denoising steps from 0."""
+    scheduler: Literal["ddpm", "ddim"] = "ddpm"
+    """Sampler of the trajectory; ddpm is what the released script uses."""
+    guidance: float = 1.0
+    """Guidance scale while training; 1 = none, as published."""
+    margin: float = 2.0
+    """phi(r) = relu(margin - r): pictures that score higher give no gradient."""
+    reward_scale: float = 1e-3
+    """lambda, the weight of the reward loss."""
+    pretraining: Literal["alternate", "sum", "off"] = "alternate"
+    """How the pre-training loss on --data joins in."""
+    data: Path | None = None
+    """Imagefolder with metadata.jsonl for the pre-training loss."""
+    size: int = 512
+    """Side of the pictures, pixels, in training."""
+    caption_dropout: float = 0.0
+    """Share of captions left empty in the pre-training loss, in [0, 1)."""
+    gradient_checkpointing: bool = False
+    """Recompute the denoiser's activations in the backward pass."""
+    vae_checkpointing: bool = False
+    """Recompute the decoder's activations in the backward pass: at 512 px they are the largest part of the memory."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """Attention kernel of the denoiser."""
+    held_out: Path | None = None
+    """Prompt file that is drawn and scored before and after; None = the first eight of --prompts."""
+    held_out_count: int = 256
+    """At most so many prompts of --held-out."""
+    lora: LoRA = field(default_factory=LoRA)
+    draw: Drawing = field(default_factory=Drawing)
+    run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: RunConfig(output=Path("runs/refl"))
+    )
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ValueError(f"--num-steps must be at least 1, got {self.num_steps}")
+        first, last = self.window
+        if not 0 <= first <= last < self.num_steps:
+            raise ValueError(
+                f"--window {first} {last} must lie in 0..{self.num_steps - 1}, first no later than last"
+            )
+        if self.size < 8 or self.size % 8:
+            raise ValueError(f"--size must be a positive multiple of 8, got {self.size}")
+        if not self.reward_scale > 0:
+            raise ValueError(f"--reward-scale must be positive, got {self.reward_scale}")
+        if not self.guidance >= 0:
+            raise ValueError(f"--guidance must be at least 0, got {self.guidance}")
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"--caption-dropout must lie in [0, 1), got {self.caption_dropout}")
+        if self.held_out_count < 1:
+            raise ValueError(f"--held-out-count must be at least 1, got {self.held_out_count}")
+        if self.pretraining != "off" and self.data is None:
+            raise ValueError(
+                f"--pretraining {self.pretraining} needs --data IMAGEFOLDER; or choose --pretraining off"
+            )
+        parse_weights(self.rewards)
+
+    def files(self) -> dict[str, Path]:
+        """Return scorer name -> weights on disk."""
+        found = {name: Path(path) for name, _, path in (term.partition("=") for term in self.reward_files)}
+        if unused := set(found) - set(parse_weights(self.rewards)):
+            raise ValueError(
+                f"--reward-files names {', '.join(sorted(unused))}, which --rewards does not use"
+            )
+        return found
+
+
+def reward_loss(scores: Tensor, margin: float, scale: float) -> Tensor:
+    """Return lambda mean(phi(r)) of rewards (B,), phi(r) = relu(margin - r): paper 002 eq. 2."""
+    return scale * torch.relu(margin - scores).mean()
+
+
+def late_pixels(
+    family: Family, prompts: Sequence[str], generators: Sequence[Generator], late: int, config: Config
+) -> Tensor:
+    """Return pixels (B, 3, H, W) predicted at denoising step `late`; the gradient runs through that step alone.
+
+    Algorithm 1, lines 9 to 15.
+    """
+    cond = family.encode(prompts)
+    scheduler = make_scheduler(family.scheduler_config, config.scheduler, config.num_steps)
+    x = noise_like_seeds(family.latent_shape(config.size, config.size), generators, family.device)
+    with torch.no_grad():
+        for t in scheduler.timesteps[:late]:
+            output = family.denoise(x, t.expand(len(x)).to(x.device), cond, config.guidance)
+            x = step(scheduler, output, t, x, generators)
+    t = scheduler.timesteps[late].expand(len(x)).to(x.device)
+    output = family.denoise(x, t, cond, config.guidance)
+    x0 = x0_from(output, x, family.abar(t), family.prediction)
+    return family.decode(x0)
+
+
+def pretraining_loss(
+    family: Family, samples: Sequence[Sample], run: Run, index: int, micro: int, config: Config
+) -> Tensor:
+    """Return the noise-prediction error of eq. 3, the mean over one micro batch of captioned pictures."""
+    indices = run.image_indices(index, micro)
+    generators = [run.generator(i, stream=1) for i in indices]  # not the noise of the reward update
+    chosen = items_at(samples, indices, config.run.seed)
+    kept = [float(torch.rand((), generator=generator)) >= config.caption_dropout for generator in generators]
+    cond = family.encode([sample.text if keep else "" for sample, keep in zip(chosen, kept, strict=True)])
+    with torch.no_grad():
+        pixels = torch.stack([load_pixels(sample.path, config.size) for sample in chosen])
+        x0 = family.encode_pixels(pixels, generators)
+    return denoising_error(family, lambda x, t: family.denoise(x, t, cond), x0, generators).mean()
+
+
+def check_inputs(config: Config) -> tuple[list[str], list[str], list[Sample]]:
+    """Return prompts, held-out prompts and pre-training samples; ValueError for whatever is wrong, before weights load."""
+    check(config.run)
+    families.check(config.model)
+    files = config.files()
+    for name in parse_weights(config.rewards):
+        rewards.check(name, files.get(name))
+        if not rewards.CARDS[name].differentiable:
+            usable = ", ".join(card.name for card in rewards.CARDS.values() if card.differentiable)
+            raise ValueError(
+                f"--rewards {name} is not differentiable, and ReFL needs its gradient; one of {usable}"
+            )
+    prompts = read_prompts(config.prompts)
+    held_out = read_prompts(config.held_out)[: config.held_out_count] if config.held_out else prompts[:8]
+    return prompts, held_out, read_samples(config.data) if config.data and config.pretraining != "off" else []
+
+
+def load(config: Config, device: torch.device) -> tuple[Family, Mix, nn.Module]:
+    """Return the model, the reward, and the module to train, all on the device; ValueError for weights that do not fit."""
+    weights, files = parse_weights(config.rewards), config.files()
+    precision = DTYPES[config.reward_precision]
+    scorers = [
+        rewards.load(name, weights=files.get(name), device=device, dtype=precision) for name in weights
+    ]
+    family = families.load(config.model, device)
+    denoiser = family.trainable(config.lora, config.run.seed)
+    family.set_speed(
+        config.attention,
+        checkpointing=config.gradient_checkpointing,
+        vae_checkpointing=config.vae_checkpointing,
+    )
+    family.to(device, DTYPES[config.run.mixed_precision])
+    return family, Mix(scorers, weights, config.reward_units), denoiser
+
+
+def main(config: Config) -> int:  # noqa: C901 - the loop stays in one piece
+    """Tune, show and save."""
+    with exit_on_user_error():
+        prompts, held_out, samples = check_inputs(config)
+        run = Run(config.run, driver="refl", config_text=dump(config))
+        family, mix, denoiser = load(config, run.device)
+    family.denoiser = run.prepare(denoiser)
+    window = config.window[0], config.window[1] + 1
+
+    def write(folder: Path) -> None:
+        with run.ema_weights():
+            family.save_tuned(folder / ("lora" if config.lora.rank else "unet"), config.lora)
+
+    def show(step: int) -> showcase.Shown:
+        with run.ema_weights():
+            shown = showcase.show(family, mix, held_out, config.draw, run.device)
+        showcase.save(shown, run.folder, step)
+        return shown
+
+    if not run.start:  # draws, scores and saves once before training: whatever cannot work fails here
+        if run.is_main:
+            show(0)
+        run.save(-1, write=write)
+
+    for index in run.steps():
+        if config.pretraining == "alternate":  # Algorithm 1, lines 6 and 7
+            for micro in range(run.accumulation):
+                with run.accumulate():
+                    run.update(pretraining_loss(family, samples, run, index, micro, config), phase="pretrain")
+
+        late = int(run.rng(index).integers(*window))  # line 8
+        for micro in range(run.accumulation):  # lines 9 to 17
+            indices = run.image_indices(index, micro)
+            texts = items_at(prompts, indices, config.run.seed)
+            with run.accumulate():
+                pixels = late_pixels(family, texts, [run.generator(i) for i in indices], late, config)
+                scores = mix(pixels, texts).rewards
+                loss = reward_loss(scores, config.margin, config.reward_scale)
+                if config.pretraining == "sum":
+                    loss = loss + pretraining_loss(family, samples, run, index, micro, config)
+                run.update(loss, reward=scores.mean(), late_step=float(late))
+
+        if run.due("sample_every", index) and run.is_main and index + 1 < config.run.updates:
+            run.log(index, **show(index + 1).means())
+        if run.due("save_every", index):
+            run.save(index, write=write)
+
+    if run.is_main and not run.interrupted:
+        write(run.folder)
+        showcase.conclude(show(config.run.updates), run.folder)
+    return run.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse(Config, default_config=TINY)))

@@ -1,0 +1,312 @@
+"""Configuration: a YAML file is a list of flags written down.
+
+`--config file.yaml` is flattened to `--a.b=value` flags that stand before the command line, and one parser judges both;
+the last one wins, for list flags as well. So there is one grammar and one set of errors, and `1e-4` is a float whichever
+way it comes: YAML's own guesses about types (`no` is a boolean, `1e-4` is a string) are never used.
+
+A Config is a frozen keyword-only dataclass with a docstring under each field. Its fields are values, tuples of values, or
+dataclasses of values, which nest once: `lora: LoRA` gives `--lora.rank` and the YAML keys `lora: {rank: 4}` or
+`lora.rank: 4`; `run: Annotated[RunConfig, tyro.conf.arg(name="")]` gives `--output` and a top-level YAML key.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import io
+import math
+import re
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import tyro
+import yaml
+
+Config = TypeVar("Config")
+
+_HELP = "--config FILE.yaml reads flags from a file, one `key: value` a line; it may be repeated, and the last value wins."
+
+
+def parse(
+    config_class: type[Config], argv: list[str] | None = None, *, default_config: Path | None = None
+) -> Config:
+    """The configuration that the command line describes; argv defaults to that of the process.
+
+    `--config FILE` may be given several times. With an empty command line default_config is read instead. What the user
+    typed wrongly, a ValueError of a __post_init__ included, ends the process with one sentence on stderr and exit code 2.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv and default_config is not None:
+        argv = ["--config", str(default_config)]
+    leaves = _leaves(config_class)
+    with exit_on_user_error():
+        files, typed = _split_config(argv)
+        _check_names(typed, leaves)
+        flags: list[str] = []
+        origins: dict[str, str] = {}
+        for file in files:
+            for name, (line, tokens) in _read_yaml(file, leaves).items():
+                flags += tokens
+                origins[_flag(name)] = f"{file} line {line}"
+        for token in typed:  # what the command line repeats is no longer the file's fault
+            origins.pop(token.split("=")[0].replace("_", "-"), None)
+        return _tyro(config_class, flags + typed, origins)
+
+
+@contextlib.contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Turn a ValueError or OSError in the block into one sentence on stderr and exit code 2.
+
+    For a driver's checks of what the user typed (paths, prompt files, scorer names), before the work begins. Keep the
+    work itself outside: there a ValueError is a fault of ours and deserves its traceback.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+
+
+def dump(config: Any) -> str:
+    """YAML text that replays a configuration: parsing it with `--config` gives an equal one."""
+    rows: dict[str, Any] = {}
+    for name, leaf in _leaves(type(config)).items():
+        value = config
+        for attribute in leaf.attributes:
+            value = getattr(value, attribute)
+        *parents, key = name.split(".")
+        group = rows
+        for parent in parents:
+            group = group.setdefault(parent, {})
+        group[key] = _plain(value)
+    return yaml.safe_dump(rows, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+
+
+def _plain(value: Any) -> Any:
+    """A field's value in YAML's types."""
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path) or (isinstance(value, float) and not math.isfinite(value)):
+        return str(value)  # YAML writes infinity as `.inf`, which float() does not read
+    assert value is None or isinstance(value, str | int | float), (
+        f"a config field holds a {type(value).__name__}"
+    )
+    return value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Leaf:
+    """A value of the configuration: the attributes that lead to it, and its type."""
+
+    attributes: tuple[str, ...]
+    hint: Any
+
+    @property
+    def optional(self) -> bool:
+        return type(None) in typing.get_args(self.hint) or None in typing.get_args(self.hint)
+
+    @property
+    def is_list(self) -> bool:
+        return any(
+            typing.get_origin(hint) in (tuple, list) for hint in (self.hint, *typing.get_args(self.hint))
+        )
+
+
+def _leaves(config_class: type) -> dict[str, _Leaf]:
+    """The values of a Config under their YAML names, such as `lora.rank`."""
+    leaves: dict[str, _Leaf] = {}
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    for field in (field for field in dataclasses.fields(config_class) if field.init):
+        hint, extras = hints[field.name], list[Any]()
+        if typing.get_origin(hint) is Annotated:
+            hint, *extras = typing.get_args(hint)
+        if dataclasses.is_dataclass(hint):
+            prefix = "" if tyro.conf.arg(name="") in extras else f"{field.name}."
+            inner = {
+                prefix + name: _Leaf(attributes=(field.name, *leaf.attributes), hint=leaf.hint)
+                for name, leaf in _leaves(typing.cast(type, hint)).items()
+            }
+        else:
+            inner = {field.name: _Leaf(attributes=(field.name,), hint=hint)}
+        assert not inner.keys() & leaves.keys(), (
+            f"two fields of {config_class.__name__} share a flag: {field.name}"
+        )
+        assert all(len(leaf.attributes) <= 2 for leaf in inner.values()), f"{field.name} nests too deep"
+        leaves |= inner
+    assert "config" not in leaves, "--config is taken"
+    return leaves
+
+
+def _flag(name: str, negated: bool = False) -> str:
+    """The flag of a YAML name: `lora.use_bias` -> `--lora.use-bias`, negated `--lora.no-use-bias`."""
+    group, dot, leaf = name.rpartition(".")
+    return f"--{group}{dot}{'no-' if negated else ''}{leaf}".replace("_", "-")
+
+
+def _split_config(argv: list[str]) -> tuple[list[Path], list[str]]:
+    """The files of --config, and the other tokens in their order."""
+    files: list[Path] = []
+    typed: list[str] = []
+    at_start = True  # here a bare word would join a list flag of the file, which nobody means
+    tokens = iter(argv)
+    for token in tokens:
+        if token == "--config" or token.startswith("--config="):
+            file = token.partition("=")[2] if "=" in token else next(tokens, "")
+            if not file or file.startswith("--"):
+                raise ValueError("--config needs a file: --config FILE.yaml")
+            files.append(Path(file))
+            at_start = True
+            continue
+        if at_start and not token.startswith("-"):
+            raise ValueError(f"unexpected {token!r}: values follow a flag, as in --seed 1; see --help")
+        typed.append(token)
+        at_start = False
+    return files, typed
+
+
+def _check_names(typed: list[str], leaves: dict[str, _Leaf]) -> None:
+    """Refuse flags that do not exist, and values for flags that take none."""
+    for token in (token for token in typed if token.startswith("--")):
+        name, equals, _ = token.removeprefix("--").replace("-", "_").partition("=")
+        positive = re.sub(r"(^|\.)no_(?=[^.]*$)", r"\1", name)
+        known = name in leaves or (positive in leaves and leaves[positive].hint is bool) or name == "help"
+        if not known:
+            raise ValueError(
+                f"unknown flag {token.partition('=')[0]}{_nearest(name, leaves, _flag)}; see --help"
+            )
+        if equals and name in leaves and leaves[name].hint is bool:
+            raise ValueError(
+                f"{_flag(name)} takes no value: write {_flag(name)} or {_flag(name, negated=True)}"
+            )
+
+
+def _nearest(name: str, leaves: dict[str, _Leaf], write: typing.Callable[[str], str] = str) -> str:
+    """The known name that was probably meant, as the end of a sentence; nothing where none is near."""
+    near = difflib.get_close_matches(name, leaves, n=1)
+    return f" (did you mean {write(near[0])}?)" if near else ""
+
+
+def _read_yaml(file: Path, leaves: dict[str, _Leaf]) -> dict[str, tuple[int, list[str]]]:
+    """Name -> (line, flags) of a YAML file, in the file's order. Only text is read: no tag builds an object."""
+    try:
+        root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise ValueError(f"cannot read the config file {file}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{file} is not YAML: {error}") from error
+    if root is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"{file} must hold `key: value` lines, one for each flag")
+    rows: dict[str, tuple[int, list[str]]] = {}
+    for name, line, node in _flatten(root, file, leaves):
+        if name in rows:
+            raise ValueError(
+                f"{file} line {line}: {name} is there twice, first on line {rows[name][0]}; keep one"
+            )
+        try:
+            rows[name] = (line, _tokens(name, leaves[name], node))
+        except ValueError as error:
+            raise ValueError(f"{file} line {line}: {error}") from error
+    return rows
+
+
+def _flatten(
+    group: yaml.MappingNode, file: Path, leaves: dict[str, _Leaf], prefix: str = ""
+) -> Iterator[tuple[str, int, yaml.Node]]:
+    """(name, line, value) of each leaf below a mapping."""
+    for key, node in group.value:
+        line = key.start_mark.line + 1
+        name = prefix + str(key.value).replace("-", "_")
+        members = [leaf for leaf in leaves if leaf.startswith(f"{name}.")]
+        if name in leaves:
+            yield name, line, node
+        elif members and isinstance(node, yaml.MappingNode):
+            yield from _flatten(node, file, leaves, f"{name}.")
+        elif members:
+            raise ValueError(
+                f"{file} line {line}: {name} is a group and has no value; set {', '.join(members)}"
+            )
+        else:
+            raise ValueError(f"{file} line {line}: unknown key {name}{_nearest(name, leaves)}; see --help")
+
+
+def _tokens(name: str, leaf: _Leaf, node: yaml.Node) -> list[str]:
+    """The flags that say what a YAML value says."""
+    if isinstance(node, yaml.MappingNode):
+        raise ValueError(f"{name} takes a value, not a mapping")
+    if isinstance(node, yaml.SequenceNode):
+        if not leaf.is_list:
+            raise ValueError(f"{name} takes one value, not a list")
+        return [_flag(name), *(_element(name, item) for item in node.value)]
+    text = str(node.value)
+    if _is_null(node):
+        if not leaf.optional:
+            raise ValueError(f"{name} has no value; give it one, or leave the line out for the default")
+        return [f"{_flag(name)}=None"]
+    if leaf.hint is bool or bool in typing.get_args(leaf.hint):
+        if text.lower() not in ("true", "yes", "on", "false", "no", "off"):
+            raise ValueError(f"{name} is {text!r}; it must be true or false")
+        truth = text.lower() in ("true", "yes", "on")
+        return [_flag(name, negated=not truth)] if leaf.hint is bool else [f"{_flag(name)}={truth}"]
+    return [f"{_flag(name)}={text}"]
+
+
+def _element(name: str, node: yaml.Node) -> str:
+    """One element of a YAML list as a token of its own."""
+    if not isinstance(node, yaml.ScalarNode) or _is_null(node):
+        raise ValueError(f"{name} takes a list of plain values")
+    if node.value.startswith("-") and not re.fullmatch(r"-[\d.].*", node.value):
+        raise ValueError(
+            f"{name} holds {node.value!r}, which would read as a flag; an element may not begin with -"
+        )
+    return str(node.value)
+
+
+def _is_null(node: yaml.Node) -> bool:
+    """Whether a YAML value is an unquoted null."""
+    return (
+        isinstance(node, yaml.ScalarNode) and node.style is None and node.value.lower() in ("", "~", "null")
+    )
+
+
+def _tyro(config_class: type[Config], args: list[str], origins: dict[str, str]) -> Config:
+    """Parse the flags; tyro's boxed complaint becomes a ValueError of one sentence that says where the flag came from."""
+    box = io.StringIO()
+    description = f"{inspect.getdoc(config_class) or ''}\n\n{_HELP}"
+    try:
+        with contextlib.redirect_stderr(box):
+            config = tyro.cli(config_class, args=args, description=description)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        reason = _unboxed(box.getvalue())
+        cause: BaseException | None = stop.__context__
+        if re.match(
+            r"Error parsing (?!-)", reason
+        ):  # a __post_init__ spoke: its words, without the box's line breaks
+            while cause is not None and not isinstance(cause, ValueError):
+                cause = cause.__context__
+            reason = str(cause) if cause is not None else reason
+        flag = re.search(r"--[\w.-]*\w", reason)
+        origin = origins.get(flag.group()) if flag else None
+        raise ValueError(f"{origin}: {reason}" if origin else reason) from stop
+    sys.stderr.write(box.getvalue())
+    return config
+
+
+def _unboxed(text: str) -> str:
+    """What stands in the first section of a box that tyro drew, as one line; the box is of Unicode or of ASCII lines."""
+    plain = [re.sub(r"\x1b\[[\d;]*m", "", line).strip("\u2502 ") for line in text.splitlines()]
+    lines = [line for line in plain if line]
+    rules = [at for at, line in enumerate(lines) if line[0] in "\u256d\u2570" or not line.strip("\u2500-")]
+    section = lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines
+    return re.sub(r"^(Error parsing|Missing from \S+:) (?=--)", "", " ".join(section))
+
+
+def _fail(reason: str) -> NoReturn:
+    """Print one line on stderr and leave with exit code 2."""
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(reason.splitlines())}\n")
+    raise SystemExit(2)

@@ -1,0 +1,169 @@
+"""Low-rank adaptation of a UNet (Hu et al. 2021, arXiv 2106.09685): W x + (alpha / rank) B A x, with W frozen.
+
+The file format is the one that diffusers pipelines load: `pipe.load_lora_weights(folder)` draws the same picture as the UNet
+that was saved. Only this file and preftune/families know peft and diffusers' adapters.
+"""
+
+import contextlib
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from torch import nn
+
+FILE = "pytorch_lora_weights.safetensors"
+"""Name of the weights in a LoRA folder."""
+
+_ADAPTER = "default"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Which weights are trained: a low-rank update of some layers, or with rank 0 all of the UNet."""
+
+    rank: int = 4
+    """Rank of the update; 0 trains the full weights."""
+    alpha: float | None = None
+    """Scale: the update counts alpha / rank times; None is alpha = rank, a scale of 1."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Layers that get an update, by the last part of their name; the default is all attention projections."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(
+                f"lora.rank is {self.rank}; it must be 1 or more, or 0 to train the full weights"
+            )
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"lora.alpha is {self.alpha}; it must be above 0, or None for alpha = rank")
+        if self.alpha is not None and self.rank == 0:
+            raise ValueError(
+                f"lora.alpha is {self.alpha} but lora.rank 0 trains the full weights; leave alpha out"
+            )
+        if not self.targets or not all(self.targets):
+            raise ValueError(f"lora.targets is {self.targets}; name at least one layer, such as to_q")
+
+
+def inject(unet: UNet2DConditionModel, lora: LoRA, seed: int) -> list[nn.Parameter]:
+    """Freeze the UNet, add the update to its target layers, and return the update's weights, float32 and trainable.
+
+    A is normal with deviation 1 / rank, drawn from the seed alone; B is zero, so the UNet's output is unchanged at first.
+    Raises ValueError for a target that no layer bears.
+    """
+    assert lora.rank > 0, "rank 0 is full fine-tuning: there is nothing to inject"
+    names = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    for target in lora.targets:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            known = sorted(
+                {name.rpartition(".")[2] for name in names if not name[-1].isdigit()} | {"to_out.0"}
+            )
+            raise ValueError(f"lora.targets: no layer is called {target}; there are {', '.join(known)}")
+    unet.requires_grad_(False)
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=_alpha(lora), target_modules=list(lora.targets), init_lora_weights="gaussian"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        unet.add_adapter(config, adapter_name=_ADAPTER)
+    weights = [weight for weight in unet.parameters() if weight.requires_grad]
+    for weight in weights:
+        weight.data = weight.data.float()
+    return weights
+
+
+def save(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Write the update to folder/pytorch_lora_weights.safetensors, with its scale in the metadata; float32."""
+    config = unet.peft_config[_ADAPTER]
+    # Only what fixes the function: a longer list would fail to load where another version of peft lacks a field.
+    metadata = {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "target_modules": sorted(config.target_modules),
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=_ADAPTER))
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".lora.tmp-", dir=folder) as temporary:
+        StableDiffusionLoraLoaderMixin.save_lora_weights(
+            temporary, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata
+        )
+        os.replace(Path(temporary, FILE), folder / FILE)
+
+
+def load(unet: UNet2DConditionModel, folder: Path, weight: float = 1.0) -> None:
+    """Put a saved update on the UNet, frozen, in place of any that it has; weight scales its effect.
+
+    Raises ValueError when the folder holds no update, or one that this UNet cannot take whole.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise ValueError(f"no LoRA in {folder}: {FILE} is not there")
+    try:
+        state, alphas, metadata = StableDiffusionLoraLoaderMixin.lora_state_dict(
+            folder, weight_name=FILE, use_safetensors=True, unet_config=unet.config, return_lora_metadata=True
+        )
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    layers = {name: value for name, value in state.items() if name.startswith("unet.")}
+    if not layers or len(layers) < len(state):
+        raise ValueError(
+            f"{path} is not an update of a UNet alone: it holds {next(iter(state.keys() - layers.keys()), 'nothing')}"
+        )
+    if _layers(unet):
+        unet.unload_lora()
+    try:
+        StableDiffusionLoraLoaderMixin.load_lora_into_unet(
+            layers, network_alphas=alphas, unet=unet, adapter_name=_ADAPTER, metadata=metadata
+        )
+    except (RuntimeError, TypeError, ValueError) as error:
+        first = " ".join(str(error).split("\n")[:2])  # torch lists every weight that does not fit
+        raise ValueError(f"{path} does not fit this UNet: {first}") from error
+    if len(get_peft_model_state_dict(unet, adapter_name=_ADAPTER)) != len(layers):
+        raise ValueError(f"{path} does not fit this UNet: it has updates of layers that are not there")
+    unet.set_adapters([_ADAPTER], [weight])
+    unet.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def disabled(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Inside the block the UNet is the one before the update: the reference model, without a second copy in memory."""
+    assert _layers(unet), "the UNet has no update that could be switched off"
+    flags = [(weight, weight.requires_grad) for weight in unet.parameters()]
+    unet.disable_lora()
+    try:
+        yield
+    finally:
+        unet.enable_lora()
+        for (
+            weight,
+            flag,
+        ) in flags:  # peft freezes the update while it is off, and thaws it afterwards in any case
+            weight.requires_grad_(flag)
+
+
+def merge(unet: UNet2DConditionModel) -> None:
+    """Add the update to the weights themselves and remove it: the UNet has its old layers and names again."""
+    assert _layers(unet), "the UNet has no update to merge"
+    unet.fuse_lora()
+    unet.unload_lora()
+
+
+def _alpha(lora: LoRA) -> float:
+    """The scale's numerator."""
+    return lora.rank if lora.alpha is None else lora.alpha
+
+
+def _layers(unet: nn.Module) -> list[BaseTunerLayer]:
+    """The layers that have an update."""
+    return [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]

@@ -1,0 +1,27 @@
+"""The pre-training loss of a diffusion model, by picture, so that drivers may weight pictures."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from preftune.families.base import Family
+from preftune.noise import add_noise, target
+
+
+def denoising_error(
+    family: Family, predict: Callable[[Tensor, Tensor], Tensor], x0: Tensor, generators: Sequence[Generator]
+) -> Tensor:
+    """Return the squared error (B,) of the network's output at a random timestep: paper 002 eq. 3, mean over elements.
+
+    predict(x_t (B, C, h, w), t (B,)) is the network with its prompts; x0 are latents. Each picture's timestep, uniform in
+    [0, 1000), and noise come from its own generator. A v-prediction network is compared with v.
+    """
+    num_timesteps = int(str(family.scheduler_config["num_train_timesteps"]))
+    t = torch.cat([torch.randint(num_timesteps, (1,), generator=generator) for generator in generators]).to(
+        x0.device
+    )
+    eps = torch.stack([torch.randn(x0.shape[1:], generator=generator) for generator in generators]).to(x0)
+    abar = family.abar(t)
+    output = predict(add_noise(x0, eps, abar), t)
+    return (output - target(x0, eps, abar, family.prediction)).square().flatten(1).mean(1)

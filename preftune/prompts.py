@@ -1,0 +1,144 @@
+"""Prompt files, and which prompt a picture gets.
+
+The order is a function of (seed, epoch) alone: every rank can compute every other rank's prompts, and a run that stops and
+goes on, or that changes its number of processes, sees the same sequence.
+"""
+
+import csv
+import functools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+FIELDS = ("text", "prompt", "caption")
+"""Names of the field or column that holds the prompt, in order of preference; their case does not matter."""
+
+SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
+"""File types that read_prompts reads."""
+
+Item = TypeVar("Item")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file, one or more, in the file's order and with the file's own spacing.
+
+    txt: one a line. json: a list of strings, or of objects with a field of FIELDS. jsonl: one such string or object a line.
+    csv, tsv, parquet: a column of FIELDS; tsv is without quoting. Text is UTF-8. Blank lines may end a file, no more.
+    Raises ValueError that names the line or row, counted from 1.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(
+            f"prompt file {path} ends in {suffix or 'nothing'}; it must end in {', '.join(SUFFIXES)}"
+        )
+    if not path.is_file():
+        raise ValueError(f"prompt file {path} {'is no file' if path.exists() else 'does not exist'}")
+    try:
+        rows = _parquet_rows(path) if suffix == ".parquet" else _text_rows(path, suffix)
+        prompts = [_prompt(row, f"{path} {place}") for place, row in rows]
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"prompt file {path} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from error
+    except OSError as error:
+        raise ValueError(f"cannot read the prompt file {path}: {error.strerror or error}") from error
+    if not prompts:
+        raise ValueError(f"prompt file {path} holds no prompts")
+    return prompts
+
+
+def items_at(items: Sequence[Item], indices: Iterable[int], seed: int) -> list[Item]:
+    """The items (prompts, samples, rankings) of global image indices (0, 1, 2, ...) of a run.
+
+    With n items, index i is number i % n of epoch i // n; each epoch is a permutation of all items drawn from
+    (seed, epoch). Seed and indices are not negative.
+    """
+    assert items, "no items"
+    count = len(items)
+    return [items[_order(count, seed, index // count)[index % count]] for index in indices]
+
+
+@functools.lru_cache(maxsize=4)
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    """The permutation of an epoch."""
+    return np.random.default_rng(np.random.SeedSequence((seed, epoch))).permutation(count).tolist()
+
+
+def _text_rows(path: Path, suffix: str) -> Iterator[tuple[str, Any]]:
+    """(place, content) of each row of a text file; content is a string or a dict."""
+    with path.open(encoding="utf-8-sig", newline="" if suffix == ".csv" else None) as file:
+        if suffix == ".csv":
+            yield from _table_rows(path, csv.DictReader(file, strict=True))
+        elif suffix == ".tsv":
+            yield from _table_rows(path, csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+        elif suffix == ".json":
+            rows = _json(file.read(), str(path))
+            if not isinstance(rows, list):
+                raise ValueError(f"{path} must hold a list of prompts, not a {type(rows).__name__}")
+            yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+        else:
+            lines = file.read().rstrip().split("\n")  # str.splitlines would split at form feeds too
+            for number, line in enumerate(lines if lines != [""] else [], 1):
+                place = f"line {number}"
+                yield place, _json(line, f"{path} {place}") if suffix == ".jsonl" and line.strip() else line
+
+
+def _json(text: str, place: str) -> Any:
+    """Parsed JSON; ValueError names the place."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = "" if " line " in place else f" line {error.lineno}"
+        raise ValueError(f"{place}{line} is not JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError(f"{place} is nested too deep") from error
+
+
+def _table_rows(path: Path, reader: "csv.DictReader[str]") -> Iterator[tuple[str, str | None]]:
+    """(place, prompt) of each row of a csv or tsv file."""
+    try:
+        column = _field(reader.fieldnames or (), f"{path} line 1")
+        for row in reader:
+            yield f"line {reader.line_num}", row[column]
+    except csv.Error as error:
+        raise ValueError(f"{path} is malformed after line {reader.line_num}: {error}") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, prompt) of each row of a parquet file; only the prompt's column is read."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            column = _field(file.schema_arrow.names, str(path))
+            values = file.read(columns=[column]).column(column).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path} is not a parquet file: {error}") from error
+    yield from ((f"row {number}", value) for number, value in enumerate(values, 1))
+
+
+def _field(names: Iterable[str], place: str) -> str:
+    """The first of FIELDS among the names, spelt as there."""
+    spelt = {name.lower(): name for name in reversed([*names])}
+    for field in FIELDS:
+        if field in spelt:
+            return spelt[field]
+    raise ValueError(
+        f"{place} has no {', '.join(FIELDS[:-1])} or {FIELDS[-1]}; it has {', '.join(names) or 'nothing'}"
+    )
+
+
+def _prompt(row: object, place: str) -> str:
+    """The prompt of a row, refused where it is empty or no text."""
+    text = row[_field(row, place)] if isinstance(row, dict) else row
+    if not isinstance(text, str):
+        raise ValueError(f"{place} must be a text, not {'null' if text is None else type(text).__name__}")
+    if not text.strip():
+        raise ValueError(f"{place} is empty; remove it or write a prompt there")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"{place} holds half of a surrogate pair, which is no character")
+    return text

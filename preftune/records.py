@@ -1,0 +1,149 @@
+"""The file contract between the folders: a data set is images and one JSON object a line.
+
+`metadata.jsonl` ({"file_name", "text", ...}) is what `datasets.load_dataset("imagefolder")` reads; `rankings.jsonl`
+({"prompt", "generations", "ranking", "source"}) holds preferences in the fields of the ImageReward data.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A captioned picture."""
+
+    path: Path
+    text: str
+    extra: dict[str, Any]
+    """The other fields of its line, such as scores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """Pictures of one prompt, ordered by somebody."""
+
+    prompt: str
+    paths: tuple[Path, ...]
+    """Two pictures or more."""
+    ranks: tuple[int, ...]
+    """One for each path; 1 is best, equal ranks are ties."""
+    source: str
+    """Who ranked, for example an annotator's number; empty where it is not known."""
+
+
+def read_samples(folder: Path) -> list[Sample]:
+    """The samples of folder/metadata.jsonl, in its order.
+
+    Raises ValueError that names the line for a file name outside the folder, a missing picture or an empty text.
+    """
+    samples = []
+    for place, row in _rows(folder / "metadata.jsonl"):
+        path = _inside(folder, _get(row, "file_name", str, place), place)
+        extra = {key: value for key, value in row.items() if key not in ("file_name", "text")}
+        samples.append(Sample(path=path, text=_text(row, "text", place), extra=extra))
+    if not samples:
+        raise ValueError(f"{folder / 'metadata.jsonl'} holds no samples")
+    return samples
+
+
+def read_rankings(folder: Path) -> list[Ranking]:
+    """The rankings of folder/rankings.jsonl, in its order. Raises ValueError that names the line."""
+    rankings = []
+    for place, row in _rows(folder / "rankings.jsonl"):
+        names, ranks = _get(row, "generations", list, place), _get(row, "ranking", list, place)
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{place}: generations must be file names")
+        if not all(type(rank) is int and rank >= 1 for rank in ranks):
+            raise ValueError(f"{place}: ranking is {ranks}; it must hold whole numbers from 1, the best")
+        if len(names) != len(ranks) or len(names) < 2:
+            raise ValueError(
+                f"{place}: {len(names)} generations and {len(ranks)} ranks; there must be one rank each, and two or more"
+            )
+        source = _get(row, "source", str, place) if "source" in row else ""
+        paths = tuple(_inside(folder, name, place) for name in names)
+        prompt = _text(row, "prompt", place)
+        rankings.append(Ranking(prompt=prompt, paths=paths, ranks=tuple(ranks), source=source))
+    if not rankings:
+        raise ValueError(f"{folder / 'rankings.jsonl'} holds no rankings")
+    return rankings
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; blank lines may end it. Raises ValueError that names the line."""
+    return [row for _, row in _rows(path)]
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line, whole or not at all. ValueError for a number that JSON lacks, such as NaN."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(place for messages, object) of each line."""
+    try:
+        lines = path.read_text(encoding="utf-8").rstrip().split("\n")
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    rows = []
+    for number, line in enumerate(lines if lines != [""] else [], 1):
+        place = f"{path} line {number}"
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{place} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{place} must be an object, not a {type(row).__name__}")
+        rows.append((place, row))
+    return rows
+
+
+def _get(row: dict[str, Any], key: str, kind: type, place: str) -> Any:
+    """A field of a line, of the right type."""
+    if key not in row:
+        raise ValueError(f"{place} has no {key}")
+    if not isinstance(row[key], kind):
+        raise ValueError(f"{place}: {key} is a {type(row[key]).__name__}; it must be a {kind.__name__}")
+    return row[key]
+
+
+def _text(row: dict[str, Any], key: str, place: str) -> str:
+    """A field that holds words."""
+    text: str = _get(row, key, str, place)
+    if not text.strip():
+        raise ValueError(f"{place}: {key} is empty")
+    return text
+
+
+def _inside(folder: Path, name: str, place: str) -> Path:
+    """The file of a name that a data set gave, which may lie only below the data set's folder."""
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    if (
+        not name
+        or "\\" in name
+        or "\0" in name
+        or posix.is_absolute()
+        or windows.drive
+        or ".." in posix.parts
+    ):
+        raise ValueError(
+            f"{place}: file name {name!r} must be a relative path with / inside the folder, without .."
+        )
+    path = folder / posix
+    if not path.is_file():
+        raise ValueError(f"{place}: {path} does not exist")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{place}: file name {name!r} is a link that leads out of the folder")
+    return path

@@ -1,0 +1,41 @@
+"""`python -m rewards`: the table of scorers."""
+
+from rewards import CARDS, Card
+from rewards.weights import local
+
+
+def main() -> None:
+    """Print one line a scorer and, below it, what it measures."""
+    rows: list[tuple[str, ...]] = [
+        ("name", "paper", "reads prompt", "gradient", "range", "licence", "input", "weights", "here")
+    ]
+    rows += [_row(card) for card in CARDS.values()]
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    for index, row in enumerate(rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        if index == 0:
+            print("  ".join("-" * width for width in widths))
+    print()
+    for card in CARDS.values():
+        print(f"{card.name}: {card.summary}")
+
+
+def _row(card: Card) -> tuple[str, ...]:
+    low, high = card.typical_range
+    source = card.folder or (f"{card.repo}/{card.file}" if card.repo else "none needed")
+    here = not card.has_weights or local(card) is not None
+    return (
+        card.name,
+        card.paper,
+        "yes" if card.prompted else "no",
+        "yes" if card.differentiable else "no",
+        f"{low:g} .. {high:g}",
+        card.licence,
+        f"{card.preprocess.size} px" if card.preprocess else "any",
+        f"{source} ({card.num_bytes / 1e9:.1f} GB)" if card.num_bytes else source,
+        "yes" if here else "no",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What is known about a scorer before any weight is read: data only, importable without torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """How pixels in [0, 1] become the input of a tower: resize, then crop or pad, then (x - mean) / std."""
+
+    size: int
+    """Height and width of the result, in pixels."""
+    resize: Literal["shortest", "longest", "none"] = "shortest"
+    """Which side becomes `size`; the other keeps the aspect ratio."""
+    interpolation: Literal["bicubic"] = "bicubic"
+    antialias: bool = True
+    crop: Literal["center", "pad", "none"] = "center"
+    """How the other side becomes `size`: cut around the centre, or black borders."""
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One scorer: what it measures, in which units, under which licence, and where its weights are.
+
+    `module` is the one that implements `load_scorer(card, weights, device, dtype)`. `mean` and `std` are
+    those of the scores over ordinary pictures and serve to bring scorers to common units (rewards.mix); they
+    never change a score. Weights are either published (`repo`, `revision`, `file`, `num_bytes`, `sha256`) or
+    embedded (`folder`, relative to the repository root), or the scorer has none.
+    """
+
+    name: str
+    module: str
+    summary: str
+    prompted: bool
+    differentiable: bool
+    typical_range: tuple[float, float]
+    mean: float
+    std: float
+    licence: str
+    paper: str
+    repo: str | None = None
+    revision: str | None = None
+    file: str | None = None
+    num_bytes: int | None = None
+    sha256: str | None = None
+    folder: str | None = None
+    preprocess: Preprocess | None = None
+
+    @property
+    def has_weights(self) -> bool:
+        """Return True when the scorer needs files; its module then also has `find_files(card, weights) -> Path`."""
+        return self.repo is not None or self.folder is not None
+
+
+class Scorer(Protocol):
+    """What `rewards.load` returns: a frozen model in eval mode that scores every picture on its own."""
+
+    @property
+    def card(self) -> Card:
+        """Return the scorer's card."""
+        ...
+
+    def __call__(self, pixels: "Tensor", prompts: Sequence[str]) -> "Tensor":
+        """Return scores (B,) float32 in the card's units, higher is better, of pixels (B, 3, H, W) in [0, 1].
+
+        There are B prompts. Gradients reach pixels when `card.differentiable` says so.
+        """
+        ...

@@ -1,0 +1,384 @@
+"""ImageReward: BLIP's towers, the caption reading the picture by cross-attention, and a linear head.
+
+Paper: Xu et al., "ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation"
+(2023), section 3. The towers are those of transformers, whose BLIP knows only plain (eager) attention, as the
+authors' code does. One class serves every size: FULL_SIZE is the published model, a folder's config.json says
+the others. Files on disk always hold the authors' names, so a published file, a file trained with the
+authors' code and a folder written by `save` are read alike. Left out: stochastic depth in the ViT (0.1, in
+training only).
+
+Shapes: B batch, L = config.max_length text tokens, D = config.text_width, P = config.projection,
+S = config.image_size.
+"""
+
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+from rewards.card import CLIP_MEAN, CLIP_STD, Card, Preprocess
+from rewards.pixels import at_least_float32, prepare
+from rewards.weights import FOLDER_FILE, cached, find, read, verify
+
+VOCAB_REPO = "google-bert/bert-base-uncased"
+VOCAB_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRewardConfig:
+    """The sizes of a model and the two constants that bring its raw scores to mean 0 and deviation 1.
+
+    The defaults are the published model's. `vocab_size` counts two tokens more than vocab.txt has lines:
+    BLIP's [DEC] and [ENC], which no caption uses.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    vision_width: int = 1024
+    vision_layers: int = 24
+    vision_heads: int = 16
+    vocab_size: int = 30524
+    max_positions: int = 512
+    max_length: int = 35
+    text_width: int = 768
+    text_layers: int = 12
+    text_heads: int = 12
+    text_intermediate: int = 3072
+    text_dropout: float = 0.1
+    projection: int = 256
+    head: tuple[int, int, int, int] = (1024, 128, 64, 16)
+    head_dropout: tuple[float, float, float] = (0.2, 0.2, 0.1)
+    mean: float = 0.16717362830052426
+    std: float = 1.0333394966054072
+
+    def __post_init__(self) -> None:
+        for heads, width in (("vision_heads", "vision_width"), ("text_heads", "text_width")):
+            if getattr(self, width) % getattr(self, heads):
+                raise ValueError(
+                    f"{width} {getattr(self, width)} is not a multiple of {heads} {getattr(self, heads)}"
+                )
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        if not 2 <= self.max_length <= self.max_positions:
+            raise ValueError(
+                f"max_length {self.max_length} is not in 2..max_positions ({self.max_positions})"
+            )
+        if self.std <= 0:
+            raise ValueError(f"std must be > 0, got {self.std}")
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """Return what happens to pixels before the image tower."""
+        return Preprocess(size=self.image_size, mean=CLIP_MEAN, std=CLIP_STD)
+
+    @staticmethod
+    def from_json(text: str) -> "ImageRewardConfig":
+        """Return the config of a config.json; ValueError names a missing or unknown key."""
+        values = json.loads(text)
+        names = {field.name for field in fields(ImageRewardConfig)}
+        if not isinstance(values, dict) or values.keys() != names:
+            different = sorted(names.symmetric_difference(values)) if isinstance(values, dict) else "all"
+            raise ValueError(
+                f"config.json of an ImageReward must have exactly its fields; different: {different}"
+            )
+        fitting: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return ImageRewardConfig(**fitting)
+
+
+FULL_SIZE = ImageRewardConfig()
+
+
+class ImageReward(nn.Module):
+    """The scorer, and what trains it. Calling it returns (raw - mean) / std, (B,) float32, higher is better.
+
+    Pixels are (B, 3, H, W) float in [0, 1] of any size; resize, crop and normalisation happen inside and are
+    differentiable. Scores need no rounding to 8 bits anywhere. The class itself neither freezes weights nor
+    leaves training mode: `load_scorer` does both.
+    """
+
+    card: Card
+
+    def __init__(self, config: ImageRewardConfig, vocab: str) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab = vocab
+        self.tokenizer = BertTokenizer(
+            vocab={token: index for index, token in enumerate(vocab.removesuffix("\n").split("\n"))},
+            bos_token="[DEC]",
+            extra_special_tokens=["[ENC]"],
+        )
+        if config.vocab_size != len(self.tokenizer):
+            raise ValueError(
+                f"vocab_size is {config.vocab_size}, but vocab.txt with [DEC] and [ENC] has {len(self.tokenizer)} tokens"
+            )
+        self.vision_model = BlipVisionModel(_vision_config(config))
+        self.text_model = BlipTextModel(
+            _text_config(config, self.tokenizer.pad_token_id), add_pooling_layer=False
+        )
+        self.vision_proj = nn.Linear(config.vision_width, config.projection)
+        self.text_proj = nn.Linear(config.text_width, config.projection)
+        self.mlp = _head(config)
+
+    @classmethod
+    def build(cls, config: ImageRewardConfig, vocab_path: Path, seed: int) -> "ImageReward":
+        """Return a model whose random weights depend on seed alone: towers N(0, 0.02), head as the authors'."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            model = cls(config, vocab_path.read_text(encoding="utf-8"))
+            for layer in model.mlp:
+                # The paper writes N(0, 1 / (d + 1)); the authors' code takes that for the standard deviation.
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=1 / (config.text_width + 1))
+                    nn.init.zeros_(layer.bias)
+        return model
+
+    @classmethod
+    def load(cls, path: Path) -> "ImageReward":
+        """Return the model of a folder written by `save`, or of a file in the authors' layout (then FULL_SIZE).
+
+        A file needs bert-base-uncased's vocab.txt beside it or in the hub's cache. ValueError names missing,
+        unexpected or misshapen tensors.
+        """
+        config, vocab, file = _parts(path)
+        with torch.device("meta"):  # no time or memory for random weights that are replaced at once
+            model = cls(config, vocab.read_text(encoding="utf-8"))
+        state = to_transformers(read(file))
+        _check(model.state_dict(), state, file)
+        model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+        positions = torch.arange(config.max_positions)[None]  # a buffer that is not in the state
+        model.text_model.embeddings.position_ids = positions
+        return model
+
+    def save(self, folder: Path) -> None:
+        """Write config.json, vocab.txt and model.safetensors (authors' names, float32), each atomically."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {key: value.float().cpu().contiguous() for key, value in self.state_dict().items()}
+        partial = folder / f"{FOLDER_FILE}.partial"
+        save_file(to_authors(state), partial)
+        os.replace(partial, folder / FOLDER_FILE)
+        for name, text in (
+            ("config.json", json.dumps(asdict(self.config), indent=2) + "\n"),
+            ("vocab.txt", self.vocab),
+        ):
+            partial = folder / f"{name}.partial"
+            partial.write_text(text, encoding="utf-8", newline="\n")
+            os.replace(partial, folder / name)
+
+    def set_statistics(self, mean: float, std: float) -> None:
+        """Set the mean and deviation of raw scores that calls subtract and divide by, and that `save` writes."""
+        self.config = replace(self.config, mean=mean, std=std)
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return token ids and attention mask, each (B, L) int64; longer captions are cut."""
+        tokens = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=self.config.max_length,
+            return_tensors="pt",
+        )
+        return tokens["input_ids"], tokens["attention_mask"]
+
+    def image_tokens(self, pixels: Tensor) -> Tensor:
+        """Return the image tower's output, (B, 1 + (S / patch)^2, vision_width)."""
+        return self.vision_model(prepare(pixels, self.config.preprocess)).last_hidden_state
+
+    def features(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return what the caption's first token, [CLS], knows after reading the picture, (B, D) float32."""
+        if len(prompts) != len(pixels):
+            raise ValueError(f"{len(pixels)} pictures need as many prompts, got {len(prompts)}")
+        return self.read(prompts, self.image_tokens(pixels), pixels.device)
+
+    def raw(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the head's output before mean and deviation, (B,) float32: what the ranking loss is computed on."""
+        return self.mlp(self.features(pixels, prompts)).squeeze(1)
+
+    def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the scores (B,) float32 of B pictures for B prompts, in the paper's units."""
+        return (self.raw(pixels, prompts).float() - self.config.mean) / self.config.std
+
+    def image_embedding(self, pixels: Tensor) -> Tensor:
+        """Return unit vectors (B, P) of the pictures, for contrastive pre-training (BLIP)."""
+        return F.normalize(self.vision_proj(at_least_float32(self.image_tokens(pixels)[:, 0])), dim=1)
+
+    def text_embedding(self, prompts: Sequence[str]) -> Tensor:
+        """Return unit vectors (B, P) of captions read without a picture: the cross-attention is skipped (BLIP)."""
+        hidden = self.read(prompts, None, self.text_proj.weight.device)
+        return F.normalize(self.text_proj(hidden), dim=1)
+
+    def read(self, prompts: Sequence[str], image_tokens: Tensor | None, device: torch.device) -> Tensor:
+        """Return [CLS] (B, D) of captions that read these image tokens by cross-attention; None = text alone."""
+        ids, mask = (tokens.to(device) for tokens in self.tokenize(prompts))
+        # All image tokens are seen, so no mask. The first token stays [CLS]; BLIP's matching head puts [ENC].
+        output = self.text_model(input_ids=ids, attention_mask=mask, encoder_hidden_states=image_tokens)
+        return at_least_float32(output.last_hidden_state[:, 0])
+
+
+def load_scorer(
+    card: Card, weights: Path | None, device: torch.device | str, dtype: torch.dtype
+) -> ImageReward:
+    """Return the scorer of a card: frozen, in eval mode, towers in dtype, the small head always in float32."""
+    model = ImageReward.load(find_files(card, weights))
+    if card.preprocess != model.config.preprocess:
+        raise ValueError(
+            f"the weights want {model.config.preprocess}, but the card of {card.name} says {card.preprocess};"
+            " these are weights of another scorer"
+        )
+    model.card = card
+    towers: tuple[nn.Module, ...] = (model.vision_model, model.text_model)
+    for tower in towers:
+        tower.to(dtype)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def find_files(card: Card, weights: Path | None) -> Path:
+    """Return the folder or file that `ImageReward.load` takes; ValueError says which file to put where."""
+    path = find(card, weights)
+    _parts(path)
+    return path
+
+
+def _parts(path: Path) -> tuple[ImageRewardConfig, Path, Path]:
+    """Return config, vocab.txt and weights file of a saved folder or a file in the authors' layout."""
+    if path.is_dir():
+        missing = [name for name in ("config.json", "vocab.txt", FOLDER_FILE) if not (path / name).is_file()]
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}; a folder of ImageReward.save has them")
+        config = ImageRewardConfig.from_json((path / "config.json").read_text(encoding="utf-8"))
+        return config, path / "vocab.txt", path / FOLDER_FILE
+    beside = path.with_name("vocab.txt")
+    vocab = beside if beside.is_file() else cached(VOCAB_REPO, "vocab.txt", None)
+    if vocab is None:
+        raise ValueError(
+            f"{beside} is missing; put vocab.txt of the hub repository {VOCAB_REPO} there, or run"
+            f" `hf download {VOCAB_REPO} vocab.txt`"
+        )
+    verify(vocab, num_bytes=None, sha256=VOCAB_SHA256)
+    return FULL_SIZE, vocab, path
+
+
+# ---------------------------------------------------------------- names
+
+_POSITION_IDS = "blip.text_encoder.embeddings.position_ids"
+_NAMES = (  # the authors' prefix, ours
+    ("blip.visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
+    ("blip.visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
+    ("blip.visual_encoder.patch_embed.proj.", "vision_model.embeddings.patch_embedding."),
+    ("blip.visual_encoder.blocks.", "vision_model.encoder.layers."),
+    ("blip.visual_encoder.norm.", "vision_model.post_layernorm."),
+    ("blip.text_encoder.", "text_model."),
+    ("blip.vision_proj.", "vision_proj."),
+    ("blip.text_proj.", "text_proj."),
+    ("mlp.layers.", "mlp."),
+)
+_BLOCK_NAMES = (  # inside a block of the image tower
+    (".norm1.", ".layer_norm1."),
+    (".norm2.", ".layer_norm2."),
+    (".attn.qkv.", ".self_attn.qkv."),
+    (".attn.proj.", ".self_attn.projection."),
+)
+
+
+def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict in the authors' names under this class's; names that are not theirs stay as they are."""
+    renamed = {}
+    for key, value in state.items():
+        if key == _POSITION_IDS:  # a buffer 0..max_positions-1 that old and new files may or may not have
+            continue
+        for theirs, ours in _NAMES:
+            if key.startswith(theirs):
+                name = ours + key.removeprefix(theirs)
+                for their_part, our_part in _BLOCK_NAMES if "blocks." in theirs else ():
+                    name = name.replace(their_part, our_part)
+                renamed[name] = value
+                break
+        else:
+            renamed[key] = value
+    return renamed
+
+
+def to_authors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return this class's state dict in the authors' names, their position_ids buffer included."""
+    renamed = {}
+    for key, value in state.items():
+        theirs, ours = next(pair for pair in _NAMES if key.startswith(pair[1]))
+        name = theirs + key.removeprefix(ours)
+        for their_part, our_part in _BLOCK_NAMES if "blocks." in theirs else ():
+            name = name.replace(our_part, their_part)
+        renamed[name] = value
+    positions = len(state["text_model.embeddings.position_embeddings.weight"])
+    return {_POSITION_IDS: torch.arange(positions)[None]} | renamed
+
+
+def _check(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], file: Path) -> None:
+    faults = {
+        "missing": expected.keys() - state.keys(),
+        "unexpected": state.keys() - expected.keys(),
+        "of another shape": {
+            f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
+            for key in expected.keys() & state.keys()
+            if expected[key].shape != state[key].shape
+        },
+    }
+    reports = [
+        f"{kind}: {', '.join(sorted(keys)[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"
+        for kind, keys in faults.items()
+        if keys
+    ]
+    if reports:
+        raise ValueError(f"{file} does not hold this ImageReward; {'; '.join(reports)}")
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _vision_config(config: ImageRewardConfig) -> BlipVisionConfig:
+    return BlipVisionConfig(
+        hidden_size=config.vision_width,
+        intermediate_size=4 * config.vision_width,
+        num_hidden_layers=config.vision_layers,
+        num_attention_heads=config.vision_heads,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        hidden_act="gelu",  # exact
+        layer_norm_eps=1e-6,  # transformers' default of 1e-5 moves scores by 1e-4
+        initializer_range=0.02,
+    )
+
+
+def _text_config(config: ImageRewardConfig, pad_token: int) -> BlipTextConfig:
+    return BlipTextConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.text_width,
+        encoder_hidden_size=config.vision_width,
+        intermediate_size=config.text_intermediate,
+        num_hidden_layers=config.text_layers,
+        num_attention_heads=config.text_heads,
+        max_position_embeddings=config.max_positions,
+        hidden_act="gelu",
+        layer_norm_eps=1e-12,
+        hidden_dropout_prob=config.text_dropout,
+        attention_probs_dropout_prob=config.text_dropout,
+        initializer_range=0.02,
+        pad_token_id=pad_token,
+        is_decoder=True,  # makes the cross-attention exist; calls still attend in both directions
+    )
+
+
+def _head(config: ImageRewardConfig) -> nn.Sequential:
+    """Five linear layers without activations: 0, 2, 4, 6 and 7 of a sequence, dropout between."""
+    widths = (config.text_width, *config.head, 1)
+    linear = [nn.Linear(before, after) for before, after in itertools.pairwise(widths)]
+    first, second, third = (nn.Dropout(p) for p in config.head_dropout)
+    return nn.Sequential(linear[0], first, linear[1], second, linear[2], third, linear[3], linear[4])

@@ -1,0 +1,120 @@
+"""Where weights are, and reading them without running anything that is in them."""
+
+import functools
+import hashlib
+import pickle
+from pathlib import Path
+
+import huggingface_hub
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rewards.card import Card
+
+ROOT = Path(__file__).resolve().parents[1]
+"""The repository root, to which the folders of embedded weights are relative."""
+FOLDER_FILE = "model.safetensors"
+"""The weights in an embedded folder."""
+
+
+def find(card: Card, weights: Path | None) -> Path:
+    """Return the weights file or embedded-style folder of a card that has weights.
+
+    An explicit path, else the embedded folder, else the hub's cache. ValueError says which file to put where
+    when there is none, or when a file that claims to be the published one has another size or SHA-256.
+    """
+    if weights is not None:
+        if not weights.exists():
+            raise ValueError(f"weights of {card.name}: {weights} does not exist; {_remedy(card)}")
+        if weights.is_dir() and card.file is not None and (weights / card.file).is_file():
+            weights = weights / card.file
+        if weights.name == card.file:
+            verify(weights, num_bytes=card.num_bytes, sha256=card.sha256)
+        return weights
+    path = local(card)
+    if path is None:
+        raise ValueError(f"the weights of {card.name} are not here; {_remedy(card)}")
+    if path.is_file():
+        verify(path, num_bytes=card.num_bytes, sha256=card.sha256)
+    return path
+
+
+def local(card: Card) -> Path | None:
+    """Return weights that are on the disk, unverified: the embedded folder, or the file in the hub's cache."""
+    if card.folder is not None:
+        folder = ROOT / card.folder
+        return folder if (folder / FOLDER_FILE).is_file() else None
+    assert card.repo is not None, f"{card.name} has no weights to find"
+    assert card.file is not None
+    return cached(card.repo, card.file, card.revision)
+
+
+def cached(repo: str, file: str, revision: str | None) -> Path | None:
+    """Return a file of a hub repository from the hub's cache, or None.
+
+    Nothing is downloaded here: a typing error must not start 1.8 GB, and of many processes only one may. The
+    errors give the command that fills the cache.
+    """
+    path = huggingface_hub.try_to_load_from_cache(repo, file, revision=revision)
+    return Path(path) if isinstance(path, str) else None
+
+
+def verify(path: Path, *, num_bytes: int | None, sha256: str | None) -> None:
+    """Raise ValueError when a file is not the published one; the size goes first because it costs nothing."""
+    if num_bytes is not None and path.stat().st_size != num_bytes:
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes, the published file has {num_bytes}; download it again"
+        )
+    if sha256 is None:
+        return
+    digest = _sha256(path, path.stat().st_mtime_ns)
+    if digest != sha256:
+        raise ValueError(f"{path} has SHA-256 {digest}, the published file has {sha256}; download it again")
+
+
+@functools.cache
+def _sha256(path: Path, _modified: int) -> str:
+    """Return a file's digest; a run checks its weights before it starts and again when it loads them."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors or torch file on the CPU; nothing in the file is executed.
+
+    A `state_dict` or `model` wrapper and the `module.` prefix of a distributed run are taken off. ValueError
+    when the file is truncated, is no weights file, or holds anything but tensors.
+    """
+    try:
+        content = (
+            load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        )
+    except (
+        pickle.UnpicklingError,
+        safetensors.SafetensorError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+    ) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} is not a readable weights file (truncated, or not tensors only): {reason}"
+        ) from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} holds {type(content).__name__}, not a dictionary of tensors")
+    return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def _remedy(card: Card) -> str:
+    if card.folder is not None:
+        return (
+            f"put config.json, vocab.txt and {FOLDER_FILE} into {card.folder}, or name a folder that has them"
+        )
+    return f"run `hf download {card.repo} {card.file}`, or name the path of a {card.file} that you have"

@@ -1,0 +1,302 @@
+"""The command line: a YAML file is a list of flags written down, and the last one wins."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+import tyro
+
+from preftune import cli
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    output: Path = Path("runs/default")
+    """Folder of the run."""
+    lr: float = 1e-5
+    """Learning rate."""
+    resume: str = "no"
+    """Where to go on: no or auto."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    rank: int = 4
+    """Rank of the update."""
+    use_bias: bool = True
+    """Whether there is a bias."""
+    alpha: float | None = None
+    """Scale."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"lora.rank is {self.rank}; it must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Tune a thing."""
+
+    run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+    lora: LoRA = field(default_factory=LoRA)
+    rewards: tuple[str, ...] = ("a=1",)
+    """Scorers and weights."""
+    mode: Literal["no", "fast"] = "no"
+    window: tuple[int, int] = (30, 39)
+    note: str | None = None
+    demo: bool = False
+    tri: bool | None = None
+    batch_size: int = 2
+    margin: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.margin == 0:
+            raise ValueError(
+                "margin is 0.0, which leaves nothing of the reward to learn from; choose a margin above the rewards "
+                "that you expect, for example --margin 2 as the paper does, or more when the scorer's scale is wider"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Required:
+    """Needs a file."""
+
+    prompts: Path
+    """The prompt file."""
+    batch: int = 1
+
+
+def write(tmp_path: Path, text: str, name: str = "c.yaml") -> str:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    return str(tmp_path / name)
+
+
+def refused(capsys: pytest.CaptureFixture[str], argv: list[str], config: type = Config) -> str:
+    """The one sentence with which argv is refused."""
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(config, argv)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.isascii()
+    return captured.err
+
+
+def test_defaults_and_flags() -> None:
+    assert cli.parse(Config, []) == Config()
+    config = cli.parse(
+        Config, ["--lora.rank", "8", "--lr=1e-4", "--lora.no-use-bias", "--rewards", "b=2", "c=3"]
+    )
+    assert config == Config(
+        run=RunConfig(lr=1e-4), lora=LoRA(rank=8, use_bias=False), rewards=("b=2", "c=3"), batch_size=2
+    )
+    assert cli.parse(Config, ["--batch_size", "3"]).batch_size == 3
+
+
+def test_yaml_is_flags_written_down(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        "# command\nlr: 1e-4\nresume: no\nmode: fast\nlora:\n  rank: 8\n  use-bias: off\nlora.alpha: 2\n"
+        "rewards: [b=2, 'c=3']\nwindow:\n- 1\n- 2\nnote: ~\ndemo: yes\ntri: false\noutput: runs/x\nbatch_size: 7\n",
+    )
+    assert cli.parse(Config, ["--config", file]) == Config(
+        run=RunConfig(output=Path("runs/x"), lr=1e-4, resume="no"),
+        lora=LoRA(rank=8, use_bias=False, alpha=2.0),
+        rewards=("b=2", "c=3"),
+        mode="fast",
+        window=(1, 2),
+        demo=True,
+        tri=False,
+        batch_size=7,
+    )
+
+
+def test_the_type_of_the_field_decides_not_yaml(tmp_path: Path) -> None:
+    file = write(tmp_path, "resume: no\nmode: no\nnote: 007\noutput: 2024-01-01\nlr: 1e-4\n")
+    config = cli.parse(Config, [f"--config={file}"])
+    assert (config.run.resume, config.mode, config.note, config.run.lr) == ("no", "no", "007", 1e-4)
+    assert config.run.output == Path("2024-01-01")
+    assert isinstance(config.run.lr, float)
+
+
+def test_last_wins(tmp_path: Path) -> None:
+    one = write(tmp_path, "rewards: [b=2, c=3]\nlr: 1\nlora.rank: 1\ndemo: true\n", "1.yaml")
+    two = write(tmp_path, "rewards: d=4\nlora: {rank: 2}\ndemo: false\n", "2.yaml")
+    config = cli.parse(Config, ["--lr", "3", "--config", one, "--config", two])
+    assert (config.rewards, config.run.lr, config.lora.rank, config.demo) == (("d=4",), 3.0, 2, False)
+    assert cli.parse(Config, ["--config", two, "--rewards", "e", "f", "--config", one]).rewards == ("e", "f")
+    assert cli.parse(Config, ["--rewards", "e", "f", "--rewards", "g"]).rewards == ("g",)
+
+
+def test_empty_list(tmp_path: Path) -> None:
+    file = write(tmp_path, "rewards: []\nlr: 2\n")
+    assert cli.parse(Config, ["--config", file]).rewards == ()
+    assert cli.parse(Config, ["--config", file, "--demo"]).rewards == ()
+
+
+def test_default_config_only_on_an_empty_command_line(tmp_path: Path) -> None:
+    demo = Path(write(tmp_path, "batch_size: 9\n"))
+    assert cli.parse(Config, [], default_config=demo).batch_size == 9
+    assert cli.parse(Config, ["--lr", "1"], default_config=demo).batch_size == 2
+
+
+def test_argv_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["refl.py", "--batch-size", "5"])
+    assert cli.parse(Config).batch_size == 5
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--lora.rnak", "3"], "unknown flag --lora.rnak (did you mean --lora.rank?)"),
+        (["--batchsize", "3"], "--batchsize (did you mean --batch-size?)"),
+        (["--zzzzzz"], "unknown flag --zzzzzz; see --help"),
+        (["--no-mode"], "unknown flag --no-mode"),
+        (["--lr", "abc"], "--lr: could not convert string to float: 'abc'"),
+        (["--lora.rank", "1.5"], "--lora.rank: invalid literal for int() with base 10: '1.5'"),
+        (["--mode", "slow"], "invalid choice 'slow' for argument '--mode'. Expected one of ('no', 'fast')"),
+        (["--window", "1"], "Missing value for argument '--window'. Expected 2 values."),
+        (["--lora.rank", "-1"], "error: lora.rank is -1; it must be 0 or more\n"),
+        (["--margin", "0"], "wider\n"),
+        (["--demo=True"], "--demo takes no value: write --demo or --no-demo"),
+        (["--demo", "True"], "Unrecognized options: True"),
+        (["stray"], "unexpected 'stray'"),
+        (["--config"], "--config needs a file"),
+        (["--config", "--lr"], "--config needs a file"),
+        (["--config", "nowhere.yaml"], "cannot read the config file nowhere.yaml: No such file"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(
+    argv: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in refused(capsys, argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lr: 1\nlora:\n  rnak: 3\n", "line 3: unknown key lora.rnak (did you mean lora.rank?)"),
+        ("run:\n  lr: 3\n", "line 1: unknown key run"),
+        ("lr: 1\nlr: 2\n", "line 2: lr is there twice, first on line 1"),
+        ("lora.rank: 1\nlora: {rank: 2}\n", "line 2: lora.rank is there twice"),
+        ("lora:\n  rank:\n    a: 3\n", "line 2: lora.rank takes a value, not a mapping"),
+        ("lora: 3\n", "lora is a group and has no value; set lora.rank"),
+        ("lr: [1, 2]\n", "lr takes one value, not a list"),
+        ("rewards: [[a]]\n", "rewards takes a list of plain values"),
+        ("rewards: [a, ~]\n", "rewards takes a list of plain values"),
+        ("rewards: [a, --demo]\n", "an element may not begin with -"),
+        ("lr:\n", "lr has no value"),
+        ("demo: maybe\n", "demo is 'maybe'; it must be true or false"),
+        ("lr: abc\n", "c.yaml line 1: --lr: could not convert string to float: 'abc'"),
+        ("window: [1]\n", "c.yaml line 1: Missing value for argument '--window'"),
+        ("lora.rank: -2\n", "lora.rank is -2; it must be 0 or more"),
+        ("a: [\n", "is not YAML"),
+        ("lr: 1\n---\nlr: 2\n", "is not YAML"),
+        ("- lr\n", "must hold `key: value` lines"),
+        ("[" * 800, "is not YAML"),
+        ("? [a, b]\n: 3\n", "unknown key"),
+        ("lr: \x07\n", "is not YAML"),
+    ],
+)
+def test_a_wrong_file_is_one_sentence(
+    tmp_path: Path, text: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(capsys, ["--config", write(tmp_path, text)])
+    assert words in message
+    assert "c.yaml" in message or "lora.rank is -2" in message
+
+
+def test_a_flag_that_overrides_the_file_is_not_blamed_on_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, "lr: 1\n")
+    assert "c.yaml" not in refused(capsys, ["--config", file, "--lr", "abc"])
+
+
+def test_a_bare_word_does_not_join_the_list_of_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, "rewards: [a]\n")
+    assert "unexpected 'b'" in refused(capsys, ["--config", file, "b"])
+    assert "unexpected 'b'" in refused(capsys, ["--rewards", "a", "--config", file, "b"])
+
+
+def test_bytes_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_bytes(b"lr: \xff\n")
+    assert "is not YAML" in refused(capsys, ["--config", str(tmp_path / "c.yaml")])
+
+
+def test_a_tag_builds_no_object(tmp_path: Path) -> None:
+    file = write(tmp_path, f"note: !!python/object/apply:os.mkdir [{tmp_path}/made]\n")
+    with pytest.raises(SystemExit):
+        cli.parse(Config, ["--config", file])
+    assert not (tmp_path / "made").exists()
+
+
+def test_missing_required_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--prompts" in refused(capsys, [], Required)
+    assert cli.parse(Required, ["--config", write(tmp_path, "prompts: p.txt\n")]).prompts == Path("p.txt")
+
+
+def test_help_shows_docstrings_defaults_and_config(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(Config, ["--help"])
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert stop.value.code in (0, None)
+    for words in (
+        "Tune a thing.",
+        "Learning rate. (default: 1e-05)",
+        "--lora.rank INT",
+        "--config FILE.yaml",
+    ):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(),
+        Config(
+            run=RunConfig(output=Path("a b/c"), lr=float("inf"), resume="null"),
+            lora=LoRA(alpha=1 / 3, use_bias=False),
+            rewards=(),
+            note="two\nlines: # and 'quotes' \u00e9",
+            tri=True,
+        ),
+        Config(rewards=("a=1", "b c", "", "yes"), note="7", run=RunConfig(lr=1e-300)),
+    ],
+)
+def test_dump_replays(tmp_path: Path, config: Config) -> None:
+    file = write(tmp_path, cli.dump(config))
+    assert cli.parse(Config, ["--config", file]) == config
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_script_says_one_sentence_whatever_the_terminal(tmp_path: Path, encoding: str) -> None:
+    script = write(
+        tmp_path,
+        "from dataclasses import dataclass\nfrom preftune.cli import parse\n"
+        "@dataclass(frozen=True, kw_only=True)\nclass Config:\n    lr: float = 1.0\nparse(Config)\n",
+        "drive.py",
+    )
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run(
+        [sys.executable, script, "--lr", "abc"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "drive.py: error: --lr: could not convert string to float: 'abc'\n"
+
+
+def test_exit_on_user_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop, cli.exit_on_user_error():
+        raise ValueError("no such\nscorer")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith("error: no such scorer\n")
+    with pytest.raises(RuntimeError), cli.exit_on_user_error():
+        raise RuntimeError("ours")

@@ -1,0 +1,145 @@
+"""The shape of the house: who imports whom, file names, and that every driver and every YAML file is sound."""
+
+import ast
+import importlib
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from preftune import cli
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("rewards", "preftune", "finetune", "data_build", "eval", "benchmarks", "tests")
+ALLOWED = {
+    "rewards": ("rewards",),
+    "preftune": ("preftune",),
+    "finetune": ("rewards", "preftune", "finetune.run", "finetune.run_config", "finetune.showcase"),
+    "data_build": ("rewards", "preftune"),
+    "eval": ("rewards", "preftune"),
+}
+"""What each folder may import of ours. Programs never import each other: they meet through files."""
+
+PLUMBING = ("finetune.run", "finetune.run_config", "finetune.checkpoint", "finetune.optimizer")
+"""The parts of Run, which may import each other."""
+
+HOMES = {"accelerate": ("finetune/run.py",), "peft": ("preftune/lora.py",), "open_clip": ("rewards/",)}
+"""The only places that know a library, so that swapping it touches one file."""
+
+SOURCES = [path for folder in ALLOWED for path in sorted((ROOT / folder).rglob("*.py"))]
+PROGRAMS = [
+    path
+    for folder in ("finetune", "data_build", "eval", "benchmarks")
+    for path in (ROOT / folder).glob("*.py")
+]
+CONFIGS = sorted((ROOT / "finetune/configs").glob("*/*.yaml"))
+
+
+def short(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(path: Path) -> set[str]:
+    """The dotted names that a file imports, at any depth; `from a import b` is a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{short(path)} line {node.lineno}: imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def is_driver(path: Path) -> bool:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body)
+
+
+DRIVERS = [path for path in sorted((ROOT / "finetune").glob("*.py")) if is_driver(path)]
+
+
+def under(name: str, parents: tuple[str, ...]) -> bool:
+    return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=short)
+def test_arrows(path: Path) -> None:
+    module = short(path).removesuffix(".py").replace("/", ".")
+    allowed = ALLOWED[module.split(".")[0]] + (PLUMBING if module in PLUMBING else ())
+    wrong = {name for name in imports(path) if under(name, FOLDERS) and not under(name, allowed)}
+    assert not wrong, f"{short(path)} imports {wrong}; of ours it may import {allowed}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=short)
+def test_a_library_has_one_home(path: Path) -> None:
+    for library, homes in HOMES.items():
+        knows = any(under(name, (library,)) for name in imports(path))
+        assert not knows or short(path).startswith(homes), (
+            f"{short(path)} imports {library}, at home in {homes}"
+        )
+
+
+def test_no_program_shadows_a_module() -> None:
+    """`accelerate launch finetune/x.py` puts finetune/ first on sys.path: finetune/datasets.py would hide the library."""
+    installed = {
+        name
+        for name, projects in importlib.metadata.packages_distributions().items()
+        if set(projects) != {"preftune"}
+    }
+    taken = sys.stdlib_module_names | installed | set(FOLDERS)
+    shadows = [short(path) for path in PROGRAMS if path.stem in taken]
+    assert not shadows, f"these names hide a module; rename them: {shadows}"
+
+
+def test_no_utils_and_no_long_file() -> None:
+    for path in SOURCES:
+        assert path.stem not in ("utils", "helpers", "misc", "common"), (
+            f"{short(path)}: name it for what it owns"
+        )
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= 400, f"{short(path)} has {lines} lines"
+
+
+def test_sources_are_ascii() -> None:
+    for path in SOURCES:
+        assert path.read_text(encoding="utf-8").isascii(), f"{short(path)} is not ASCII"
+
+
+@pytest.mark.parametrize("path", DRIVERS, ids=short)
+def test_every_driver_has_a_config_help_and_a_yaml(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    driver = importlib.import_module(f"finetune.{path.stem}")
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(driver.Config, ["--help"])
+    assert not stop.value.code
+    assert "--config FILE.yaml" in capsys.readouterr().out
+    assert any(config.parent.name == path.stem for config in CONFIGS), (
+        f"no finetune/configs/{path.stem}/*.yaml"
+    )
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=short)
+def test_every_shipped_yaml_parses(config: Path, tmp_path: Path) -> None:
+    driver = importlib.import_module(f"finetune.{config.parent.name}")
+    parsed = cli.parse(driver.Config, ["--config", str(config)])
+    first = config.read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("#"), f"{short(config)} must begin with its command in a comment"
+    assert f"finetune/{config.parent.name}.py" in first, (
+        f"{short(config)} must begin with its command in a comment"
+    )
+    (tmp_path / "replay.yaml").write_text(cli.dump(parsed), encoding="utf-8")
+    assert cli.parse(driver.Config, ["--config", str(tmp_path / "replay.yaml")]) == parsed
+
+
+@pytest.mark.parametrize("module", ["rewards", "preftune.cli"])
+def test_importable_without_torch(module: str) -> None:
+    """--help and the scorer table must not wait for torch."""
+    code = f"import sys; sys.modules['torch'] = None; import {module}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,93 @@
+"""Weighted sums by hand, and what a mix refuses."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import rewards
+from rewards import CARDS, Card
+from rewards.mix import Mix, parse_weights
+
+
+class Fixed:
+    """A scorer that adds a constant to the brightness; its card has mean 0.5 and std 0.15 unless told."""
+
+    def __init__(self, name: str, offset: float, **card: float) -> None:
+        self.card: Card = replace(CARDS["brightness"], name=name, **card)
+        self.offset = offset
+
+    def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        return pixels.mean(dim=(1, 2, 3)) + self.offset
+
+
+PIXELS = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
+PROMPTS = ["black", "white"]
+
+
+def test_raw_mix_by_hand() -> None:
+    mixed = Mix([Fixed("a", 0.0), Fixed("b", 3.0)], {"b": 0.5, "a": 2.0}, "raw")(PIXELS, PROMPTS)
+    assert mixed.scores.tolist() == [[0.0, 3.0], [1.0, 4.0]]
+    assert mixed.rewards.tolist() == [0.5 * 3, 2 * 1 + 0.5 * 4]
+
+
+def test_card_units_by_hand() -> None:
+    """(score - mean) / std of each card, then the weights; scores stay raw."""
+    scorers = [Fixed("a", 0.0, mean=0.5, std=0.25), Fixed("b", 3.0, mean=1.0, std=2.0)]
+    mixed = Mix(scorers, {"a": 1.0, "b": -1.0}, "card")(PIXELS, PROMPTS)
+    assert mixed.scores.tolist() == [[0.0, 3.0], [1.0, 4.0]]
+    assert mixed.rewards.tolist() == [-2.0 - 1.0, 2.0 - 1.5]
+
+
+def test_gradient_is_the_weighted_sum() -> None:
+    pixels = PIXELS.clone().requires_grad_()
+    Mix([Fixed("a", 0.0), Fixed("b", 1.0)], {"a": 3.0, "b": 1.0}, "raw")(
+        pixels, PROMPTS
+    ).rewards.sum().backward()
+    assert pixels.grad is not None
+    torch.testing.assert_close(pixels.grad, torch.full_like(pixels, 4 / 48))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_names_its_scorer(value: float) -> None:
+    mix = Mix([Fixed("good", 0.0), Fixed("bad", value)], {"good": 1.0, "bad": 1.0}, "raw")
+    with pytest.raises(FloatingPointError, match=r"bad gave .* for 'black'"):
+        mix(PIXELS, PROMPTS)
+
+
+def test_weights_and_scorers_must_correspond() -> None:
+    for scorers, weights in (([], {}), ([Fixed("a", 0)], {}), ([Fixed("a", 0)] * 2, {"a": 1.0})):
+        with pytest.raises(ValueError, match="one weight for each"):
+            Mix(scorers, weights, "raw")
+    with pytest.raises(ValueError, match=r"'zscore'; one of raw, card"):
+        Mix([Fixed("a", 0)], {"a": 1.0}, "zscore")  # type: ignore[arg-type]
+
+
+def test_a_loaded_scorer_can_be_mixed() -> None:
+    mix = Mix([rewards.load("brightness")], parse_weights(["brightness=2"]), "raw")
+    assert mix(PIXELS, PROMPTS).rewards.tolist() == [0.0, 2.0]
+
+
+def test_parse_weights_keeps_the_order() -> None:
+    parsed = parse_weights(["shapes=1e-1", "brightness=-0.5"])
+    assert list(parsed.items()) == [("shapes", 0.1), ("brightness", -0.5)]
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        (["brightness"], "'brightness' is not scorer=weight"),
+        (["brightness=much"], "not scorer=weight"),
+        (["brightness=nan"], "finite"),
+        (["brightness=0"], "other than 0"),
+        (["brightnes=1"], "unknown scorer; one of brightness, shapes"),
+        (["brightness=1", "brightness=2"], "repeats brightness"),
+        ([], "no reward is given"),
+    ],
+)
+def test_parse_weights_refuses(terms: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_weights(terms)

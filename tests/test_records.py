@@ -1,0 +1,145 @@
+"""Captioned and ranked pictures on disk."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from preftune.records import Ranking, Sample, read_jsonl, read_rankings, read_samples, write_jsonl
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A data set folder with two pictures (empty files suffice) and one file outside it."""
+    data = tmp_path / "data"
+    (data / "images").mkdir(parents=True)
+    for name in ("images/a.png", "b.png"):
+        (data / name).touch()
+    (tmp_path / "secret.png").touch()
+    return data
+
+
+def ranking(**changes: object) -> dict[str, object]:
+    return {
+        "prompt": "p",
+        "generations": ["images/a.png", "b.png"],
+        "ranking": [2, 1],
+        "source": "s",
+    } | changes
+
+
+def test_samples(folder: Path) -> None:
+    rows = [
+        {"file_name": "images/a.png", "text": "caf\u00e9", "score": 0.5},
+        {"file_name": "./b.png", "text": "b"},
+    ]
+    write_jsonl(folder / "metadata.jsonl", rows)
+    assert read_samples(folder) == [
+        Sample(path=folder / "images/a.png", text="caf\u00e9", extra={"score": 0.5}),
+        Sample(path=folder / "b.png", text="b", extra={}),
+    ]
+
+
+def test_rankings(folder: Path) -> None:
+    unsourced = ranking(ranking=[1, 1])
+    del unsourced["source"]
+    write_jsonl(folder / "rankings.jsonl", [ranking(), unsourced])
+    paths = (folder / "images/a.png", folder / "b.png")
+    assert read_rankings(folder) == [
+        Ranking(prompt="p", paths=paths, ranks=(2, 1), source="s"),
+        Ranking(prompt="p", paths=paths, ranks=(1, 1), source=""),
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret.png",
+        "/etc/passwd",
+        "images/../../secret.png",
+        "..\\secret.png",
+        "C:/x.png",
+        "a\0b",
+        "",
+        "~/../x",
+    ],
+)
+def test_hostile_names(folder: Path, name: str) -> None:
+    write_jsonl(
+        folder / "metadata.jsonl", [{"file_name": "b.png", "text": "x"}, {"file_name": name, "text": "x"}]
+    )
+    with pytest.raises(ValueError, match=r"line 2: file name .* must be a relative path"):
+        read_samples(folder)
+    write_jsonl(folder / "rankings.jsonl", [ranking(generations=["b.png", name])])
+    with pytest.raises(ValueError, match=r"line 1: file name .* must be a relative path"):
+        read_rankings(folder)
+
+
+def test_a_link_out_of_the_folder(folder: Path) -> None:
+    (folder / "link.png").symlink_to(folder.parent / "secret.png")
+    write_jsonl(folder / "metadata.jsonl", [{"file_name": "link.png", "text": "x"}])
+    with pytest.raises(ValueError, match="leads out of the folder"):
+        read_samples(folder)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"file_name": "c.png", "text": "x"}', r"line 1: .*c\.png does not exist"),
+        ('{"file_name": "images", "text": "x"}', "does not exist"),
+        ('{"file_name": "b.png"}', "line 1 has no text"),
+        ('{"text": "x"}', "line 1 has no file_name"),
+        ('{"file_name": "b.png", "text": " "}', "line 1: text is empty"),
+        ('{"file_name": 3, "text": "x"}', "file_name is a int; it must be a str"),
+        ('["b.png"]', "line 1 must be an object, not a list"),
+        ('{"file_name": "b.png", "te', "line 1 is not JSON"),
+        ("", "holds no samples"),
+    ],
+)
+def test_wrong_samples(folder: Path, line: str, words: str) -> None:
+    (folder / "metadata.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=words):
+        read_samples(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ranking": [1]}, "2 generations and 1 ranks"),
+        ({"generations": ["b.png"], "ranking": [1]}, "two or more"),
+        ({"ranking": [0, 1]}, "whole numbers from 1"),
+        ({"ranking": [True, 1]}, "whole numbers from 1"),
+        ({"ranking": [1.0, 2.0]}, "whole numbers from 1"),
+        ({"generations": [1, 2]}, "must be file names"),
+        ({"prompt": ""}, "prompt is empty"),
+        ({"source": 3}, "source is a int"),
+    ],
+)
+def test_wrong_rankings(folder: Path, changes: dict[str, object], words: str) -> None:
+    write_jsonl(folder / "rankings.jsonl", [ranking(**changes)])
+    with pytest.raises(ValueError, match=words):
+        read_rankings(folder)
+
+
+def test_jsonl_errors_name_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": 2}\n')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        read_jsonl(path)
+    path.write_text('{"a": 1}\n{"a": 2}\n\n')
+    assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
+    with pytest.raises(ValueError, match=r"cannot read .*n\.jsonl: No such file"):
+        read_jsonl(tmp_path / "n.jsonl")
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        read_jsonl(path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "m.jsonl"
+    write_jsonl(path, [{"a": "caf\u00e9\u2028"}])
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "caf\u00e9\u2028"}
+    with pytest.raises(ValueError, match="JSON"):
+        write_jsonl(path, [{"a": 1}, {"a": float("nan")}])
+    assert read_jsonl(path) == [{"a": "caf\u00e9\u2028"}]
+    assert [file.name for file in path.parent.iterdir()] == ["m.jsonl"]

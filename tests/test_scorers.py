@@ -1,0 +1,256 @@
+"""What every scorer promises, and the pixel arithmetic they share."""
+
+import runpy
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import rewards
+from rewards import CARDS, Preprocess, Scorer
+from rewards.imagereward import ImageReward, ImageRewardConfig
+from rewards.pixels import from_pil, prepare
+from rewards.weights import local
+
+PROMPTS = [
+    "a red circle on a white background",
+    "two blue squares on a grey background",
+    "a small green triangle above a yellow cross on a black background",
+]
+UNTRAINED = "imagereward-tiny, untrained"
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved ImageReward with random weights, so that the architecture keeps the contract also without weights."""
+    folder = tmp_path_factory.mktemp("untrained")
+    words = sorted({word for prompt in PROMPTS for word in prompt.split()})
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    (folder / "words.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    config = ImageRewardConfig(
+        image_size=64, vision_width=32, vision_layers=2, vision_heads=2, vocab_size=len(tokens) + 2, max_length=16,
+        text_width=24, text_layers=2, text_heads=2, text_intermediate=48, projection=8, head=(16, 8, 8, 4),
+    )  # fmt: skip
+    model = ImageReward.build(config, folder / "words.txt", seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)  # so that scores differ between pictures by more than rounding
+    model.save(folder)
+    return folder
+
+
+@pytest.fixture(params=[*CARDS, UNTRAINED])
+def scorer(request: pytest.FixtureRequest, untrained: Path) -> Scorer:
+    if request.param == UNTRAINED:
+        return rewards.load("imagereward-tiny", weights=untrained)
+    card = CARDS[request.param]
+    if card.has_weights and local(card) is None:
+        pytest.skip(f"the weights of {card.name} are not here")
+    if card.num_bytes is not None:
+        pytest.skip(
+            f"{card.name} has {card.num_bytes / 1e9:.1f} GB of weights; its golden test is marked slow"
+        )
+    return rewards.load(request.param)
+
+
+@pytest.fixture
+def pixels() -> torch.Tensor:
+    return torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def test_scores_are_float32_one_a_picture(scorer: Scorer, pixels: torch.Tensor) -> None:
+    scores = scorer(pixels, PROMPTS)
+    assert scores.shape == (3,)
+    assert scores.dtype == torch.float32
+    assert scores.isfinite().all()
+    assert len(set(scores.tolist())) == 3
+
+
+def test_gradient_reaches_pixels_iff_the_card_says_so(scorer: Scorer, pixels: torch.Tensor) -> None:
+    pixels.requires_grad_()
+    scores = scorer(pixels, PROMPTS)
+    assert scores.requires_grad == scorer.card.differentiable
+    if scorer.card.differentiable:
+        (gradient,) = torch.autograd.grad(scores[0], pixels)
+        assert gradient[0].isfinite().all()
+        assert (gradient[0].abs().amax(dim=(1, 2)) > 0).all()
+        assert gradient[1:].abs().max() == 0  # a picture's score depends on that picture alone
+
+
+def test_weights_are_frozen_and_in_eval_mode(scorer: Scorer) -> None:
+    if isinstance(scorer, nn.Module):
+        assert not scorer.training
+        assert not any(parameter.requires_grad for parameter in scorer.parameters())
+
+
+def test_a_batch_scores_like_its_pictures(scorer: Scorer, pixels: torch.Tensor) -> None:
+    batch = scorer(pixels, PROMPTS)
+    singles = torch.cat([scorer(pixels[i : i + 1], PROMPTS[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(singles, batch, atol=1e-5, rtol=1e-5)
+    order = [2, 0, 1]
+    permuted = scorer(pixels[order], [PROMPTS[i] for i in order])
+    torch.testing.assert_close(permuted, batch[order], atol=1e-5, rtol=1e-5)
+
+
+def test_prompts_matter_iff_the_card_says_so(scorer: Scorer, pixels: torch.Tensor) -> None:
+    same = pixels[:1].expand(3, -1, -1, -1)
+    scores = scorer(same, PROMPTS)
+    assert (scores.max() > scores.min()).item() == scorer.card.prompted
+
+
+def test_black_and_white_are_finite(scorer: Scorer) -> None:
+    pixels = torch.stack([torch.zeros(3, 64, 64), torch.ones(3, 64, 64)])
+    assert scorer(pixels, PROMPTS[:2]).isfinite().all()
+
+
+def test_any_prompt_and_size_but_for_the_judge(scorer: Scorer) -> None:
+    if scorer.card.name == "shapes":
+        with pytest.raises(ValueError, match="not a caption"):
+            scorer(torch.zeros(1, 3, 64, 64), [""])
+        return
+    prompts = ["", "word " * 200, "\u6771\u4eac [MASK] \x00"]
+    assert scorer(torch.rand(3, 3, 80, 48), prompts).isfinite().all()
+
+
+def test_as_many_prompts_as_pictures(scorer: Scorer, pixels: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="3 pictures"):
+        scorer(pixels, PROMPTS[:2])
+
+
+def test_half_precision_towers_still_give_float32(untrained: Path, pixels: torch.Tensor) -> None:
+    full = rewards.load("imagereward-tiny", weights=untrained)
+    half = rewards.load("imagereward-tiny", weights=untrained, dtype=torch.bfloat16)
+    scores = half(pixels.bfloat16(), PROMPTS)
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, full(pixels, PROMPTS))
+    torch.testing.assert_close(scores, full(pixels, PROMPTS), atol=0.05, rtol=0.05)
+
+
+def test_brightness_by_hand() -> None:
+    picture = torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1).expand(1, 3, 8, 8)
+    assert rewards.load("brightness")(picture, [""]).item() == 0.5
+
+
+# ---------------------------------------------------------------- the table
+
+
+def test_unknown_names_and_needless_weights(tmp_path: Path) -> None:
+    for call in (rewards.load, rewards.check):
+        with pytest.raises(
+            ValueError, match="'imagerewrd'; one of brightness, shapes, imagereward, imagereward-tiny"
+        ):
+            call("imagerewrd")
+        with pytest.raises(ValueError, match="brightness has no weights"):
+            call("brightness", weights=tmp_path)
+    rewards.check("brightness")
+
+
+def test_missing_weights_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("rewards.weights.ROOT", tmp_path)
+    with pytest.raises(ValueError, match=r"hf download zai-org/ImageReward ImageReward\.pt"):
+        rewards.check("imagereward")
+    with pytest.raises(
+        ValueError, match=r"config\.json, vocab\.txt and model\.safetensors into assets/tiny/imagereward"
+    ):
+        rewards.check("imagereward-tiny")
+    with pytest.raises(ValueError, match="gone does not exist"):
+        rewards.check("imagereward-tiny", tmp_path / "gone")
+
+
+def test_every_card_can_bring_its_scores_to_common_units() -> None:
+    for name, card in CARDS.items():
+        assert card.name == name
+        assert card.std > 0
+        assert card.typical_range[0] <= card.mean <= card.typical_range[1]
+        assert all(getattr(card, field.name) != "" for field in fields(card))
+
+
+def test_the_table_prints_every_scorer(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_module("rewards", run_name="__main__")
+    table = capsys.readouterr().out
+    assert all(f"\n{name} " in table and f"\n{name}: " in table for name in CARDS)
+    assert "zai-org/ImageReward/ImageReward.pt (1.8 GB)" in table
+
+
+# ---------------------------------------------------------------- pixels
+
+PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+
+def ramp(height: int, width: int) -> torch.Tensor:
+    """Pixel value = column index / 100, the same in every row and channel."""
+    return (torch.arange(width) / 100).expand(1, 3, height, width)
+
+
+def test_centre_crop_rounds_half_to_even() -> None:
+    """Offsets round(1 / 2) = 0 and round(3 / 2) = 2."""
+    for width, first in ((5, 0), (7, 2), (6, 1)):
+        cut = prepare(ramp(4, width), Preprocess(size=4, **PLAIN))
+        assert cut[0, 0, 0].tolist() == pytest.approx([(first + i) / 100 for i in range(4)])
+
+
+def test_padding_is_black_and_comes_before_the_mean() -> None:
+    """2 x 4 to 4 x 4: one row above and below, equal to (0 - 0.5) / 0.5; the picture is (1 - 0.5) / 0.5."""
+    half = (0.5, 0.5, 0.5)
+    padded = prepare(
+        torch.ones(1, 3, 2, 4), Preprocess(size=4, resize="longest", crop="pad", mean=half, std=half)
+    )
+    assert padded[0, 0, :, 0].tolist() == [-1, 1, 1, -1]
+
+
+@pytest.mark.parametrize(("resize", "shape"), [("shortest", (6, 10)), ("longest", (4, 6))])
+def test_resize_keeps_the_aspect_ratio(resize: str, shape: tuple[int, int]) -> None:
+    """12 x 20 to shortest 6 is 6 x 10, and to longest 6 is 4 x 6 (3.6 rounded); a ramp keeps its mean."""
+    crop = "center" if resize == "shortest" else "pad"
+    result = prepare(ramp(12, 20), Preprocess(size=6, resize=resize, crop=crop, **PLAIN))  # type: ignore[arg-type]
+    assert result.shape == (1, 3, 6, 6)
+    rows = (result[0, 0].abs().sum(dim=1) > 0).sum().item()
+    assert rows == min(shape[0], 6)
+    assert result[0, 0, 3].mean().item() == pytest.approx(0.095, abs=2e-3)  # the middle of 0..19, over 100
+
+
+def test_antialiasing_averages_and_its_absence_does_not() -> None:
+    stripes = (torch.arange(64) % 2).float().expand(1, 3, 64, 64)
+    smooth, sharp = (
+        prepare(stripes, Preprocess(size=24, antialias=antialias, **PLAIN)) for antialias in (True, False)
+    )
+    assert smooth[..., 2:-2].std() < 0.05 < sharp[..., 2:-2].std()
+
+
+def test_white_and_black_pixels_keep_their_gradient() -> None:
+    for value in (0.0, 1.0):
+        pixels = torch.full((1, 3, 100, 90), value, requires_grad=True)
+        (gradient,) = torch.autograd.grad(prepare(pixels, Preprocess(size=64)).sum(), pixels)
+        assert (gradient[0, :, 10:-10].abs().amin(dim=(1, 2)) > 0).all()
+
+
+def test_files_and_tensors_are_prepared_alike(tmp_path: Path) -> None:
+    """PIL rounds to 8 bits after each pass, so up to about 1.5/255 before normalisation, and nothing else differs."""
+    height, width = 150, 213
+    y, x = torch.meshgrid(torch.linspace(0, 6, height), torch.linspace(0, 9, width), indexing="ij")
+    values = ((torch.stack([y.sin(), x.cos(), (x * y).sin()], dim=-1) + 1) * 127.5).round().to(torch.uint8)
+    image = Image.fromarray(values.numpy())
+    rule = Preprocess(size=64, **PLAIN)
+    from_file, from_tensor = from_pil(image, rule), prepare(from_pil(image)[None], rule)[0]
+    assert from_pil(image).shape == (3, height, width)
+    assert from_file.shape == (3, 64, 64)
+    assert (from_file - from_tensor.clamp(0, 1)).abs().max() < 2 / 255
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [torch.zeros(3, 64, 64), torch.zeros(1, 4, 64, 64), torch.zeros(1, 3, 64, 64, dtype=torch.uint8)],
+    ids=["no batch", "four channels", "uint8"],
+)
+def test_what_is_not_a_batch_of_pixels_is_refused(pixels: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="float tensor"):
+        prepare(pixels, Preprocess(size=64))
+
+
+def test_a_picture_that_cannot_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="10 x 20 pixels do not become 64 x 64"):
+        prepare(torch.zeros(1, 3, 10, 20), Preprocess(size=64, resize="none"))
