@@ -1,0 +1,168 @@
+"""Does ReFL at real size fit: two LoRA updates of Stable Diffusion 1.x at 512 px, judged by a full-size ImageReward.
+
+Both models have the published configurations and random weights, so nothing is downloaded: memory and time are those of the
+real thing, pictures and scores are noise. The driver is started as a user would, `accelerate launch finetune/refl.py`, in
+processes of its own, and watched from outside.
+
+    python benchmarks/full_size.py --workdir /tmp/full_size --prompts refl_data.json --clip-vocab bpe_simple_vocab_16e6.txt.gz --bert-vocab vocab.txt
+    python benchmarks/full_size.py --workdir /tmp/full_size --fast                    # 4 denoising steps instead of 40
+
+Needs 4 GB of disk in --workdir, Linux, and no GPU (with one, accelerate uses it). Left out: the quality of anything.
+"""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+
+from benchmarks.models import PROMPTS, ROOT, build_sd1
+from preftune.cli import exit_on_user_error, parse
+from preftune.records import read_jsonl
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Run two full-size ReFL updates and report their peak memory and time."""
+
+    workdir: Path
+    """Folder for 4 GB of models and for the run; what an earlier call built there is used again."""
+    prompts: Path = PROMPTS
+    """Prompt file, such as the published refl_data.json."""
+    clip_vocab: Path | None = None
+    """bpe_simple_vocab_16e6.txt.gz of CLIP; None = a vocabulary of bytes: the shapes are the same."""
+    bert_vocab: Path | None = None
+    """vocab.txt of bert-base-uncased; None = made-up words: the shapes are the same."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Arithmetic of the model; the scorer computes in float32, as is the driver's default."""
+    updates: int = 2
+    """ReFL updates."""
+    threads: int = 0
+    """CPU threads of the driver; 0 = all."""
+    fast: bool = False
+    """4 denoising steps instead of 40: to see that it works."""
+
+    def __post_init__(self) -> None:
+        if self.updates < 1:
+            raise ValueError(f"--updates must be at least 1, got {self.updates}")
+
+
+def command(config: Config) -> list[str]:
+    """Return the driver's command line: published T and window, memory savers on, next to nothing drawn."""
+    parts, steps = config.workdir, ("4", "3", "3") if config.fast else ("40", "30", "39")
+    flags = {
+        "--model": parts / "pipeline",
+        "--prompts": config.prompts,
+        "--held-out": config.prompts,
+        "--held-out-count": 1,
+        "--rewards": "imagereward=1.0",
+        "--reward-files": f"imagereward={parts / 'scorer'}",
+        "--pretraining": "off",
+        "--num-steps": steps[0],
+        "--size": 512,
+        "--draw.num-steps": 1,
+        "--batch": 1,
+        "--accumulation": 1,
+        "--updates": config.updates,
+        "--mixed-precision": config.mixed_precision,
+        "--threads": config.threads,
+        "--output": parts / "run",
+    }
+    options = [str(word) for pair in flags.items() for word in pair]
+    return [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"),
+        *("--mixed_precision", config.mixed_precision, str(ROOT / "finetune" / "refl.py")),
+        *(*options, "--window", *steps[1:], "--gradient-checkpointing", "--vae-checkpointing", "--overwrite"),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watched:
+    """What was seen of a command and its descendants; GiB are 2^30 bytes."""
+
+    code: int
+    seconds: float
+    tree_gib: float
+    """Largest sum of resident memory over the processes, looked at five times a second."""
+    process_gib: float
+    """Largest resident memory of any one process, as the kernel kept it."""
+
+
+def watch(argv: Sequence[str]) -> Watched:
+    """Run a command to its end and return its exit code, time and peak memory."""
+    began = time.perf_counter()
+    process = subprocess.Popen(argv)
+    parent = psutil.Process(process.pid)
+    tree = largest = 0
+    while process.poll() is None:
+        try:
+            family = [parent, *parent.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            continue
+        total = 0
+        for one in family:
+            resident, peak = _resident(one.pid)
+            total, largest = total + resident, max(largest, peak)
+        tree = max(tree, total)
+        time.sleep(0.2)
+    seconds = time.perf_counter() - began
+    return Watched(
+        code=process.returncode, seconds=seconds, tree_gib=tree / 2**30, process_gib=largest / 2**30
+    )
+
+
+def _resident(pid: int) -> tuple[int, int]:
+    """Return a process' resident memory and its peak, bytes; zeros once it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0, 0
+    fields = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
+    resident, peak = (int(fields[name][0]) * 1024 if name in fields else 0 for name in ("VmRSS", "VmHWM"))
+    return resident, peak
+
+
+def main(config: Config) -> int:
+    """Build the models, run the driver, report."""
+    with exit_on_user_error():
+        for path in (config.prompts, config.clip_vocab, config.bert_vocab):
+            if path is not None and not path.is_file():
+                raise ValueError(f"{path} is not a file")
+        if not Path("/proc/self/status").is_file():
+            raise ValueError("memory is read from /proc, which this system does not have; use Linux")
+        config.workdir.mkdir(parents=True, exist_ok=True)
+    print(f"models: 4 GB in {config.workdir}", flush=True)
+    # In a process of its own, which takes its memory with it.
+    builder = multiprocessing.get_context("spawn").Process(
+        target=build_sd1, args=(config.workdir, config.clip_vocab, config.bert_vocab)
+    )
+    builder.start()
+    builder.join()
+    if builder.exitcode:
+        return 1
+    argv = command(config)
+    print(" ".join(argv), flush=True)
+    seen = watch(argv)
+    if seen.code:
+        return seen.code
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, precision {config.mixed_precision}")
+    print(
+        f"peak memory {seen.process_gib:.2f} GiB (driver), {seen.tree_gib:.2f} GiB (with the launcher), {seen.seconds:.0f} s in all"
+    )
+    for row in read_jsonl(config.workdir / "run" / "metrics.jsonl"):
+        if "images_per_s" in row:
+            print(
+                f"update {row['step']}: {1 / float(str(row['images_per_s'])):.1f} s, late step {row['late_step']:.0f}"
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse(Config)))

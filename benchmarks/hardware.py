@@ -1,0 +1,66 @@
+"""What the measuring is done on: fresh processes, the memory they used, the name and the peak of the hardware."""
+
+import math
+import multiprocessing
+import platform
+import re
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PEAK_TFLOPS = {  # dense bf16 with float32 accumulation, from the vendor's data sheets; the first pattern that fits
+    r"H200 NVL": 835.0,
+    r"H200": 989.0,
+    r"H100 PCIe": 756.0,
+    r"H100 NVL": 835.0,
+    r"H100": 989.0,
+    r"B200": 2250.0,
+    r"A100": 312.0,
+    r"A10\b": 125.0,
+    r"L40S": 362.0,
+    r"L4\b": 121.0,
+    r"RTX 4090$": 165.0,
+    r"RTX 3090$": 71.0,
+    r"RTX A6000": 155.0,
+}
+
+
+def fresh(function: Callable[..., Any], *arguments: object) -> Any:
+    """Return the function's result from a new process; None where the process was killed, as for want of memory."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            return None
+
+
+def peak_mib(device: str) -> float:
+    """Return the peak of this process: allocated on the CUDA device, or resident in memory (Linux; elsewhere not known)."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    match = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.is_file() else None
+    # Unlike ru_maxrss it does not begin with the parent's.
+    return int(match[1]) / 2**10 if match else math.nan
+
+
+def peak_tflops() -> float:
+    """Return the dense bf16 peak of the CUDA device; ValueError when its name is not in the table."""
+    name = torch.cuda.get_device_name()
+    for pattern, peak in PEAK_TFLOPS.items():
+        if "MIG" not in name and re.search(rf"\b{pattern}", name):
+            return peak
+    raise ValueError(f"the peak of {name} is not known; give --peak-tflops, its dense bf16 TFLOP/s")
+
+
+def name_of_machine(cuda: bool) -> str:
+    """Return the name of what the figures were measured on."""
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
+    gpu = f", {torch.cuda.get_device_name()}" if cuda else ""
+    return f"{match[1] if match else platform.processor()}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"

@@ -1,0 +1,179 @@
+"""The models that are measured: Stable Diffusion 1.x and ImageReward at real size with random weights, and the tiny ones."""
+
+import gzip
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from preftune.families import tiny
+from preftune.families.sd import SD
+from preftune.prompts import read_prompts
+from rewards.imagereward import FULL_SIZE, ImageReward, ImageRewardConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPTS = ROOT / "assets" / "tiny" / "prompts.txt"
+CLIP_TOKENS = 49408
+"""Vocabulary of CLIP's text encoder: 512 bytes, 48,894 merges, start and end."""
+SPECIAL_BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def unet() -> UNet2DConditionModel:
+    """Return the UNet of Stable Diffusion 1.4 and 1.5, 860 M random weights."""
+    return UNet2DConditionModel(
+        sample_size=64,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=(*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+        up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+        block_out_channels=(320, 640, 1280, 1280),
+        layers_per_block=2,
+        cross_attention_dim=768,
+        attention_head_dim=8,
+        norm_num_groups=32,
+    )
+
+
+def autoencoder() -> AutoencoderKL:
+    """Return the autoencoder of Stable Diffusion 1.x, 84 M random weights."""
+    return AutoencoderKL(
+        sample_size=512,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+        norm_num_groups=32,
+        scaling_factor=0.18215,
+    )
+
+
+def text_encoder() -> CLIPTextModel:
+    """Return the text tower of CLIP ViT-L/14, 123 M random weights."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=CLIP_TOKENS,
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            max_position_embeddings=77,
+            projection_dim=768,
+            hidden_act="quick_gelu",
+            bos_token_id=0,
+            eos_token_id=2,  # the published file says so, though the tokenizer does not: pooling relies on it
+            pad_token_id=1,
+        )
+    )
+
+
+def _byte_symbols() -> list[str]:
+    """Return the characters that CLIP writes the bytes with, in the order of its vocabulary."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+
+
+def tokenizer(clip_vocab: Path | None, folder: Path) -> CLIPTokenizer:
+    """Return CLIP's tokenizer, 77 tokens, its vocab.json and merges.txt in folder; None: bytes without merges.
+
+    ValueError when the vocabulary is not the published bpe_simple_vocab_16e6.txt.gz.
+    """
+    symbols, merges = _byte_symbols(), list[str]()
+    if clip_vocab is not None:
+        try:
+            lines = gzip.decompress(clip_vocab.read_bytes()).decode("utf-8").split("\n")
+        except (gzip.BadGzipFile, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"--clip-vocab {clip_vocab} is not bpe_simple_vocab_16e6.txt.gz: {error}"
+            ) from error
+        merges = lines[1 : CLIP_TOKENS - 2 - 2 * len(symbols) + 1]  # the file goes on; CLIP stops here
+    joined = ["".join(merge.split()) for merge in merges]
+    words = [*symbols, *(f"{s}</w>" for s in symbols), *joined, "<|startoftext|>", "<|endoftext|>"]
+    if clip_vocab is not None and len(set(words)) != CLIP_TOKENS:
+        raise ValueError(
+            f"--clip-vocab {clip_vocab} gives {len(set(words))} tokens, the published file {CLIP_TOKENS}"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab, rules = folder / "vocab.json", folder / "merges.txt"
+    vocab.write_text(
+        json.dumps({word: i for i, word in enumerate(words)}, ensure_ascii=False), encoding="utf-8"
+    )
+    rules.write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    return CLIPTokenizer(str(vocab), str(rules), model_max_length=77)
+
+
+def words_for_bert(path: Path, bert_vocab: Path | None) -> Path:
+    """Return a vocab.txt with as many lines as ImageReward's; None writes made-up words to path."""
+    if bert_vocab is not None:
+        return bert_vocab
+    number = FULL_SIZE.vocab_size - 2 - len(SPECIAL_BERT)
+    path.write_text("\n".join([*SPECIAL_BERT, *(f"word{i}" for i in range(number))]) + "\n")
+    return path
+
+
+def build_sd1(folder: Path, clip_vocab: Path | None = None, bert_vocab: Path | None = None) -> None:
+    """Write folder/pipeline (diffusers' format, fp16 on disk) and folder/scorer (ImageReward.save), unless both are there.
+
+    Takes 6 GB of memory and a minute; 4 GB of disk.
+    """
+    if (folder / "scorer").is_dir() and (folder / "pipeline").is_dir():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".parts.tmp-{os.getpid()}"
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        family = SD(
+            unet=unet().half(),
+            vae=autoencoder().half(),
+            text_encoder=text_encoder().half(),
+            tokenizer=tokenizer(clip_vocab, partial / "words"),
+            scheduler_config=tiny.SCHEDULER_CONFIG,
+        )
+    family.save_pipeline(partial / "pipeline")
+    del family
+    ImageReward.build(FULL_SIZE, words_for_bert(partial / "vocab.txt", bert_vocab), seed=0).save(
+        partial / "scorer"
+    )
+    for part in ("pipeline", "scorer"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+        (partial / part).rename(folder / part)
+    shutil.rmtree(partial)
+
+
+def build_tiny(folder: Path) -> tuple[Path, str, Path]:
+    """Return pipeline, scorer and its folder: the embedded ones, or random ones of their sizes, written to folder."""
+    embedded = ROOT / "assets" / "tiny"
+    if (embedded / "pipeline" / "model_index.json").is_file() and (embedded / "imagereward").is_dir():
+        return embedded / "pipeline", "imagereward-tiny", embedded / "imagereward"
+    words = tiny.build_tokenizer(read_prompts(PROMPTS), folder / "words", num_merges=160, max_length=32)
+    SD(
+        unet=tiny.build_unet((64, 128), 1, 96, 8, seed=0),
+        vae=tiny.build_autoencoder((16, 32, 64, 64), 64, seed=0),
+        text_encoder=tiny.build_text_encoder(words, 96, 3, seed=0),
+        tokenizer=words,
+        scheduler_config=tiny.SCHEDULER_CONFIG,
+    ).save_pipeline(folder / "pipeline")
+    vocab = folder / "vocab.txt"
+    vocab.write_text("\n".join([*SPECIAL_BERT, *(f"word{i}" for i in range(100))]) + "\n")
+    sizes = ImageRewardConfig(
+        image_size=64,
+        patch_size=8,
+        vision_width=128,
+        vision_layers=4,
+        vision_heads=4,
+        vocab_size=107,
+        max_positions=32,
+        max_length=22,
+        text_width=128,
+        text_layers=3,
+        text_heads=4,
+        text_intermediate=512,
+        projection=128,
+        head=(128, 64, 32, 16),
+    )
+    ImageReward.build(sizes, vocab, seed=0).save(folder / "scorer")
+    return folder / "pipeline", "imagereward-tiny", folder / "scorer"

@@ -1,0 +1,426 @@
+"""Compare models side by side: a row is a prompt with a seed, a column a model, and scores stand under every picture.
+
+All pictures of a row start from the same noise, so what differs is the weights. Columns are TITLE=WHAT, where WHAT is empty
+(the model itself), a LoRA folder, a run's folder, a folder with a whole UNet, or another pipeline; FOLDER@0.5 puts a LoRA on
+at half strength. Writes OUTPUT.png, and OUTPUT.html that needs no other file; both give each column's mean scores, the page
+also how often it wins against the first column.
+
+    python eval/grid.py --columns base= tuned=runs/refl-tiny half=runs/refl-tiny@0.5
+    python eval/grid.py --model SD_FOLDER --columns base= tuned=runs/refl --prompts refl_data.json --rewards imagereward=1 \
+        --guidance 7.5 --num-steps 50 --scheduler pndm --output runs/refl/grid
+
+Defaults are for the embedded model. Hardware: that one draws on a CPU; Stable Diffusion wants a GPU, and uses one where
+there is one. Left out: confidence intervals, since the few pictures one looks at are too few for a claim.
+"""
+
+import base64
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+import rewards
+from preftune import families
+from preftune import lora as loras
+from preftune.cli import exit_on_user_error, parse
+from preftune.families.sd import SD
+from preftune.images import captioned_grid, save_image, to_pil
+from preftune.prompts import read_prompts
+from preftune.sampling import Drawing, SchedulerName, sample
+from rewards.mix import Mix, parse_weights
+from rewards.shapes import SIZE, in_world
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TEMPLATE = Path(__file__).with_suffix(".html.jinja")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Draw the same prompts and seeds with several models, score the pictures, and write a PNG and an HTML page."""
+
+    model: Path = Path("assets/tiny/pipeline")
+    """Pipeline folder in diffusers' format (Stable Diffusion 1.x or 2.x) that the columns build on."""
+    columns: tuple[str, ...] = ("base=",)
+    """TITLE=WHAT each: nothing, a LoRA folder, a run, a UNet folder or a pipeline; a LoRA or run may end in @WEIGHT."""
+    prompts: Path = Path("assets/tiny/held_out.txt")
+    """Prompt file: txt, json, jsonl, csv, tsv or parquet."""
+    count: int = 8
+    """At most so many prompts, the first of the file."""
+    seeds_per_prompt: int = 1
+    """Pictures of each prompt, a row each."""
+    seed: int = 0
+    """Picture k of prompt i has the seed seed + i * seeds_per_prompt + k."""
+    rewards: tuple[str, ...] = ("imagereward-tiny=1.0", "shapes=1.0")
+    """Scorers with weights; several also give a weighted sum. `--rewards` alone scores nothing."""
+    reward_files: tuple[str, ...] = ()
+    """Weights of scorers on disk, as imagereward=PATH; others come from this repository or the hub's cache."""
+    reward_units: Literal["raw", "card"] = "raw"
+    """Units of the weighted sum: raw adds the scores as they are, card first brings each to mean 0 and deviation 1."""
+    negative: str = ""
+    """Prompt that guidance points away from, such as "Weird image."; all columns have it."""
+    guidance: float = 3.0
+    """Classifier-free guidance scale; 1 = none, 7.5 is Stable Diffusion's custom."""
+    num_steps: int = 25
+    """Denoising steps."""
+    scheduler: SchedulerName = "ddim"
+    """Sampler; pndm is that of Stable Diffusion's pipeline."""
+    height: int | None = None
+    """Pixels; None = what the model was trained at."""
+    width: int | None = None
+    """Pixels; None = what the model was trained at."""
+    batch: int = 8
+    """Pictures in one pass; changes speed, not pictures."""
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Arithmetic of the models; scorers stay in fp32."""
+    output: Path = Path("grid")
+    """Name of the files to write, without .png and .html."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("count", self.count), ("seeds-per-prompt", self.seeds_per_prompt)):
+            if value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
+        if self.seed < 0:
+            raise ValueError(f"--seed must be at least 0, got {self.seed}")
+        if not self.columns:
+            raise ValueError("--columns is empty; name at least one, as in --columns base= tuned=runs/refl")
+        titles = [split_term(term)[0] for term in self.columns]
+        if repeated := {title for title in titles if titles.count(title) > 1}:
+            raise ValueError(f"--columns repeats the title {min(repeated)}; give each column its own")
+        if self.negative and self.guidance == 1:
+            raise ValueError("--negative does nothing at --guidance 1; choose another guidance, such as 3")
+        if self.precision == "fp16" and not torch.cuda.is_available():
+            raise ValueError("--precision fp16 needs a GPU; use fp32 or bf16")
+        if self.output.suffix in (".png", ".html") or not self.output.name:
+            raise ValueError(f"--output {self.output} must be a name without .png or .html; both are written")
+        self.weights()
+        self.drawing(8)
+
+    def drawing(self, own_side: int) -> Drawing:
+        """Return how to draw, given the side in pixels that the model was trained at."""
+        try:
+            return Drawing(
+                num_steps=self.num_steps,
+                guidance=self.guidance,
+                scheduler=self.scheduler,
+                height=own_side if self.height is None else self.height,
+                width=own_side if self.width is None else self.width,
+                batch=self.batch,
+            )
+        except ValueError as error:
+            raise ValueError(str(error).replace("--draw.", "--")) from error
+
+    def weights(self) -> dict[str, float]:
+        """Return scorer name -> weight."""
+        return parse_weights(self.rewards) if self.rewards else {}
+
+    def files(self) -> dict[str, Path]:
+        """Return scorer name -> weights on disk."""
+        found = {name: Path(path) for name, _, path in (term.partition("=") for term in self.reward_files)}
+        if unused := set(found) - set(self.weights()):
+            raise ValueError(
+                f"--reward-files names {', '.join(sorted(unused))}, which --rewards does not use"
+            )
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A model to draw with: a pipeline, with a LoRA on it or another UNet in it, but not both."""
+
+    title: str
+    source: str  # as the user wrote it
+    pipeline: Path
+    unet: Path | None = None
+    lora: Path | None = None
+    weight: float = 1.0  # of the LoRA
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """What was drawn and scored: C columns of N pictures, S scorers, M measures (the scorers; if several, their sum)."""
+
+    columns: Sequence[Column]
+    prompts: Sequence[str]  # N
+    seeds: Sequence[int]  # N
+    pictures: Sequence[Tensor]  # C of (N, 3, H, W) in [0, 1]
+    scorers: Sequence[str]  # S
+    measures: Sequence[str]  # M
+    scores: NDArray[np.float64]  # (C, N, M)
+
+    def means(self) -> NDArray[np.float64]:
+        """Return the mean of each measure, (C, M)."""
+        return self.scores.mean(1)
+
+    def wins(self) -> NDArray[np.float64]:
+        """Return the share of pictures that beat those of the first column, ties counted half, (C, M)."""
+        return ((np.sign(self.scores - self.scores[:1]) + 1) / 2).mean(1)
+
+    def best(self) -> NDArray[np.bool_]:
+        """Return which scores are the best of their row, (C, N, M); none where all are equal."""
+        best = self.scores == self.scores.max(0)
+        return best & (best.sum(0) < len(self.columns))
+
+    def lines(self, values: NDArray[np.float64]) -> list[str]:
+        """Return a line for each scorer, of M values."""
+        return [f"{name} {value:.3f}" for name, value in zip(self.scorers, values, strict=False)]
+
+
+def split_term(term: str) -> tuple[str, str]:
+    """Return TITLE and WHAT of a column."""
+    title, equals, source = term.partition("=")
+    if not equals or not title.strip():
+        raise ValueError(f"column {term!r} is not TITLE=WHAT, as in base= or tuned=runs/refl")
+    return title, source
+
+
+def parse_column(term: str, model: Path) -> Column:
+    """Return the column that TITLE=WHAT describes; the files in WHAT tell its kind. ValueError when it has none."""
+    title, source = split_term(term)
+    if not source:
+        return Column(title=title, source=source, pipeline=model)
+    name, at, strength = source.rpartition("@")
+    weighted = bool(at) and not Path(source).exists()  # a folder may have an @ in its name
+    folder = Path(name if weighted else source)
+    where = f"column {title!r}: {folder}"
+    if not folder.is_dir():
+        raise ValueError(f"{where} {'is a file, not a folder' if folder.exists() else 'does not exist'}")
+    pipeline, unet, lora, weight = model, None, None, 1.0
+    inside = [part for part in ("lora", "unet") if (folder / part).is_dir()]
+    if (folder / "model_index.json").is_file():
+        families.check(folder)
+        pipeline = folder
+    elif len(inside) == 2:
+        raise ValueError(f"{where} holds both lora/ and unet/; name one of them")
+    else:
+        part = folder / inside[0] if inside else folder
+        if (part / loras.FILE).is_file():
+            lora = part
+        elif (part / "config.json").is_file():
+            check_unet(part, model, where)
+            unet = part
+        else:
+            raise ValueError(
+                f"{where} is no pipeline (model_index.json), no LoRA ({loras.FILE}), no UNet (config.json)"
+                " and no run with lora/ or unet/ in it"
+            )
+    if weighted:
+        try:
+            weight = float(strength)
+        except ValueError:
+            weight = math.nan
+        if lora is None or not math.isfinite(weight):
+            raise ValueError(f"column {term!r}: @ goes before the weight of a LoRA, as in runs/refl@0.5")
+    return Column(title=title, source=source, pipeline=pipeline, unet=unet, lora=lora, weight=weight)
+
+
+def check_unet(folder: Path, model: Path, where: str) -> None:
+    """Raise ValueError unless the folder holds a UNet that takes the model's latents and text; reads no weights."""
+    mine, base = read_json(folder / "config.json"), read_json(model / "unet" / "config.json")
+    for key in ("_class_name", "in_channels", "out_channels", "cross_attention_dim"):
+        if mine.get(key) != base.get(key):
+            raise ValueError(
+                f"{where} has {key} {mine.get(key)}, but the UNet of {model} has {base.get(key)}"
+            )
+    if not any(folder.glob("diffusion_pytorch_model*.safetensors")):
+        raise ValueError(f"{where} has no diffusion_pytorch_model.safetensors")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object that a file holds."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold an object, not a {type(content).__name__}")
+    return content
+
+
+def own_side(model: Path) -> int:
+    """Return the side in pixels that a pipeline was trained at: its UNet's times the factor of its autoencoder."""
+    latents = read_json(model / "unet" / "config.json").get("sample_size")
+    levels = read_json(model / "vae" / "config.json").get("block_out_channels")
+    if not isinstance(latents, int) or not isinstance(levels, list):
+        raise ValueError(f"{model} does not say which size it was trained at; give --height and --width")
+    return latents * 2 ** (len(levels) - 1)
+
+
+def check_inputs(config: Config) -> tuple[list[Column], list[str], list[int], Drawing]:
+    """Return columns, the prompt and the seed of each picture, and how to draw; ValueError before any weight loads."""
+    families.check(config.model)
+    columns = [parse_column(term, config.model) for term in config.columns]
+    chosen = read_prompts(config.prompts)[: config.count]
+    prompts = [prompt for prompt in chosen for _ in range(config.seeds_per_prompt)]
+    seeds = [config.seed + index for index in range(len(prompts))]
+    drawing = config.drawing(8 if config.height and config.width else own_side(config.model))
+    files = config.files()
+    for name in config.weights():
+        rewards.check(name, files.get(name))
+        if name == "shapes" and not (in_world(chosen) and (drawing.height, drawing.width) == (SIZE, SIZE)):
+            raise ValueError(
+                f"the scorer shapes judges {SIZE} x {SIZE} pictures of captions of the shapes world only, not"
+                f" {drawing.width} x {drawing.height} pictures of {config.prompts}; leave it out of --rewards"
+            )
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(config.output.parent, os.W_OK):
+        raise ValueError(f"--output {config.output}: the folder {config.output.parent} cannot be written to")
+    return columns, prompts, seeds, drawing
+
+
+def draw(
+    columns: Sequence[Column],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    drawing: Drawing,
+    config: Config,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Return title -> pixels (N, 3, H, W) of columns that share a pipeline, which is loaded once."""
+    tuned = [column for column in columns if column.lora is not None]
+    with exit_on_user_error():
+        family = families.load(columns[0].pipeline, device, DTYPES[config.precision])
+        for column in tuned:  # all of them before the first picture: one that does not fit is found at once
+            wear(family, column, tuned=True)
+    pictures = {}
+    for column in columns:
+        with exit_on_user_error():
+            worn = wear(family, column, tuned=bool(tuned))
+        with worn:
+            pictures[column.title] = sample(
+                family, prompts, seeds, drawing, negative=config.negative, progress=f"drawing {column.title}"
+            )
+    return pictures
+
+
+def wear(family: SD, column: Column, *, tuned: bool) -> AbstractContextManager[None]:
+    """Give the family the column's weights and return the context to draw in; `tuned` says that its UNet has a LoRA."""
+    family.denoiser = family.unet
+    if column.lora is not None:
+        loras.load(family.unet, column.lora, column.weight)
+        family.to(family.device, family.vae.dtype)
+    elif column.unet is not None:
+        # By the class of the pipeline's own UNet, so that only the families name classes of diffusers.
+        family.denoiser = type(family.unet).from_pretrained(
+            column.unet, torch_dtype=family.vae.dtype, use_safetensors=True, local_files_only=True
+        )
+        family.denoiser.to(family.device).requires_grad_(False).eval()
+    elif tuned:
+        return loras.disabled(family.unet)
+    return nullcontext()
+
+
+def load_mix(config: Config, device: torch.device) -> Mix | None:
+    """Return the scorers; None where there are none."""
+    weights, files = config.weights(), config.files()
+    scorers = [rewards.load(name, weights=files.get(name), device=device) for name in weights]
+    return Mix(scorers, weights, config.reward_units) if scorers else None
+
+
+@torch.no_grad()
+def score(pixels: Tensor, prompts: Sequence[str], mix: Mix, batch: int, device: torch.device) -> Tensor:
+    """Return (N, M): the scorers' columns, and their weighted sum if there are several."""
+    parts = []
+    for start in range(0, len(prompts), batch):
+        mixed = mix(pixels[start : start + batch].to(device), prompts[start : start + batch])
+        columns = [mixed.scores] if len(mix.names) == 1 else [mixed.scores, mixed.rewards[:, None]]
+        parts.append(torch.cat(columns, 1).cpu())
+    return torch.cat(parts)
+
+
+def to_png(sheet: Sheet) -> Image.Image:
+    """Return the grid as a picture."""
+    numbers = range(len(sheet.prompts))
+    return captioned_grid(
+        [[pixels[i] for pixels in sheet.pictures] for i in numbers],
+        row_captions=[f"{sheet.prompts[i]}\nseed {sheet.seeds[i]}" for i in numbers],
+        column_titles=[
+            "\n".join([column.title, *sheet.lines(mean)])
+            for column, mean in zip(sheet.columns, sheet.means(), strict=True)
+        ],
+        cell_captions=[["\n".join(sheet.lines(values[i])) for values in sheet.scores] for i in numbers],
+        cell_size=256,
+    )
+
+
+def to_html(sheet: Sheet, facts: str) -> str:
+    """Return the page: means and wins, then the grid with its pictures inlined; prompts and titles are escaped."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        sheet=sheet,
+        facts=facts,
+        base64_png=base64_png,
+        side=min(max(sheet.pictures[0].shape[-1], 192), 320),
+    )
+
+
+def base64_png(pixels: Tensor) -> str:
+    """Return a PNG of (3, H, W) as base64 text."""
+    buffer = io.BytesIO()
+    to_pil(pixels).save(buffer, format="PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def main(config: Config) -> int:
+    """Draw, score and write."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with exit_on_user_error():
+        columns, prompts, seeds, drawing = check_inputs(config)
+        mix = load_mix(config, device)
+    drawn: dict[str, Tensor] = {}
+    for pipeline in dict.fromkeys(column.pipeline.resolve() for column in columns):
+        group = [column for column in columns if column.pipeline.resolve() == pipeline]
+        drawn |= draw(group, prompts, seeds, drawing, config, device)
+    pictures = [drawn[column.title] for column in columns]
+    names, scores = mix.names if mix else (), torch.empty(len(columns), len(prompts), 0)
+    if mix:
+        scores = torch.stack([score(pixels, prompts, mix, config.batch, device) for pixels in pictures])
+    total = " + ".join(f"{weight:g} x {name}" for name, weight in config.weights().items())
+    sheet = Sheet(
+        columns=columns,
+        prompts=prompts,
+        seeds=seeds,
+        pictures=pictures,
+        scorers=names,
+        measures=(*names, total) if len(names) > 1 else names,
+        scores=scores.double().numpy(),
+    )
+    facts = (
+        f"Model {config.model}; {drawing.num_steps} steps of {drawing.scheduler}, guidance {drawing.guidance:g},"
+        f" {drawing.width} x {drawing.height} pixels, negative prompt {config.negative!r}."
+    )
+    png, page = (config.output.with_name(config.output.name + suffix) for suffix in (".png", ".html"))
+    save_image(to_png(sheet), png)
+    write_text(page, to_html(sheet, facts))
+    for column, mean in zip(columns, sheet.means(), strict=True):
+        print("  ".join([column.title, *sheet.lines(mean)]))  # noqa: T201
+    print(f"{png} and {page}")  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse(Config)))
