@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import platform
 import re
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -37,6 +38,17 @@ def fresh(function: Callable[..., Any], *arguments: object) -> Any:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool:
             return None
+
+
+def seconds(action: Callable[[int], object], index: int, device: str) -> float:
+    """Return the time of action(index), begun and ended with an idle device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    action(index)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def peak_mib(device: str) -> float:

@@ -21,7 +21,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import rewards
-from benchmarks.hardware import fresh, name_of_machine, peak_mib, peak_tflops
+from benchmarks.hardware import fresh, name_of_machine, peak_mib, peak_tflops, seconds
 from benchmarks.models import PROMPTS, build_sd1, build_tiny
 from finetune import refl
 from finetune.optimizer import adamw
@@ -144,7 +143,10 @@ class Trial:
 
 
 def optimised(trial: Trial, denoiser: nn.Module, loss: Update) -> Update:
-    """Return `loss` with what follows it: backward, clip and AdamW as in refl.Config; fp16 with loss scaling."""
+    """Return `loss` with what follows it: backward, clip and AdamW as in refl.Config; fp16 with loss scaling.
+
+    FloatingPointError where the loss is not a number.
+    """
     config = trial.refl().run
     weights = [weight for weight in denoiser.parameters() if weight.requires_grad]
     optimizer = adamw(config, weights, config.lr)
@@ -152,6 +154,8 @@ def optimised(trial: Trial, denoiser: nn.Module, loss: Update) -> Update:
 
     def update(index: int) -> Tensor:
         value = loss(index)
+        if not value.isfinite():  # the driver looks as well, and waits for the device
+            raise FloatingPointError(f"the loss of update {index} is {value.item()}")
         scaler.scale(value).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
@@ -202,16 +206,12 @@ def plain(trial: Trial) -> Update:
     scorer = rewards.load(trial.scorer, weights=trial.scorer_files, device=device, dtype=half)
     scheduler = DDPMScheduler.from_config({**parts.scheduler_config, "steps_offset": 0, "clip_sample": False})
     autocast(trial, unet)
-    side = config.size // 8
+    side, length = config.size // 8, tokenizer.model_max_length
 
     def loss(index: int) -> Tensor:
         texts = trial.prompts(index)
         tokens = tokenizer(
-            texts,
-            padding="max_length",
-            truncation=True,
-            max_length=tokenizer.model_max_length,
-            return_tensors="pt",
+            texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         )
         states = text_encoder(tokens.input_ids.to(device))[0]
         scheduler.set_timesteps(trial.num_steps, device=device)
@@ -245,13 +245,11 @@ def measure(trial: Trial, compare: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"before_mib": peak_mib("cpu")}
     try:
         loops = [_warm(trial)]
-        row["peak_mib"] = peak_mib(
-            trial.device
-        )  # the last update had AdamW's moments, and there is no rival yet
+        row["peak_mib"] = peak_mib(trial.device)  # with AdamW's moments, and before there is a rival
         if compare:
             loops.append(_warm(as_published(trial)))
         turns = range(WARMUP, WARMUP + trial.repeats)
-        row["times"] = [[_seconds(loop, index, trial.device) for loop in loops] for index in turns]
+        row["times"] = [[seconds(loop, index, trial.device) for loop in loops] for index in turns]
     except torch.OutOfMemoryError:
         return row | {"error": "out of memory" + " beside the plain loop" * ("peak_mib" in row)}
     except FloatingPointError as error:
@@ -269,22 +267,8 @@ def _warm(trial: Trial) -> Update:
     if trial.device == "cuda":
         torch.cuda.reset_peak_memory_stats()  # loading is not an update
     for index in range(WARMUP):
-        _seconds(update, index, trial.device)
+        update(index)
     return update
-
-
-def _seconds(update: Update, index: int, device: str) -> float:
-    """Return the time of an update, begun and ended with an idle device; FloatingPointError unless its loss is finite."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    loss = update(index)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
-    if not loss.isfinite():
-        raise FloatingPointError(f"the loss of update {index} is {loss.item()}")
-    return seconds
 
 
 def count_flops(trial: Trial) -> int | None:
@@ -326,10 +310,7 @@ def trials(config: Config, model: str, pipeline: Path, scorer: str, scorer_files
                 scorer_files=scorer_files,
                 device="cuda" if cuda else "cpu",
                 batch=batch,
-                num_steps=config.num_steps,
-                late=config.late,
-                repeats=config.repeats,
-                threads=config.threads,
+                **{name: config.__dict__[name] for name in ("num_steps", "late", "repeats", "threads")},
                 **setting,
             )
             for setting in settings
@@ -386,13 +367,9 @@ def main(config: Config) -> int:
     models = config.models or (("tiny", "sd1") if cuda else ("tiny",))
     with exit_on_user_error():
         if "sd1" in models and not cuda:
-            raise ValueError(
-                "--models sd1 needs a CUDA device and there is none; benchmarks/full_size.py runs it on the CPU"
-            )
+            raise ValueError("--models sd1 needs a CUDA device; benchmarks/full_size.py runs it on the CPU")
         if "fp16" in (config.precision or ()) and "tiny" in models:
-            raise ValueError(
-                "--precision fp16 needs a CUDA device, and tiny runs on the CPU; add --models sd1"
-            )
+            raise ValueError("--precision fp16 needs a CUDA device, and tiny runs on the CPU: --models sd1")
         if "sd1" in models and config.peak_tflops is None:
             peak_tflops()
         if config.output is not None:
@@ -400,10 +377,8 @@ def main(config: Config) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     machine = name_of_machine("sd1" in models)
-    print(
-        f"{machine}; late step {config.late} of {config.num_steps}; medians of {config.repeats}\n{HEADER}",
-        flush=True,
-    )
+    print(f"{machine}; late step {config.late} of {config.num_steps}; medians of {config.repeats}")
+    print(HEADER, flush=True)
     rows = []
     for model in models:
         with tempfile.TemporaryDirectory() as scratch:

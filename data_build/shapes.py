@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from preftune.cli import parse
+from preftune.cli import exit_on_user_error, parse
 from preftune.records import write_jsonl
 from rewards.shapes_drawing import change_one_word, draw, place, random_defects, random_scene, to_bytes
 
@@ -67,8 +67,9 @@ def picture(index: int, config: Config) -> tuple[NDArray[np.uint8], dict[str, ob
 
 def main(config: Config) -> None:
     """Write the folder under a temporary name, then rename it."""
-    if config.output.exists():
-        raise ValueError(f"{config.output} exists already; remove it or choose another --output")
+    with exit_on_user_error():
+        if config.output.exists():
+            raise ValueError(f"{config.output} exists already; remove it or choose another --output")
     partial = config.output.with_name(config.output.name + f".tmp-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

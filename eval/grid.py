@@ -6,8 +6,7 @@ at half strength. Writes OUTPUT.png, and OUTPUT.html that needs no other file; b
 also how often it wins against the first column.
 
     python eval/grid.py --columns base= tuned=runs/refl-tiny half=runs/refl-tiny@0.5
-    python eval/grid.py --model SD_FOLDER --columns base= tuned=runs/refl --prompts refl_data.json --rewards imagereward=1 \
-        --guidance 7.5 --num-steps 50 --scheduler pndm --output runs/refl/grid
+    python eval/grid.py --model SD_FOLDER --columns base= tuned=runs/refl --prompts refl_data.json --rewards imagereward=1 --guidance 7.5
 
 Defaults are for the embedded model. Hardware: that one draws on a CPU; Stable Diffusion wants a GPU, and uses one where
 there is one. Left out: confidence intervals, since the few pictures one looks at are too few for a claim.
@@ -67,8 +66,6 @@ class Config:
     """Scorers with weights; several also give a weighted sum. `--rewards` alone scores nothing."""
     reward_files: tuple[str, ...] = ()
     """Weights of scorers on disk, as imagereward=PATH; others come from this repository or the hub's cache."""
-    reward_units: Literal["raw", "card"] = "raw"
-    """Units of the weighted sum: raw adds the scores as they are, card first brings each to mean 0 and deviation 1."""
     negative: str = ""
     """Prompt that guidance points away from, such as "Weird image."; all columns have it."""
     guidance: float = 3.0
@@ -280,33 +277,8 @@ def check_inputs(config: Config) -> tuple[list[Column], list[str], list[int], Dr
     return columns, prompts, seeds, drawing
 
 
-def draw(
-    columns: Sequence[Column],
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    drawing: Drawing,
-    config: Config,
-    device: torch.device,
-) -> dict[str, Tensor]:
-    """Return title -> pixels (N, 3, H, W) of columns that share a pipeline, which is loaded once."""
-    tuned = [column for column in columns if column.lora is not None]
-    with exit_on_user_error():
-        family = families.load(columns[0].pipeline, device, DTYPES[config.precision])
-        for column in tuned:  # all of them before the first picture: one that does not fit is found at once
-            wear(family, column, tuned=True)
-    pictures = {}
-    for column in columns:
-        with exit_on_user_error():
-            worn = wear(family, column, tuned=bool(tuned))
-        with worn:
-            pictures[column.title] = sample(
-                family, prompts, seeds, drawing, negative=config.negative, progress=f"drawing {column.title}"
-            )
-    return pictures
-
-
 def wear(family: SD, column: Column, *, tuned: bool) -> AbstractContextManager[None]:
-    """Give the family the column's weights and return the context to draw in; `tuned` says that its UNet has a LoRA."""
+    """Give the family the column's weights, and return the context to draw in; `tuned`: a LoRA is on its UNet."""
     family.denoiser = family.unet
     if column.lora is not None:
         loras.load(family.unet, column.lora, column.weight)
@@ -326,7 +298,7 @@ def load_mix(config: Config, device: torch.device) -> Mix | None:
     """Return the scorers; None where there are none."""
     weights, files = config.weights(), config.files()
     scorers = [rewards.load(name, weights=files.get(name), device=device) for name in weights]
-    return Mix(scorers, weights, config.reward_units) if scorers else None
+    return Mix(scorers, weights, "raw") if scorers else None
 
 
 @torch.no_grad()
@@ -345,7 +317,7 @@ def to_png(sheet: Sheet) -> Image.Image:
     numbers = range(len(sheet.prompts))
     return captioned_grid(
         [[pixels[i] for pixels in sheet.pictures] for i in numbers],
-        row_captions=[f"{sheet.prompts[i]}\nseed {sheet.seeds[i]}" for i in numbers],
+        row_captions=[f"seed {sheet.seeds[i]}\n{sheet.prompts[i]}" for i in numbers],
         column_titles=[
             "\n".join([column.title, *sheet.lines(mean)])
             for column, mean in zip(sheet.columns, sheet.means(), strict=True)
@@ -355,17 +327,11 @@ def to_png(sheet: Sheet) -> Image.Image:
     )
 
 
-def to_html(sheet: Sheet, facts: str) -> str:
+def to_html(sheet: Sheet, config: Config, drawing: Drawing) -> str:
     """Return the page: means and wins, then the grid with its pictures inlined; prompts and titles are escaped."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        sheet=sheet,
-        facts=facts,
-        base64_png=base64_png,
-        side=min(max(sheet.pictures[0].shape[-1], 192), 320),
-    )
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(sheet=sheet, config=config, drawing=drawing, base64_png=base64_png)
 
 
 def base64_png(pixels: Tensor) -> str:
@@ -378,11 +344,8 @@ def base64_png(pixels: Tensor) -> str:
 def write_text(path: Path, text: str) -> None:
     """Write a file, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def main(config: Config) -> int:
@@ -394,7 +357,18 @@ def main(config: Config) -> int:
     drawn: dict[str, Tensor] = {}
     for pipeline in dict.fromkeys(column.pipeline.resolve() for column in columns):
         group = [column for column in columns if column.pipeline.resolve() == pipeline]
-        drawn |= draw(group, prompts, seeds, drawing, config, device)
+        tuned = [column.lora for column in group if column.lora]
+        with exit_on_user_error():
+            family = families.load(pipeline, device, DTYPES[config.precision])
+            for folder in tuned:  # one that does not fit is found before the first picture
+                loras.load(family.unet, folder)
+        for column in group:
+            with exit_on_user_error():
+                worn = wear(family, column, tuned=bool(tuned))
+            with worn:
+                drawn[column.title] = sample(
+                    family, prompts, seeds, drawing, negative=config.negative, progress=column.title
+                )
     pictures = [drawn[column.title] for column in columns]
     names, scores = mix.names if mix else (), torch.empty(len(columns), len(prompts), 0)
     if mix:
@@ -409,13 +383,9 @@ def main(config: Config) -> int:
         measures=(*names, total) if len(names) > 1 else names,
         scores=scores.double().numpy(),
     )
-    facts = (
-        f"Model {config.model}; {drawing.num_steps} steps of {drawing.scheduler}, guidance {drawing.guidance:g},"
-        f" {drawing.width} x {drawing.height} pixels, negative prompt {config.negative!r}."
-    )
     png, page = (config.output.with_name(config.output.name + suffix) for suffix in (".png", ".html"))
     save_image(to_png(sheet), png)
-    write_text(page, to_html(sheet, facts))
+    write_text(page, to_html(sheet, config, drawing))
     for column, mean in zip(columns, sheet.means(), strict=True):
         print("  ".join([column.title, *sheet.lines(mean)]))  # noqa: T201
     print(f"{png} and {page}")  # noqa: T201

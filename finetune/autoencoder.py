@@ -75,9 +75,9 @@ def main(config: Config) -> int:
         check(config.run)
         samples = read_samples(config.data)
         run = Run(config.run, driver="autoencoder", config_text=dump(config))
+        vae = build_autoencoder(config.widths, config.size, seed=config.run.seed)
+        module = run.prepare(Reconstruct(vae))
     paths = [sample.path for sample in samples]
-    vae = build_autoencoder(config.widths, config.size, seed=config.run.seed)
-    module = run.prepare(Reconstruct(vae))
 
     def load(chosen: list[Path]) -> Tensor:
         return torch.stack([load_pixels(path, config.size) for path in chosen]).to(run.device) * 2 - 1

@@ -85,11 +85,11 @@ def main(config: Config) -> int:
         families.check(config.model)
         samples = read_samples(config.data)
         run = Run(config.run, driver="pretrain", config_text=dump(config))
-    family = families.load(config.model, run.device)
-    family.trainable(config.lora, config.run.seed).train()
-    if config.train_text_encoder:
-        family.text_encoder.requires_grad_(True).train()
-    module = run.prepare(TextToImage(family))
+        family = families.load(config.model, run.device)
+        family.trainable(config.lora, config.run.seed).train()
+        if config.train_text_encoder:
+            family.text_encoder.requires_grad_(True).train()
+        module = run.prepare(TextToImage(family))
     cache = encode_all(family, samples, config.size) if config.cache_latents else None
 
     def write(folder: Path) -> None:

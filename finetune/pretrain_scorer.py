@@ -160,8 +160,8 @@ def main(config: Config) -> int:
             )
         samples = read_samples(config.data)
         run = Run(config.run, driver="pretrain_scorer", config_text=dump(config))
-    scorer = build(config)
-    module = run.prepare(Pretraining(scorer, config.temperature))
+        scorer = build(config)
+        module = run.prepare(Pretraining(scorer, config.temperature))
 
     def write(folder: Path) -> None:
         with run.ema_weights():

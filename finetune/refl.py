@@ -211,7 +211,7 @@ def main(config: Config) -> int:  # noqa: C901 - the loop stays in one piece
         prompts, held_out, samples = check_inputs(config)
         run = Run(config.run, driver="refl", config_text=dump(config))
         family, mix, denoiser = load(config, run.device)
-    family.denoiser = run.prepare(denoiser)
+        family.denoiser = run.prepare(denoiser)
     window = config.window[0], config.window[1] + 1
 
     def write(folder: Path) -> None:

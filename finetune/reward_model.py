@@ -130,10 +130,10 @@ def main(config: Config) -> int:
         check(config.run)
         rankings = [ranking for folder in config.data for ranking in read_rankings(folder)]
         train, held = split(rankings, config.valid_share, config.run.seed)
+        scorer = ImageReward.load(config.model)
+        freeze(scorer, config.frozen_share)
         run = Run(config.run, driver="reward_model", config_text=dump(config))
-    scorer = ImageReward.load(config.model)
-    freeze(scorer, config.frozen_share)
-    module = run.prepare(Ranker(scorer))
+        module = run.prepare(Ranker(scorer))
     size, best = scorer.config.image_size, 0.0
 
     for step in run.steps():

@@ -85,11 +85,8 @@ def change_one_word(scene: Scene, rng: Generator) -> Scene:
         if counted:
             single = replace(things[0], size=None)
             return replace(scene, things=(single,) * _other(rng, [1, 2, 3], len(things)))
-        return replace(
-            scene,
-            things=tuple(thing for k, thing in enumerate(things) if k != int(rng.integers(len(things))))
-            or (things[0],),
-        )
+        gone = int(rng.integers(len(things)))
+        return replace(scene, things=tuple(thing for k, thing in enumerate(things) if k != gone))
     sized = [k for k, thing in enumerate(things) if thing.size]
     k = int(rng.choice(sized)) if way == "size" else int(rng.integers(len(things)))
     old = things[k]
@@ -134,6 +131,10 @@ def place(scene: Scene, rng: Generator) -> list[Placed]:
         reach = [
             extent(thing.shape, radius) + _GAP for thing, radius in zip(scene.things, radii, strict=True)
         ]
+        corner = [  # a square and a cross reach furthest at their corners, 1.2533 radii away
+            max(r - _GAP, 1.2533 * radius * (thing.shape in ("square", "cross")))
+            for thing, r, radius in zip(scene.things, reach, radii, strict=True)
+        ]
         xy = [rng.uniform(r, SIZE - 1 - r, 2) for r in reach]
         if scene.relation:
             dx, dy = RELATIONS[scene.relation]
@@ -142,7 +143,7 @@ def place(scene: Scene, rng: Generator) -> list[Placed]:
             if along < max(8.0, across):
                 continue
         pairs = [(i, j) for i in range(number) for j in range(i)]
-        if all(np.hypot(*(xy[i] - xy[j])) > reach[i] + reach[j] - _GAP for i, j in pairs):
+        if all(np.hypot(*(xy[i] - xy[j])) > corner[i] + corner[j] + _GAP for i, j in pairs):
             rows = zip(scene.things, xy, radii, strict=True)
             return [
                 Placed(thing=thing, x=float(at[0]), y=float(at[1]), radius=radius)

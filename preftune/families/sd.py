@@ -34,6 +34,8 @@ def check(folder: Path) -> None:
         parts = json.loads(index.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{index} is not JSON: {error}") from error
+    if not isinstance(parts, dict):
+        raise ValueError(f"{index} holds no JSON object; save a pipeline with pipe.save_pretrained(folder)")
     missing = [part for part in PARTS if part not in parts or not (folder / part).is_dir()]
     if missing or "text_encoder_2" in parts:
         what = f"lacks {', '.join(missing)}" if missing else "has a second text encoder"

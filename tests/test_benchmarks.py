@@ -1,0 +1,265 @@
+"""The benchmarks in miniature: what they measure must be the driver's own update, and the table must come out."""
+
+import gzip
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from benchmarks import full_size, hardware, models, refl_step
+from finetune import refl
+from preftune import cli
+from rewards.imagereward import ImageReward, ImageRewardConfig
+
+
+def small_scorer(folder: Path) -> Path:
+    """An ImageReward of a few thousand weights, for the preprocessing of imagereward-tiny's card."""
+    words = [*models.SPECIAL_BERT, "red", "blue"]
+    vocab = folder / "vocab.txt"
+    vocab.write_text("\n".join(words) + "\n")
+    sizes = ImageRewardConfig(
+        image_size=64,
+        patch_size=32,
+        vision_width=16,
+        vision_layers=1,
+        vision_heads=2,
+        vocab_size=len(words) + 2,
+        max_positions=8,
+        max_length=8,
+        text_width=16,
+        text_layers=1,
+        text_heads=2,
+        text_intermediate=16,
+        projection=8,
+        head=(16, 16, 8, 8),
+    )
+    ImageReward.build(sizes, vocab, seed=0).save(folder / "scorer")
+    return folder / "scorer"
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """Measuring sets the number of threads; the other tests keep theirs."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory: pytest.TempPathFactory) -> refl_step.Trial:
+    folder = tmp_path_factory.mktemp("parts")
+    return refl_step.Trial(
+        loop="ours",
+        model="tiny",
+        pipeline=tiny.pipeline_folder(folder / "pipeline"),
+        scorer="imagereward-tiny",
+        scorer_files=small_scorer(folder),
+        device="cpu",
+        precision="no",
+        train="lora",
+        checkpointing="off",
+        compile="off",
+        batch=1,
+        num_steps=3,
+        late=1,
+        repeats=3,
+        threads=1,
+    )
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_measure_compares_in_turns(trial: refl_step.Trial, train: str) -> None:
+    row = refl_step.measure(replace(trial, train=train), compare=True)
+    mine, others = zip(*row["times"], strict=True)
+    assert row["s_per_update"] == sorted(mine)[1]
+    assert row["plain_s_per_update"] == sorted(others)[1]
+    assert row["speed_up"] == pytest.approx(sorted(others)[1] / sorted(mine)[1])
+    assert row["images_per_s"] == pytest.approx(1 / sorted(mine)[1])
+
+
+@pytest.mark.parametrize("loop", ["ours", "plain"])
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_an_update_trains_the_denoiser_only(
+    trial: refl_step.Trial, loop: str, train: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The update must move the trained weights: a benchmark of a loss without gradient would look fast."""
+    trained: list[torch.nn.Parameter] = []
+    adamw = refl_step.adamw
+
+    def spy(config: object, weights: list[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        trained.extend(weights)
+        return adamw(config, weights, lr)
+
+    monkeypatch.setattr(refl_step, "adamw", spy)
+    update = getattr(refl_step, loop)(replace(trial, train=train))
+    before = [weight.detach().clone() for weight in trained]
+    for index in range(2):
+        loss = update(index)
+    moved = [not torch.equal(weight, old) for weight, old in zip(trained, before, strict=True)]
+    assert sum(moved) > 0.9 * len(moved) if train == "full" else all(moved)
+    assert 0 < loss < 4e-3  # lambda relu(2 - r) of an untrained scorer, |r| of order 1
+    assert all(weight.grad is None for weight in trained)
+
+
+def test_both_loops_have_the_same_loss(trial: refl_step.Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without noise, from the same x_T, the plain loop computes what the driver computes: the same work is timed."""
+    monkeypatch.setattr(torch, "randn", lambda *size, **_: torch.full(_shape(size), 0.3))
+    monkeypatch.setattr(  # DDPM draws the noise of a step from where it imported randn_tensor
+        "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda shape, **_: torch.zeros(shape)
+    )
+    monkeypatch.setattr(torch.Tensor, "clamp", lambda self, *_, **__: self)  # the one intended difference
+    losses = [float(make(trial)(0)) for make in (refl_step.ours, refl_step.plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def _shape(size: tuple[object, ...]) -> tuple[int, ...]:
+    return tuple(size[0]) if isinstance(size[0], tuple | list | torch.Size) else size
+
+
+def test_trials_change_one_thing_at_a_time() -> None:
+    parts = Path("pipeline"), "imagereward-tiny", Path("scorer")
+    found = refl_step.trials(refl_step.Config(batch=(1, 2)), "tiny", *parts)
+    for batch in (1, 2):
+        mine = [t for t in found if t.batch == batch and t.loop == "ours"]
+        base = mine[0]
+        names = ("precision", "train", "checkpointing", "compile")
+        changes = [[n for n in names if getattr(t, n) != getattr(base, n)] for t in mine]
+        assert changes == [[], ["precision"], ["train"], ["checkpointing"], ["compile"]]
+        plain = [t for t in found if t.batch == batch and t.loop == "plain"]
+        assert [t.train for t in plain] == ["lora", "full"]
+        assert {(t.precision, t.checkpointing, t.compile) for t in plain} == {("no", "on", "off")}
+    crossed = refl_step.trials(refl_step.Config(batch=(1,), cross=True), "sd1", *parts)
+    assert len([t for t in crossed if t.loop == "ours"]) == 3 * 2 * 2 * 2
+    assert {t.precision for t in crossed if t.loop == "plain"} == {"fp16"}
+
+
+def test_table_and_json(
+    trial: refl_step.Trial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    parts = trial.pipeline, trial.scorer, trial.scorer_files
+    monkeypatch.setattr(refl_step, "build_tiny", lambda folder: parts)
+    monkeypatch.setattr(refl_step, "fresh", lambda function, *arguments: function(*arguments))
+    flags = (
+        "--models tiny --precision bf16 --train lora --checkpointing on --compile off --batch 1 --repeats 1"
+    )
+    flags += f" --threads 1 --num-steps 2 --late 1 --output {tmp_path / 'new' / 'rows.json'}"
+    assert refl_step.main(cli.parse(refl_step.Config, flags.split())) == 0
+    first, header, *lines = capsys.readouterr().out.splitlines()
+    assert f"torch {torch.__version__}" in first
+    assert "1 threads" in first
+    written = json.loads((tmp_path / "new" / "rows.json").read_text())
+    assert first.startswith(written["hardware"])
+    assert [row["loop"] for row in written["rows"]] == ["plain", "ours"]
+    assert [line.split()[:7] for line in lines] == [
+        ["tiny", "plain", "no", "lora", "on", "off", "1"],
+        ["tiny", "ours", "bf16", "lora", "on", "off", "1"],
+    ]
+    assert len(lines[1].split()) == 7 + 6, "without CUDA: time, speed, peak, before, plain and speed-up"
+    assert header.index("MFU") >= len(lines[1]) - 1
+
+
+def test_a_fresh_process_has_its_own_peak() -> None:
+    """The parent's gigabyte must not be in the child's peak."""
+    ballast = torch.ones(2**28)
+    assert hardware.peak_mib("cpu") > 1024
+    assert hardware.fresh(hardware.peak_mib, "cpu") < 1000
+    del ballast
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA A10G", None),
+        ("NVIDIA GH200 480GB", None),
+    ],
+)
+def test_peaks_by_name(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    if peak is None:
+        with pytest.raises(ValueError, match="--peak-tflops"):
+            hardware.peak_tflops()
+    else:
+        assert hardware.peak_tflops() == peak
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--late", "40"], "--late"),
+        (["--repeats", "0"], "--repeats"),
+        (["--models", "sd1"], "full_size.py"),
+        (["--models", "tiny", "--precision", "fp16"], "fp16"),
+    ],
+)
+def test_wrong_flags(flags: list[str], words: str, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        refl_step.main(cli.parse(refl_step.Config, flags))
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_full_size_command_is_one_the_driver_takes(tmp_path: Path) -> None:
+    config = full_size.Config(workdir=tmp_path, prompts=models.PROMPTS, mixed_precision="bf16")
+    argv = full_size.command(config)
+    driver = next(i for i, word in enumerate(argv) if word.endswith("finetune/refl.py"))
+    parsed = cli.parse(refl.Config, argv[driver + 1 :])
+    assert (parsed.num_steps, parsed.window, parsed.size) == (40, (30, 39), 512)
+    assert (parsed.run.updates, parsed.run.batch, parsed.run.accumulation) == (2, 1, 1)
+    assert parsed.lora.rank > 0
+    assert parsed.gradient_checkpointing
+    assert parsed.vae_checkpointing
+    assert parsed.files() == {"imagereward": tmp_path / "scorer"}
+
+
+def test_watch_sees_the_peak_of_a_child() -> None:
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'x = bytes(1) * 2**28; import time; time.sleep(1)'])"
+    seen = full_size.watch([sys.executable, "-c", code])
+    assert seen.code == 0
+    assert 0.25 <= seen.process_gib < 0.4
+    assert seen.process_gib <= seen.tree_gib + 0.01 < 0.5
+
+
+def test_sizes_are_the_published_ones() -> None:
+    with torch.device("meta"):
+        counts = {
+            make: sum(p.numel() for p in make().parameters())
+            for make in (models.unet, models.autoencoder, models.text_encoder)
+        }
+    assert list(counts.values()) == [859_520_964, 83_653_863, 123_060_480]
+
+
+def test_tokenizer_without_a_vocabulary(tmp_path: Path) -> None:
+    words = models.tokenizer(None, tmp_path)
+    ids = words(["a cat"], padding="max_length", return_tensors="pt").input_ids
+    assert ids.shape == (1, 77)
+    assert ids[0, :7].tolist() == [512, 64 + 256, 66, 64, 83 + 256, 513, 513]
+
+
+def test_tokenizer_refuses_another_file(tmp_path: Path) -> None:
+    wrong = tmp_path / "words.gz"
+    wrong.write_bytes(gzip.compress(b"#version\na b\n"))
+    with pytest.raises(ValueError, match="49408"):
+        models.tokenizer(wrong, tmp_path)
+
+
+def test_tokenizer_is_clip_s(tmp_path: Path) -> None:
+    vocab = refl_step.PROMPTS.parents[3] / "shared/data/weights/clip_bpe/bpe_simple_vocab_16e6.txt.gz"
+    if not vocab.is_file():
+        pytest.skip("CLIP's vocabulary is not here")
+    words = models.tokenizer(vocab, tmp_path)
+    assert words(["a photo of a cat"]).input_ids[0] == [49406, 320, 1125, 539, 320, 2368, 49407]

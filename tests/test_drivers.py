@@ -1,0 +1,191 @@
+"""Every driver: what it says to bad input, and that three updates of it are the recorded ones.
+
+The drivers are the files of finetune/ with a `main`; one that record_trajectories.py does not know fails here.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import record_trajectories as recorded
+
+ROOT = Path(__file__).parents[1]
+DRIVERS = [
+    path.stem for path in sorted((ROOT / "finetune").glob("*.py")) if "\ndef main(" in path.read_text()
+]
+
+# Relative, or absolute in units of the largest number of its row: sums of float32 are ordered differently by each
+# processor and thread count, and three updates multiply that by about a thousand. A changed formula moves numbers by more.
+TOLERANCE = 2e-3
+
+
+@pytest.fixture(autouse=True)
+def _cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sound inputs for every driver."""
+    folder = tmp_path_factory.mktemp("inputs")
+    recorded.write_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inputs with a fault each."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "blank.txt").write_text("a red circle\n\na blue square\n")
+    (folder / "empty.txt").write_text("")
+    (folder / "prompts.jsonl").write_text('"a red circle"\n{"text": \n')
+    for name in ("torn", "nothing", "stray"):
+        (folder / name).mkdir()
+    (folder / "torn" / "metadata.jsonl").write_text("{\n")
+    (folder / "torn" / "rankings.jsonl").write_text(
+        '{"prompt": "a", "generations": ["a.png"], "ranking": [1]}\n'
+    )
+    (folder / "stray" / "metadata.jsonl").write_text('{"file_name": "../a.png", "text": "a"}\n')
+    return folder
+
+
+EVERY = [
+    (["--updates", "0"], "--updates is 0"),
+    (["--lr", "nan"], "--lr is nan"),
+    (["--lr", "fast"], "fast"),
+    (["--updtaes", "3"], "did you mean --updates?"),
+    (["--mixed-precision", "fp16"], "fp16 needs a GPU"),
+    (["--output", "{bad}/empty.txt/run"], "cannot be written"),
+    (["--resume", "{bad}/nothing"], "is no checkpoint"),
+    (["--config", "{bad}/none.yaml"], "none.yaml"),
+]
+PIPELINE = [
+    (["--model", "{bad}/nothing"], "has no model_index.json"),
+    (["--model", "{root}/scorer"], "has no model_index.json"),
+    (["--size", "30"], "--size must be a positive multiple of 8"),
+]
+PICTURES = [
+    (["--data", "{bad}/absent"], "absent"),
+    (["--data", "{bad}/torn"], "metadata.jsonl line 1 is not JSON"),
+    (["--data", "{bad}/stray"], "metadata.jsonl line 1: file name '../a.png'"),
+]
+ONE: dict[str, list[tuple[list[str], str]]] = {
+    "autoencoder": [*PICTURES, (["--size", "30"], "--size must be")],
+    "pretrain": [
+        *PIPELINE,
+        (
+            ["--no-train-text-encoder", "--lora.rank", "2", "--lora.targets", "to_z"],
+            "no layer is called to_z",
+        ),
+        *PICTURES,
+        (["--caption-dropout", "1"], "--caption-dropout must lie in [0, 1)"),
+    ],
+    "pretrain_scorer": [*PICTURES, (["--vocab", "{bad}/absent.txt"], "absent.txt")],
+    "refl": [
+        *PIPELINE,
+        *PICTURES,
+        (["--lora.targets", "to_z"], "no layer is called to_z"),
+        (["--rewards", "beauty=1"], "unknown scorer; one of brightness, shapes"),
+        (["--rewards", "brightness"], "is not scorer=weight"),
+        (["--rewards", "shapes=1"], "shapes is not differentiable"),
+        (["--reward-files", "imagereward=x"], "imagereward, which --rewards does not use"),
+        (["--prompts", "{bad}/absent.txt"], "absent.txt does not exist"),
+        (["--prompts", "{bad}/blank.txt"], "blank.txt line 2 is empty"),
+        (["--prompts", "{bad}/prompts.jsonl"], "prompts.jsonl line 2"),
+        (["--prompts", "{bad}/empty.txt"], "empty.txt holds no prompts"),
+        (["--held-out", "{bad}/blank.txt"], "blank.txt line 2 is empty"),
+        (["--window", "1", "4"], "--window 1 4 must lie in 0..3"),
+        (["--window", "2", "1"], "--window 2 1 must lie in 0..3"),
+        (["--num-steps", "0"], "--num-steps must be at least 1"),
+    ],
+    "reward_model": [
+        (["--model", "{bad}/nothing"], "lacks config.json"),
+        (["--data", "{bad}/absent"], "absent"),
+        (["--data", "{bad}/torn"], "rankings.jsonl line 1"),
+        (["--valid-share", "1"], "--valid-share must lie"),
+    ],
+}
+CASES = [(driver, flags, words) for driver in DRIVERS for flags, words in EVERY + ONE.get(driver, [])]
+
+
+@pytest.mark.parametrize(("driver", "flags", "words"), CASES, ids=[f"{d}-{' '.join(f)}" for d, f, _ in CASES])
+def test_bad_input_ends_in_one_sentence(
+    driver: str,
+    flags: list[str],
+    words: str,
+    root: Path,
+    bad: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = recorded.arguments(driver, root, tmp_path) + [flag.format(root=root, bad=bad) for flag in flags]
+    with pytest.raises(SystemExit) as stop:
+        recorded.train(driver, argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    (sentence,) = (line for line in error.splitlines() if ": error: " in line)
+    assert words in sentence
+    assert error.endswith(f"{sentence}\n"), "it is the last line"
+    assert "Traceback" not in error
+
+
+def test_the_command_itself_fails_so(root: Path, bad: Path, tmp_path: Path) -> None:
+    faults = {"refl": ["--rewards", "beauty=1"], "pretrain": ["--model", str(bad / "nothing")]}
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(ROOT / "finetune" / f"{driver}.py"),
+                *recorded.arguments(driver, root, tmp_path),
+                *flags,
+            ],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for driver, flags in faults.items()
+    ]
+    for driver, process in zip(faults, processes, strict=True):
+        error = process.communicate(timeout=300)[1]
+        assert process.returncode == 2, error
+        assert error.startswith(f"{driver}.py: error: ")
+        assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_every_driver_has_its_cases(driver: str) -> None:
+    assert driver in ONE, f"write bad inputs for finetune/{driver}.py"
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_three_updates_are_the_recorded_ones(
+    driver: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    golden = json.loads(recorded.GOLDEN.read_text())["trajectories"]
+    assert driver in golden, f"add finetune/{driver}.py to tests/record_trajectories.py and record it"
+    found = recorded.trajectory(driver, root, tmp_path)
+    with pytest.raises(SystemExit) as stop:  # the folder now holds a run of another seed
+        recorded.train(
+            driver, [*recorded.arguments(driver, root, tmp_path), "--resume", "auto", "--seed", "1"]
+        )
+    assert stop.value.code == 2
+    assert "cannot resume from" in capsys.readouterr().err
+    assert found.keys() == golden[driver].keys()
+    for name, values in golden[driver].items():
+        assert len(values) == (6 if name in ("weights", "moved") else recorded.UPDATES)
+        slack = TOLERANCE * max(map(abs, values))
+        np.testing.assert_allclose(found[name], values, rtol=0, atol=slack, err_msg=f"{driver}: {name}")
+
+
+def test_a_digest_sees_one_weight_move() -> None:
+    weights = {"a": torch.zeros(10, 10), "b": torch.ones(5)}
+    before = recorded.digest(weights)
+    assert before[:2] == pytest.approx([5 / 105, (5 / 105 * 100 / 105) ** 0.5])
+    weights["a"][3, 3] = 1.0
+    assert all(abs(new - old) > 1e-4 for new, old in zip(recorded.digest(weights), before, strict=True))

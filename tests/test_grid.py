@@ -1,0 +1,383 @@
+"""The comparison grid: what differs along a row is the weights alone, and the page is safe and needs no other file."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import tiny
+from eval import grid
+from preftune import cli, families
+from preftune.lora import FILE, LoRA
+from preftune.sampling import Drawing
+
+CAPTIONS = ["a red circle on a white background", "a blue cross on a black background"]
+HOSTILE = "<script>alert(1)</script> \"quoted\" & 'so' </td>"
+DRAWING = Drawing(num_steps=2, guidance=3.0, scheduler="ddim", height=64, width=64)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Page(HTMLParser):
+    """What a browser would find on a page: its tags, its text, and its pictures by row and column title."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(html)
+        assert html.rstrip().endswith("</html>")
+        self.images = [attributes for tag, attributes in self.tags if tag == "img"]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def pictures(self, title: str) -> list[np.ndarray]:
+        """The column with that title, as uint8 (H, W, 3), from top to bottom."""
+        sources = [str(image["src"]) for image in self.images if str(image["alt"]).startswith(f"{title}: ")]
+        data = [base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in sources]
+        return [np.asarray(Image.open(io.BytesIO(png))) for png in data]
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pipeline `model`, another one `other`, runs with a LoRA and with a whole UNet, and prompts."""
+    root = tmp_path_factory.mktemp("stage")
+    tiny.pipeline_folder(root / "model")
+    tiny.pipeline_folder(root / "other", seed=1)
+    family = families.load(root / "model")
+    trained = family.trainable(LoRA(rank=2, alpha=6.0), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for weight in (weight for weight in trained.parameters() if weight.requires_grad):
+        weight.data += 0.3 * torch.randn(weight.shape, generator=generator)
+    family.save_tuned(root / "run" / "lora", LoRA(rank=2, alpha=6.0))
+    tiny.unet(seed=2).save_pretrained(root / "full" / "unet")
+    (root / "prompts.txt").write_text("\n".join(CAPTIONS) + "\n", encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def make(stage: Path, tmp_path: Path) -> Callable[..., Page]:
+    """Run the program as from the command line, and read the page it wrote."""
+
+    def run(*columns: str, **flags: str | list[str]) -> Page:
+        flags = {"rewards": ["brightness=1"], "prompts": str(stage / "prompts.txt"), **flags}
+        argv = ["--model", str(stage / "model"), "--num-steps", "2", "--output", str(tmp_path / "out" / "g")]
+        argv += ["--columns", *(column.replace("STAGE", str(stage)) for column in columns)]
+        for name, value in flags.items():
+            argv += [f"--{name.replace('_', '-')}", *([value] if isinstance(value, str) else value)]
+        assert grid.main(cli.parse(grid.Config, argv)) == 0
+        assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["g.html", "g.png"]
+        return Page((tmp_path / "out" / "g.html").read_text(encoding="utf-8"))
+
+    return run
+
+
+def apart(one: list[np.ndarray], two: list[np.ndarray]) -> float:
+    """The largest difference of two columns, in levels of 255."""
+    assert len(one) == len(two) == len(CAPTIONS)
+    return max(float(np.abs(a.astype(int) - b).max()) for a, b in zip(one, two, strict=True))
+
+
+def test_a_row_differs_by_weights_alone(make: Callable[..., Page], stage: Path) -> None:
+    """The base stands between tuned columns, so a LoRA or a UNet that stayed on would show."""
+    page = make(
+        "base=",
+        "tuned=STAGE/run/lora",
+        "again=",
+        "half=STAGE/run@0.5",
+        "none=STAGE/run@0",
+        "full=STAGE/full",
+        "same=STAGE/model",
+        "unet=STAGE/full/unet",
+        "last=",
+        "other=STAGE/other",
+    )
+    base = page.pictures("base")
+    assert base[0].shape == (64, 64, 3)
+    for title in ("again", "none", "same", "last"):
+        assert apart(base, page.pictures(title)) == 0, title
+    for title in ("tuned", "half", "full", "other"):
+        assert apart(base, page.pictures(title)) > 2, title
+    assert apart(page.pictures("tuned"), page.pictures("half")) > 0
+    assert apart(page.pictures("full"), page.pictures("unet")) == 0
+
+
+@pytest.mark.parametrize(
+    ("column", "source"), [("x=STAGE/run", "run/lora"), ("x=STAGE/full", "unet"), ("x=STAGE/other", "other")]
+)
+def test_diffusers_draws_the_same(make: Callable[..., Page], stage: Path, column: str, source: str) -> None:
+    negative = "Weird image."
+    drawn = make(column, seed="3", negative=negative).pictures("x")
+    parts = {"unet": tiny.unet(seed=2)} if source == "unet" else {}
+    folder = stage / ("other" if source == "other" else "model")
+    pipe = StableDiffusionPipeline.from_pretrained(folder, **parts)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    if source == "run/lora":
+        pipe.load_lora_weights(stage / source)
+    for index, (caption, picture) in enumerate(zip(CAPTIONS, drawn, strict=True)):
+        expected = pipe(
+            caption,
+            negative_prompt=negative,
+            num_inference_steps=2,
+            guidance_scale=3.0,
+            height=64,
+            width=64,
+            generator=torch.Generator().manual_seed(3 + index),
+            output_type="np",
+        ).images[0]
+        assert (
+            np.abs(expected * 255 - picture).max() <= 0.6
+        )  # rounding, and float arithmetic in another order
+
+
+def test_seeds_and_rows(make: Callable[..., Page]) -> None:
+    several = make("base=", seed="5", seeds_per_prompt="2")
+    assert [text for text in several.text if text.startswith("seed ")] == [f"seed {5 + i}" for i in range(4)]
+    alts = [str(image["alt"]).removeprefix("base: ") for image in several.images]
+    assert alts == [CAPTIONS[0], CAPTIONS[0], CAPTIONS[1], CAPTIONS[1]]
+    assert len({picture.tobytes() for picture in several.pictures("base")}) == 4
+    second = make("base=", seed="6", count="1", batch="1").pictures("base")
+    assert np.abs(second[0].astype(int) - several.pictures("base")[1]).max() <= 1
+
+
+def test_brightness_stands_under_the_picture_it_belongs_to(
+    make: Callable[..., Page], capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = make("base=", "tuned=STAGE/run")
+    shown = [line for line in page.text if re.fullmatch(r"brightness -?\d+\.\d{3}", line)]
+    columns = [page.pictures(title) for title in ("base", "tuned")]
+    expected = [[picture.mean() / 255 for picture in column] for column in columns]
+    assert [float(line.split()[1]) for line in shown] == pytest.approx(
+        [expected[c][i] for i in range(2) for c in range(2)], abs=0.002
+    )
+    printed = capsys.readouterr().out.splitlines()
+    assert float(printed[0].removeprefix("base  brightness ")) == pytest.approx(
+        np.mean(expected[0]), abs=0.002
+    )
+
+
+def test_two_scorers_give_two_lines_and_a_sum(make: Callable[..., Page]) -> None:
+    page = make("base=", rewards=["brightness=2", "shapes=0.5"])
+    lines = {
+        name: [float(line.split()[1]) for line in page.text if re.match(rf"{name} [\d.]+$", line)]
+        for name in ("brightness", "shapes")
+    }
+    assert [len(values) for values in lines.values()] == [2, 2]
+    assert "2 x brightness + 0.5 x shapes, mean" in page.text
+    total = 2 * np.mean(lines["brightness"]) + 0.5 * np.mean(lines["shapes"])
+    means = [float(text) for text in page.text if re.fullmatch(r"-?\d\.\d{3}", text)]
+    assert means == pytest.approx([np.mean(lines["brightness"]), np.mean(lines["shapes"]), total], abs=0.003)
+
+
+def test_no_scorer_no_scores(make: Callable[..., Page]) -> None:
+    page = make("base=", "tuned=STAGE/run", rewards=[])
+    assert len(page.images) == 4
+    assert not any("brightness" in text or "Wins" in text for text in page.text)
+
+
+def sheet(scores: list[list[float]], title: str = "base", prompts: list[str] | None = None) -> grid.Sheet:
+    """A sheet with given scores of one scorer, (columns, pictures)."""
+    count = len(scores[0])
+    columns = [
+        grid.Column(title=title if c == 0 else f"c{c}", source="", pipeline=Path())
+        for c in range(len(scores))
+    ]
+    return grid.Sheet(
+        columns=columns,
+        prompts=prompts or ["p"] * count,
+        seeds=range(count),
+        pictures=[torch.full((count, 3, 64, 64), 0.1 * c) for c in range(len(scores))],
+        scorers=("s",),
+        measures=("s",),
+        scores=np.array(scores)[..., None],
+    )
+
+
+def test_wins_by_hand() -> None:
+    """Against 1, 2, 3, 4 the second column has a loss, a tie and two wins: 2.5 of 4."""
+    table = sheet([[1, 2, 3, 4], [0, 2, 5, 6], [9, 9, 9, 9]])
+    assert table.means()[:, 0].tolist() == [2.5, 3.25, 9]
+    assert table.wins()[:, 0].tolist() == [0.5, 0.625, 1]
+    assert table.best()[..., 0].tolist() == [[False] * 4, [False] * 4, [True] * 4]
+    assert sheet([[1, 2], [1, 3]]).best()[..., 0].tolist() == [[False, False], [False, True]]
+    html = grid.to_html(table, grid.Config(), DRAWING)
+    assert [text for text in Page(html).text if text.endswith(" %")] == ["62 %", "100 %"]
+
+
+def test_hostile_text_is_escaped_and_nothing_is_fetched() -> None:
+    table = sheet([[1, 2], [3, 4]], title="<b onclick=x>", prompts=[HOSTILE, "{{ 7 * 7 }} ]]>"])
+    html = grid.to_html(table, grid.Config(negative='"><script>', columns=("x=",)), DRAWING)
+    page = Page(html)
+    assert "<script" not in html.lower()
+    assert HOSTILE in page.text
+    assert "{{ 7 * 7 }} ]]>" in page.text
+    assert page.images[0]["alt"] == f"<b onclick=x>: {HOSTILE}"
+    assert {tag for tag, _ in page.tags} <= {
+        *("html", "head", "meta", "title", "style", "body", "h1", "p", "div"),
+        *("table", "thead", "tbody", "tr", "th", "td", "img"),
+    }
+    for tag, attributes in page.tags:
+        assert not attributes.keys() & {"href", "srcset", "style", "onclick", "onerror", "background"}, tag
+        assert "src" not in attributes or str(attributes["src"]).startswith("data:image/png;base64,")
+    assert len(page.images) == 4
+    assert not re.search(r"url\(|@import|https?:|file:", html)
+
+
+def test_png_has_every_cell() -> None:
+    """Two rows of two columns; the second column's pictures are 10 % grey, and text takes room around them."""
+    image = grid.to_png(sheet([[1, 2], [3, 4]]))
+    assert image.width > 3 * 256
+    assert image.height > 2 * 256
+    pixels = np.asarray(image)
+    assert (pixels == 26).all(-1).sum() >= 2 * 250 * 250
+    assert (pixels == 0).all(-1).sum() >= 2 * 250 * 250
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--columns", "base"], "'base' is not TITLE=WHAT"),
+        (["--columns", "=x"], "'=x' is not TITLE=WHAT"),
+        (["--columns", "a=", "a="], "repeats the title a"),
+        (["--columns"], "--columns is empty"),
+        (["--columns", "a=STAGE/nowhere"], "nowhere does not exist"),
+        (["--columns", "a=STAGE/prompts.txt"], "is a file, not a folder"),
+        (["--columns", "a=STAGE"], "is no pipeline (model_index.json), no LoRA"),
+        (["--columns", "a=STAGE/both"], "holds both lora/ and unet/"),
+        (["--columns", "a=STAGE/full@0.5"], "@ goes before the weight of a LoRA"),
+        (["--columns", "a=STAGE/other@0.5"], "@ goes before the weight of a LoRA"),
+        (["--columns", "a=STAGE/run@much"], "@ goes before the weight of a LoRA"),
+        (["--columns", "a=STAGE/run@nan"], "@ goes before the weight of a LoRA"),
+        (["--columns", "a=STAGE/wide"], "cross_attention_dim 48, but the UNet of"),
+        (["--columns", "a=STAGE/vae"], "_class_name AutoencoderKL, but the UNet of"),
+        (["--columns", "a=STAGE/broken"], "config.json is not JSON"),
+        (["--columns", "a=STAGE/empty"], "has no diffusion_pytorch_model.safetensors"),
+        (["--model", "STAGE/run"], "is not a diffusers pipeline folder"),
+        (["--prompts", "STAGE/none.txt"], "does not exist"),
+        (["--rewards", "beauty=1"], "unknown scorer"),
+        (["--rewards", "shapes=1", "--prompts", "STAGE/hostile.txt"], "captions of the shapes world only"),
+        (["--rewards", "shapes=1", "--width", "128"], "128 x 64 pictures"),
+        (["--reward-files", "imagereward=x"], "which --rewards does not use"),
+        (["--count", "0"], "--count must be at least 1, got 0"),
+        (["--seeds-per-prompt", "0"], "--seeds-per-prompt must be at least 1"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--num-steps", "0"], "error: --num-steps must be a positive number"),
+        (["--height", "60"], "error: --height must be a positive multiple of 8"),
+        (["--negative", "x", "--guidance", "1"], "--negative does nothing at --guidance 1"),
+        (["--output", "STAGE/grid.png"], "must be a name without .png or .html"),
+        (["--output", "STAGE/prompts.txt/grid"], "prompts.txt"),
+    ],
+)
+def test_wrong_inputs(
+    stage: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    argv: list[str],
+    message: str,
+) -> None:
+    """Exit code 2 and one line, before a model loads."""
+    monkeypatch.setattr(families, "load", lambda *_: pytest.fail("a model was loaded"))
+    add_wrong_folders(stage)
+    defaults = {"--model": "STAGE/model", "--prompts": "STAGE/prompts.txt", "--rewards": "brightness=1"}
+    full = [word for flag, value in defaults.items() if flag not in argv for word in (flag, value)] + argv
+    with pytest.raises(SystemExit) as stop:
+        grid.main(cli.parse(grid.Config, [word.replace("STAGE", str(stage)) for word in full]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def add_wrong_folders(stage: Path) -> None:
+    """Folders and files that are nearly right."""
+    (stage / "hostile.txt").write_text(HOSTILE, encoding="utf-8")
+    for name in ("lora", "unet"):
+        (stage / "both" / name).mkdir(parents=True, exist_ok=True)
+    config = json.loads((stage / "model" / "unet" / "config.json").read_text(encoding="utf-8"))
+    kinds = {
+        "wide": json.dumps(config | {"cross_attention_dim": 48}),
+        "vae": (stage / "model" / "vae" / "config.json").read_text(encoding="utf-8"),
+        "broken": "{",
+        "empty": json.dumps(config),
+    }
+    for name, text in kinds.items():
+        (stage / name).mkdir(exist_ok=True)
+        (stage / name / "config.json").write_text(text, encoding="utf-8")
+
+
+def test_a_lora_that_does_not_fit_stops_before_the_first_picture(
+    stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(grid, "sample", lambda *_, **__: pytest.fail("a picture was drawn"))
+    wrong = {
+        name: torch.zeros(value.shape[0] + 1, value.shape[1] + 1)
+        for name, value in load_file(stage / "run" / "lora" / FILE).items()
+    }
+    save_file(wrong, tmp_path / FILE)
+    config = grid.Config(
+        model=stage / "model",
+        columns=("base=", f"wrong={tmp_path}"),
+        prompts=stage / "prompts.txt",
+        rewards=(),
+        output=tmp_path / "g",
+    )
+    with pytest.raises(SystemExit) as stop:
+        grid.main(config)
+    assert stop.value.code == 2
+    assert "does not fit this UNet" in capsys.readouterr().err
+    assert not (tmp_path / "g.png").exists()
+
+
+def test_an_at_in_a_folder_name(stage: Path, tmp_path: Path) -> None:
+    shutil.copytree(stage / "run", tmp_path / "run@2")
+    assert grid.parse_column(f"a={tmp_path}/run@2", stage / "model").weight == 1
+    column = grid.parse_column(f"a={tmp_path}/run@2@-0.5", stage / "model")
+    assert (column.lora, column.weight) == (tmp_path / "run@2" / "lora", -0.5)
+
+
+def test_size_and_bf16(make: Callable[..., Page], stage: Path) -> None:
+    assert grid.own_side(stage / "model") == 64
+    page = make("base=", "tuned=STAGE/run", "full=STAGE/full", precision="bf16", width="128", count="1")
+    assert page.pictures("tuned")[0].shape == (64, 128, 3)
+    assert np.abs(page.pictures("tuned")[0].astype(int) - page.pictures("base")[0]).max() > 2
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: the page is checked as text only")
+def test_a_browser_shows_it(tmp_path: Path) -> None:
+    """Headless Chromium draws the page: the red picture of the second column is there, and nothing ran."""
+    table = sheet([[1.0], [2.0]], prompts=[HOSTILE])
+    red = torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(1, 3, 64, 64)
+    table.pictures[1].copy_(red)
+    (tmp_path / "g.html").write_text(grid.to_html(table, grid.Config(), DRAWING), encoding="utf-8")
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+    ]
+    assert CHROMIUM is not None
+    subprocess.run(
+        [CHROMIUM, *flags, f"--screenshot={tmp_path / 'shot.png'}", f"file://{tmp_path / 'g.html'}"],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    shot = np.asarray(Image.open(tmp_path / "shot.png").convert("RGB"))
+    assert (shot == (255, 0, 0)).all(-1).sum() > 150 * 150
