@@ -1,6 +1,6 @@
 """Write the embedded prompts: training captions, and held-out ones that are not among them.
 
-    python assets/tiny/captions.py --output assets/tiny
+python assets/tiny/captions.py --output assets/tiny
 """
 
 from dataclasses import dataclass

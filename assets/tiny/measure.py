@@ -59,7 +59,9 @@ def gold(config: Config, guidance: float) -> dict[str, float]:
     """Return the mean alignment, fidelity and gold of pictures drawn at this guidance."""
     prompts = read_prompts(config.prompts)
     drawing = Drawing(num_steps=25, guidance=guidance, scheduler="ddim", height=SIZE, width=SIZE, batch=64)
-    pixels = sample(families.load(config.model), prompts, range(len(prompts)), drawing, progress=f"guidance {guidance:g}")
+    pixels = sample(
+        families.load(config.model), prompts, range(len(prompts)), drawing, progress=f"guidance {guidance:g}"
+    )
     judged = judge(pixels, prompts)
     return {name: float(getattr(judged, name).mean()) for name in ("alignment", "fidelity", "gold")}
 
