@@ -39,7 +39,7 @@ _RUN = "--updates 3 --batch 2 --accumulation 2 --lr 1e-2 --adam-eps 1e-2 --threa
 _DRAW = "--draw.num-steps 2 --draw.scheduler ddim --draw.height 32 --draw.width 32"
 
 _FLAGS = {
-    "autoencoder": "--data {root}/pictures --size 32 --widths 8 8 16 16",
+    "autoencoder": "--data {root}/pictures --size 32 --widths 8 8 16 16 --kl-weight 0.1",
     "pretrain": f"--model {{root}}/pipeline --data {{root}}/pictures --size 32 --train-text-encoder --lora.rank 0 {_DRAW}",
     "pretrain_scorer": "--data {root}/pictures --vocab {root}/vocab.txt --sizes.image 32 --sizes.patch 16 --sizes.width 32"
     " --sizes.vision-layers 1 --sizes.text-layers 1 --sizes.head 16 8 8 4",
