@@ -19,8 +19,8 @@ for bit, one that was never stopped. Ctrl-C or SIGTERM lets the update finish, m
 ends `steps()`; `finish()` then returns the exit code 128 + signal (130, 143). A second one, a second
 later or more, kills at once.
 
-Several processes: `accelerate launch --num_processes 2 driver.py` on GPUs; on CPUs `torchrun --nproc_per_node 2
-driver.py`, because without MPI `accelerate launch --cpu` starts a single process whatever it is asked for.
+Several processes: `accelerate launch --num_processes 2 driver.py` on GPUs; on CPUs `ACCELERATE_USE_CPU=true accelerate
+launch --multi_gpu --num_processes 2 driver.py`: without MPI, `--cpu` starts one process whatever it is asked for.
 """
 
 import math
