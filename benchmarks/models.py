@@ -1,4 +1,4 @@
-"""The models that are measured: Stable Diffusion 1.x and ImageReward at real size with random weights, and the tiny ones."""
+"""The models that are measured: Stable Diffusion 1.x and ImageReward at real size with random weights; the tiny ones are embedded."""
 
 import gzip
 import json
@@ -12,11 +12,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from preftune.families import tiny
 from preftune.families.sd import SD
-from preftune.prompts import read_prompts
-from rewards.imagereward import FULL_SIZE, ImageReward, ImageRewardConfig
+from rewards.imagereward import FULL_SIZE, ImageReward
 
 ROOT = Path(__file__).resolve().parents[1]
-PROMPTS = ROOT / "assets" / "tiny" / "prompts.txt"
+TINY = ROOT / "assets" / "tiny"
+PROMPTS = TINY / "prompts.txt"
 CLIP_TOKENS = 49408
 """Vocabulary of CLIP's text encoder: 512 bytes, 48,894 merges, start and end."""
 SPECIAL_BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -142,38 +142,3 @@ def build_sd1(folder: Path, clip_vocab: Path | None = None, bert_vocab: Path | N
         shutil.rmtree(folder / part, ignore_errors=True)
         (partial / part).rename(folder / part)
     shutil.rmtree(partial)
-
-
-def build_tiny(folder: Path) -> tuple[Path, str, Path]:
-    """Return pipeline, scorer and its folder: the embedded ones, or random ones of their sizes, written to folder."""
-    embedded = ROOT / "assets" / "tiny"
-    if (embedded / "pipeline" / "model_index.json").is_file() and (embedded / "imagereward").is_dir():
-        return embedded / "pipeline", "imagereward-tiny", embedded / "imagereward"
-    words = tiny.build_tokenizer(read_prompts(PROMPTS), folder / "words", num_merges=160, max_length=32)
-    SD(
-        unet=tiny.build_unet((64, 128), 1, 96, 8, seed=0),
-        vae=tiny.build_autoencoder((16, 32, 64, 64), 64, seed=0),
-        text_encoder=tiny.build_text_encoder(words, 96, 3, seed=0),
-        tokenizer=words,
-        scheduler_config=tiny.SCHEDULER_CONFIG,
-    ).save_pipeline(folder / "pipeline")
-    vocab = folder / "vocab.txt"
-    vocab.write_text("\n".join([*SPECIAL_BERT, *(f"word{i}" for i in range(100))]) + "\n")
-    sizes = ImageRewardConfig(
-        image_size=64,
-        patch_size=8,
-        vision_width=128,
-        vision_layers=4,
-        vision_heads=4,
-        vocab_size=107,
-        max_positions=32,
-        max_length=22,
-        text_width=128,
-        text_layers=3,
-        text_heads=4,
-        text_intermediate=512,
-        projection=128,
-        head=(128, 64, 32, 16),
-    )
-    ImageReward.build(sizes, vocab, seed=0).save(folder / "scorer")
-    return folder / "pipeline", "imagereward-tiny", folder / "scorer"

@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rewards
 from benchmarks.hardware import fresh, name_of_machine, peak_mib, peak_tflops, seconds
-from benchmarks.models import PROMPTS, build_sd1, build_tiny
+from benchmarks.models import PROMPTS, TINY, build_sd1
 from finetune import refl
 from finetune.optimizer import adamw
 from finetune.run_config import RunConfig
@@ -342,7 +342,7 @@ def line(trial: Trial, row: dict[str, Any]) -> str:
 def run(config: Config, model: str, workdir: Path) -> list[dict[str, Any]]:
     """Measure one model and print its rows as they come."""
     if model == "tiny":
-        parts = build_tiny(workdir)
+        parts = TINY / "pipeline", "imagereward-tiny", TINY / "imagereward"
     else:
         peak = config.peak_tflops or peak_tflops()
         fresh(build_sd1, workdir)

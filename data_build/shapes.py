@@ -4,6 +4,8 @@ A stated share of the captions is wrong (one word of the scene was changed after
 is weird (specks, noise, blur, colours off the palette, wobbly outlines), so that a model trained on the folder has
 something left to learn. `metadata.jsonl` rows: file_name, text, drawn (the caption of what was really drawn), defects
 ({name: strength}), near_misses (captions that differ from `drawn` in one word: hard negatives for image-text matching).
+With `--name-defects` the captions say what is weird, as alt texts of the web say "blurry" ("a red circle on a white
+background, with blur"), and half the near misses are wrong about that: whoever learns to match them sees defects, too.
 
     python data_build/shapes.py --output data/shapes --count 20000          # hardware: one CPU core; > 500 pictures/s
 
@@ -12,17 +14,30 @@ Left out: outlines, textures, overlap and rotation; the world is kept so small t
 
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
 from preftune.cli import exit_on_user_error, parse
 from preftune.records import write_jsonl
-from rewards.shapes_drawing import change_one_word, draw, place, random_defects, random_scene, to_bytes
+from rewards.shapes import Scene
+from rewards.shapes_drawing import (
+    DEFECTS,
+    change_one_word,
+    draw,
+    place,
+    random_defects,
+    random_scene,
+    to_bytes,
+)
+
+DEFECT_WORDS = dict(zip(DEFECTS, DEFECTS, strict=True)) | {"off_palette": "tint"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +52,8 @@ class Config:
     """Share of captions with one wrong word, in [0, 1]."""
     weird_share: float = 0.35
     """Share of drawings with one or two defects, in [0, 1]."""
+    name_defects: bool = False
+    """Let captions and near misses speak of the drawing's defects."""
     seed: int = 0
     """Picture i is a function of (seed, i) alone."""
 
@@ -55,14 +72,31 @@ def picture(index: int, config: Config) -> tuple[NDArray[np.uint8], dict[str, ob
     defects = random_defects(rng, config.weird_share)
     image = draw(place(scene, rng), scene.background, rng, defects)
     text = change_one_word(scene, rng) if rng.random() < config.wrong_share else scene
-    misses = [change_one_word(scene, rng).caption() for _ in range(2)]
-    strengths = {name: round(strength, 3) for name, strength in defects.items()}
+    misses = [near_miss(scene, defects, rng, config.name_defects) for _ in range(2)]
     return to_bytes(image), {
-        "text": text.caption(),
+        "text": text.caption() + (with_defects(defects) if config.name_defects else ""),
         "drawn": scene.caption(),
-        "defects": strengths,
+        "defects": {name: round(strength, 3) for name, strength in defects.items()},
         "near_misses": misses,
     }
+
+
+def with_defects(defects: Iterable[str]) -> str:
+    """Return what a caption says of these defects: "", ", with blur" or ", with blur and specks"."""
+    words = sorted(DEFECT_WORDS[name] for name in defects)
+    return f", with {' and '.join(words)}" if words else ""
+
+
+def near_miss(scene: Scene, defects: Iterable[str], rng: Generator, name_defects: bool) -> str:
+    """Return a caption that is wrong about one word or, half the time if captions name them, about the defects."""
+    if not name_defects:
+        return change_one_word(scene, rng).caption()
+    if rng.random() < 0.5:
+        return change_one_word(scene, rng).caption() + with_defects(defects)
+    if defects and rng.random() < 0.7:
+        return scene.caption()
+    other = [name for name in DEFECTS if name not in defects]
+    return scene.caption() + with_defects([str(rng.choice(other))])
 
 
 def main(config: Config) -> None:

@@ -10,6 +10,7 @@ scorer orders as the annotator did; a predicted tie counts as wrong (the authors
 ties in the loss, CLIP towers. The paper freezes 70 % of a pre-trained BLIP: `--frozen-share 0.7`.
 """
 
+import json
 import random
 import sys
 from collections.abc import Sequence
@@ -134,7 +135,7 @@ def main(config: Config) -> int:
         freeze(scorer, config.frozen_share)
         run = Run(config.run, driver="reward_model", config_text=dump(config))
         module = run.prepare(Ranker(scorer))
-    size, best = scorer.config.image_size, 0.0
+    size, best = scorer.config.image_size, best_so_far(run.folder)
 
     for step in run.steps():
         module.train()
@@ -156,6 +157,12 @@ def main(config: Config) -> int:
         if run.due("save_every", step):
             run.save(step)
     return run.finish()
+
+
+def best_so_far(folder: Path) -> float:
+    """Return the highest accuracy that the run has noted before it was stopped; 0 for a new run."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return max((row["valid_accuracy"] for row in rows if "valid_accuracy" in row), default=0.0)
 
 
 @torch.no_grad()

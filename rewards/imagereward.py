@@ -372,6 +372,7 @@ def _text_config(config: ImageRewardConfig, pad_token: int) -> BlipTextConfig:
         attention_probs_dropout_prob=config.text_dropout,
         initializer_range=0.02,
         pad_token_id=pad_token,
+        bos_token_id=config.vocab_size - 2,  # [DEC]
         is_decoder=True,  # makes the cross-attention exist; calls still attend in both directions
     )
 

@@ -15,7 +15,7 @@ Shapes: B batch, H = W = SIZE pixels. A shape's `radius` is that of the circle o
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +54,7 @@ PALETTE: NDArray[np.float32] = np.divide(
     [*COLOURS.values(), *BACKGROUNDS.values()], 255, dtype=np.float32
 )  # (9, 3)
 
+_SQUARES: NDArray[np.float32] = (PALETTE**2).sum(-1)
 NUM_COLOURS = len(COLOURS)
 
 Floats = NDArray[np.float32]
@@ -257,7 +258,7 @@ def _blob(image: Floats, core: NDArray[np.bool_], background: Floats) -> _Blob |
 def _detect(image: Floats) -> tuple[int, float, list[_Blob]]:
     """Return the background's palette index, the share of background-coloured pixels that have it, and the components."""
     smooth = ndimage.median_filter(image, size=(3, 3, 1))
-    labels = ((smooth[:, :, None, :] - PALETTE) ** 2).sum(-1).argmin(-1)
+    labels = (_SQUARES / 2 - smooth @ PALETTE.T).argmin(-1)  # the nearest, without the term that all share
     counts = np.bincount(labels.ravel(), minlength=len(PALETTE))
     ground = NUM_COLOURS + int(counts[NUM_COLOURS:].argmax())
     share = counts[ground] / max(counts[NUM_COLOURS:].sum(), 1)
@@ -373,8 +374,3 @@ def load_scorer(
     if weights is not None:
         raise ValueError(f"the shapes judge has no weights to read from {weights}; leave weights out")
     return ShapesJudge(card=card)
-
-
-def without_size(scene: Scene) -> Scene:
-    """Return the scene with no size words: what remains when a drawing takes any size."""
-    return replace(scene, things=tuple(replace(thing, size=None) for thing in scene.things))

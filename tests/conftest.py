@@ -1,8 +1,27 @@
 """Settings that hold for every test. Python finds `import tiny` because pytest puts this folder on sys.path."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 # Before any library is imported: no test may reach for the network or for a display.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
+
+
+@pytest.fixture
+def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate trains on the CPU, also where there is a GPU."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with sound inputs for every driver; see `record_trajectories.write_inputs`."""
+    from record_trajectories import write_inputs  # not before the settings above
+
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder

@@ -141,8 +141,9 @@ def test_trials_change_one_thing_at_a_time() -> None:
 def test_table_and_json(
     trial: refl_step.Trial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    parts = trial.pipeline, trial.scorer, trial.scorer_files
-    monkeypatch.setattr(refl_step, "build_tiny", lambda folder: parts)
+    (tmp_path / "pipeline").symlink_to(trial.pipeline)
+    (tmp_path / "imagereward").symlink_to(trial.scorer_files)
+    monkeypatch.setattr(refl_step, "TINY", tmp_path)
     monkeypatch.setattr(refl_step, "fresh", lambda function, *arguments: function(*arguments))
     flags = (
         "--models tiny --precision bf16 --train lora --checkpointing on --compile off --batch 1 --repeats 1"

@@ -15,6 +15,8 @@ import torch
 
 import record_trajectories as recorded
 
+pytestmark = pytest.mark.usefixtures("cpu")
+
 ROOT = Path(__file__).parents[1]
 DRIVERS = [
     path.stem for path in sorted((ROOT / "finetune").glob("*.py")) if "\ndef main(" in path.read_text()
@@ -23,19 +25,6 @@ DRIVERS = [
 # Relative, or absolute in units of the largest number of its row: sums of float32 are ordered differently by each
 # processor and thread count, and three updates multiply that by about a thousand. A changed formula moves numbers by more.
 TOLERANCE = 2e-3
-
-
-@pytest.fixture(autouse=True)
-def _cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sound inputs for every driver."""
-    folder = tmp_path_factory.mktemp("inputs")
-    recorded.write_inputs(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

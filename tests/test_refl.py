@@ -20,7 +20,6 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import record_trajectories
 import tiny
 from finetune import refl
 from finetune.checkpoint import find_checkpoints, read
@@ -33,21 +32,11 @@ from preftune.lora import LoRA
 from preftune.sampling import Drawing, sample
 from rewards.brightness import Brightness
 
+pytestmark = pytest.mark.usefixtures("cpu")
+
 ROOT = Path(__file__).parents[1]
 PROMPTS = ["a red circle", "two blue stars"]
 SIZE, STEPS, LATE = 32, 5, 3
-
-
-@pytest.fixture(autouse=True)
-def _cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    record_trajectories.write_inputs(folder)
-    return folder
 
 
 def config(root: Path, output: Path, *, run: dict[str, Any] | None = None, **changes: Any) -> refl.Config:

@@ -23,7 +23,6 @@ from rewards.shapes import (
     in_world,
     judge,
     parse_caption,
-    without_size,
 )
 from rewards.shapes_drawing import (
     DEFECTS,
@@ -435,8 +434,3 @@ def test_the_scorer_is_the_gold_score() -> None:
     scores = rewards.load("shapes")(pixels, captions)
     assert torch.equal(scores, judge(pixels, captions).gold)
     assert scores.dtype == torch.float32
-
-
-def test_a_scene_without_sizes() -> None:
-    scene = parse_caption("a small red circle above a large blue square on a white background")
-    assert without_size(scene).caption() == "a red circle above a blue square on a white background"
