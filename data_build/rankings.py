@@ -7,11 +7,12 @@ guidance scales and step counts: a scorer that has seen only rendered pictures d
 The noise is set so that two annotators order a pair alike about 65 % of the time, which is what papers 001 and 002 report
 of people; both that and one annotator's agreement with the noiseless judge are printed and written to `summary.json`.
 
-    python data_build/rankings.py --output data/rankings_rendered --count 12000
-    python data_build/rankings.py --output data/rankings_drawn --count 2500 --model assets/tiny/pipeline
+    python data_build/rankings.py --output data/rankings_rendered --count 20000 --pictures 8 --annotators 5
+    python data_build/rankings.py --output data/rankings_drawn --count 1500 --pictures 8 --annotators 5 --model assets/tiny/pipeline
 
-`rankings.jsonl` rows: prompt, generations (file names), ranking (1 = best), source, gold (noiseless, for evaluation only).
-Hardware: rendered 1,500 pictures/s and drawn about 25 pictures/s on two CPU cores.
+`rankings.jsonl` rows, one for each annotator: prompt, generations (file names), ranking (1 = best), source (the annotator),
+pictures (rendered or drawn), gold (noiseless, for evaluation only).
+Hardware: rendered 350 pictures/s, most of it the judge's time, and drawn 25 pictures/s on one CPU core.
 """
 
 import json
@@ -53,7 +54,9 @@ class Config:
     """Guidance scales to draw at, one picked for each picture."""
     step_counts: tuple[int, ...] = (4, 8, 16)
     """Numbers of denoising steps (ddim) to draw with, one picked for each picture."""
-    annotator_noise: float = 0.2
+    annotators: int = 1
+    """Annotators of each ranking's pictures: as many rows, one each."""
+    annotator_noise: float = 0.17
     """Standard deviation of the noise that an annotator adds to each gold score."""
     seed: int = 1
     """Ranking i is a function of (seed, i) and the model."""
@@ -63,6 +66,8 @@ class Config:
             raise ValueError(
                 f"--count must be at least 1 and --pictures at least 2, got {self.count} and {self.pictures}"
             )
+        if self.annotators < 1:
+            raise ValueError(f"--annotators must be at least 1, got {self.annotators}")
         if not self.annotator_noise >= 0:
             raise ValueError(f"--annotator-noise must be at least 0, got {self.annotator_noise}")
         if not self.guidances or not self.step_counts or min(self.guidances) < 0 or min(self.step_counts) < 1:
@@ -135,23 +140,31 @@ def main(config: Config) -> None:
         for name, picture in zip(names, pixels, strict=True):
             to_pil(picture).save(partial / name, compress_level=1)
         gold = judge(pixels, [scene.caption()] * config.pictures).gold.numpy()
-        said = gold + np.random.default_rng((config.seed, index, 1)).normal(
-            0, config.annotator_noise, len(gold)
-        )
         golds.append(gold)
-        source = "rendered" if drawn is None else "drawn"
-        row = {
-            "prompt": scene.caption(),
-            "generations": names,
-            "ranking": rank(said.tolist()),
-            "source": source,
-        }
-        rows.append({**row, "gold": [round(float(value), 4) for value in gold]})
+        for annotator, ranks in enumerate(annotate(gold, index, config)):
+            rows.append(
+                {
+                    "prompt": scene.caption(),
+                    "generations": names,
+                    "ranking": ranks,
+                    "source": f"annotator {annotator}",
+                    "pictures": "rendered" if drawn is None else "drawn",
+                    "gold": [round(float(value), 4) for value in gold],
+                }
+            )
     write_jsonl(partial / "rankings.jsonl", rows)
     summary = agreement(np.stack(golds), config.annotator_noise)
     (partial / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     partial.rename(config.output)
     print(json.dumps(summary))  # noqa: T201
+
+
+def annotate(gold: NDArray[np.float32], index: int, config: Config) -> list[list[int]]:
+    """Return each annotator's places, 1 = best, of the pictures of ranking `index` with these gold scores."""
+    noises = (
+        np.random.default_rng((config.seed, index, 1, annotator)) for annotator in range(config.annotators)
+    )
+    return [rank((gold + rng.normal(0, config.annotator_noise, len(gold))).tolist()) for rng in noises]
 
 
 def agreement(golds: NDArray[np.float32], noise: float) -> dict[str, float]:

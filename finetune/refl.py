@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 import tyro
 from torch import Generator, Tensor, nn
 
@@ -68,6 +69,9 @@ class Config:
     """Sampler of the trajectory; ddpm is what the released script uses."""
     guidance: float = 1.0
     """Guidance scale while training; 1 = none, as published."""
+    shift: int = 0
+    """Scorers see each picture moved at random by up to so many pixels along each axis, its border repeated; 0 = published.
+    A gradient that must hold wherever the picture lies changes shapes, not single pixels: less reward hacking."""
     margin: float = 2.0
     """phi(r) = relu(margin - r): pictures that score higher give no gradient."""
     reward_scale: float = 1e-3
@@ -106,6 +110,8 @@ class Config:
             )
         if self.size < 8 or self.size % 8:
             raise ValueError(f"--size must be a positive multiple of 8, got {self.size}")
+        if not 0 <= self.shift < self.size:
+            raise ValueError(f"--shift must lie in 0..{self.size - 1}, got {self.shift}")
         if not self.reward_scale > 0:
             raise ValueError(f"--reward-scale must be positive, got {self.reward_scale}")
         if not self.guidance >= 0:
@@ -133,6 +139,14 @@ class Config:
 def reward_loss(scores: Tensor, margin: float, scale: float) -> Tensor:
     """Return lambda mean(phi(r)) of rewards (B,), phi(r) = relu(margin - r): paper 002 eq. 2."""
     return scale * torch.relu(margin - scores).mean()
+
+
+def shifted(pixels: Tensor, generators: Sequence[Generator], most: int) -> Tensor:
+    """Return pictures (B, 3, H, W) moved by up to `most` pixels along each axis, each as its generator says."""
+    height, width = pixels.shape[2:]
+    wide = F.pad(pixels, (most,) * 4, mode="replicate")
+    corners = [torch.randint(2 * most + 1, (2,), generator=generator).tolist() for generator in generators]
+    return torch.stack([wide[i, :, y : y + height, x : x + width] for i, (y, x) in enumerate(corners)])
 
 
 def late_pixels(
@@ -241,6 +255,7 @@ def main(config: Config) -> int:  # noqa: C901 - the loop stays in one piece
             texts = items_at(prompts, indices, config.run.seed)
             with run.accumulate():
                 pixels = late_pixels(family, texts, [run.generator(i) for i in indices], late, config)
+                pixels = shifted(pixels, [run.generator(i, stream=2) for i in indices], config.shift)
                 scores = mix(pixels, texts).rewards
                 loss = reward_loss(scores, config.margin, config.reward_scale)
                 if config.pretraining == "sum":

@@ -1,7 +1,8 @@
 """Tune a scorer on rankings: the reward model of ImageReward (paper 002, section 2.2).
 
 Loss, eq. 1: -log sigmoid(r(better) - r(worse)), the mean over all untied pairs of the rankings in a batch, on raw scores.
-At the end the scores' mean and deviation over the held-out pictures become the constants that calls subtract and divide by.
+Rankings of the same pictures by several annotators are read as one: the pictures are scored once, each annotator's pairs
+count. At the end the scores' mean and deviation over the held-out pictures become the constants that calls subtract and divide by.
 
     accelerate launch finetune/reward_model.py --model runs/pretrain_scorer/scorer --data data/rankings
 
@@ -63,6 +64,27 @@ class Config:
             raise ValueError(f"--valid-every must be at least 1, got {self.valid_every}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ranked:
+    """Pictures of one prompt and what all annotators said of them."""
+
+    prompt: str
+    paths: tuple[Path, ...]
+    """n pictures."""
+    ranks: tuple[tuple[int, ...], ...]
+    """For each annotator n places, 1 = best."""
+
+
+def by_pictures(rankings: Sequence[Ranking]) -> list[Ranked]:
+    """Return the rankings, those of the same prompt and pictures in one, in the order of their first."""
+    found: dict[tuple[str, tuple[Path, ...]], list[tuple[int, ...]]] = {}
+    for ranking in rankings:
+        found.setdefault((ranking.prompt, ranking.paths), []).append(ranking.ranks)
+    return [
+        Ranked(prompt=prompt, paths=paths, ranks=tuple(ranks)) for (prompt, paths), ranks in found.items()
+    ]
+
+
 def pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
     """Return all (better, worse) places of a ranking, 1 = best; ties give none."""
     return [(i, j) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b]
@@ -97,7 +119,7 @@ def freeze(scorer: ImageReward, share: float) -> None:
             tower.embeddings.requires_grad_(False)
 
 
-def split(rankings: list[Ranking], share: float, seed: int) -> tuple[list[Ranking], list[Ranking]]:
+def split(rankings: list[Ranked], share: float, seed: int) -> tuple[list[Ranked], list[Ranked]]:
     """Return training and held-out rankings: all rankings of one prompt fall on one side."""
     prompts = sorted({ranking.prompt for ranking in rankings})
     random.Random(seed).shuffle(prompts)
@@ -110,17 +132,17 @@ def split(rankings: list[Ranking], share: float, seed: int) -> tuple[list[Rankin
     return train, [ranking for ranking in rankings if ranking.prompt in held]
 
 
-def load(rankings: Sequence[Ranking], size: int) -> tuple[Tensor, list[str]]:
+def load(rankings: Sequence[Ranked], size: int) -> tuple[Tensor, list[str]]:
     """Return the pictures of these rankings, (sum of n, 3, size, size) in [0, 1], and their prompts."""
     paths = [(path, ranking.prompt) for ranking in rankings for path in ranking.paths]
     return torch.stack([load_pixels(path, size) for path, _ in paths]), [prompt for _, prompt in paths]
 
 
-def places(rankings: Sequence[Ranking]) -> Tensor:
+def places(rankings: Sequence[Ranked]) -> Tensor:
     """Return the rows of better and worse pictures, (2, number of pairs), in the order of `load`."""
     found, start = [], 0
     for ranking in rankings:
-        found += [(start + i, start + j) for i, j in pairs(ranking.ranks)]
+        found += [(start + i, start + j) for ranks in ranking.ranks for i, j in pairs(ranks)]
         start += len(ranking.paths)
     return torch.tensor(found, dtype=torch.long).reshape(-1, 2).T
 
@@ -129,7 +151,7 @@ def main(config: Config) -> int:
     """Train, validate, keep the best."""
     with exit_on_user_error():
         check(config.run)
-        rankings = [ranking for folder in config.data for ranking in read_rankings(folder)]
+        rankings = [ranked for folder in config.data for ranked in by_pictures(read_rankings(folder))]
         train, held = split(rankings, config.valid_share, config.run.seed)
         scorer = ImageReward.load(config.model)
         freeze(scorer, config.frozen_share)
@@ -166,7 +188,7 @@ def best_so_far(folder: Path) -> float:
 
 
 @torch.no_grad()
-def validate(scorer: ImageReward, held: list[Ranking], size: int, device: torch.device) -> float:
+def validate(scorer: ImageReward, held: list[Ranked], size: int, device: torch.device) -> float:
     """Return the pooled pair accuracy on held-out rankings, and set the scorer's statistics to theirs."""
     scorer.eval()
     raws, right, number = [], 0, 0

@@ -53,6 +53,7 @@ def read_samples(folder: Path) -> list[Sample]:
 def read_rankings(folder: Path) -> list[Ranking]:
     """The rankings of folder/rankings.jsonl, in its order. Raises ValueError that names the line."""
     rankings = []
+    known: dict[str, Path] = {}  # several annotators name the same pictures
     for place, row in _rows(folder / "rankings.jsonl"):
         names, ranks = _get(row, "generations", list, place), _get(row, "ranking", list, place)
         if not all(isinstance(name, str) for name in names):
@@ -64,7 +65,8 @@ def read_rankings(folder: Path) -> list[Ranking]:
                 f"{place}: {len(names)} generations and {len(ranks)} ranks; there must be one rank each, and two or more"
             )
         source = _get(row, "source", str, place) if "source" in row else ""
-        paths = tuple(_inside(folder, name, place) for name in names)
+        known |= {name: _inside(folder, name, place) for name in names if name not in known}
+        paths = tuple(known[name] for name in names)
         prompt = _text(row, "prompt", place)
         rankings.append(Ranking(prompt=prompt, paths=paths, ranks=tuple(ranks), source=source))
     if not rankings:

@@ -174,6 +174,7 @@ def test_nothing_half_written(program: object, tmp_path: Path, monkeypatch: pyte
         (lambda path: shapes.Config(output=path, wrong_share=1.5), r"--wrong-share must lie in \[0, 1\], got 1.5"),
         (lambda path: shapes.Config(output=path, weird_share=float("nan")), "--weird-share .* got nan"),
         (lambda path: rankings.Config(output=path, pictures=1), "--pictures at least 2, got 1000 and 1"),
+        (lambda path: rankings.Config(output=path, annotators=0), "--annotators must be at least 1, got 0"),
         (lambda path: rankings.Config(output=path, annotator_noise=-1), "--annotator-noise .* got -1"),
         (lambda path: rankings.Config(output=path, guidances=()), "--guidances and --step-counts must be positive"),
         (lambda path: rankings.Config(output=path, step_counts=(0,)), "--guidances and --step-counts must be positive"),
@@ -204,7 +205,7 @@ def test_rendered_rankings(tmp_path: Path) -> None:
     read = read_rankings(tmp_path / "data")
     assert len(read) == 4
     for ranking, row in zip(read, rows, strict=True):
-        assert ranking.source == "rendered"
+        assert (ranking.source, row["pictures"]) == ("annotator 0", "rendered")
         assert len(ranking.paths) == 4
         assert_ranks_follow(ranking.ranks, row["gold"])
         gold = judge(pictures_of(ranking.paths), [ranking.prompt] * 4).gold
@@ -228,6 +229,20 @@ def test_annotators_err_and_are_seeded(tmp_path: Path) -> None:
     assert [row[2] for row in wild] != [row[2] for row in long]
     first = sorted((tmp_path / "short").rglob("*.png"))[0]
     assert first.read_bytes() == (tmp_path / "long" / first.relative_to(tmp_path / "short")).read_bytes()
+
+
+def test_annotators_see_the_same_and_err_apart(tmp_path: Path) -> None:
+    for name, number in (("one", 1), ("three", 3)):
+        rankings.main(
+            rankings.Config(output=tmp_path / name, count=5, annotators=number, annotator_noise=0.3)
+        )
+    one, three = (read_jsonl(tmp_path / name / "rankings.jsonl") for name in ("one", "three"))
+    assert three[::3] == one, "the first annotator does not depend on how many there are"
+    for index in range(5):
+        same = three[3 * index : 3 * index + 3]
+        assert [row["source"] for row in same] == ["annotator 0", "annotator 1", "annotator 2"]
+        assert len({json.dumps([row["prompt"], row["generations"], row["gold"]]) for row in same}) == 1
+    assert any(a["ranking"] != b["ranking"] for a, b in zip(three[::3], three[1::3], strict=True))
 
 
 def test_rendered_pictures_are_right_or_nearly(tmp_path: Path) -> None:
@@ -261,7 +276,7 @@ def test_drawn_rankings(tmp_path: Path) -> None:
     rankings.main(config)
     read = read_rankings(tmp_path / "data")
     rows = read_jsonl(tmp_path / "data" / "rankings.jsonl")
-    assert [ranking.source for ranking in read] == ["drawn"] * 3
+    assert [row["pictures"] for row in rows] == ["drawn"] * 3
     assert [ranking.prompt for ranking in read] == [
         rankings.scene_of(index, config)[0].caption() for index in range(3)
     ]

@@ -92,6 +92,8 @@ ONE: dict[str, list[tuple[list[str], str]]] = {
         (["--window", "1", "4"], "--window 1 4 must lie in 0..3"),
         (["--window", "2", "1"], "--window 2 1 must lie in 0..3"),
         (["--num-steps", "0"], "--num-steps must be at least 1"),
+        (["--shift", "-1"], "--shift must lie in 0..31, got -1"),
+        (["--shift", "32"], "--shift must lie in 0..31, got 32"),
     ],
     "reward_model": [
         (["--model", "{bad}/nothing"], "lacks config.json"),
