@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import Generator, Tensor, nn
 
@@ -32,7 +31,7 @@ from finetune.run_config import RunConfig, check
 from preftune import families
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.families.base import Family
-from preftune.images import load_pixels
+from preftune.images import load_pixels, shifted
 from preftune.lora import LoRA
 from preftune.noise import x0_from
 from preftune.objective import denoising_error
@@ -139,14 +138,6 @@ class Config:
 def reward_loss(scores: Tensor, margin: float, scale: float) -> Tensor:
     """Return lambda mean(phi(r)) of rewards (B,), phi(r) = relu(margin - r): paper 002 eq. 2."""
     return scale * torch.relu(margin - scores).mean()
-
-
-def shifted(pixels: Tensor, generators: Sequence[Generator], most: int) -> Tensor:
-    """Return pictures (B, 3, H, W) moved by up to `most` pixels along each axis, each as its generator says."""
-    height, width = pixels.shape[2:]
-    wide = F.pad(pixels, (most,) * 4, mode="replicate")
-    corners = [torch.randint(2 * most + 1, (2,), generator=generator).tolist() for generator in generators]
-    return torch.stack([wide[i, :, y : y + height, x : x + width] for i, (y, x) in enumerate(corners)])
 
 
 def late_pixels(

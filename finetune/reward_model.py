@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from finetune.run import Run
 from finetune.run_config import RunConfig, check
 from preftune.cli import dump, exit_on_user_error, parse
-from preftune.images import load_pixels
+from preftune.images import load_pixels, shifted
 from preftune.prompts import items_at
 from preftune.records import Ranking, read_rankings
 from rewards.imagereward import ImageReward
@@ -43,6 +43,8 @@ class Config:
     """Folders with rankings.jsonl (prompt, generations, ranking)."""
     valid_share: float = 0.1
     """Share of prompts held out, in (0, 1)."""
+    shift: int = 0
+    """Training pictures are moved at random by up to so many pixels along each axis, their borders repeated."""
     frozen_share: float = 0.7
     """Share of each tower's layers, from the bottom, that stays frozen with its embeddings; 0 trains everything."""
     valid_every: int = 200
@@ -58,6 +60,8 @@ class Config:
             raise ValueError("--data needs at least one folder of rankings")
         if not 0 < self.valid_share < 1:
             raise ValueError(f"--valid-share must lie strictly between 0 and 1, got {self.valid_share}")
+        if self.shift < 0:
+            raise ValueError(f"--shift must be 0 or more, got {self.shift}")
         if not 0 <= self.frozen_share <= 1:
             raise ValueError(f"--frozen-share must lie in [0, 1], got {self.frozen_share}")
         if self.valid_every < 1:
@@ -162,8 +166,15 @@ def main(config: Config) -> int:
     for step in run.steps():
         module.train()
         for micro in range(run.accumulation):
-            chosen = items_at(train, run.image_indices(step, micro), config.run.seed)
+            indices = run.image_indices(step, micro)
+            chosen = items_at(train, indices, config.run.seed)
             pixels, prompts = load(chosen, size)
+            own = [
+                generator
+                for ranking, generator in zip(chosen, map(run.generator, indices), strict=True)
+                for _ in ranking.paths
+            ]
+            pixels = shifted(pixels, own, config.shift)
             with run.accumulate():
                 raw = module(pixels.to(run.device), prompts)
                 better, worse = raw[places(chosen).to(run.device)]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 Picture = Image.Image | torch.Tensor
@@ -52,6 +53,14 @@ def save_image(image: Picture, path: Path) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def shifted(pixels: torch.Tensor, generators: Sequence[torch.Generator], most: int) -> torch.Tensor:
+    """Pictures (B, 3, H, W) moved by up to `most` pixels along each axis, each as its generator says; borders are repeated."""
+    height, width = pixels.shape[2:]
+    wide = F.pad(pixels, (most,) * 4, mode="replicate")
+    corners = [torch.randint(2 * most + 1, (2,), generator=generator).tolist() for generator in generators]
+    return torch.stack([wide[i, :, y : y + height, x : x + width] for i, (y, x) in enumerate(corners)])
 
 
 def captioned_grid(

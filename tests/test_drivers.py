@@ -100,6 +100,7 @@ ONE: dict[str, list[tuple[list[str], str]]] = {
         (["--data", "{bad}/absent"], "absent"),
         (["--data", "{bad}/torn"], "rankings.jsonl line 1"),
         (["--valid-share", "1"], "--valid-share must lie"),
+        (["--shift", "-1"], "--shift must be 0 or more, got -1"),
     ],
 }
 CASES = [(driver, flags, words) for driver in DRIVERS for flags, words in EVERY + ONE.get(driver, [])]

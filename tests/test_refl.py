@@ -229,31 +229,6 @@ def test_pixels_out_of_range_have_a_gradient(tmp_path: Path) -> None:
 # The driver
 
 
-def test_shifted_pictures() -> None:
-    """Each lies up to 2 pixels elsewhere, as its generator says, with its border repeated; 0 changes nothing."""
-    rows, columns = torch.meshgrid(torch.arange(6.0), torch.arange(5.0), indexing="ij")
-    pixels = torch.stack([rows, columns, rows + columns])[None].repeat(40, 1, 1, 1).requires_grad_()
-
-    def generators(first: int) -> list[torch.Generator]:
-        return [torch.Generator().manual_seed(first + i) for i in range(40)]
-
-    moved = refl.shifted(pixels, generators(0), 2)
-    steps = set()
-    for picture in moved:
-        dy, dx = int(picture[0, 3, 0]) - 3, int(picture[1, 0, 2]) - 2
-        expected_rows, expected_columns = (rows + dy).clamp(0, 5), (columns + dx).clamp(0, 4)
-        torch.testing.assert_close(
-            picture, torch.stack([expected_rows, expected_columns, expected_rows + expected_columns])
-        )
-        steps.add((dy, dx))
-    assert {dy for dy, _ in steps} == {dx for _, dx in steps} == {-2, -1, 0, 1, 2}
-    torch.testing.assert_close(refl.shifted(pixels, generators(0), 2), moved, rtol=0, atol=0)
-    assert (refl.shifted(pixels, generators(99), 2) != moved).any()
-    torch.testing.assert_close(refl.shifted(pixels, generators(0), 0), pixels, rtol=0, atol=0)
-    (gradient,) = torch.autograd.grad(moved.sum(), pixels)
-    assert gradient.sum().item() == moved.numel(), "a repeated border gathers the gradient of its copies"
-
-
 def test_the_late_step_is_drawn_from_the_window(root: Path, tmp_path: Path) -> None:
     refl.main(config(root, tmp_path, window=(1, 3), run={"updates": 6, "seed": 5}))
     drawn = [row["late_step"] for row in rows(tmp_path)]
