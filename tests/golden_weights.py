@@ -20,6 +20,7 @@ from rewards.clip_tokenizer import read_vocab
 
 FOLDER = Path(__file__).parent / "golden"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+BLIP = json.loads((FOLDER / "imagereward_tiny.json").read_text(encoding="utf-8"))
 CLIP = json.loads((FOLDER / "clip_tiny.json").read_text(encoding="utf-8"))
 CLIP_NAMES = tuple(CLIP["models"])
 
@@ -82,6 +83,15 @@ def fill(shapes: Mapping[str, list[int]], seed: int) -> dict[str, torch.Tensor]:
     return {name: formula(name, tuple(shape), seed) for name, shape in shapes.items()}
 
 
+def write_bert_vocab(path: Path) -> Path:
+    """A vocab.txt of the published length that holds only the prompts' pieces: the longest match stays the longest."""
+    lines = [f"[unused{index}]" for index in range(BLIP["vocab_lines"])]
+    for token, index in BLIP["vocab"].items():
+        lines[index] = token
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
 def write_clip_vocab(folder: Path, patch: pytest.MonkeyPatch) -> Path:
     """A merges.txt of the published length with the merges that the recorded texts need, each at its own rank.
 
@@ -108,3 +118,11 @@ def write_clip(name: str, folder: Path) -> Path:
     state = fill(CLIP["models"][name]["shapes"], CLIP["weights_seed"])
     torch.save(state if name == "pickscore" else {"state_dict": state}, folder / f"{name}.pt")
     return folder / f"{name}.pt"
+
+
+def unit_vectors(count: int, width: int, seed: int) -> torch.Tensor:
+    """Vectors (count, width) of length 1, in place of pictures' embeddings."""
+    digest = hashlib.sha256(f"{seed}:unit_vectors".encode()).digest()
+    generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
+    rows = generator.standard_normal((count, width))
+    return torch.from_numpy((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32))

@@ -15,29 +15,20 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import rewards
+from golden_weights import BLIP as GOLDEN
 from golden_weights import FOLDER as GOLDEN_FOLDER
-from golden_weights import SHARED, fill
+from golden_weights import SHARED, fill, write_bert_vocab
 from rewards.imagereward import FULL_SIZE, ImageReward, ImageRewardConfig, to_authors, to_transformers
 from rewards.pixels import from_pil
 
-GOLDEN = json.loads((GOLDEN_FOLDER / "imagereward_tiny.json").read_text(encoding="utf-8"))
 TOLERANCE = 5e-6  # independent float32 implementations on a CPU differ by less
-
-
-def write_golden_vocab(path: Path) -> Path:
-    """A vocabulary of the published length that holds only the prompts' pieces: the longest match stays the longest."""
-    lines = [f"[unused{index}]" for index in range(GOLDEN["vocab_lines"])]
-    for token, index in GOLDEN["vocab"].items():
-        lines[index] = token
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")
 def golden_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("golden")
     config = replace(FULL_SIZE, **GOLDEN["config"])
-    ImageReward.build(config, write_golden_vocab(folder / "source.txt"), seed=0).save(folder)
+    ImageReward.build(config, write_bert_vocab(folder / "source.txt"), seed=0).save(folder)
     save_file(fill(GOLDEN["shapes"], GOLDEN["weights_seed"]), folder / "model.safetensors")
     return folder
 

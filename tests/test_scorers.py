@@ -1,26 +1,36 @@
 """What every scorer promises, and the pixel arithmetic they share."""
 
+import importlib
+import json
 import runpy
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rewards
+from golden_weights import CLIP_NAMES, FOLDER, fill, tiny_card, write_clip, write_clip_vocab
 from rewards import CARDS, Preprocess, Scorer
-from rewards.imagereward import ImageReward, ImageRewardConfig
+from rewards.blipscore import BlipScore
+from rewards.imagereward import ImageReward, ImageRewardConfig, to_transformers
 from rewards.pixels import from_pil, prepare
-from rewards.weights import local
+from rewards.weights import local, read
 
 PROMPTS = [
     "a red circle on a white background",
     "two blue squares on a grey background",
     "a small green triangle above a yellow cross on a black background",
 ]
-UNTRAINED = "imagereward-tiny, untrained"
+UNTRAINED = {
+    f"{name}, untrained": name for name in ("imagereward-tiny", *CLIP_NAMES, "aesthetic", "blipscore")
+}
+"""Architectures with small random weights, so that they keep the contract where the published ones are not."""
+AESTHETIC = {"name": "aesthetic", "module": "rewards.aesthetic", "prompted": False}
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +52,42 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=[*CARDS, UNTRAINED])
-def scorer(request: pytest.FixtureRequest, untrained: Path) -> Scorer:
-    if request.param == UNTRAINED:
-        return rewards.load("imagereward-tiny", weights=untrained)
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The recorded CLIPs, and the layers of the aesthetic predictor on one of them."""
+    folder = tmp_path_factory.mktemp("clips")
+    with pytest.MonkeyPatch.context() as patch:
+        write_clip_vocab(folder, patch)
+        for name in CLIP_NAMES:
+            write_clip(name, folder)
+        save_file(read(folder / "hpsv1.pt"), folder / "model.safetensors")
+        shapes = json.loads((FOLDER / "aesthetic.json").read_text(encoding="utf-8"))["shapes"]
+        state = fill(shapes | {"layers.0.weight": [1024, 64]}, seed=0)
+        torch.save(state, folder / "aesthetic.pt")
+        yield folder
+
+
+@pytest.fixture(params=[*CARDS, *UNTRAINED])
+def scorer(request: pytest.FixtureRequest, untrained: Path, clips: Path) -> Scorer:
+    name = UNTRAINED.get(request.param)
+    if name == "imagereward-tiny":
+        return rewards.load(name, weights=untrained)
+    if name == "blipscore":
+        config = ImageReward.load(untrained).config
+        blip = BlipScore(CARDS[name], config, (untrained / "vocab.txt").read_text(encoding="utf-8"))
+        towers = load_file(untrained / "model.safetensors")
+        towers = {key: value for key, value in to_transformers(towers).items() if key.startswith(("v", "t"))}
+        blip.blip.load_state_dict(towers)
+        return blip.eval().requires_grad_(False)
+    if name is not None:
+        card = replace(tiny_card("hpsv1"), **AESTHETIC) if name == "aesthetic" else tiny_card(name)
+        module = importlib.import_module(card.module)
+        return module.load_scorer(card, clips / f"{name}.pt", "cpu", torch.float32)
     card = CARDS[request.param]
     if card.has_weights and local(card) is None:
         pytest.skip(f"the weights of {card.name} are not here")
-    if card.num_bytes is not None:
-        pytest.skip(
-            f"{card.name} has {card.num_bytes / 1e9:.1f} GB of weights; its golden test is marked slow"
-        )
+    if card.file is not None:
+        pytest.skip(f"the weights of {card.name} are large; its golden test is marked slow")
     return rewards.load(request.param)
 
 
