@@ -40,8 +40,11 @@ def from_pil(image: Image.Image, preprocess: Preprocess | None = None) -> Tensor
     The published scorers resize and crop in the file's own mode and convert to RGB last, which matters for
     transparent and palette pictures, and PIL rounds to 8 bits in between: with preprocess the result equals
     theirs, and `prepare` then only normalises it. Two of them differ: see `Preprocess.files`. A rotation in the
-    EXIF data is not applied, as by none of them.
+    EXIF data is not applied, as by none of them. A 16-bit grey picture is read by its upper eight bits, where PIL,
+    and they with it, takes nearly all of it for white.
     """
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if preprocess is not None and preprocess.files == "tensor":
         return _fit(_resize(from_pil(image)[None], preprocess), preprocess)[0]
     if preprocess is not None:
@@ -69,7 +72,8 @@ def _resized(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]
     ):  # the long side is cut down to an integer, as torchvision's Resize does
         return (size, size * width // height) if height <= width else (size * height // width, size)
     scale = size / long  # the short side is rounded half to even, as open_clip's ResizeMaxSize does
-    return (size, round(short * scale)) if height >= width else (round(short * scale), size)
+    rounded = max(round(short * scale), 1)
+    return (size, rounded) if height >= width else (rounded, size)
 
 
 def _resize(pixels: Tensor, preprocess: Preprocess) -> Tensor:

@@ -6,7 +6,9 @@ import runpy
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -221,10 +223,13 @@ def ramp(height: int, width: int) -> torch.Tensor:
     return (torch.arange(width) / 100).expand(1, 3, height, width)
 
 
-def test_centre_crop_rounds_half_to_even() -> None:
-    """Offsets round(1 / 2) = 0 and round(3 / 2) = 2."""
-    for width, first in ((5, 0), (7, 2), (6, 1)):
-        cut = prepare(ramp(4, width), Preprocess(size=4, **PLAIN))
+@pytest.mark.parametrize(("crop_offset", "first_of_seven"), [("round", 2), ("floor", 1)])
+def test_centre_crop_rounds_half_to_even_or_down(
+    crop_offset: Literal["round", "floor"], first_of_seven: int
+) -> None:
+    """Offsets round(1 / 2) = 0 and round(3 / 2) = 2; floor(3 / 2) = 1."""
+    for width, first in ((5, 0), (7, first_of_seven), (6, 1)):
+        cut = prepare(ramp(4, width), Preprocess(size=4, crop_offset=crop_offset, **PLAIN))
         assert cut[0, 0, 0].tolist() == pytest.approx([(first + i) / 100 for i in range(4)])
 
 
@@ -274,6 +279,48 @@ def test_files_and_tensors_are_prepared_alike(tmp_path: Path) -> None:
     assert from_pil(image).shape == (3, height, width)
     assert from_file.shape == (3, 64, 64)
     assert (from_file - from_tensor.clamp(0, 1)).abs().max() < 2 / 255
+
+
+RULES = {card.preprocess: name for name, card in CARDS.items() if card.preprocess is not None}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=RULES.values())
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr", "I;16"])
+def test_pictures_of_every_mode_are_prepared(rule: Preprocess, mode: str) -> None:
+    """A dark half above a light one stays so."""
+    grey = np.repeat(np.array([40, 200], dtype=np.uint8), 50)[:, None].repeat(90, axis=1)
+    if mode == "I;16":
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(grey).convert("RGB")
+        image = image.quantize(2) if mode == "P" else image.convert(mode)
+    assert image.mode == mode
+    for pixels in (from_pil(image, rule), prepare(from_pil(image)[None], replace(rule, **PLAIN))[0]):
+        assert pixels.shape == (3, rule.size, rule.size)
+        middle = pixels[:, :, rule.size // 2]
+        dark, light = (middle[:, int(rule.size * place)].mean().item() for place in (0.4, 0.6))
+        if mode == "1":  # dithered
+            assert pixels.isfinite().all()
+        else:
+            assert (dark, light) == pytest.approx((40 / 255, 200 / 255), abs=0.02)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=RULES.values())
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1), (224, 160)])
+def test_thin_pictures_are_prepared(rule: Preprocess, size: tuple[int, int]) -> None:
+    white = Image.new("RGB", size, (255, 255, 255))
+    centre = from_pil(white, rule)[:, rule.size // 2, rule.size // 2]
+    assert centre.tolist() == pytest.approx([1, 1, 1], abs=1e-5)
+
+
+def test_a_rotation_in_the_exif_data_is_not_applied(tmp_path: Path) -> None:
+    """As by none of the authors: a picture is scored as its pixels are stored."""
+    image = Image.new("RGB", (60, 90), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=exif)
+    assert Image.open(tmp_path / "turned.png").getexif()[0x0112] == 6
+    assert from_pil(Image.open(tmp_path / "turned.png")).shape == (3, 90, 60)
 
 
 @pytest.mark.parametrize(
