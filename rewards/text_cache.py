@@ -21,8 +21,8 @@ class TextCache:
         """Return the vectors (B, E) of B prompts; device is where the text tower is."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
         if new:
-            # What is kept must not depend on who asks first: under autocast, or in inference mode.
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            # Without autocast: what is kept must not depend on who asks first.
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
                 self.known.update(zip(new, self.embed(new), strict=True))
         found = torch.stack([self.known[prompt] for prompt in prompts])
         for prompt in prompts:

@@ -81,6 +81,14 @@ def test_token_ids_with_the_whole_vocabulary(kind: Any, monkeypatch: pytest.Monk
     assert [tokenizer.encode(text) for text in TEXTS] == CLIP["token_ids"][kind]
 
 
+def test_entities_are_resolved_twice_where_ftfy_leaves_them(folder: Path) -> None:
+    """ftfy resolves all of them, but none in a text with a <, which may be HTML."""
+    tokenizer = ClipTokenizer("openai", folder / "merges.txt", 77)
+    for nested in ("<&amp;", "<&amp;amp;"):
+        assert tokenizer.encode(nested) == tokenizer.encode("<&")
+    assert tokenizer.encode("<&amp;amp;amp;") != tokenizer.encode("<&")
+
+
 # ---------------------------------------------------------------- what the recorded numbers notice
 
 
@@ -217,6 +225,9 @@ def test_a_prompt_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     scorer(pixels[:1], ["fox"])
     assert counting.prompts == ["cat", "dog", "bird", "fox"]
     assert list(scorer.cache.known) == ["bird", "fox"]  # the oldest go first
+    scorer(pixels[:1], ["bird"])
+    scorer(pixels[:1], ["dog"])
+    assert list(scorer.cache.known) == ["bird", "dog"]  # and to be asked for makes young
     scorer.to(torch.float64)
     assert not scorer.cache.known
 
@@ -229,6 +240,7 @@ def test_what_is_kept_does_not_depend_on_who_asks_first(folder: Path) -> None:
         scorer(pixels, ["cat"])
     scored = scorer(pixels.requires_grad_(), ["cat"])
     scored.sum().backward()  # an inference tensor could not be saved for this
+    assert pixels.grad is not None
     assert torch.equal(scored, expected)
 
 
@@ -396,6 +408,23 @@ def full_size(name: str, tmp_path: Path) -> tuple[dict[str, Any], ClipScorer]:
     scorer = rewards.load(name, weights=tmp_path / "filled.pt")
     (tmp_path / "filled.pt").unlink()
     return table, scorer  # type: ignore[return-value]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the published names and shapes in ../shared")
+@pytest.mark.parametrize("name", ["hpsv1", "hpsv2", "pickscore", "clipscore"])
+def test_cards_have_the_published_sizes(name: str, folder: Path) -> None:
+    """Names and shapes alone: no weights, no memory. Heads show in no shape."""
+    table = json.loads((SHARED / "golden" / f"{name}.json").read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        scorer = ClipScorer(CARDS[name], folder / "merges.txt")
+        state = {key: torch.empty(shape) for key, (_, shape) in table["state_dict"]["keys"].items()}
+    published = {key: value.shape for key, value in to_transformers(state).items()}
+    ours = {**scorer.vision.state_dict(), **scorer.text.state_dict(), "logit_scale": scorer.logit_scale}
+    assert {key: value.shape for key, value in ours.items()} == published
+    clip = CARDS[name].clip
+    assert clip is not None
+    heads = (16, 12) if name in ("hpsv1", "clipscore") else (16, 16)
+    assert (clip.vision_heads, clip.text_heads, clip.eps, clip.context) == (*heads, 1e-5, 77)
 
 
 @pytest.mark.slow

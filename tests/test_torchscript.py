@@ -17,7 +17,9 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(4)
         self.proj = nn.Parameter(torch.randn(3, 4).half())
-        self.register_buffer("mask", torch.arange(6).view(2, 3).T)
+        shared = torch.arange(10)
+        self.register_buffer("head", shared[:4])
+        self.register_buffer("rest", shared[4:].view(2, 3).T)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x) @ self.proj.float().T @ self.proj.float()
