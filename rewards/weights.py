@@ -3,10 +3,8 @@
 import functools
 import hashlib
 import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import safetensors
@@ -15,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rewards.card import Card
-from rewards.torchscript import is_archive, read_archive
 
 ROOT = Path(__file__).resolve().parents[1]
 """The repository root, to which the folders of embedded weights are relative."""
@@ -93,22 +90,17 @@ def _sha256(path: Path, _modified: int) -> str:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors, torch or TorchScript file on the CPU; nothing in the file is executed.
+    """Return the tensors of a safetensors or torch file on the CPU; nothing in the file is executed.
 
     A `state_dict` or `model` wrapper and the `module.` prefix of a distributed run are taken off. ValueError
     when the file is truncated, is no weights file, or holds anything but tensors.
     """
-    content: Any
     try:
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        elif is_archive(path):
-            content = read_archive(path)
-        else:
-            content = torch.load(path, "cpu", weights_only=True)
+        content = (
+            load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        )
     except (
         pickle.UnpicklingError,
-        zipfile.BadZipFile,
         safetensors.SafetensorError,
         RuntimeError,
         OSError,
