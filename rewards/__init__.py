@@ -7,16 +7,45 @@ tensor([1., 1.])
 """
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rewards.card import Card, Preprocess, Scorer
+from rewards.card import Card, Clip, Preprocess, Scorer
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CARDS", "Card", "Preprocess", "Scorer", "check", "load"]
+__all__ = ["CARDS", "Card", "Clip", "Preprocess", "Scorer", "check", "load"]
 
+_VIT_L_14 = Clip(
+    embed=768,
+    vision_width=1024,
+    vision_layers=24,
+    vision_heads=16,
+    patch=14,
+    text_width=768,
+    text_layers=12,
+    text_heads=12,
+    activation="quick_gelu",
+    tokenizer="openai",
+)
+_VIT_H_14 = Clip(
+    embed=1024,
+    vision_width=1280,
+    vision_layers=32,
+    vision_heads=16,
+    patch=14,
+    text_width=1024,
+    text_layers=24,
+    text_heads=16,
+    activation="gelu",
+    tokenizer="open_clip",
+)
+
+_HPS_V2 = Preprocess(size=224, resize="longest", crop="pad", files="tensor")
+
+# Where no deviation of the scores is published, a card has a quarter of the typical range, and its middle as the mean.
 _CARDS = (
     Card(
         name="brightness",
@@ -72,6 +101,119 @@ _CARDS = (
         paper="arXiv:2304.05977",
         folder="assets/tiny/imagereward",
         preprocess=Preprocess(size=64),
+    ),
+    Card(
+        name="hpsv1",
+        module="rewards.clip",
+        summary="HPS v1: OpenAI's CLIP ViT-L/14 tuned on human choices; the paper reports 100 times this cosine",
+        prompted=True,
+        differentiable=True,
+        typical_range=(0.19, 0.22),
+        mean=0.205,
+        std=0.0075,
+        licence="not stated",
+        paper="arXiv:2303.14420",
+        source="github.com/tgxs002/align_sd (OneDrive)",
+        file="hpc.pt",
+        preprocess=Preprocess(size=224),
+        clip=_VIT_L_14,
+    ),
+    Card(
+        name="hpsv2",
+        module="rewards.clip",
+        summary="HPS v2: CLIP ViT-H/14 tuned on human choices; the benchmark reports 100 times this cosine",
+        prompted=True,
+        differentiable=True,
+        typical_range=(0.2, 0.35),
+        mean=0.275,
+        std=0.0375,
+        licence="Apache-2.0",
+        paper="arXiv:2306.09341",
+        repo="xswu/HPSv2",
+        file="HPS_v2_compressed.pt",
+        preprocess=_HPS_V2,
+        clip=_VIT_H_14,
+    ),
+    Card(
+        name="hpsv2.1",
+        module="rewards.clip",
+        summary="HPS v2.1: HPS v2 with better training data",
+        prompted=True,
+        differentiable=True,
+        typical_range=(0.2, 0.35),
+        mean=0.275,
+        std=0.0375,
+        licence="Apache-2.0",
+        paper="arXiv:2306.09341",
+        repo="xswu/HPSv2",
+        file="HPS_v2.1_compressed.pt",
+        preprocess=_HPS_V2,
+        clip=_VIT_H_14,
+    ),
+    Card(
+        name="pickscore",
+        module="rewards.clip",
+        summary="PickScore v1: CLIP ViT-H/14 tuned on the choices of Pick-a-Pic; 100 times a cosine",
+        prompted=True,
+        differentiable=True,
+        typical_range=(20.0, 22.0),
+        mean=21.0,
+        std=0.5,
+        licence="not stated",
+        paper="arXiv:2305.01569",
+        repo="yuvalkirstain/PickScore_v1",
+        file="model.safetensors",
+        preprocess=Preprocess(size=224, crop_offset="floor", files="rgb"),
+        clip=replace(_VIT_H_14, tokenizer="transformers", scaled=True),
+    ),
+    Card(
+        name="clipscore",
+        module="rewards.clip",
+        summary="CLIP score: the cosine of OpenAI's CLIP ViT-L/14, as it is (no factor, nothing cut off at 0)",
+        prompted=True,
+        differentiable=True,
+        typical_range=(0.15, 0.35),
+        mean=0.25,
+        std=0.05,
+        licence="MIT",
+        paper="arXiv:2103.00020",
+        repo="openai/clip-vit-large-patch14",
+        file="model.safetensors",
+        preprocess=Preprocess(size=224),
+        clip=_VIT_L_14,
+    ),
+    Card(
+        name="aesthetic",
+        module="rewards.aesthetic",
+        summary="LAION's aesthetic predictor: linear layers on clipscore's image tower, a scale of 1 to 10",
+        prompted=False,
+        differentiable=True,
+        typical_range=(4.0, 7.0),
+        mean=5.5,
+        std=0.75,
+        licence="Apache-2.0",
+        paper="none",
+        source="github.com/christophschuhmann/improved-aesthetic-predictor",
+        file="sac+logos+ava1-l14-linearMSE.pth",
+        num_bytes=3_714_759,
+        sha256="21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
+        preprocess=Preprocess(size=224),
+        clip=_VIT_L_14,
+    ),
+    Card(
+        name="blipscore",
+        module="rewards.blipscore",
+        summary="BLIP score: the cosine of BLIP ViT-L, each tower reading on its own",
+        prompted=True,
+        differentiable=True,
+        typical_range=(0.2, 0.5),
+        mean=0.35,
+        std=0.075,
+        licence="BSD-3-Clause",
+        paper="arXiv:2201.12086",
+        source="storage.googleapis.com/sfr-vision-language-research/BLIP/models",
+        file="model_large.pth",
+        preprocess=Preprocess(size=224),
     ),
 )
 

@@ -22,7 +22,7 @@ def main() -> None:
 
 def _row(card: Card) -> tuple[str, ...]:
     low, high = card.typical_range
-    source = card.folder or (f"{card.repo}/{card.file}" if card.repo else "none needed")
+    source = card.folder or (f"{card.repo or card.source}/{card.file}" if card.file else "none needed")
     here = not card.has_weights or local(card) is not None
     return (
         card.name,
@@ -32,9 +32,13 @@ def _row(card: Card) -> tuple[str, ...]:
         f"{low:g} .. {high:g}",
         card.licence,
         f"{card.preprocess.size} px" if card.preprocess else "any",
-        f"{source} ({card.num_bytes / 1e9:.1f} GB)" if card.num_bytes else source,
+        f"{source} ({_size(card.num_bytes)})" if card.num_bytes else source,
         "yes" if here else "no",
     )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 if __name__ == "__main__":

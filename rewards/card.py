@@ -23,8 +23,38 @@ class Preprocess:
     antialias: bool = True
     crop: Literal["center", "pad", "none"] = "center"
     """How the other side becomes `size`: cut around the centre, or black borders."""
+    crop_offset: Literal["round", "floor"] = "round"
+    """Where the cut begins when the margin is odd: half to even (torchvision), or down (transformers)."""
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
+    files: Literal["own mode", "rgb", "tensor"] = "own mode"
+    """What the authors resize when they read a file: the picture in its own mode, which becomes RGB last; the
+    picture in RGB; or the tensor made of it in RGB, without rounding to 8 bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """The sizes of a CLIP's two towers, and what no checkpoint says: activation, epsilon, heads, tokeniser."""
+
+    embed: int
+    """Width of the common space of pictures and texts."""
+    vision_width: int
+    vision_layers: int
+    vision_heads: int
+    patch: int
+    text_width: int
+    text_layers: int
+    text_heads: int
+    activation: Literal["gelu", "quick_gelu"]
+    """Exact GELU, or x * sigmoid(1.702 x)."""
+    eps: float = 1e-5
+    """Of every LayerNorm."""
+    tokenizer: Literal["openai", "open_clip", "transformers"]
+    context: int = 77
+    """Tokens of a text, start and end included; a longer one is cut and keeps its end token."""
+    vocab_size: int = 49408
+    scaled: bool = False
+    """The score is exp(logit_scale) times the cosine instead of the cosine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +63,8 @@ class Card:
 
     `module` is the one that implements `load_scorer(card, weights, device, dtype)`. `mean` and `std` are
     those of the scores over ordinary pictures and serve to bring scorers to common units (rewards.mix); they
-    never change a score. Weights are either published (`repo`, `revision`, `file`, `num_bytes`, `sha256`) or
-    embedded (`folder`, relative to the repository root), or the scorer has none.
+    never change a score. Weights are either published (`repo` on the hub or `source` elsewhere, `revision`, `file`,
+    `num_bytes`, `sha256`) or embedded (`folder`, relative to the repository root), or the scorer has none.
     """
 
     name: str
@@ -48,17 +78,19 @@ class Card:
     licence: str
     paper: str
     repo: str | None = None
+    source: str | None = None
     revision: str | None = None
     file: str | None = None
     num_bytes: int | None = None
     sha256: str | None = None
     folder: str | None = None
     preprocess: Preprocess | None = None
+    clip: Clip | None = None
 
     @property
     def has_weights(self) -> bool:
         """Return True when the scorer needs files; its module then also has `find_files(card, weights) -> Path`."""
-        return self.repo is not None or self.folder is not None
+        return self.file is not None or self.folder is not None
 
 
 class Scorer(Protocol):

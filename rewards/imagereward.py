@@ -27,7 +27,7 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 
 from rewards.card import CLIP_MEAN, CLIP_STD, Card, Preprocess
 from rewards.pixels import at_least_float32, prepare
-from rewards.weights import FOLDER_FILE, cached, find, read, verify
+from rewards.weights import FOLDER_FILE, cached, check, find, loose, read, verify
 
 VOCAB_REPO = "google-bert/bert-base-uncased"
 VOCAB_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
@@ -150,15 +150,19 @@ class ImageReward(nn.Module):
         A file needs bert-base-uncased's vocab.txt beside it or in the hub's cache. ValueError names missing,
         unexpected or misshapen tensors.
         """
-        config, vocab, file = _parts(path)
+        config, vocab, file = find_parts(path)
         with torch.device("meta"):  # no time or memory for random weights that are replaced at once
             model = cls(config, vocab.read_text(encoding="utf-8"))
         state = to_transformers(read(file))
-        _check(model.state_dict(), state, file)
-        model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
-        positions = torch.arange(config.max_positions)[None]  # a buffer that is not in the state
-        model.text_model.embeddings.position_ids = positions
+        check(model.state_dict(), state, file, "this ImageReward")
+        model.fill(state)
         return model
+
+    def fill(self, state: Mapping[str, Tensor]) -> None:
+        """Give a model that was built on the meta device its tensors, in float32."""
+        self.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+        positions = torch.arange(self.config.max_positions)[None]  # a buffer that is not in the state
+        self.text_model.embeddings.position_ids = positions
 
     def save(self, folder: Path) -> None:
         """Write config.json, vocab.txt and model.safetensors (authors' names, float32), each atomically."""
@@ -245,11 +249,11 @@ def load_scorer(
 def find_files(card: Card, weights: Path | None) -> Path:
     """Return the folder or file that `ImageReward.load` takes; ValueError says which file to put where."""
     path = find(card, weights)
-    _parts(path)
+    find_parts(path)
     return path
 
 
-def _parts(path: Path) -> tuple[ImageRewardConfig, Path, Path]:
+def find_parts(path: Path) -> tuple[ImageRewardConfig, Path, Path]:
     """Return config, vocab.txt and weights file of a saved folder or a file in the authors' layout."""
     if path.is_dir():
         missing = [name for name in ("config.json", "vocab.txt", FOLDER_FILE) if not (path / name).is_file()]
@@ -258,10 +262,10 @@ def _parts(path: Path) -> tuple[ImageRewardConfig, Path, Path]:
         config = ImageRewardConfig.from_json((path / "config.json").read_text(encoding="utf-8"))
         return config, path / "vocab.txt", path / FOLDER_FILE
     beside = path.with_name("vocab.txt")
-    vocab = beside if beside.is_file() else cached(VOCAB_REPO, "vocab.txt", None)
+    vocab = beside if beside.is_file() else loose("vocab.txt") or cached(VOCAB_REPO, "vocab.txt", None)
     if vocab is None:
         raise ValueError(
-            f"{beside} is missing; put vocab.txt of the hub repository {VOCAB_REPO} there, or run"
+            f"{beside} is missing; put vocab.txt of the hub repository {VOCAB_REPO} there or into weights/, or run"
             f" `hf download {VOCAB_REPO} vocab.txt`"
         )
     verify(vocab, num_bytes=None, sha256=VOCAB_SHA256)
@@ -319,25 +323,6 @@ def to_authors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         renamed[name] = value
     positions = len(state["text_model.embeddings.position_embeddings.weight"])
     return {_POSITION_IDS: torch.arange(positions)[None]} | renamed
-
-
-def _check(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], file: Path) -> None:
-    faults = {
-        "missing": expected.keys() - state.keys(),
-        "unexpected": state.keys() - expected.keys(),
-        "of another shape": {
-            f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
-            for key in expected.keys() & state.keys()
-            if expected[key].shape != state[key].shape
-        },
-    }
-    reports = [
-        f"{kind}: {', '.join(sorted(keys)[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"
-        for kind, keys in faults.items()
-        if keys
-    ]
-    if reports:
-        raise ValueError(f"{file} does not hold this ImageReward; {'; '.join(reports)}")
 
 
 # ---------------------------------------------------------------- parts

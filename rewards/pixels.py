@@ -39,14 +39,22 @@ def from_pil(image: Image.Image, preprocess: Preprocess | None = None) -> Tensor
 
     The published scorers resize and crop in the file's own mode and convert to RGB last, which matters for
     transparent and palette pictures, and PIL rounds to 8 bits in between: with preprocess the result equals
-    theirs, and `prepare` then only normalises it.
+    theirs, and `prepare` then only normalises it. Two of them differ: see `Preprocess.files`. A rotation in the
+    EXIF data is not applied, as by none of them. A 16-bit grey picture is read by its upper eight bits, where PIL,
+    and they with it, takes nearly all of it for white.
     """
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if preprocess is not None and preprocess.files == "tensor":
+        return _fit(_resize(from_pil(image)[None], preprocess), preprocess)[0]
     if preprocess is not None:
+        if preprocess.files == "rgb":
+            image = image.convert("RGB")
         height, width = _resized(image.height, image.width, preprocess)
         if (height, width) != (image.height, image.width):
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         if preprocess.crop == "center" and min(height, width) >= preprocess.size:
-            left, top = (_offset(side, preprocess.size) for side in (width, height))
+            left, top = (_offset(side, preprocess) for side in (width, height))
             image = image.crop((left, top, left + preprocess.size, top + preprocess.size))
     values = np.array(image.convert("RGB"), dtype=np.uint8)
     pixels = torch.from_numpy(values).permute(2, 0, 1).float() / 255
@@ -64,7 +72,8 @@ def _resized(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]
     ):  # the long side is cut down to an integer, as torchvision's Resize does
         return (size, size * width // height) if height <= width else (size * height // width, size)
     scale = size / long  # the short side is rounded half to even, as open_clip's ResizeMaxSize does
-    return (size, round(short * scale)) if height >= width else (round(short * scale), size)
+    rounded = max(round(short * scale), 1)
+    return (size, rounded) if height >= width else (rounded, size)
 
 
 def _resize(pixels: Tensor, preprocess: Preprocess) -> Tensor:
@@ -76,15 +85,16 @@ def _resize(pixels: Tensor, preprocess: Preprocess) -> Tensor:
     )
 
 
-def _offset(side: int, size: int) -> int:
-    return round((side - size) / 2)  # half to even, as torchvision's CenterCrop
+def _offset(side: int, preprocess: Preprocess) -> int:
+    margin = side - preprocess.size  # Python rounds half to even
+    return margin // 2 if preprocess.crop_offset == "floor" else round(margin / 2)
 
 
 def _fit(pixels: Tensor, preprocess: Preprocess) -> Tensor:
     size = preprocess.size
     height, width = pixels.shape[2:]
     if preprocess.crop == "center" and min(height, width) >= size:
-        top, left = _offset(height, size), _offset(width, size)
+        top, left = _offset(height, preprocess), _offset(width, preprocess)
         pixels = pixels[:, :, top : top + size, left : left + size]
     elif preprocess.crop == "pad" and max(height, width) <= size:
         left, top = (size - width) // 2, (size - height) // 2

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import huggingface_hub
@@ -17,13 +18,15 @@ ROOT = Path(__file__).resolve().parents[1]
 """The repository root, to which the folders of embedded weights are relative."""
 FOLDER_FILE = "model.safetensors"
 """The weights in an embedded folder."""
+LOOSE = "weights"
+"""The folder below the root for published files that are on no hub; git ignores it."""
 
 
 def find(card: Card, weights: Path | None) -> Path:
     """Return the weights file or embedded-style folder of a card that has weights.
 
-    An explicit path, else the embedded folder, else the hub's cache. ValueError says which file to put where
-    when there is none, or when a file that claims to be the published one has another size or SHA-256.
+    An explicit path, else the embedded folder, else weights/ or the hub's cache. ValueError says which file to
+    put where when there is none, or when a file that claims to be the published one has another size or SHA-256.
     """
     if weights is not None:
         if not weights.exists():
@@ -42,13 +45,18 @@ def find(card: Card, weights: Path | None) -> Path:
 
 
 def local(card: Card) -> Path | None:
-    """Return weights that are on the disk, unverified: the embedded folder, or the file in the hub's cache."""
+    """Return weights that are on the disk, unverified: the embedded folder, or the published file."""
     if card.folder is not None:
         folder = ROOT / card.folder
         return folder if (folder / FOLDER_FILE).is_file() else None
-    assert card.repo is not None, f"{card.name} has no weights to find"
-    assert card.file is not None
-    return cached(card.repo, card.file, card.revision)
+    assert card.file is not None, f"{card.name} has no weights to find"
+    return loose(card.file) if card.repo is None else cached(card.repo, card.file, card.revision)
+
+
+def loose(file: str) -> Path | None:
+    """Return a file of the folder weights/ below the repository root, or None."""
+    path = ROOT / LOOSE / file
+    return path if path.is_file() else None
 
 
 def cached(repo: str, file: str, revision: str | None) -> Path | None:
@@ -112,9 +120,34 @@ def read(path: Path) -> dict[str, Tensor]:
     return {str(key).removeprefix("module."): value for key, value in content.items()}
 
 
+def check(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], file: Path, what: str) -> None:
+    """Raise ValueError unless a state dict has exactly the expected names and shapes; it names what differs.
+
+    A checkpoint that is loaded in part scores at random, and nobody notices.
+    """
+    faults = {
+        "missing": expected.keys() - state.keys(),
+        "unexpected": state.keys() - expected.keys(),
+        "of another shape": {
+            f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
+            for key in expected.keys() & state.keys()
+            if expected[key].shape != state[key].shape
+        },
+    }
+    reports = [
+        f"{kind}: {', '.join(sorted(keys)[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"
+        for kind, keys in faults.items()
+        if keys
+    ]
+    if reports:
+        raise ValueError(f"{file} does not hold {what}; {'; '.join(reports)}")
+
+
 def _remedy(card: Card) -> str:
     if card.folder is not None:
         return (
             f"put config.json, vocab.txt and {FOLDER_FILE} into {card.folder}, or name a folder that has them"
         )
+    if card.repo is None:
+        return f"put {card.file} of {card.source} into {LOOSE}/, or name the path of one that you have"
     return f"run `hf download {card.repo} {card.file}`, or name the path of a {card.file} that you have"

@@ -1,71 +1,35 @@
 """ImageReward against the authors' numbers, its file formats, and what it refuses to read.
 
-The golden numbers come from the authors' class at toy sizes. Weights follow a formula of (seed, name, shape),
-so that both sides hold the same ones without a file.
+The golden numbers come from the authors' class at toy sizes, with weights by the formula of golden_weights.
 """
 
-import hashlib
 import json
 import pickle
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import rewards
+from golden_weights import BLIP as GOLDEN
+from golden_weights import FOLDER as GOLDEN_FOLDER
+from golden_weights import SHARED, fill, write_bert_vocab
 from rewards.imagereward import FULL_SIZE, ImageReward, ImageRewardConfig, to_authors, to_transformers
 from rewards.pixels import from_pil
 
-GOLDEN_FOLDER = Path(__file__).parent / "golden"
-GOLDEN = json.loads((GOLDEN_FOLDER / "imagereward_tiny.json").read_text(encoding="utf-8"))
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 TOLERANCE = 5e-6  # independent float32 implementations on a CPU differ by less
-
-
-def formula(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """One tensor of the golden weights; numpy's generator is seeded with the SHA-256 of "seed:name"."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    values = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little"))).standard_normal(shape)
-    if name.endswith("position_ids"):
-        return torch.arange(shape[-1]).reshape(shape)
-    offset, std = 0.0, float(np.prod(shape[1:])) ** -0.5
-    if name.endswith("bias"):
-        std = 0.02
-    elif name.endswith(("word_embeddings.weight", "cls_token")):
-        std = 0.05
-    elif name.endswith(("pos_embed", "position_embeddings.weight")):
-        std = 0.02
-    elif len(shape) == 1:
-        offset, std = 1.0, 0.1
-    elif name.endswith("patch_embed.proj.weight"):
-        std *= 0.25
-    elif name.endswith(("attn.proj.weight", "mlp.fc2.weight", "output.dense.weight")):
-        std *= 0.5
-    return torch.from_numpy((values * std + offset).astype(np.float32))
-
-
-def write_golden_vocab(path: Path) -> Path:
-    """A vocabulary of the published length that holds only the prompts' pieces: the longest match stays the longest."""
-    lines = [f"[unused{index}]" for index in range(GOLDEN["vocab_lines"])]
-    for token, index in GOLDEN["vocab"].items():
-        lines[index] = token
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")
 def golden_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("golden")
     config = replace(FULL_SIZE, **GOLDEN["config"])
-    ImageReward.build(config, write_golden_vocab(folder / "source.txt"), seed=0).save(folder)
-    shapes = {name: tuple(shape) for name, shape in GOLDEN["shapes"].items()}
-    state = {name: formula(name, shape, GOLDEN["weights_seed"]) for name, shape in shapes.items()}
-    save_file(state, folder / "model.safetensors")
+    ImageReward.build(config, write_bert_vocab(folder / "source.txt"), seed=0).save(folder)
+    save_file(fill(GOLDEN["shapes"], GOLDEN["weights_seed"]), folder / "model.safetensors")
     return folder
 
 

@@ -1,26 +1,38 @@
 """What every scorer promises, and the pixel arithmetic they share."""
 
+import importlib
+import json
 import runpy
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rewards
+from golden_weights import CLIP_NAMES, FOLDER, fill, tiny_card, write_clip, write_clip_vocab
 from rewards import CARDS, Preprocess, Scorer
-from rewards.imagereward import ImageReward, ImageRewardConfig
+from rewards.blipscore import BlipScore
+from rewards.imagereward import ImageReward, ImageRewardConfig, to_transformers
 from rewards.pixels import from_pil, prepare
-from rewards.weights import local
+from rewards.weights import local, read
 
 PROMPTS = [
     "a red circle on a white background",
     "two blue squares on a grey background",
     "a small green triangle above a yellow cross on a black background",
 ]
-UNTRAINED = "imagereward-tiny, untrained"
+UNTRAINED = {
+    f"{name}, untrained": name for name in ("imagereward-tiny", *CLIP_NAMES, "aesthetic", "blipscore")
+}
+"""Architectures with small random weights, so that they keep the contract where the published ones are not."""
+AESTHETIC = {"name": "aesthetic", "module": "rewards.aesthetic", "prompted": False}
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +54,42 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=[*CARDS, UNTRAINED])
-def scorer(request: pytest.FixtureRequest, untrained: Path) -> Scorer:
-    if request.param == UNTRAINED:
-        return rewards.load("imagereward-tiny", weights=untrained)
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The recorded CLIPs, and the layers of the aesthetic predictor on one of them."""
+    folder = tmp_path_factory.mktemp("clips")
+    with pytest.MonkeyPatch.context() as patch:
+        write_clip_vocab(folder, patch)
+        for name in CLIP_NAMES:
+            write_clip(name, folder)
+        save_file(read(folder / "hpsv1.pt"), folder / "model.safetensors")
+        shapes = json.loads((FOLDER / "aesthetic.json").read_text(encoding="utf-8"))["shapes"]
+        state = fill(shapes | {"layers.0.weight": [1024, 64]}, seed=0)
+        torch.save(state, folder / "aesthetic.pt")
+        yield folder
+
+
+@pytest.fixture(params=[*CARDS, *UNTRAINED])
+def scorer(request: pytest.FixtureRequest, untrained: Path, clips: Path) -> Scorer:
+    name = UNTRAINED.get(request.param)
+    if name == "imagereward-tiny":
+        return rewards.load(name, weights=untrained)
+    if name == "blipscore":
+        config = ImageReward.load(untrained).config
+        blip = BlipScore(CARDS[name], config, (untrained / "vocab.txt").read_text(encoding="utf-8"))
+        towers = load_file(untrained / "model.safetensors")
+        towers = {key: value for key, value in to_transformers(towers).items() if key.startswith(("v", "t"))}
+        blip.blip.load_state_dict(towers)
+        return blip.eval().requires_grad_(False)
+    if name is not None:
+        card = replace(tiny_card("hpsv1"), **AESTHETIC) if name == "aesthetic" else tiny_card(name)
+        module = importlib.import_module(card.module)
+        return module.load_scorer(card, clips / f"{name}.pt", "cpu", torch.float32)
     card = CARDS[request.param]
     if card.has_weights and local(card) is None:
         pytest.skip(f"the weights of {card.name} are not here")
-    if card.num_bytes is not None:
-        pytest.skip(
-            f"{card.name} has {card.num_bytes / 1e9:.1f} GB of weights; its golden test is marked slow"
-        )
+    if card.file is not None:
+        pytest.skip(f"the weights of {card.name} are large; its golden test is marked slow")
     return rewards.load(request.param)
 
 
@@ -186,10 +223,13 @@ def ramp(height: int, width: int) -> torch.Tensor:
     return (torch.arange(width) / 100).expand(1, 3, height, width)
 
 
-def test_centre_crop_rounds_half_to_even() -> None:
-    """Offsets round(1 / 2) = 0 and round(3 / 2) = 2."""
-    for width, first in ((5, 0), (7, 2), (6, 1)):
-        cut = prepare(ramp(4, width), Preprocess(size=4, **PLAIN))
+@pytest.mark.parametrize(("crop_offset", "first_of_seven"), [("round", 2), ("floor", 1)])
+def test_centre_crop_rounds_half_to_even_or_down(
+    crop_offset: Literal["round", "floor"], first_of_seven: int
+) -> None:
+    """Offsets round(1 / 2) = 0 and round(3 / 2) = 2; floor(3 / 2) = 1."""
+    for width, first in ((5, 0), (7, first_of_seven), (6, 1)):
+        cut = prepare(ramp(4, width), Preprocess(size=4, crop_offset=crop_offset, **PLAIN))
         assert cut[0, 0, 0].tolist() == pytest.approx([(first + i) / 100 for i in range(4)])
 
 
@@ -239,6 +279,49 @@ def test_files_and_tensors_are_prepared_alike(tmp_path: Path) -> None:
     assert from_pil(image).shape == (3, height, width)
     assert from_file.shape == (3, 64, 64)
     assert (from_file - from_tensor.clamp(0, 1)).abs().max() < 2 / 255
+
+
+RULES = {card.preprocess: name for name, card in CARDS.items() if card.preprocess is not None}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=RULES.values())
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr", "I;16"])
+def test_pictures_of_every_mode_are_prepared(rule: Preprocess, mode: str) -> None:
+    """A dark half above a light one stays so."""
+    grey = np.repeat(np.array([40, 200], dtype=np.uint8), 50)[:, None].repeat(90, axis=1)
+    if mode == "I;16":
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(grey).convert("RGB")
+        image = image.quantize(2) if mode == "P" else image.convert(mode)
+    assert image.mode == mode
+    for pixels in (from_pil(image, rule), prepare(from_pil(image)[None], replace(rule, **PLAIN))[0]):
+        assert pixels.shape == (3, rule.size, rule.size)
+        middle = pixels[:, :, rule.size // 2]
+        dark, light = (middle[:, int(rule.size * place)].mean().item() for place in (0.4, 0.6))
+        if mode == "1":  # dithered
+            assert pixels.isfinite().all()
+        else:
+            assert (dark, light) == pytest.approx((40 / 255, 200 / 255), abs=0.02)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=RULES.values())
+@pytest.mark.parametrize("size", [(1, 1), (1, 460), (40, 1), (224, 160)])
+def test_thin_pictures_are_prepared(rule: Preprocess, size: tuple[int, int]) -> None:
+    white = Image.new("RGB", size, (255, 255, 255))
+    pixels = from_pil(white, rule)
+    assert pixels.shape == (3, rule.size, rule.size)
+    assert pixels.amax(dim=(1, 2)).tolist() == pytest.approx([1, 1, 1], abs=1e-5)
+
+
+def test_a_rotation_in_the_exif_data_is_not_applied(tmp_path: Path) -> None:
+    """As by none of the authors: a picture is scored as its pixels are stored."""
+    image = Image.new("RGB", (60, 90), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=exif)
+    assert Image.open(tmp_path / "turned.png").getexif()[0x0112] == 6
+    assert from_pil(Image.open(tmp_path / "turned.png")).shape == (3, 90, 60)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,91 @@
+"""LAION's aesthetic predictor: how much people like to look at a picture, from 1 to 10; the prompt is not read.
+
+Source: github.com/christophschuhmann/improved-aesthetic-predictor. Five linear layers without activations stand
+on the unit vector of OpenAI's CLIP ViT-L/14, so the score is a linear function of it. Two files: the layers are
+the card's own, the image tower is that of the scorer `clipscore`.
+
+Shapes: B batch.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rewards import CARDS
+from rewards.card import Card
+from rewards.clip import ClipVision, fill, to_transformers
+from rewards.weights import check, find, read
+
+CLIP_CARD = CARDS["clipscore"]
+
+
+class Aesthetic(nn.Module):
+    """The scorer: pixels (B, 3, H, W) in [0, 1] to scores (B,) float32."""
+
+    def __init__(self, card: Card) -> None:
+        super().__init__()
+        assert card.clip is not None, f"{card.name} has no CLIP"
+        assert card.preprocess is not None, f"{card.name} has no preprocessing"
+        self.card = card
+        self.vision = ClipVision(card.clip, card.preprocess)
+        self.layers = nn.Sequential(  # dropout keeps the published numbering and does nothing in eval mode
+            nn.Linear(card.clip.embed, 1024),
+            nn.Dropout(0.2),
+            nn.Linear(1024, 128),
+            nn.Dropout(0.2),
+            nn.Linear(128, 64),
+            nn.Dropout(0.1),
+            nn.Linear(64, 16),
+            nn.Linear(16, 1),
+        )
+
+    def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the scores (B,) float32 of B pictures; the B prompts are not read."""
+        if len(prompts) != len(pixels):
+            raise ValueError(f"{len(pixels)} pictures need as many prompts, got {len(prompts)}")
+        return self.layers(self.vision(pixels)).squeeze(1).float()
+
+
+def load_scorer(
+    card: Card, weights: Path | None, device: torch.device | str, dtype: torch.dtype
+) -> Aesthetic:
+    """Return the scorer of a card: frozen, in eval mode, the image tower in dtype, the layers in float32."""
+    file = find_files(card, weights)
+    with torch.device("meta"):  # no time or memory for random weights that are replaced at once
+        model = Aesthetic(card)
+    state = read(file)
+    expected = {key: value for key, value in model.state_dict().items() if key.startswith("layers.")}
+    check(expected, state, file, f"the layers of {card.name}")
+    model.layers.load_state_dict(
+        {key.removeprefix("layers."): state[key].float() for key in expected}, assign=True
+    )
+    clip_file = _find_clip(file)
+    names = model.vision.state_dict()
+    # The file's text tower is not needed, and not looked at.
+    tower = {key: value for key, value in to_transformers(read(clip_file)).items() if not _is_text(key)}
+    check(names, tower, clip_file, f"the image tower of {CLIP_CARD.name}")
+    fill(model.vision, tower)
+    model.vision.to(dtype)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def find_files(card: Card, weights: Path | None) -> Path:
+    """Return the file of the layers; ValueError says which file to put where, also for the image tower."""
+    file = find(card, weights)
+    if file.is_dir():
+        raise ValueError(f"{file} lacks {card.file}; name the file itself if it is called otherwise")
+    _find_clip(file)
+    return file
+
+
+def _find_clip(file: Path) -> Path:
+    """Return CLIP's weights: beside the layers under the name that the card of clipscore gives, or its own place."""
+    assert CLIP_CARD.file is not None
+    beside = file.with_name(CLIP_CARD.file)
+    return find(CLIP_CARD, beside if beside.is_file() else None)
+
+
+def _is_text(key: str) -> bool:
+    return key.startswith(("text_model.", "text_projection.")) or key == "logit_scale"

@@ -1,0 +1,86 @@
+"""BLIP score: the cosine between a picture and a caption that BLIP's towers read each on its own.
+
+Paper: Li et al. 2022 (BLIP), section 3.2, the image-text contrast. The towers are those of ImageReward before
+its training, without its head; the caption does not see the picture. Published as the pre-training file of BLIP
+ViT-L, which holds much more: momentum copies, queues, a decoder and a matching head are passed over.
+
+Shapes: B batch.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rewards.card import Card
+from rewards.imagereward import FULL_SIZE, ImageReward, ImageRewardConfig, find_parts, to_transformers
+from rewards.text_cache import TextCache
+from rewards.weights import check, find, read
+
+_PASSED_OVER = (
+    "visual_encoder_m.",
+    "text_encoder_m.",
+    "vision_proj_m.",
+    "text_proj_m.",
+    "text_decoder.",
+    "itm_head.",
+    "image_queue",
+    "text_queue",
+    "queue_ptr",
+    "ptr_queue",
+    "temp",
+)
+
+
+class BlipScore(nn.Module):
+    """The scorer: pixels (B, 3, H, W) in [0, 1] and captions to cosines (B,) float32."""
+
+    def __init__(self, card: Card, config: ImageRewardConfig, vocab: str) -> None:
+        super().__init__()
+        self.card = card
+        self.blip = ImageReward(config, vocab)
+        del self.blip.mlp  # what turns BLIP into ImageReward
+        self.cache = TextCache(self.blip.text_embedding)
+
+    def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the scores (B,) float32 of B pictures for B prompts; gradients reach pixels alone."""
+        if len(prompts) != len(pixels):
+            raise ValueError(f"{len(pixels)} pictures need as many prompts, got {len(prompts)}")
+        texts = self.cache(prompts, self.blip.text_proj.weight.device)
+        return (self.blip.image_embedding(pixels) * texts).sum(dim=1).float()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BlipScore":
+        self.cache.clear()  # the weights move to another device or dtype
+        return super()._apply(fn, recurse)
+
+
+def load_scorer(
+    card: Card, weights: Path | None, device: torch.device | str, dtype: torch.dtype
+) -> BlipScore:
+    """Return the scorer of a card: frozen, in eval mode, towers in dtype, the two projections in float32."""
+    model = load(card, find_files(card, weights), FULL_SIZE)
+    for tower in (model.blip.vision_model, model.blip.text_model):
+        tower.to(dtype)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load(card: Card, file: Path, config: ImageRewardConfig) -> BlipScore:
+    """Return the model of a file in the authors' layout; ValueError names what is missing or unexpected."""
+    _, vocab, _ = find_parts(file)
+    with torch.device("meta"):  # no time or memory for random weights that are replaced at once
+        model = BlipScore(card, config, vocab.read_text(encoding="utf-8"))
+    state = {key: value for key, value in read(file).items() if not key.startswith(_PASSED_OVER)}
+    state = to_transformers({f"blip.{key}": value for key, value in state.items()})
+    check(model.blip.state_dict(), state, file, f"the towers of {card.name}")
+    model.blip.fill(state)
+    return model
+
+
+def find_files(card: Card, weights: Path | None) -> Path:
+    """Return the weights file; ValueError says which file to put where, also for the vocabulary."""
+    file = find(card, weights)
+    if file.is_dir():
+        raise ValueError(f"{file} lacks {card.file}; name the file itself if it is called otherwise")
+    find_parts(file)
+    return file

@@ -1,0 +1,36 @@
+"""What a frozen text tower says about a prompt is worked out once: drivers score many pictures of the same prompts."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+MAX_PROMPTS = 4096
+"""Prompts whose vectors are kept, the latest ones: 16 MB for the widest tower."""
+
+
+class TextCache:
+    """A function of prompts that remembers: B prompts to vectors (B, E) without gradient. For frozen weights only."""
+
+    def __init__(self, embed: Callable[[Sequence[str]], Tensor]) -> None:
+        self.embed = embed
+        self.known: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __call__(self, prompts: Sequence[str], device: torch.device) -> Tensor:
+        """Return the vectors (B, E) of B prompts; device is where the text tower is."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
+        if new:
+            # Without autocast: what is kept must not depend on who asks first.
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                self.known.update(zip(new, self.embed(new), strict=True))
+        found = torch.stack([self.known[prompt] for prompt in prompts])
+        for prompt in prompts:
+            self.known.move_to_end(prompt)
+        while len(self.known) > MAX_PROMPTS:
+            self.known.popitem(last=False)
+        return found
+
+    def clear(self) -> None:
+        """Forget all vectors, because the weights moved or changed."""
+        self.known.clear()
