@@ -71,6 +71,8 @@ class Config:
     shift: int = 0
     """Scorers see each picture moved at random by up to so many pixels along each axis, its border repeated; 0 = published.
     A gradient that must hold wherever the picture lies changes shapes, not single pixels: less reward hacking."""
+    views: int = 1
+    """Shifted copies of each picture that are scored; the reward is their mean."""
     margin: float = 2.0
     """phi(r) = relu(margin - r): pictures that score higher give no gradient."""
     reward_scale: float = 1e-3
@@ -100,29 +102,31 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ValueError(f"--num-steps must be at least 1, got {self.num_steps}")
         first, last = self.window
-        if not 0 <= first <= last < self.num_steps:
-            raise ValueError(
-                f"--window {first} {last} must lie in 0..{self.num_steps - 1}, first no later than last"
-            )
-        if self.size < 8 or self.size % 8:
-            raise ValueError(f"--size must be a positive multiple of 8, got {self.size}")
-        if not 0 <= self.shift < self.size:
-            raise ValueError(f"--shift must lie in 0..{self.size - 1}, got {self.shift}")
-        if not self.reward_scale > 0:
-            raise ValueError(f"--reward-scale must be positive, got {self.reward_scale}")
-        if not self.guidance >= 0:
-            raise ValueError(f"--guidance must be at least 0, got {self.guidance}")
-        if not 0 <= self.caption_dropout < 1:
-            raise ValueError(f"--caption-dropout must lie in [0, 1), got {self.caption_dropout}")
-        if self.held_out_count < 1:
-            raise ValueError(f"--held-out-count must be at least 1, got {self.held_out_count}")
-        if self.pretraining != "off" and self.data is None:
-            raise ValueError(
-                f"--pretraining {self.pretraining} needs --data IMAGEFOLDER; or choose --pretraining off"
-            )
+        demands = {
+            f"--num-steps must be at least 1, got {self.num_steps}": self.num_steps >= 1,
+            f"--window {first} {last} must lie in 0..{self.num_steps - 1}, first no later than last": (
+                0 <= first <= last < self.num_steps
+            ),
+            f"--size must be a positive multiple of 8, got {self.size}": self.size >= 8
+            and self.size % 8 == 0,
+            f"--shift must lie in 0..{self.size - 1}, got {self.shift}": 0 <= self.shift < self.size,
+            f"--views must be 1, or more with a --shift, got {self.views}": (
+                self.views == 1 or (self.views > 1 and self.shift > 0)
+            ),
+            f"--reward-scale must be positive, got {self.reward_scale}": self.reward_scale > 0,
+            f"--guidance must be at least 0, got {self.guidance}": self.guidance >= 0,
+            f"--caption-dropout must lie in [0, 1), got {self.caption_dropout}": 0
+            <= self.caption_dropout
+            < 1,
+            f"--held-out-count must be at least 1, got {self.held_out_count}": self.held_out_count >= 1,
+            f"--pretraining {self.pretraining} needs --data IMAGEFOLDER; or choose --pretraining off": (
+                self.pretraining == "off" or self.data is not None
+            ),
+        }
+        for message, holds in demands.items():
+            if not holds:
+                raise ValueError(message)
         parse_weights(self.rewards)
 
     def files(self) -> dict[str, Path]:
@@ -135,9 +139,17 @@ class Config:
         return found
 
 
-def reward_loss(scores: Tensor, margin: float, scale: float) -> Tensor:
+def reward_loss(reward: Tensor, margin: float, scale: float) -> Tensor:
     """Return lambda mean(phi(r)) of rewards (B,), phi(r) = relu(margin - r): paper 002 eq. 2."""
-    return scale * torch.relu(margin - scores).mean()
+    return scale * torch.relu(margin - reward).mean()
+
+
+def mean_reward(
+    mix: Mix, pixels: Tensor, prompts: Sequence[str], generators: Sequence[Generator], config: Config
+) -> Tensor:
+    """Return the rewards (B,) of pictures (B, 3, H, W), each the mean over `views` copies moved by up to `shift` pixels."""
+    views = torch.cat([shifted(pixels, generators, config.shift) for _ in range(config.views)])
+    return mix(views, list(prompts) * config.views).rewards.view(config.views, -1).mean(0)
 
 
 def late_pixels(
@@ -246,12 +258,12 @@ def main(config: Config) -> int:  # noqa: C901 - the loop stays in one piece
             texts = items_at(prompts, indices, config.run.seed)
             with run.accumulate():
                 pixels = late_pixels(family, texts, [run.generator(i) for i in indices], late, config)
-                pixels = shifted(pixels, [run.generator(i, stream=2) for i in indices], config.shift)
-                scores = mix(pixels, texts).rewards
-                loss = reward_loss(scores, config.margin, config.reward_scale)
+                movers = [run.generator(i, stream=2) for i in indices]
+                reward = mean_reward(mix, pixels, texts, movers, config)
+                loss = reward_loss(reward, config.margin, config.reward_scale)
                 if config.pretraining == "sum":
                     loss = loss + pretraining_loss(family, samples, run, index, micro, config)
-                run.update(loss, reward=scores.mean(), late_step=float(late))
+                run.update(loss, reward=reward.mean(), late_step=float(late))
 
         if run.due("sample_every", index) and run.is_main and index + 1 < config.run.updates:
             run.log(index, **show(index + 1).means())

@@ -94,6 +94,8 @@ ONE: dict[str, list[tuple[list[str], str]]] = {
         (["--num-steps", "0"], "--num-steps must be at least 1"),
         (["--shift", "-1"], "--shift must lie in 0..31, got -1"),
         (["--shift", "32"], "--shift must lie in 0..31, got 32"),
+        (["--views", "0"], "--views must be 1, or more with a --shift, got 0"),
+        (["--views", "2"], "--views must be 1, or more with a --shift, got 2"),
     ],
     "reward_model": [
         (["--model", "{bad}/nothing"], "lacks config.json"),

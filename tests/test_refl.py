@@ -28,9 +28,13 @@ from preftune import families, lora
 from preftune.cli import dump
 from preftune.families.sd import SD
 from preftune.families.tiny import SCHEDULER_CONFIG
+from preftune.images import shifted
 from preftune.lora import LoRA
 from preftune.sampling import Drawing, sample
+from rewards import CARDS
 from rewards.brightness import Brightness
+from rewards.imagereward import ImageReward
+from rewards.mix import Mix
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -227,6 +231,25 @@ def test_pixels_out_of_range_have_a_gradient(tmp_path: Path) -> None:
 
 
 # The driver
+
+
+def test_the_reward_is_the_mean_over_views(root: Path, tmp_path: Path) -> None:
+    scorer = ImageReward.load(root / "scorer").eval()
+    scorer.card = replace(CARDS["imagereward-tiny"], preprocess=scorer.config.preprocess)
+    mix = Mix([scorer], {"imagereward-tiny": 2.0}, "raw")
+    pixels = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(i) for i in range(2)]
+
+    three = config(root, tmp_path, shift=5, views=3)
+    found = refl.mean_reward(mix, pixels, PROMPTS, generators(), three)
+    seen = generators()
+    by_hand = [2 * scorer(shifted(pixels, seen, 5), PROMPTS) for _ in range(3)]
+    torch.testing.assert_close(found, torch.stack(by_hand).mean(0))
+    assert (by_hand[0] - by_hand[1]).abs().min() > 1e-4, "views differ"
+    as_published = refl.mean_reward(mix, pixels, PROMPTS, generators(), config(root, tmp_path))
+    torch.testing.assert_close(as_published, 2 * scorer(pixels, PROMPTS))
 
 
 def test_the_late_step_is_drawn_from_the_window(root: Path, tmp_path: Path) -> None:
