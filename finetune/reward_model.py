@@ -11,7 +11,6 @@ scorer orders as the annotator did; a predicted tie counts as wrong (the authors
 ties in the loss, CLIP towers. The paper freezes 70 % of a pre-trained BLIP: `--frozen-share 0.7`.
 """
 
-import json
 import random
 import sys
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from finetune.run_config import RunConfig, check
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.images import load_pixels, shifted
 from preftune.prompts import items_at
-from preftune.records import Ranking, read_rankings
+from preftune.records import Ranking, read_jsonl, read_rankings
 from rewards.imagereward import ImageReward
 
 
@@ -194,7 +193,7 @@ def main(config: Config) -> int:
 
 def best_so_far(folder: Path) -> float:
     """Return the highest accuracy that the run has noted before it was stopped; 0 for a new run."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_jsonl(folder / "metrics.jsonl")
     return max((row["valid_accuracy"] for row in rows if "valid_accuracy" in row), default=0.0)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rewards import CARDS
 from rewards.card import Card
 from rewards.clip import ClipVision, fill, to_transformers
-from rewards.weights import check, find, read
+from rewards.weights import check, find, find_file, read
 
 CLIP_CARD = CARDS["clipscore"]
 
@@ -73,9 +73,7 @@ def load_scorer(
 
 def find_files(card: Card, weights: Path | None) -> Path:
     """Return the file of the layers; ValueError says which file to put where, also for the image tower."""
-    file = find(card, weights)
-    if file.is_dir():
-        raise ValueError(f"{file} lacks {card.file}; name the file itself if it is called otherwise")
+    file = find_file(card, weights)
     _find_clip(file)
     return file
 

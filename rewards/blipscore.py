@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rewards.card import Card
 from rewards.imagereward import FULL_SIZE, ImageReward, ImageRewardConfig, find_parts, to_transformers
 from rewards.text_cache import TextCache
-from rewards.weights import check, find, read
+from rewards.weights import check, find_file, read
 
 _PASSED_OVER = (
     "visual_encoder_m.",
@@ -79,8 +79,6 @@ def load(card: Card, file: Path, config: ImageRewardConfig) -> BlipScore:
 
 def find_files(card: Card, weights: Path | None) -> Path:
     """Return the weights file; ValueError says which file to put where, also for the vocabulary."""
-    file = find(card, weights)
-    if file.is_dir():
-        raise ValueError(f"{file} lacks {card.file}; name the file itself if it is called otherwise")
+    file = find_file(card, weights)
     find_parts(file)
     return file

@@ -23,7 +23,7 @@ from rewards.card import Card, Clip, Preprocess
 from rewards.clip_tokenizer import END, START, ClipTokenizer, find_vocab
 from rewards.pixels import at_least_float32, prepare
 from rewards.text_cache import TextCache
-from rewards.weights import check, find, read
+from rewards.weights import check, find_file, read
 
 
 class ClipVision(nn.Module):
@@ -126,9 +126,7 @@ def load_scorer(
 
 def find_files(card: Card, weights: Path | None) -> Path:
     """Return the weights file; ValueError says which file to put where, also for the vocabulary."""
-    file = find(card, weights)
-    if file.is_dir():
-        raise ValueError(f"{file} lacks {card.file}; name the file itself if it is called otherwise")
+    file = find_file(card, weights)
     find_vocab(file)
     return file
 

@@ -44,6 +44,14 @@ def find(card: Card, weights: Path | None) -> Path:
     return path
 
 
+def find_file(card: Card, weights: Path | None) -> Path:
+    """Return the weights file of a card whose scorer does not read folders; ValueError as `find`, and for a folder without it."""
+    file = find(card, weights)
+    if file.is_dir():
+        raise ValueError(f"{file} lacks {card.file}; name the file itself if it is called otherwise")
+    return file
+
+
 def local(card: Card) -> Path | None:
     """Return weights that are on the disk, unverified: the embedded folder, or the published file."""
     if card.folder is not None:
