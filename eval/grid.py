@@ -39,7 +39,7 @@ from preftune.families.sd import SD
 from preftune.images import captioned_grid, save_image, to_pil
 from preftune.prompts import read_prompts
 from preftune.sampling import Drawing, SchedulerName, sample
-from rewards.mix import Mix, parse_weights
+from rewards.mix import Mix, parse_files, parse_weights
 from rewards.shapes import SIZE, in_world
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -125,12 +125,7 @@ class Config:
 
     def files(self) -> dict[str, Path]:
         """Return scorer name -> weights on disk."""
-        found = {name: Path(path) for name, _, path in (term.partition("=") for term in self.reward_files)}
-        if unused := set(found) - set(self.weights()):
-            raise ValueError(
-                f"--reward-files names {', '.join(sorted(unused))}, which --rewards does not use"
-            )
-        return found
+        return parse_files(self.reward_files, self.weights())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,9 +43,23 @@ _VIT_H_14 = Clip(
     tokenizer="open_clip",
 )
 
-_HPS_V2 = Preprocess(size=224, resize="longest", crop="pad", files="tensor")
-
 # Where no deviation of the scores is published, a card has a quarter of the typical range, and its middle as the mean.
+_HPS_V2 = Card(
+    name="hpsv2",
+    module="rewards.clip",
+    summary="HPS v2: CLIP ViT-H/14 tuned on human choices; the benchmark reports 100 times this cosine",
+    prompted=True,
+    differentiable=True,
+    typical_range=(0.2, 0.35),
+    mean=0.275,
+    std=0.0375,
+    licence="Apache-2.0",
+    paper="arXiv:2306.09341",
+    repo="xswu/HPSv2",
+    file="HPS_v2_compressed.pt",
+    preprocess=Preprocess(size=224, resize="longest", crop="pad", files="tensor"),
+    clip=_VIT_H_14,
+)
 _CARDS = (
     Card(
         name="brightness",
@@ -118,37 +132,12 @@ _CARDS = (
         preprocess=Preprocess(size=224),
         clip=_VIT_L_14,
     ),
-    Card(
-        name="hpsv2",
-        module="rewards.clip",
-        summary="HPS v2: CLIP ViT-H/14 tuned on human choices; the benchmark reports 100 times this cosine",
-        prompted=True,
-        differentiable=True,
-        typical_range=(0.2, 0.35),
-        mean=0.275,
-        std=0.0375,
-        licence="Apache-2.0",
-        paper="arXiv:2306.09341",
-        repo="xswu/HPSv2",
-        file="HPS_v2_compressed.pt",
-        preprocess=_HPS_V2,
-        clip=_VIT_H_14,
-    ),
-    Card(
+    _HPS_V2,
+    replace(
+        _HPS_V2,
         name="hpsv2.1",
-        module="rewards.clip",
         summary="HPS v2.1: HPS v2 with better training data",
-        prompted=True,
-        differentiable=True,
-        typical_range=(0.2, 0.35),
-        mean=0.275,
-        std=0.0375,
-        licence="Apache-2.0",
-        paper="arXiv:2306.09341",
-        repo="xswu/HPSv2",
         file="HPS_v2.1_compressed.pt",
-        preprocess=_HPS_V2,
-        clip=_VIT_H_14,
     ),
     Card(
         name="pickscore",
@@ -240,11 +229,10 @@ def load(
     return module.load_scorer(card, weights, device, torch.float32 if dtype is None else dtype)
 
 
-def check(name: str, weights: Path | None = None) -> None:
-    """Raise what `load` would raise about the name and missing or altered files, without reading weights."""
+def check(name: str, weights: Path | None = None) -> tuple[Path, ...]:
+    """Return the files that `load` would read; raises what it would about the name and missing or altered ones."""
     card = _card(name, weights)
-    if card.has_weights:
-        importlib.import_module(card.module).find_files(card, weights)
+    return importlib.import_module(card.module).find_files(card, weights) if card.has_weights else ()
 
 
 def _card(name: str, weights: Path | None) -> Card:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rewards import CARDS
 from rewards.card import Card
 from rewards.clip import ClipVision, fill, to_transformers
+from rewards.pixels import check_prompts
 from rewards.weights import check, find, find_file, read
 
 CLIP_CARD = CARDS["clipscore"]
@@ -43,16 +44,19 @@ class Aesthetic(nn.Module):
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the scores (B,) float32 of B pictures; the B prompts are not read."""
-        if len(prompts) != len(pixels):
-            raise ValueError(f"{len(pixels)} pictures need as many prompts, got {len(prompts)}")
-        return self.layers(self.vision(pixels)).squeeze(1).float()
+        check_prompts(pixels, prompts)
+        return self.of_vectors(self.vision(pixels), prompts)
+
+    def of_vectors(self, vectors: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the scores (B,) float32 of B pictures of which the image tower made these vectors (B, E)."""
+        return self.layers(vectors).squeeze(1).float()
 
 
 def load_scorer(
     card: Card, weights: Path | None, device: torch.device | str, dtype: torch.dtype
 ) -> Aesthetic:
     """Return the scorer of a card: frozen, in eval mode, the image tower in dtype, the layers in float32."""
-    file = find_files(card, weights)
+    file, clip_file = find_files(card, weights)
     with torch.device("meta"):  # no time or memory for random weights that are replaced at once
         model = Aesthetic(card)
     state = read(file)
@@ -61,7 +65,6 @@ def load_scorer(
     model.layers.load_state_dict(
         {key.removeprefix("layers."): state[key].float() for key in expected}, assign=True
     )
-    clip_file = _find_clip(file)
     names = model.vision.state_dict()
     # The file's text tower is not needed, and not looked at.
     tower = {key: value for key, value in to_transformers(read(clip_file)).items() if not _is_text(key)}
@@ -71,18 +74,15 @@ def load_scorer(
     return model.to(device).eval().requires_grad_(False)
 
 
-def find_files(card: Card, weights: Path | None) -> Path:
-    """Return the file of the layers; ValueError says which file to put where, also for the image tower."""
+def find_files(card: Card, weights: Path | None) -> tuple[Path, ...]:
+    """Return the files of the layers and of the image tower; ValueError says which file to put where.
+
+    CLIP is looked for beside the layers, under the name that the card of clipscore gives, then in its own place.
+    """
     file = find_file(card, weights)
-    _find_clip(file)
-    return file
-
-
-def _find_clip(file: Path) -> Path:
-    """Return CLIP's weights: beside the layers under the name that the card of clipscore gives, or its own place."""
     assert CLIP_CARD.file is not None
     beside = file.with_name(CLIP_CARD.file)
-    return find(CLIP_CARD, beside if beside.is_file() else None)
+    return file, find(CLIP_CARD, beside if beside.is_file() else None)
 
 
 def _is_text(key: str) -> bool:

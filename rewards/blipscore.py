@@ -7,7 +7,7 @@ ViT-L, which holds much more: momentum copies, queues, a decoder and a matching 
 Shapes: B batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rewards.card import Card
 from rewards.imagereward import FULL_SIZE, ImageReward, ImageRewardConfig, find_parts, to_transformers
+from rewards.pixels import check_prompts
 from rewards.text_cache import TextCache
 from rewards.weights import check, find_file, read
 
@@ -45,21 +46,16 @@ class BlipScore(nn.Module):
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the scores (B,) float32 of B pictures for B prompts; gradients reach pixels alone."""
-        if len(prompts) != len(pixels):
-            raise ValueError(f"{len(pixels)} pictures need as many prompts, got {len(prompts)}")
+        check_prompts(pixels, prompts)
         texts = self.cache(prompts, self.blip.text_proj.weight.device)
         return (self.blip.image_embedding(pixels) * texts).sum(dim=1).float()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BlipScore":
-        self.cache.clear()  # the weights move to another device or dtype
-        return super()._apply(fn, recurse)
 
 
 def load_scorer(
     card: Card, weights: Path | None, device: torch.device | str, dtype: torch.dtype
 ) -> BlipScore:
     """Return the scorer of a card: frozen, in eval mode, towers in dtype, the two projections in float32."""
-    model = load(card, find_files(card, weights), FULL_SIZE)
+    model = load(card, find_files(card, weights)[0], FULL_SIZE)
     for tower in (model.blip.vision_model, model.blip.text_model):
         tower.to(dtype)
     return model.to(device).eval().requires_grad_(False)
@@ -77,8 +73,8 @@ def load(card: Card, file: Path, config: ImageRewardConfig) -> BlipScore:
     return model
 
 
-def find_files(card: Card, weights: Path | None) -> Path:
-    """Return the weights file; ValueError says which file to put where, also for the vocabulary."""
+def find_files(card: Card, weights: Path | None) -> tuple[Path, ...]:
+    """Return the weights file and the vocabulary; ValueError says which file to put where."""
     file = find_file(card, weights)
-    find_parts(file)
-    return file
+    _, vocab, _ = find_parts(file)
+    return file, vocab

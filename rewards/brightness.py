@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rewards.card import Card
+from rewards.pixels import check_prompts
 
 
 class Brightness:
@@ -17,8 +18,7 @@ class Brightness:
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the means (B,) float32 of pixels (B, 3, H, W)."""
-        if len(prompts) != len(pixels):
-            raise ValueError(f"{len(pixels)} pictures need as many prompts, got {len(prompts)}")
+        check_prompts(pixels, prompts)
         return pixels.float().mean(dim=(1, 2, 3))
 
 

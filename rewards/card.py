@@ -89,7 +89,7 @@ class Card:
 
     @property
     def has_weights(self) -> bool:
-        """Return True when the scorer needs files; its module then also has `find_files(card, weights) -> Path`."""
+        """Return True when the scorer needs files; its module then also has `find_files(card, weights)`, which gives them."""
         return self.file is not None or self.folder is not None
 
 

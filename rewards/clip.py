@@ -10,7 +10,7 @@ Left out: training. Weights are frozen, and the vector of a prompt is worked out
 Shapes: B batch, L = clip.context tokens, E = clip.embed, S = preprocess.size.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVi
 
 from rewards.card import Card, Clip, Preprocess
 from rewards.clip_tokenizer import END, START, ClipTokenizer, find_vocab
-from rewards.pixels import at_least_float32, prepare
+from rewards.pixels import at_least_float32, check_prompts, prepare
 from rewards.text_cache import TextCache
 from rewards.weights import check, find_file, read
 
@@ -31,6 +31,7 @@ class ClipVision(nn.Module):
 
     def __init__(self, clip: Clip, preprocess: Preprocess) -> None:
         super().__init__()
+        self.clip = clip
         self.preprocess = preprocess
         config = CLIPVisionConfig(
             hidden_size=clip.vision_width,
@@ -92,27 +93,26 @@ class ClipScorer(nn.Module):
         self.vision = ClipVision(card.clip, card.preprocess)
         self.text = ClipText(card.clip, vocab)
         self.logit_scale = nn.Parameter(torch.zeros(()))
-        self.cache = TextCache(self.text)
+        self.cache = TextCache(self.text.forward)
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the scores (B,) float32 of B pictures for B prompts; gradients reach pixels alone."""
-        if len(prompts) != len(pixels):
-            raise ValueError(f"{len(pixels)} pictures need as many prompts, got {len(prompts)}")
-        cosines = (self.vision(pixels) * self.cache(prompts, self.logit_scale.device)).sum(dim=1)
-        return self.logit_scale.exp() * cosines if self.scaled else cosines
+        check_prompts(pixels, prompts)
+        return self.of_vectors(self.vision(pixels), prompts)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ClipScorer":
-        self.cache.clear()  # the weights move to another device or dtype
-        return super()._apply(fn, recurse)
+    def of_vectors(self, vectors: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the scores (B,) float32 of B pictures of which the image tower made these vectors (B, E)."""
+        cosines = (vectors * self.cache(prompts, self.logit_scale.device)).sum(dim=1)
+        return self.logit_scale.exp() * cosines if self.scaled else cosines
 
 
 def load_scorer(
     card: Card, weights: Path | None, device: torch.device | str, dtype: torch.dtype
 ) -> ClipScorer:
     """Return the scorer of a card: frozen, in eval mode, towers in dtype."""
-    file = find_files(card, weights)
+    file, vocab = find_files(card, weights)
     with torch.device("meta"):  # no time or memory for random weights that are replaced at once
-        model = ClipScorer(card, find_vocab(file))
+        model = ClipScorer(card, vocab)
     state = to_transformers(read(file))
     parts = (model.vision, model.text)
     expected = {key: value for part in parts for key, value in part.state_dict().items()}
@@ -124,11 +124,10 @@ def load_scorer(
     return model.to(device).eval().requires_grad_(False)
 
 
-def find_files(card: Card, weights: Path | None) -> Path:
-    """Return the weights file; ValueError says which file to put where, also for the vocabulary."""
+def find_files(card: Card, weights: Path | None) -> tuple[Path, ...]:
+    """Return the weights file and the vocabulary; ValueError says which file to put where."""
     file = find_file(card, weights)
-    find_vocab(file)
-    return file
+    return file, find_vocab(file)
 
 
 def fill(part: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -20,7 +20,7 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import CLIPTokenizer as HubTokenizer
 
-from rewards.weights import cached, loose
+from rewards.weights import LOOSE, cached, loose
 
 Kind = Literal["openai", "open_clip", "transformers"]
 
@@ -98,7 +98,7 @@ def find_vocab(weights: Path | None) -> Path:
     if path is None:
         raise ValueError(
             f"CLIP's vocabulary is not here; put {VOCAB_FILE} of github.com/openai/CLIP beside the weights or into"
-            f" weights/, or run `hf download {VOCAB_REPO} merges.txt`"
+            f" {LOOSE}/, or run `hf download {VOCAB_REPO} merges.txt`"
         )
     return path
 

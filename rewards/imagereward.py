@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from rewards.card import CLIP_MEAN, CLIP_STD, Card, Preprocess
-from rewards.pixels import at_least_float32, prepare
-from rewards.weights import FOLDER_FILE, cached, check, find, loose, read, verify
+from rewards.pixels import at_least_float32, check_prompts, prepare
+from rewards.weights import FOLDER_FILE, LOOSE, cached, check, find, loose, read, verify
 
 VOCAB_REPO = "google-bert/bert-base-uncased"
 VOCAB_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
@@ -200,8 +200,7 @@ class ImageReward(nn.Module):
 
     def features(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return what the caption's first token, [CLS], knows after reading the picture, (B, D) float32."""
-        if len(prompts) != len(pixels):
-            raise ValueError(f"{len(pixels)} pictures need as many prompts, got {len(prompts)}")
+        check_prompts(pixels, prompts)
         return self.read(prompts, self.image_tokens(pixels), pixels.device)
 
     def raw(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -228,12 +227,29 @@ class ImageReward(nn.Module):
         output = self.text_model(input_ids=ids, attention_mask=mask, encoder_hidden_states=image_tokens)
         return at_least_float32(output.last_hidden_state[:, 0])
 
+    def next_tokens(self, prompts: Sequence[str], image_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what captioning is trained on: logits (B, L - 1, V) and the true tokens (B, L - 1), -100 = padding (BLIP).
+
+        The text tower reads from left to right, [DEC] in place of [CLS] says so, and the word embeddings are the last layer.
+        """
+        ids, mask = (tokens.to(image_tokens.device) for tokens in self.tokenize(prompts))
+        start = torch.full_like(ids[:, :1], self.tokenizer.bos_token_id)
+        hidden = self.text_model(
+            input_ids=torch.cat([start, ids[:, 1:]], dim=1),
+            attention_mask=mask,
+            encoder_hidden_states=image_tokens,
+            is_decoder=True,
+            use_cache=False,
+        ).last_hidden_state[:, :-1]
+        logits = F.linear(hidden, self.text_model.embeddings.word_embeddings.weight)
+        return at_least_float32(logits), ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+
 
 def load_scorer(
     card: Card, weights: Path | None, device: torch.device | str, dtype: torch.dtype
 ) -> ImageReward:
     """Return the scorer of a card: frozen, in eval mode, towers in dtype, the small head always in float32."""
-    model = ImageReward.load(find_files(card, weights))
+    model = ImageReward.load(find(card, weights))
     if card.preprocess != model.config.preprocess:
         raise ValueError(
             f"the weights want {model.config.preprocess}, but the card of {card.name} says {card.preprocess};"
@@ -246,11 +262,11 @@ def load_scorer(
     return model.to(device).eval().requires_grad_(False)
 
 
-def find_files(card: Card, weights: Path | None) -> Path:
-    """Return the folder or file that `ImageReward.load` takes; ValueError says which file to put where."""
+def find_files(card: Card, weights: Path | None) -> tuple[Path, ...]:
+    """Return the files that a scorer is made of; ValueError says which file to put where."""
     path = find(card, weights)
-    find_parts(path)
-    return path
+    _, vocab, file = find_parts(path)
+    return (file, vocab, path / "config.json") if path.is_dir() else (file, vocab)
 
 
 def find_parts(path: Path) -> tuple[ImageRewardConfig, Path, Path]:
@@ -265,7 +281,7 @@ def find_parts(path: Path) -> tuple[ImageRewardConfig, Path, Path]:
     vocab = beside if beside.is_file() else loose("vocab.txt") or cached(VOCAB_REPO, "vocab.txt", None)
     if vocab is None:
         raise ValueError(
-            f"{beside} is missing; put vocab.txt of the hub repository {VOCAB_REPO} there or into weights/, or run"
+            f"{beside} is missing; put vocab.txt of the hub repository {VOCAB_REPO} there or into {LOOSE}/, or run"
             f" `hf download {VOCAB_REPO} vocab.txt`"
         )
     verify(vocab, num_bytes=None, sha256=VOCAB_SHA256)

@@ -1,15 +1,18 @@
 """Several scorers, one reward: columns of scores (B, n), in common units if asked, weighted at the end."""
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rewards import CARDS
-from rewards.card import Scorer
+from rewards.card import Card, Scorer
+from rewards.together import score_all, share_towers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +26,19 @@ class Mixed:
 
 
 class Mix:
-    """The weighted sum of scorers. `raw` adds scores as they are, `card` adds (score - mean) / std of the card.
+    """The weighted sum of scorers. `raw` adds scores as they are, the others add (score - mean) / std: `card` those of
+    the card, `sample` those of a file that data_build/score.py wrote about pictures like these (summary.json).
 
-    Columns stand in the order of scorers, and `names` says whose they are.
+    Columns stand in the order of scorers, and `names` says whose they are. Scorers with equal image towers come to
+    share one.
     """
 
     def __init__(
-        self, scorers: Sequence[Scorer], weights: Mapping[str, float], normalise: Literal["raw", "card"]
+        self,
+        scorers: Sequence[Scorer],
+        weights: Mapping[str, float],
+        normalise: Literal["raw", "card", "sample"],
+        sample: Path | None = None,
     ) -> None:
         self.names = tuple(scorer.card.name for scorer in scorers)
         if not scorers or len(set(self.names)) != len(self.names) or set(self.names) != set(weights):
@@ -37,18 +46,17 @@ class Mix:
                 f"a mix needs one weight for each of its scorers; scorers: {', '.join(self.names) or 'none'},"
                 f" weights for: {', '.join(weights) or 'none'}"
             )
-        if normalise not in ("raw", "card"):
-            raise ValueError(f"unknown normalise {normalise!r}; one of raw, card")
         self.scorers = tuple(scorers)
         self.weights = tuple(weights[name] for name in self.names)
-        self.normalise = normalise
+        self.units = units([scorer.card for scorer in scorers], normalise, sample)
+        share_towers(self.scorers)
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Mixed:
         """Return scores and rewards of pixels (B, 3, H, W) in [0, 1] for B prompts; gradients flow to pixels.
 
         FloatingPointError names the scorer whose score is not finite, with the prompt.
         """
-        columns = [scorer(pixels, prompts) for scorer in self.scorers]
+        columns = score_all(self.scorers, pixels, prompts)
         scores = torch.stack(columns, dim=1)
         finite = scores.detach().isfinite()
         if not finite.all():  # one synchronisation for all scorers
@@ -58,11 +66,50 @@ class Mix:
                 " look at the picture for values that are not numbers, and at the scorer's precision"
             )
         rewards = torch.zeros_like(columns[0])
-        for scorer, weight, column_scores in zip(self.scorers, self.weights, columns, strict=True):
-            if self.normalise == "card":
-                column_scores = (column_scores - scorer.card.mean) / scorer.card.std
-            rewards = rewards + weight * column_scores
+        for weight, (mean, std), column_scores in zip(self.weights, self.units, columns, strict=True):
+            rewards = rewards + weight * ((column_scores - mean) / std)
         return Mixed(scores=scores, rewards=rewards)
+
+
+def units(
+    cards: Sequence[Card], normalise: Literal["raw", "card", "sample"], sample: Path | None
+) -> list[tuple[float, float]]:
+    """Return what to subtract and to divide by for each scorer; a driver calls it before it loads weights.
+
+    ValueError for an unknown normalise, and for a sample that is missing, not needed, or without usable numbers.
+    """
+    if normalise not in ("raw", "card", "sample"):
+        raise ValueError(f"unknown normalise {normalise!r}; one of raw, card, sample")
+    if (normalise == "sample") != (sample is not None):
+        raise ValueError(
+            f"units {normalise!r} with {'no sample file' if sample is None else sample}; the units 'sample', and they"
+            " alone, need a summary.json of data_build/score.py"
+        )
+    if sample is not None:
+        return _sample_units([card.name for card in cards], sample)
+    return [(card.mean, card.std) if normalise == "card" else (0.0, 1.0) for card in cards]
+
+
+def _sample_units(names: Sequence[str], sample: Path) -> list[tuple[float, float]]:
+    """Return (mean, std) of each scorer from a summary.json."""
+    try:
+        scores = json.loads(sample.read_text(encoding="utf-8"))["scores"]
+        found = {name: (float(row["mean"]), float(row["std"])) for name, row in scores.items()}
+    except OSError as error:
+        raise ValueError(f"cannot read the sample file {sample}: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{sample} is no summary.json of data_build/score.py ({type(error).__name__}: {error})"
+        ) from error
+    for name in names:
+        if name not in found:
+            raise ValueError(f"{sample} has no {name}; it has {', '.join(found) or 'no scores'}")
+        if not (all(map(math.isfinite, found[name])) and found[name][1] > 0):
+            raise ValueError(
+                f"{sample} gives {name} mean {found[name][0]:g} and std {found[name][1]:g}; scores that do not differ"
+                " cannot be brought to common units"
+            )
+    return [found[name] for name in names]
 
 
 def parse_weights(terms: Sequence[str]) -> dict[str, float]:
@@ -91,3 +138,21 @@ def parse_weights(terms: Sequence[str]) -> dict[str, float]:
             f"no reward is given; name at least one scorer=weight with one of {', '.join(CARDS)}"
         )
     return weights
+
+
+def parse_files(terms: Sequence[str], names: Collection[str]) -> dict[str, Path]:
+    """Return {"imagereward": Path("x.pt")} for ["imagereward=x.pt"]: weights on disk of some of these scorers.
+
+    ValueError names the term that is malformed or repeated, or of a scorer that is not used.
+    """
+    files: dict[str, Path] = {}
+    for term in terms:
+        name, _, path = term.partition("=")
+        if not name or not path or name in files:
+            raise ValueError(
+                f"--reward-files {term!r} is not scorer=path, once a scorer, as in imagereward=x.pt"
+            )
+        if name not in names:
+            raise ValueError(f"--reward-files names {name}, which --rewards does not use")
+        files[name] = Path(path)
+    return files

@@ -3,6 +3,8 @@
 Shapes: B batch, H W pixels of any size, S = preprocess.size. Pixels are float, (B, 3, H, W), in [0, 1].
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,12 @@ def prepare(pixels: Tensor, preprocess: Preprocess) -> Tensor:
     fitted = _fit(_resize(at_least_float32(pixels), preprocess), preprocess)
     mean, std = (fitted.new_tensor(values).view(1, 3, 1, 1) for values in (preprocess.mean, preprocess.std))
     return (fitted - mean) / std
+
+
+def check_prompts(pixels: Tensor, prompts: Sequence[str]) -> None:
+    """Raise ValueError unless there are as many prompts as pictures."""
+    if len(prompts) != len(pixels):
+        raise ValueError(f"{len(pixels)} pictures need as many prompts, got {len(prompts)}")
 
 
 def at_least_float32(values: Tensor) -> Tensor:

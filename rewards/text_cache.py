@@ -4,20 +4,25 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 MAX_PROMPTS = 4096
 """Prompts whose vectors are kept, the latest ones: 16 MB for the widest tower."""
 
 
-class TextCache:
-    """A function of prompts that remembers: B prompts to vectors (B, E) without gradient. For frozen weights only."""
+class TextCache(nn.Module):
+    """A function of prompts that remembers: B prompts to vectors (B, E) without gradient. For frozen weights only.
+
+    `embed` is a method of the text tower, which stays a part of the scorer. A module itself, the cache hears when the
+    scorer moves to another device or dtype, and forgets.
+    """
 
     def __init__(self, embed: Callable[[Sequence[str]], Tensor]) -> None:
+        super().__init__()
         self.embed = embed
         self.known: OrderedDict[str, Tensor] = OrderedDict()
 
-    def __call__(self, prompts: Sequence[str], device: torch.device) -> Tensor:
+    def forward(self, prompts: Sequence[str], device: torch.device) -> Tensor:
         """Return the vectors (B, E) of B prompts; device is where the text tower is."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
         if new:
@@ -31,6 +36,6 @@ class TextCache:
             self.known.popitem(last=False)
         return found
 
-    def clear(self) -> None:
-        """Forget all vectors, because the weights moved or changed."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TextCache":
         self.known.clear()
+        return super()._apply(fn, recurse)

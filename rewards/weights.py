@@ -85,9 +85,14 @@ def verify(path: Path, *, num_bytes: int | None, sha256: str | None) -> None:
         )
     if sha256 is None:
         return
-    digest = _sha256(path, path.stat().st_mtime_ns)
+    digest = sha256_of(path)
     if digest != sha256:
         raise ValueError(f"{path} has SHA-256 {digest}, the published file has {sha256}; download it again")
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's SHA-256; it is worked out once as long as the file stays the same."""
+    return _sha256(path, path.stat().st_mtime_ns)
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Settings that hold for every test. Python finds `import tiny` because pytest puts this folder on sys.path."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     write_inputs(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The recorded CLIPs and their vocabulary, and the layers of the aesthetic predictor on one of them."""
+    from golden_weights import CLIP_NAMES, write_aesthetic, write_clip, write_clip_vocab
+
+    folder = tmp_path_factory.mktemp("clips")
+    with pytest.MonkeyPatch.context() as patch:
+        write_clip_vocab(folder, patch)
+        for name in CLIP_NAMES:
+            write_clip(name, folder)
+        write_aesthetic(folder)
+        yield folder

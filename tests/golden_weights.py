@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from rewards import CARDS, Card, Clip
 from rewards.clip_tokenizer import read_vocab
@@ -118,6 +119,14 @@ def write_clip(name: str, folder: Path) -> Path:
     state = fill(CLIP["models"][name]["shapes"], CLIP["weights_seed"])
     torch.save(state if name == "pickscore" else {"state_dict": state}, folder / f"{name}.pt")
     return folder / f"{name}.pt"
+
+
+def write_aesthetic(folder: Path) -> Path:
+    """The layers of the aesthetic predictor for the recorded HPS v1, which stands beside them as CLIP score's file."""
+    save_file(fill(CLIP["models"]["hpsv1"]["shapes"], CLIP["weights_seed"]), folder / "model.safetensors")
+    shapes = json.loads((FOLDER / "aesthetic.json").read_text(encoding="utf-8"))["shapes"]
+    torch.save(fill(shapes | {"layers.0.weight": [1024, 64]}, seed=0), folder / "aesthetic.pt")
+    return folder / "aesthetic.pt"
 
 
 def unit_vectors(count: int, width: int, seed: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import json
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import rewards
-from golden_weights import CLIP, CLIP_NAMES, FOLDER, SHARED, tiny_card, write_clip, write_clip_vocab
+from golden_weights import CLIP, CLIP_NAMES, FOLDER, SHARED, tiny_card
 from rewards import CARDS
 from rewards.clip import ClipScorer, load_scorer, to_transformers
 from rewards.clip_tokenizer import MERGES_SHA256, ClipTokenizer
@@ -25,22 +25,11 @@ TOLERANCE = {"hpsv1": 1e-6, "hpsv2": 1e-6, "pickscore": 3e-5}
 TEXTS = CLIP["prompts"] + CLIP["more_texts"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The recorded models and their vocabulary."""
-    path = tmp_path_factory.mktemp("clip")
-    with pytest.MonkeyPatch.context() as patch:
-        write_clip_vocab(path, patch)
-        for name in CLIP_NAMES:
-            write_clip(name, path)
-        yield path
-
-
-def load(name: str, folder: Path, dtype: torch.dtype = torch.float32, **clip: Any) -> ClipScorer:
+def load(name: str, clips: Path, dtype: torch.dtype = torch.float32, **clip: Any) -> ClipScorer:
     """The recorded model; keywords change what its card says."""
     card = tiny_card(name)
     assert card.clip is not None
-    return load_scorer(replace(card, clip=replace(card.clip, **clip)), folder / f"{name}.pt", "cpu", dtype)
+    return load_scorer(replace(card, clip=replace(card.clip, **clip)), clips / f"{name}.pt", "cpu", dtype)
 
 
 def deviation(scorer: ClipScorer, **preprocess: Any) -> torch.Tensor:
@@ -56,13 +45,13 @@ def deviation(scorer: ClipScorer, **preprocess: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", CLIP_NAMES)
-def test_scores_equal_the_authors(name: str, folder: Path) -> None:
-    assert deviation(load(name, folder)).max() < TOLERANCE[name]
+def test_scores_equal_the_authors(name: str, clips: Path) -> None:
+    assert deviation(load(name, clips)).max() < TOLERANCE[name]
 
 
 @pytest.mark.parametrize("kind", CLIP["token_ids"])
-def test_token_ids_equal_the_authors(kind: Any, folder: Path) -> None:
-    tokenizer = ClipTokenizer(kind, folder / "merges.txt", 77)
+def test_token_ids_equal_the_authors(kind: Any, clips: Path) -> None:
+    tokenizer = ClipTokenizer(kind, clips / "merges.txt", 77)
     assert [tokenizer.encode(text) for text in TEXTS] == CLIP["token_ids"][kind]
     assert max(len(ids) for ids in CLIP["token_ids"][kind]) == 77  # one had to be cut
     batch = tokenizer(TEXTS)
@@ -81,9 +70,9 @@ def test_token_ids_with_the_whole_vocabulary(kind: Any, monkeypatch: pytest.Monk
     assert [tokenizer.encode(text) for text in TEXTS] == CLIP["token_ids"][kind]
 
 
-def test_entities_are_resolved_twice_where_ftfy_leaves_them(folder: Path) -> None:
+def test_entities_are_resolved_twice_where_ftfy_leaves_them(clips: Path) -> None:
     """ftfy resolves all of them, but none in a text with a <, which may be HTML."""
-    tokenizer = ClipTokenizer("openai", folder / "merges.txt", 77)
+    tokenizer = ClipTokenizer("openai", clips / "merges.txt", 77)
     for nested in ("<&amp;", "<&amp;amp;"):
         assert tokenizer.encode(nested) == tokenizer.encode("<&")
     assert tokenizer.encode("<&amp;amp;amp;") != tokenizer.encode("<&")
@@ -99,11 +88,11 @@ def test_entities_are_resolved_twice_where_ftfy_leaves_them(folder: Path) -> Non
     ids=["activation", "epsilon", "heads"],
 )
 def test_golden_notices_another_network(
-    name: str, mistake: dict[str, Any], least: float, folder: Path
+    name: str, mistake: dict[str, Any], least: float, clips: Path
 ) -> None:
     if "activation" in mistake:
         mistake = {"activation": "gelu" if name == "hpsv1" else "quick_gelu"}
-    assert deviation(load(name, folder, **mistake)).max() > least * TOLERANCE[name]
+    assert deviation(load(name, clips, **mistake)).max() > least * TOLERANCE[name]
 
 
 @pytest.mark.parametrize(
@@ -124,32 +113,32 @@ def test_golden_notices_another_network(
     ],
 )
 def test_golden_notices_another_preparation(
-    name: str, mistake: dict[str, Any], picture: int, folder: Path
+    name: str, mistake: dict[str, Any], picture: int, clips: Path
 ) -> None:
-    assert deviation(load(name, folder), **mistake)[picture] > 10 * TOLERANCE[name]
+    assert deviation(load(name, clips), **mistake)[picture] > 10 * TOLERANCE[name]
 
 
-def test_golden_notices_another_tokenizer_and_no_scale(folder: Path) -> None:
-    assert deviation(load("pickscore", folder, tokenizer="openai")).max() > 0.1  # &amp; in a prompt
-    assert deviation(load("pickscore", folder, scaled=False)).max() > 1
+def test_golden_notices_another_tokenizer_and_no_scale(clips: Path) -> None:
+    assert deviation(load("pickscore", clips, tokenizer="openai")).max() > 0.1  # &amp; in a prompt
+    assert deviation(load("pickscore", clips, scaled=False)).max() > 1
 
 
 @pytest.mark.parametrize("name", CLIP_NAMES)
-def test_golden_notices_another_token(name: str, folder: Path) -> None:
-    scorer = load(name, folder)
+def test_golden_notices_another_token(name: str, clips: Path) -> None:
+    scorer = load(name, clips)
     scorer.text.text_model.eos_token_id = 49406  # read off at the start
     assert deviation(scorer).max() > 1000 * TOLERANCE[name]
 
 
 @pytest.mark.parametrize("name", CLIP_NAMES)
-def test_golden_notices_lengths_left_in(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_golden_notices_lengths_left_in(name: str, clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rewards.clip.F.normalize", lambda values, dim: values)
-    assert deviation(load(name, folder)).max() > 1000 * TOLERANCE[name]
+    assert deviation(load(name, clips)).max() > 1000 * TOLERANCE[name]
 
 
-def test_golden_notices_black_after_the_mean(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_golden_notices_black_after_the_mean(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding with zeros behind the normalisation is grey: the border shows the mean."""
-    scorer = load("hpsv2", folder)
+    scorer = load("hpsv2", clips)
     rule = scorer.vision.preprocess
     pictures = torch.stack([from_pil(Image.open(FOLDER / name), rule) for name in CLIP["images"]])
     grey = torch.where(pictures == 0, torch.tensor(rule.mean).view(3, 1, 1), pictures)
@@ -162,9 +151,9 @@ def test_golden_notices_black_after_the_mean(folder: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("name", "most"), [("hpsv1", 5e-4), ("hpsv2", 1e-6), ("pickscore", 2.5e-2)])
-def test_tensors_score_like_files(name: str, most: float, folder: Path) -> None:
+def test_tensors_score_like_files(name: str, most: float, clips: Path) -> None:
     """The tensor path does not round to 8 bits between its steps; that is all the difference there is."""
-    scorer = load(name, folder)
+    scorer = load(name, clips)
     pictures = [Image.open(FOLDER / image).convert("RGB") for image in CLIP["images"]]
     rule = scorer.vision.preprocess
     with torch.no_grad():
@@ -176,9 +165,9 @@ def test_tensors_score_like_files(name: str, most: float, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CLIP_NAMES)
-def test_pixel_gradient_equals_finite_differences(name: str, folder: Path) -> None:
+def test_pixel_gradient_equals_finite_differences(name: str, clips: Path) -> None:
     """Through resize, crop or padding, and the image tower, in float64."""
-    scorer = load(name, folder).double()
+    scorer = load(name, clips).double()
     noise = torch.Generator().manual_seed(0)
     pixels = torch.rand(1, 3, 240, 260, generator=noise, dtype=torch.float64).requires_grad_()
     direction = torch.randn(pixels.shape, generator=noise, dtype=torch.float64)
@@ -189,9 +178,9 @@ def test_pixel_gradient_equals_finite_differences(name: str, folder: Path) -> No
     assert (gradient * direction).sum().item() == pytest.approx(numeric, rel=1e-6)
 
 
-def test_half_precision_stays_close_and_returns_float32(folder: Path) -> None:
+def test_half_precision_stays_close_and_returns_float32(clips: Path) -> None:
     """The authors' full-size networks move by up to 1.5e-3 under bfloat16 autocast; two layers move by less."""
-    scorer = load("hpsv2", folder, dtype=torch.bfloat16)
+    scorer = load("hpsv2", clips, dtype=torch.bfloat16)
     assert scorer.vision.visual_projection.weight.dtype == torch.bfloat16
     assert scorer.logit_scale.dtype == torch.float32
     assert 1e-5 < deviation(scorer).max() < 5e-3
@@ -213,8 +202,8 @@ class Counting:
         return self.embed(prompts)
 
 
-def test_a_prompt_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scorer = load("hpsv1", folder)
+def test_a_prompt_is_read_once(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = load("hpsv1", clips)
     counting = Counting(scorer)
     pixels = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     first = scorer(pixels, ["cat", "dog", "cat"])
@@ -232,10 +221,10 @@ def test_a_prompt_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not scorer.cache.known
 
 
-def test_what_is_kept_does_not_depend_on_who_asks_first(folder: Path) -> None:
+def test_what_is_kept_does_not_depend_on_who_asks_first(clips: Path) -> None:
     pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    expected = load("hpsv1", folder)(pixels, ["cat"])
-    scorer = load("hpsv1", folder)
+    expected = load("hpsv1", clips)(pixels, ["cat"])
+    scorer = load("hpsv1", clips)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         scorer(pixels, ["cat"])
     scored = scorer(pixels.requires_grad_(), ["cat"])
@@ -247,10 +236,10 @@ def test_what_is_kept_does_not_depend_on_who_asks_first(folder: Path) -> None:
 # ---------------------------------------------------------------- files of others
 
 
-def rewrite(folder: Path, path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+def rewrite(clips: Path, path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
     """The recorded HPS v2, changed, and its vocabulary beside it."""
-    content = change(read(folder / "hpsv2.pt"))
-    (path / "merges.txt").write_bytes((folder / "merges.txt").read_bytes())
+    content = change(read(clips / "hpsv2.pt"))
+    (path / "merges.txt").write_bytes((clips / "merges.txt").read_bytes())
     file = path / "changed.pt"
     if isinstance(content, bytes):
         file.write_bytes(content)
@@ -269,7 +258,7 @@ def same_weights(first: ClipScorer, second: ClipScorer) -> bool:
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model", None])
-def test_wrapped_and_prefixed_files_are_read(wrapper: str | None, folder: Path, tmp_path: Path) -> None:
+def test_wrapped_and_prefixed_files_are_read(wrapper: str | None, clips: Path, tmp_path: Path) -> None:
     """What a distributed trainer writes, and the sizes that OpenAI keeps among its weights."""
 
     def change(state: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -277,36 +266,36 @@ def test_wrapped_and_prefixed_files_are_read(wrapper: str | None, folder: Path, 
         state = {f"module.{key}": value for key, value in state.items()}
         return {wrapper: state, "epoch": 3, "name": "x"} if wrapper else state
 
-    assert same_weights(reload(rewrite(folder, tmp_path, change)), load("hpsv2", folder))
+    assert same_weights(reload(rewrite(clips, tmp_path, change)), load("hpsv2", clips))
 
 
-def test_either_layout_is_read(folder: Path, tmp_path: Path) -> None:
-    state = to_transformers(read(folder / "hpsv2.pt"))
+def test_either_layout_is_read(clips: Path, tmp_path: Path) -> None:
+    state = to_transformers(read(clips / "hpsv2.pt"))
     save_file(state, tmp_path / "mirror.safetensors")
-    (tmp_path / "merges.txt").write_bytes((folder / "merges.txt").read_bytes())
-    assert same_weights(reload(tmp_path / "mirror.safetensors"), load("hpsv2", folder))
+    (tmp_path / "merges.txt").write_bytes((clips / "merges.txt").read_bytes())
+    assert same_weights(reload(tmp_path / "mirror.safetensors"), load("hpsv2", clips))
 
 
-def test_a_program_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_program_is_refused(clips: Path, tmp_path: Path) -> None:
     """OpenAI publishes CLIP as a TorchScript program, too; the card names the file on the hub that holds tensors alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "archive.pt"))
-    (tmp_path / "merges.txt").write_bytes((folder / "merges.txt").read_bytes())
+    (tmp_path / "merges.txt").write_bytes((clips / "merges.txt").read_bytes())
     with pytest.raises(ValueError, match=r"archive.pt is not a readable weights file .*TorchScript"):
         reload(tmp_path / "archive.pt")
 
 
-def test_matrices_in_half_precision_are_read(folder: Path, tmp_path: Path) -> None:
+def test_matrices_in_half_precision_are_read(clips: Path, tmp_path: Path) -> None:
     """OpenAI's file keeps them in float16; the scorer computes in float32."""
     half = reload(
-        rewrite(folder, tmp_path, lambda state: {k: v.half() if v.ndim > 1 else v for k, v in state.items()})
+        rewrite(clips, tmp_path, lambda state: {k: v.half() if v.ndim > 1 else v for k, v in state.items()})
     )
     assert all(value.dtype == torch.float32 for value in half.state_dict().values())
     assert 0 < deviation(half).max() < 1e-3
 
 
-def test_missing_unexpected_and_misshapen_tensors_are_named(folder: Path, tmp_path: Path) -> None:
+def test_missing_unexpected_and_misshapen_tensors_are_named(clips: Path, tmp_path: Path) -> None:
     def change(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         del state["ln_final.bias"]
         return state | {"visual.ln_post.bias": torch.zeros(5), "classifier.weight": torch.zeros(2)}
@@ -315,19 +304,19 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(folder: Path, tmp_pa
         ValueError,
         match=r"missing: text_model\.final_layer_norm\.bias; unexpected: classifier\.weight;.*\(5,\) instead of \(80,\)",
     ):
-        reload(rewrite(folder, tmp_path, change))
+        reload(rewrite(clips, tmp_path, change))
 
 
-def test_a_foreign_prefix_or_another_architecture_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_foreign_prefix_or_another_architecture_is_refused(clips: Path, tmp_path: Path) -> None:
     def prefix(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {f"net.{key}": value for key, value in state.items()}
 
     with pytest.raises(ValueError, match=r"missing: .* more; unexpected: net"):
-        reload(rewrite(folder, tmp_path, prefix))
+        reload(rewrite(clips, tmp_path, prefix))
     with pytest.raises(ValueError, match=r"does not hold the CLIP of hpsv2; of another shape: .*\(64,\)"):
-        reload(folder / "hpsv1.pt")
+        reload(clips / "hpsv1.pt")
     with pytest.raises(ValueError, match=r"does not hold the CLIP of hpsv2; missing: .*unexpected: mlp"):
-        reload(rewrite(folder, tmp_path, lambda state: {"mlp.layers.0.weight": torch.zeros(2)}))
+        reload(rewrite(clips, tmp_path, lambda state: {"mlp.layers.0.weight": torch.zeros(2)}))
 
 
 class Hostile:
@@ -340,17 +329,17 @@ class Hostile:
         return Path.touch, (self.path,)
 
 
-def test_truncated_and_hostile_files_are_clear_errors(folder: Path, tmp_path: Path) -> None:
-    content = (folder / "hpsv2.pt").read_bytes()
+def test_truncated_and_hostile_files_are_clear_errors(clips: Path, tmp_path: Path) -> None:
+    content = (clips / "hpsv2.pt").read_bytes()
     hostile = Hostile(tmp_path / "executed")
     for bad in (content[: len(content) // 2], {"logit_scale": hostile}, pickle.dumps(hostile, protocol=2)):
-        file = rewrite(folder, tmp_path, lambda state, bad=bad: bad)  # type: ignore[misc]
+        file = rewrite(clips, tmp_path, lambda state, bad=bad: bad)  # type: ignore[misc]
         with pytest.raises(ValueError, match=r"changed\.pt is not a readable weights file"):
             reload(file)
     assert not (tmp_path / "executed").exists()
 
 
-def test_what_is_missing_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_named(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("rewards.weights.ROOT", tmp_path)
     with pytest.raises(ValueError, match=r"put hpc\.pt of github\.com/tgxs002/align_sd .* into weights/"):
@@ -365,22 +354,22 @@ def test_what_is_missing_is_named(folder: Path, tmp_path: Path, monkeypatch: pyt
         ValueError, match=r"bpe_simple_vocab_16e6\.txt\.gz .*hf download openai/.* merges\.txt"
     ):
         rewards.check("hpsv1")
-    (tmp_path / "weights" / "merges.txt").write_bytes((folder / "merges.txt").read_bytes())
+    (tmp_path / "weights" / "merges.txt").write_bytes((clips / "merges.txt").read_bytes())
     rewards.check("hpsv1")
 
 
 @pytest.mark.parametrize("name", ["merges.txt", "bpe_simple_vocab_16e6.txt.gz"])
-def test_another_vocabulary_is_refused(name: str, folder: Path, tmp_path: Path) -> None:
+def test_another_vocabulary_is_refused(name: str, clips: Path, tmp_path: Path) -> None:
     file = tmp_path / "hpsv2.pt"
-    file.write_bytes((folder / "hpsv2.pt").read_bytes())
-    (tmp_path / name).write_bytes((folder / "merges.txt").read_bytes()[:-100])
+    file.write_bytes((clips / "hpsv2.pt").read_bytes())
+    (tmp_path / name).write_bytes((clips / "merges.txt").read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"SHA-256|is no list of merges"):
         reload(file)
 
 
-def test_an_unknown_tokenizer_is_refused(folder: Path) -> None:
+def test_an_unknown_tokenizer_is_refused(clips: Path) -> None:
     with pytest.raises(ValueError, match=r"'bert'; one of openai, open_clip, transformers"):
-        ClipTokenizer("bert", folder / "merges.txt", 77)  # type: ignore[arg-type]
+        ClipTokenizer("bert", clips / "merges.txt", 77)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- full size
@@ -404,11 +393,11 @@ def full_size(name: str, tmp_path: Path) -> tuple[dict[str, Any], ClipScorer]:
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the published names and shapes in ../shared")
 @pytest.mark.parametrize("name", ["hpsv1", "hpsv2", "pickscore", "clipscore"])
-def test_cards_have_the_published_sizes(name: str, folder: Path) -> None:
+def test_cards_have_the_published_sizes(name: str, clips: Path) -> None:
     """Names and shapes alone: no weights, no memory. Heads show in no shape."""
     table = json.loads((SHARED / "golden" / f"{name}.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
-        scorer = ClipScorer(CARDS[name], folder / "merges.txt")
+        scorer = ClipScorer(CARDS[name], clips / "merges.txt")
         state = {key: torch.empty(shape) for key, (_, shape) in table["state_dict"]["keys"].items()}
     published = {key: value.shape for key, value in to_transformers(state).items()}
     ours = {**scorer.vision.state_dict(), **scorer.text.state_dict(), "logit_scale": scorer.logit_scale}

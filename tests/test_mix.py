@@ -1,8 +1,10 @@
 """Weighted sums by hand, and what a mix refuses."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 import rewards
 from rewards import CARDS, Card
-from rewards.mix import Mix, parse_weights
+from rewards.mix import Mix, parse_files, parse_weights, units
 
 
 class Fixed:
@@ -42,6 +44,51 @@ def test_card_units_by_hand() -> None:
     assert mixed.rewards.tolist() == [-2.0 - 1.0, 2.0 - 1.5]
 
 
+def sample_file(folder: Path, **scores: object) -> Path:
+    """A summary.json as data_build/score.py writes it, as far as a mix reads it."""
+    (folder / "summary.json").write_text(json.dumps({"count": 9, "scores": scores}), encoding="utf-8")
+    return folder / "summary.json"
+
+
+def test_sample_units_by_hand(tmp_path: Path) -> None:
+    """Mean and std of the file, not of the card; scorers that the mix lacks may be there, too."""
+    a, b, c = {"mean": 0.5, "std": 0.25}, {"mean": 1.0, "std": 2.0}, {"mean": 0.0, "std": 0.0}
+    sample = sample_file(tmp_path, b=b, c=c, a=a)
+    mixed = Mix([Fixed("a", 0.0), Fixed("b", 3.0)], {"a": 1.0, "b": -1.0}, "sample", sample)(PIXELS, PROMPTS)
+    assert mixed.scores.tolist() == [[0.0, 3.0], [1.0, 4.0]]
+    assert mixed.rewards.tolist() == [-2.0 - 1.0, 2.0 - 1.5]
+
+
+def test_a_sample_that_cannot_be_used(tmp_path: Path) -> None:
+    cards = [Fixed("a", 0.0).card]
+    for row, words in (
+        ({"mean": 0.5, "std": 0.0}, "gives a mean 0.5 and std 0; scores that do not differ"),
+        ({"mean": math.inf, "std": 1.0}, "gives a mean inf"),
+        ({"mean": None, "std": 1.0}, "is no summary.json"),
+        ({"mean": 0.5}, r"is no summary.json of data_build/score.py \(KeyError: 'std'\)"),
+        ("x", "is no summary.json"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            units(cards, "sample", sample_file(tmp_path, a=row))
+    with pytest.raises(ValueError, match=r"summary\.json has no a; it has b"):
+        units(cards, "sample", sample_file(tmp_path, b={"mean": 0, "std": 1}))
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"list\.json is no summary\.json"):
+        units(cards, "sample", tmp_path / "list.json")
+    with pytest.raises(ValueError, match=r"cannot read the sample file .*gone: No such file"):
+        units(cards, "sample", tmp_path / "gone")
+
+
+def test_a_sample_is_for_sample_units_alone(tmp_path: Path) -> None:
+    sample = sample_file(tmp_path, a={"mean": 0, "std": 1})
+    with pytest.raises(
+        ValueError, match=r"units 'card' with .*summary.json; the units 'sample', and they alone"
+    ):
+        Mix([Fixed("a", 0)], {"a": 1.0}, "card", sample)
+    with pytest.raises(ValueError, match="units 'sample' with no sample file"):
+        Mix([Fixed("a", 0)], {"a": 1.0}, "sample")
+
+
 def test_gradient_is_the_weighted_sum() -> None:
     pixels = PIXELS.clone().requires_grad_()
     Mix([Fixed("a", 0.0), Fixed("b", 1.0)], {"a": 3.0, "b": 1.0}, "raw")(
@@ -62,7 +109,7 @@ def test_weights_and_scorers_must_correspond() -> None:
     for scorers, weights in (([], {}), ([Fixed("a", 0)], {}), ([Fixed("a", 0)] * 2, {"a": 1.0})):
         with pytest.raises(ValueError, match="one weight for each"):
             Mix(scorers, weights, "raw")
-    with pytest.raises(ValueError, match=r"'zscore'; one of raw, card"):
+    with pytest.raises(ValueError, match=r"'zscore'; one of raw, card, sample"):
         Mix([Fixed("a", 0)], {"a": 1.0}, "zscore")  # type: ignore[arg-type]
 
 
@@ -91,3 +138,18 @@ def test_parse_weights_keeps_the_order() -> None:
 def test_parse_weights_refuses(terms: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_weights(terms)
+
+
+def test_parse_files() -> None:
+    parsed = parse_files(["shapes=a=b.pt", "brightness=c"], ["brightness", "shapes"])
+    assert parsed == {"shapes": Path("a=b.pt"), "brightness": Path("c")}
+    for term, words in (
+        ("shapes", "'shapes' is not scorer=path"),
+        ("shapes=", "'shapes=' is not scorer=path"),
+        ("=x", "'=x' is not scorer=path"),
+        ("clipscore=x", "names clipscore, which --rewards does not use"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            parse_files([term], ["shapes"])
+    with pytest.raises(ValueError, match="once a scorer"):
+        parse_files(["shapes=x", "shapes=y"], ["shapes"])

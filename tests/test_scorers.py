@@ -1,9 +1,7 @@
 """What every scorer promises, and the pixel arithmetic they share."""
 
 import importlib
-import json
 import runpy
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Literal
@@ -12,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 import rewards
-from golden_weights import CLIP_NAMES, FOLDER, fill, tiny_card, write_clip, write_clip_vocab
+from golden_weights import CLIP_NAMES, tiny_card
 from rewards import CARDS, Preprocess, Scorer
 from rewards.blipscore import BlipScore
 from rewards.imagereward import ImageReward, ImageRewardConfig, to_transformers
 from rewards.pixels import from_pil, prepare
-from rewards.weights import local, read
+from rewards.weights import local
 
 PROMPTS = [
     "a red circle on a white background",
@@ -32,7 +30,6 @@ UNTRAINED = {
     f"{name}, untrained": name for name in ("imagereward-tiny", *CLIP_NAMES, "aesthetic", "blipscore")
 }
 """Architectures with small random weights, so that they keep the contract where the published ones are not."""
-AESTHETIC = {"name": "aesthetic", "module": "rewards.aesthetic", "prompted": False}
 
 
 @pytest.fixture(scope="module")
@@ -54,21 +51,6 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The recorded CLIPs, and the layers of the aesthetic predictor on one of them."""
-    folder = tmp_path_factory.mktemp("clips")
-    with pytest.MonkeyPatch.context() as patch:
-        write_clip_vocab(folder, patch)
-        for name in CLIP_NAMES:
-            write_clip(name, folder)
-        save_file(read(folder / "hpsv1.pt"), folder / "model.safetensors")
-        shapes = json.loads((FOLDER / "aesthetic.json").read_text(encoding="utf-8"))["shapes"]
-        state = fill(shapes | {"layers.0.weight": [1024, 64]}, seed=0)
-        torch.save(state, folder / "aesthetic.pt")
-        yield folder
-
-
 @pytest.fixture(params=[*CARDS, *UNTRAINED])
 def scorer(request: pytest.FixtureRequest, untrained: Path, clips: Path) -> Scorer:
     name = UNTRAINED.get(request.param)
@@ -82,7 +64,7 @@ def scorer(request: pytest.FixtureRequest, untrained: Path, clips: Path) -> Scor
         blip.blip.load_state_dict(towers)
         return blip.eval().requires_grad_(False)
     if name is not None:
-        card = replace(tiny_card("hpsv1"), **AESTHETIC) if name == "aesthetic" else tiny_card(name)
+        card = tiny_card(name)
         module = importlib.import_module(card.module)
         return module.load_scorer(card, clips / f"{name}.pt", "cpu", torch.float32)
     card = CARDS[request.param]
