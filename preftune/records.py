@@ -41,8 +41,8 @@ def read_samples(folder: Path) -> list[Sample]:
     Raises ValueError that names the line for a file name outside the folder, a missing picture or an empty text.
     """
     samples = []
-    for place, row in _rows(folder / "metadata.jsonl"):
-        path = _inside(folder, _get(row, "file_name", str, place), place)
+    for place, row in _objects(folder / "metadata.jsonl"):
+        path = inside(folder, field(row, "file_name", str, place), place)
         extra = {key: value for key, value in row.items() if key not in ("file_name", "text")}
         samples.append(Sample(path=path, text=_text(row, "text", place), extra=extra))
     if not samples:
@@ -54,8 +54,8 @@ def read_rankings(folder: Path) -> list[Ranking]:
     """The rankings of folder/rankings.jsonl, in its order. Raises ValueError that names the line."""
     rankings = []
     known: dict[str, Path] = {}  # several annotators name the same pictures
-    for place, row in _rows(folder / "rankings.jsonl"):
-        names, ranks = _get(row, "generations", list, place), _get(row, "ranking", list, place)
+    for place, row in _objects(folder / "rankings.jsonl"):
+        names, ranks = field(row, "generations", list, place), field(row, "ranking", list, place)
         if not all(isinstance(name, str) for name in names):
             raise ValueError(f"{place}: generations must be file names")
         if not all(type(rank) is int and rank >= 1 for rank in ranks):
@@ -64,8 +64,8 @@ def read_rankings(folder: Path) -> list[Ranking]:
             raise ValueError(
                 f"{place}: {len(names)} generations and {len(ranks)} ranks; there must be one rank each, and two or more"
             )
-        source = _get(row, "source", str, place) if "source" in row else ""
-        known |= {name: _inside(folder, name, place) for name in names if name not in known}
+        source = field(row, "source", str, place) if "source" in row else ""
+        known |= {name: inside(folder, name, place) for name in names if name not in known}
         paths = tuple(known[name] for name in names)
         prompt = _text(row, "prompt", place)
         rankings.append(Ranking(prompt=prompt, paths=paths, ranks=tuple(ranks), source=source))
@@ -76,43 +76,54 @@ def read_rankings(folder: Path) -> list[Ranking]:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; blank lines may end it. Raises ValueError that names the line."""
-    return [row for _, row in _rows(path)]
+    return [row for _, row in _objects(path)]
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line, whole or not at all. ValueError for a number that JSON lacks, such as NaN."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_lines(path, (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows))
 
 
-def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(place for messages, object) of each line."""
+def read_lines(path: Path) -> list[tuple[str, str]]:
+    """(place for messages, text) of each line of a file; blank lines may end it."""
     try:
         lines = path.read_text(encoding="utf-8").rstrip().split("\n")
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    rows = []
-    for number, line in enumerate(lines if lines != [""] else [], 1):
-        place = f"{path} line {number}"
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{place} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{place} must be an object, not a {type(row).__name__}")
-        rows.append((place, row))
-    return rows
+    return [(f"{path} line {number}", line) for number, line in enumerate(lines if lines != [""] else [], 1)]
 
 
-def _get(row: dict[str, Any], key: str, kind: type, place: str) -> Any:
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write lines, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(line + "\n" for line in lines)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def parse_object(line: str, place: str) -> dict[str, Any]:
+    """The object of a line."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:  # also of a number with thousands of digits
+        raise ValueError(f"{place} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} must be an object, not a {type(row).__name__}")
+    return row
+
+
+def _objects(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(place for messages, object) of each line."""
+    return [(place, parse_object(line, place)) for place, line in read_lines(path)]
+
+
+def field(row: dict[str, Any], key: str, kind: type, place: str) -> Any:
     """A field of a line, of the right type."""
     if key not in row:
         raise ValueError(f"{place} has no {key}")
@@ -123,14 +134,25 @@ def _get(row: dict[str, Any], key: str, kind: type, place: str) -> Any:
 
 def _text(row: dict[str, Any], key: str, place: str) -> str:
     """A field that holds words."""
-    text: str = _get(row, key, str, place)
+    text: str = field(row, key, str, place)
     if not text.strip():
         raise ValueError(f"{place}: {key} is empty")
     return text
 
 
-def _inside(folder: Path, name: str, place: str) -> Path:
+def inside(folder: Path, name: str, place: str) -> Path:
     """The file of a name that a data set gave, which may lie only below the data set's folder."""
+    check_name(name, place)
+    path = folder / name
+    if not path.is_file():
+        raise ValueError(f"{place}: {path} does not exist")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{place}: file name {name!r} is a link that leads out of the folder")
+    return path
+
+
+def check_name(name: str, place: str) -> None:
+    """Raise ValueError for a name from a data set, or in an archive, that could lead out of its folder."""
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     if (
         not name
@@ -143,9 +165,3 @@ def _inside(folder: Path, name: str, place: str) -> Path:
         raise ValueError(
             f"{place}: file name {name!r} must be a relative path with / inside the folder, without .."
         )
-    path = folder / posix
-    if not path.is_file():
-        raise ValueError(f"{place}: {path} does not exist")
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{place}: file name {name!r} is a link that leads out of the folder")
-    return path

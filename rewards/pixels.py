@@ -65,7 +65,8 @@ def from_pil(image: Image.Image, preprocess: Preprocess | None = None) -> Tensor
             left, top = (_offset(side, preprocess) for side in (width, height))
             image = image.crop((left, top, left + preprocess.size, top + preprocess.size))
     values = np.array(image.convert("RGB"), dtype=np.uint8)
-    pixels = torch.from_numpy(values).permute(2, 0, 1).float() / 255
+    # Contiguous, as theirs: how a tensor lies in memory changes the last bits of sums over it.
+    pixels = torch.from_numpy(values).permute(2, 0, 1).contiguous().float() / 255
     if preprocess is not None and preprocess.crop == "pad":
         pixels = _fit(pixels[None], preprocess)[0]
     return pixels

@@ -1,0 +1,281 @@
+"""Score the pictures of a data set with several scorers in one pass: columns, statistics, the best and the worst.
+
+The data is recognised: an imagefolder (metadata.jsonl with file_name and text), a folder of pictures without captions, a
+parquet table or a folder of them, a zip file of DiffusionDB or a folder of them. Worker processes read and decode each
+picture once and prepare it once for all scorers that want it alike; scorers with the same image tower share it, too.
+What cannot be scored is set aside with the reason and counted. Killed and started again with the same flags, a job goes
+on where it was and ends in the same files. What is written where: see scored.py.
+
+    python data_build/score.py --data data/shapes --rewards imagereward-tiny shapes --output scored/shapes
+    python data_build/score.py --data images/part-000001.zip --rewards hpsv2.1 clipscore aesthetic --output scored/part-1
+
+Hardware: the embedded scorer needs a CPU; published ones want a GPU, and use one where there is one.
+Left out: several GPUs; a scorer that is asked for later, which is a job of its own with another --output.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import rewards
+from data_build import scored
+from data_build.pictures import Entry, Picture, Rejected, UnusableError, decode, or_unusable
+from data_build.sources import DataSet, entries, find, read, survey
+from preftune.cli import exit_on_user_error, parse
+from rewards import CARDS, Preprocess, Scorer
+from rewards.mix import parse_files
+from rewards.pixels import from_pil
+from rewards.together import load_all, score_all
+from rewards.weights import sha256_of
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Score the pictures of a data set; gives a table, statistics, and a picture of the best and the worst."""
+
+    data: Path
+    """Imagefolder, folder of pictures, parquet table, DiffusionDB zip, or a folder of tables or zips."""
+    rewards: tuple[str, ...]
+    """Scorers, a column each; `python -m rewards` lists them."""
+    output: Path
+    """Folder to create, or one that this job began."""
+    reward_files: tuple[str, ...] = ()
+    """Weights of scorers on disk, as imagereward=PATH; others come from this repository or the hub's cache."""
+    prompt: str = ""
+    """The prompt of all pictures of a folder without captions."""
+    image_column: str = "image"
+    """Column of parquet tables: encoded pictures, or structs of bytes and path."""
+    text_column: str = "text"
+    """Column of parquet tables: the prompts."""
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Arithmetic of the scorers' towers; scores are float32."""
+    batch: int = 32
+    """Pictures in one pass."""
+    workers: int = 2
+    """Processes that read and decode; 0 = this one does it."""
+    chunk: int = 1000
+    """Pictures between two savings."""
+    best: int = 4
+    """Pictures of each end that best_worst.png shows for each scorer; 0 = no best_worst.png."""
+    add_to_metadata: bool = False
+    """Write the scores into the imagefolder's metadata.jsonl, too."""
+
+    def __post_init__(self) -> None:
+        if not self.rewards or len(set(self.rewards)) != len(self.rewards):
+            raise ValueError(f"--rewards must name scorers, each once; one of {', '.join(CARDS)}")
+        for name, value, least in (
+            ("batch", self.batch, 1), ("chunk", self.chunk, 1), ("workers", self.workers, 0), ("best", self.best, 0),
+        ):  # fmt: skip
+            if value < least:
+                raise ValueError(f"--{name} must be at least {least}, got {value}")
+        if self.precision == "fp16" and not torch.cuda.is_available():
+            raise ValueError("--precision fp16 needs a GPU; use fp32 or bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Entries that are prepared and scored together; a chunk is a whole number of them."""
+
+    entries: list[Entry]
+    next: tuple[int, int]
+    """Source and entry where the next one begins."""
+    ends_chunk: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A batch with its P pictures decoded; those that failed are among the rejected now."""
+
+    batch: Batch
+    inputs: dict[Preprocess, Tensor]
+    """(P, 3, S, S), one for each way to prepare a picture."""
+    natives: list[NDArray[np.float32]]
+    """(3, H, W) each, P of them where a scorer takes pictures as they are."""
+
+
+class Preparing(Dataset[Prepared]):
+    """What worker processes do: a batch of entries to a batch of inputs, each picture read and decoded once."""
+
+    def __init__(self, data: DataSet, rules: Sequence[Preprocess | None]) -> None:
+        self.data = data
+        self.rules = rules
+
+    def __getitem__(self, batch: Batch) -> Prepared:
+        """Return the prepared batch; the loader's sampler yields batches in place of numbers."""
+        listed: list[Entry] = []
+        prepared: list[list[Tensor]] = []  # a picture, its ways
+        for entry in batch.entries:
+            if isinstance(entry, Picture):
+                try:
+                    image = decode(read(self.data, entry))
+                    with or_unusable("undecodable"):
+                        prepared.append([from_pil(image, rule) for rule in self.rules])
+                    entry = replace(entry, content=None)
+                except UnusableError as unusable:
+                    entry = unusable.of(entry.file, entry.member)
+            listed.append(entry)
+        ways = dict(zip(self.rules, zip(*prepared, strict=True), strict=True)) if prepared else {}
+        return Prepared(
+            batch=replace(batch, entries=listed),
+            inputs={rule: torch.stack(pixels) for rule, pixels in ways.items() if rule is not None},
+            natives=[pixels.numpy() for pixels in ways.get(None, ())],
+        )
+
+
+def batches(data: DataSet, place: tuple[int, int], size: int, chunk: int) -> Iterator[Batch]:
+    """All entries from a place on, where a chunk begins; what is in a batch depends on the data alone."""
+    gathered: list[Entry] = []
+    in_chunk = 0
+    for source, number, entry in entries(data, *place):
+        gathered.append(entry)
+        in_chunk += 1
+        if len(gathered) == size or in_chunk == chunk:
+            yield Batch(entries=gathered, next=(source, number + 1), ends_chunk=in_chunk == chunk)
+            gathered, in_chunk = [], in_chunk % chunk
+    if gathered:
+        yield Batch(entries=gathered, next=(len(data.sources), 0), ends_chunk=False)
+
+
+def by_rule(scorers: Sequence[Scorer]) -> dict[Preprocess | None, list[Scorer]]:
+    """Return the scorers by how they want pictures prepared; None = as they are."""
+    groups: dict[Preprocess | None, list[Scorer]] = {}
+    for scorer in scorers:
+        groups.setdefault(scorer.card.preprocess, []).append(scorer)
+    return groups
+
+
+def score(scorers: Sequence[Scorer], prepared: Prepared, device: torch.device) -> list[scored.Row]:
+    """Return the rows of a batch, one for each entry: scores, or why it was set aside."""
+    pictures = [entry for entry in prepared.batch.entries if isinstance(entry, Picture)]
+    prompts = [picture.text for picture in pictures]
+    found: list[dict[str, float]] = [{} for _ in pictures]
+    refused: dict[int, Rejected] = {}
+    for rule, group in by_rule(scorers).items():
+        names = [scorer.card.name for scorer in group]
+        if rule is not None and pictures:
+            columns = score_all(group, prepared.inputs[rule].to(device), prompts)
+            for scores, values in zip(
+                found, zip(*(column.tolist() for column in columns), strict=True), strict=True
+            ):
+                scores.update(zip(names, values, strict=True))
+        for index, native in enumerate(
+            prepared.natives if rule is None else ()
+        ):  # of any size, so one by one
+            try:
+                columns = score_all(
+                    group, torch.from_numpy(native)[None].to(device), prompts[index : index + 1]
+                )
+            except (
+                ValueError
+            ) as error:  # the judge of the shapes world reads its own captions and sizes alone
+                refused[index] = UnusableError("refused", error).of(
+                    pictures[index].file, pictures[index].member
+                )
+            else:
+                found[index].update(zip(names, [column.item() for column in columns], strict=True))
+    rows = (
+        asdict(refused[index]) if index in refused else scored_row(picture, scores, scorers)
+        for index, (picture, scores) in enumerate(zip(pictures, found, strict=True))
+    )
+    return [next(rows) if isinstance(entry, Picture) else asdict(entry) for entry in prepared.batch.entries]
+
+
+def scored_row(picture: Picture, scores: dict[str, float], scorers: Sequence[Scorer]) -> scored.Row:
+    """Return a picture's row; FloatingPointError names scorer and picture for a score that is no finite number."""
+    for name, value in scores.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{name} gave {value} for {picture.file} {picture.member} with the prompt {picture.text!r}; look at the"
+                " picture, and at --precision"
+            )
+    ordered = [scores[scorer.card.name] for scorer in scorers]
+    return {"file": picture.file, "member": picture.member, "text": picture.text, "scores": ordered}
+
+
+def check_inputs(config: Config) -> tuple[DataSet, int, dict[str, Path]]:
+    """Return the data, about how many pictures it has, and weights that are not in their place; begins the output folder.
+
+    ValueError before any weight loads.
+    """
+    files = parse_files(config.reward_files, config.rewards)
+    weights = {
+        name: {path.name: sha256_of(path) for path in rewards.check(name, files.get(name))}
+        for name in config.rewards
+    }
+    data = find(
+        config.data,
+        prompted=any(CARDS[name].prompted for name in config.rewards),
+        prompt=config.prompt,
+        image_column=config.image_column,
+        text_column=config.text_column,
+    )
+    if config.data.is_dir() and config.output.resolve().is_relative_to(config.data.resolve()):
+        raise ValueError(f"--output {config.output} lies in the data set; choose a folder beside it")
+    if config.add_to_metadata and data.kind != "imagefolder":
+        raise ValueError(f"--add-to-metadata needs a metadata.jsonl, and {config.data} has none")
+    digest, total = survey(data)
+    if not total:
+        raise ValueError(f"{config.data} holds no pictures")
+    names = ("precision", "prompt", "image_column", "text_column", "chunk")
+    settings = {name: getattr(config, name) for name in names}
+    scored.begin(
+        config.output, {"rewards": list(config.rewards), "data": digest, **settings, "weights": weights}
+    )
+    return data, total, files
+
+
+def score_chunks(
+    config: Config, data: DataSet, total: int, scorers: Sequence[Scorer], device: torch.device
+) -> None:
+    """Score what is left to do and write it chunk by chunk."""
+    done, place = scored.progress(config.output)
+    rules = list(by_rule(scorers))
+    loader = DataLoader(
+        Preparing(data, rules),
+        sampler=batches(data, place, config.batch, config.chunk),
+        batch_size=None,
+        num_workers=config.workers,
+    )
+    rows: list[scored.Row] = []
+    with tqdm(total=total, initial=min(done * config.chunk, total), desc="scoring", unit="picture") as bar:
+        for prepared in loader:
+            rows += score(scorers, prepared, device)
+            bar.update(len(prepared.batch.entries))
+            if prepared.batch.ends_chunk:
+                scored.write_chunk(config.output, done, rows, prepared.batch.next)
+                done, rows = done + 1, []
+    if rows:
+        scored.write_chunk(config.output, done, rows, (len(data.sources), 0))
+
+
+@torch.no_grad()
+def main(config: Config) -> None:
+    """Score, conclude and report."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with exit_on_user_error():
+        data, total, files = check_inputs(config)
+    if not scored.is_complete(config.output):
+        with exit_on_user_error():
+            dtype = DTYPES[config.precision]
+            scorers = load_all(config.rewards, files=files, device=device, dtype=dtype)
+        score_chunks(config, data, total, scorers, device)
+        scored.conclude(config.output, data, config.rewards, config.best)
+    scored.clean(config.output)
+    if config.add_to_metadata:
+        scored.add_to_metadata(config.output, data, config.rewards)
+    print(f"{scored.report(config.output)}\n{config.output}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(parse(Config))
