@@ -4,8 +4,9 @@ A stated share of the captions is wrong (one word of the scene was changed after
 is weird (specks, noise, blur, colours off the palette, wobbly outlines), so that a model trained on the folder has
 something left to learn. `metadata.jsonl` rows: file_name, text, drawn (the caption of what was really drawn), defects
 ({name: strength}), near_misses (captions that differ from `drawn` in one word: hard negatives for image-text matching).
-With `--name-defects` the captions say what is weird, as alt texts of the web say "blurry" ("a red circle on a white
-background, with blur"), and half the near misses are wrong about that: whoever learns to match them sees defects, too.
+With `--name-defects` the captions say what is weird and how much, as alt texts of the web say "blurry" ("a red circle on a
+white background, with strong blur"), and half the near misses are wrong about that: whoever learns to match them sees
+defects, too.
 
     python data_build/shapes.py --output data/shapes --count 20000          # hardware: one CPU core; > 500 pictures/s
 
@@ -14,7 +15,7 @@ Left out: outlines, textures, overlap and rotation; the world is kept so small t
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,22 +82,35 @@ def picture(index: int, config: Config) -> tuple[NDArray[np.uint8], dict[str, ob
     }
 
 
-def with_defects(defects: Iterable[str]) -> str:
-    """Return what a caption says of these defects: "", ", with blur" or ", with blur and specks"."""
-    words = sorted(DEFECT_WORDS[name] for name in defects)
-    return f", with {' and '.join(words)}" if words else ""
+def with_defects(defects: Mapping[str, float]) -> str:
+    """Return what a caption says of these defects: "", ", with blur" or ", with slight blur and strong specks"."""
+    said = sorted((DEFECT_WORDS[name], degree(strength)) for name, strength in defects.items())
+    return f", with {' and '.join(f'{how} {word}'.lstrip() for word, how in said)}" if said else ""
 
 
-def near_miss(scene: Scene, defects: Iterable[str], rng: Generator, name_defects: bool) -> str:
-    """Return a caption that is wrong about one word or, half the time if captions name them, about the defects."""
+def degree(strength: float) -> str:
+    """Return the adjective of a defect's strength in [0, 1]: slight, none or strong."""
+    return "slight" if strength < 0.4 else "strong" if strength >= 0.7 else ""
+
+
+def near_miss(scene: Scene, defects: Mapping[str, float], rng: Generator, name_defects: bool) -> str:
+    """Return a caption that is wrong about one word or, half the time if captions name them, about the defects.
+
+    Wrong about defects: silent about them, wrong about the degree of one, or naming another.
+    """
     if not name_defects:
         return change_one_word(scene, rng).caption()
     if rng.random() < 0.5:
         return change_one_word(scene, rng).caption() + with_defects(defects)
-    if defects and rng.random() < 0.7:
+    way = rng.random()
+    if defects and way < 0.4:
         return scene.caption()
-    other = [name for name in DEFECTS if name not in defects]
-    return scene.caption() + with_defects([str(rng.choice(other))])
+    if defects and way < 0.75:
+        name = str(rng.choice(list(defects)))
+        others = [strength for strength in (0.0, 0.5, 1.0) if degree(strength) != degree(defects[name])]
+        return scene.caption() + with_defects({**defects, name: float(rng.choice(others))})
+    other = str(rng.choice([name for name in DEFECTS if name not in defects]))
+    return scene.caption() + with_defects({other: rng.random()})
 
 
 def main(config: Config) -> None:

@@ -1,13 +1,13 @@
 """Pre-train an ImageReward architecture on pictures and captions before it sees a single preference, as BLIP was.
 
-Losses of BLIP (Li et al. 2022, arXiv 2201.12086, section 3.2): image-text contrast between the two towers, and image-text
-matching by the text tower that reads the picture. Matching is read off the reward head, so that the head already means
-"this caption fits" when the rankings come. A negative caption is a near miss of the data set's `near_misses` column where
+Losses of BLIP (Li et al. 2022, arXiv 2201.12086, section 3.2): image-text contrast between the two towers, image-text
+matching by the text tower that reads the picture, and captioning by the same tower reading from left to right. Matching is
+read off the reward head, so that the head already means "this caption fits" when the rankings come. A negative caption is a near miss of the data set's `near_misses` column where
 there is one, otherwise the caption in the batch that contrast finds most alike (BLIP's hard negative, without sampling).
 
     accelerate launch finetune/pretrain_scorer.py --config finetune/configs/pretrain_scorer/tiny.yaml
 
-Left out: BLIP's captioning loss and its momentum encoders. Output: `OUTPUT/scorer`, which reward_model.py starts from.
+Left out: BLIP's momentum encoders, and the label smoothing and separate self-attention of its captioner. Output: `OUTPUT/scorer`, which reward_model.py starts from.
 """
 
 import sys
@@ -58,7 +58,7 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Pre-train an ImageReward architecture by image-text contrast and matching."""
+    """Pre-train an ImageReward architecture by image-text contrast, matching and captioning."""
 
     data: Path
     """Imagefolder with metadata.jsonl (file_name, text and, if it has them, near_misses)."""
@@ -88,8 +88,13 @@ def matching_loss(fits: Tensor, misses: Tensor) -> Tensor:
     return (F.softplus(-fits) + F.softplus(misses)).mean() / 2
 
 
+def captioning_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return the mean cross-entropy of the next tokens (B, L), -100 = padding, under logits (B, L, V)."""
+    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), ignore_index=-100)
+
+
 class Pretraining(nn.Module):
-    """Both losses as one forward, so that processes share its gradients."""
+    """The three losses as one forward, so that processes share its gradients."""
 
     def __init__(self, scorer: ImageReward, temperature: float) -> None:
         super().__init__()
@@ -97,8 +102,8 @@ class Pretraining(nn.Module):
 
     def forward(
         self, pixels: Tensor, captions: list[str], misses: list[str | None]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return contrastive loss, matching loss, and the share of pictures whose caption beats its near miss."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return contrastive, matching and captioning loss, and the share of pictures whose caption beats its near miss."""
         scorer = self.scorer
         tokens = scorer.image_tokens(pixels)
         images = F.normalize(scorer.vision_proj(tokens[:, 0]), dim=1)
@@ -113,6 +118,7 @@ class Pretraining(nn.Module):
         return (
             contrastive_loss(images, texts, self.temperature),
             matching_loss(fit, miss),
+            captioning_loss(*scorer.next_tokens(captions, tokens)),
             (fit > miss).float().mean(),
         )
 
@@ -173,10 +179,16 @@ def main(config: Config) -> int:
             rows = items_at(samples, indices, config.run.seed)
             misses = [near_miss(row, run.generator(i)) for row, i in zip(rows, indices, strict=True)]
             with run.accumulate():
-                contrast, matching, right = module(
+                contrast, matching, captioning, right = module(
                     load(rows, config.sizes.image).to(run.device), [row.text for row in rows], misses
                 )
-                run.update(contrast + matching, contrast=contrast, matching=matching, matched=right)
+                run.update(
+                    contrast + matching + captioning,
+                    contrast=contrast,
+                    matching=matching,
+                    captioning=captioning,
+                    matched=right,
+                )
         if run.due("save_every", step):
             run.save(step, write=write)
     if run.is_main and not run.interrupted:

@@ -103,24 +103,27 @@ def test_shares_of_none_and_all(tmp_path: Path) -> None:
 def test_captions_that_name_defects(tmp_path: Path) -> None:
     config = shapes.Config(output=tmp_path, wrong_share=0, weird_share=0.5, name_defects=True)
     rows = [shapes.picture(i, config)[1] for i in range(1000)]
-    about_defects = kept_plain = 0
+    about_defects = kept_plain = degrees = 0
     for row in rows:
-        named = str(row["text"]).removeprefix(str(row["drawn"]))
-        words = {"off_palette": "tint"}
-        assert sorted(named.removeprefix(", with ").split(" and ")) == (
-            sorted(words.get(name, name) for name in row["defects"]) or [""]
-        )
+        named = str(row["text"]).removeprefix(str(row["drawn"])).removeprefix(", with ")
+        truth = {
+            ("tint" if name == "off_palette" else name): ("slight " * (s < 0.4) + "strong " * (s >= 0.7))
+            for name, s in row["defects"].items()
+        }
+        assert named == " and ".join(truth[name] + name for name in sorted(truth))
         for miss in row["near_misses"]:
             assert miss != row["text"]
             scene, _, said = miss.partition(", with ")
             if scene == row["drawn"]:
                 about_defects += 1
                 kept_plain += not said
+                degrees += bool(said) and set(truth) == {defect.split()[-1] for defect in said.split(" and ")}
             else:
                 assert differences(scene, str(row["drawn"])) == 1
-                assert said == named.removeprefix(", with "), "wrong about one matter at a time"
+                assert said == named, "wrong about one matter at a time"
     assert about_defects == pytest.approx(1000, abs=90)  # four deviations of half of 2000
-    assert kept_plain == pytest.approx(1000 * 0.5 * 0.7, abs=75)
+    assert kept_plain == pytest.approx(1000 * 0.5 * 0.4, abs=60)
+    assert degrees == pytest.approx(1000 * 0.5 * 0.35, abs=55)
 
 
 def test_what_was_drawn_is_what_the_judge_sees(tmp_path: Path) -> None:

@@ -101,6 +101,29 @@ def test_matching_is_binary_cross_entropy() -> None:
     torch.testing.assert_close(pretrain_scorer.matching_loss(fits, misses), expected)
 
 
+def test_captioning_passes_over_padding() -> None:
+    """Two captions of three and one tokens, vocabulary of four; -100 is padding."""
+    logits = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([[1, 0, 3], [2, -100, -100]])
+    log_p = logits.log_softmax(2)
+    expected = -(log_p[0, 0, 1] + log_p[0, 1, 0] + log_p[0, 2, 3] + log_p[1, 0, 2]) / 4
+    torch.testing.assert_close(pretrain_scorer.captioning_loss(logits, tokens), expected)
+
+
+@torch.no_grad()
+def test_a_captioner_reads_from_left_to_right(root: Path) -> None:
+    scorer = ImageReward.load(root / "scorer").eval()
+    tokens = scorer.image_tokens(torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    logits, truth = scorer.next_tokens(["a red circle", "a red square", "a red circle"], tokens[[0, 0, 1]])
+    assert logits.shape == (*truth.shape, scorer.config.vocab_size)
+    ids, mask = scorer.tokenize(["a red circle"])
+    assert truth[0, : mask.sum() - 1].tolist() == ids[0, 1 : mask.sum()].tolist(), "shifted by one"
+    assert (truth[0, mask.sum() - 1 :] == -100).all(), "padding"
+    torch.testing.assert_close(logits[0, :3], logits[1, :3])  # the third word is not seen before it is predicted
+    assert (logits[0, 3] - logits[1, 3]).abs().max() > 1e-3, "and is seen after"
+    assert (logits[0] - logits[2]).abs().max() > 1e-4, "the picture is read"
+
+
 def test_negative_captions() -> None:
     images, texts = torch.eye(3), torch.tensor([[1.0, 0.9, 0.0], [0.8, 1.0, 0.1], [0.7, 0.2, 1.0]])
     assert pretrain_scorer.hardest(images, texts) == [1, 0, 1], (
