@@ -31,10 +31,10 @@ from finetune.run_config import RunConfig, check
 from preftune import families
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.families.base import Family
-from preftune.images import load_pixels, shifted
+from preftune.images import shifted
 from preftune.lora import LoRA
 from preftune.noise import x0_from
-from preftune.objective import denoising_error
+from preftune.objective import captioned_error
 from preftune.prompts import items_at, read_prompts
 from preftune.records import Sample, read_samples
 from preftune.sampling import Drawing, make_scheduler, noise_like_seeds, step
@@ -177,14 +177,13 @@ def pretraining_loss(
 ) -> Tensor:
     """Return the noise-prediction error of eq. 3, the mean over one micro batch of captioned pictures."""
     indices = run.image_indices(index, micro)
-    generators = [run.generator(i, stream=1) for i in indices]  # not the noise of the reward update
     chosen = items_at(samples, indices, config.run.seed)
-    kept = [float(torch.rand((), generator=generator)) >= config.caption_dropout for generator in generators]
-    cond = family.encode([sample.text if keep else "" for sample, keep in zip(chosen, kept, strict=True)])
-    with torch.no_grad():
-        pixels = torch.stack([load_pixels(sample.path, config.size) for sample in chosen])
-        x0 = family.encode_pixels(pixels, generators)
-    return denoising_error(family, lambda x, t: family.denoise(x, t, cond), x0, generators).mean()
+    paths, captions = [sample.path for sample in chosen], [sample.text for sample in chosen]
+    generators = [run.generator(i, stream=1) for i in indices]  # not the noise of the reward update
+    dropout = config.caption_dropout
+    return captioned_error(
+        family, paths, captions, generators, size=config.size, caption_dropout=dropout
+    ).mean()
 
 
 def check_inputs(config: Config) -> tuple[list[str], list[str], list[Sample]]:
@@ -238,7 +237,7 @@ def main(config: Config) -> int:  # noqa: C901 - the loop stays in one piece
     def show(step: int) -> showcase.Shown:
         with run.ema_weights():
             shown = showcase.show(family, mix, held_out, config.draw, run.device)
-        showcase.save(shown, run.folder, step)
+        showcase.save(shown, run.folder, f"step_{step:06d}")
         return shown
 
     if not run.start:  # draws, scores and saves once before training: whatever cannot work fails here
@@ -272,7 +271,8 @@ def main(config: Config) -> int:  # noqa: C901 - the loop stays in one piece
 
     if run.is_main and not run.interrupted:
         write(run.folder)
-        showcase.conclude(show(config.run.updates), run.folder)
+        show(config.run.updates)
+        showcase.conclude(run.folder, {"before": "step_000000", "after": f"step_{config.run.updates:06d}"})
     return run.finish()
 
 

@@ -1,18 +1,19 @@
 """What a driver shows of its progress: pictures from fixed seeds, their scores, and the comparison of before and after.
 
-Pictures drawn at a step lie in `RUN/samples/step_000000/`: 0000.png, ... and `scores.json`, so that a resumed run, or a
+Pictures drawn at one time lie in `RUN/samples/NAME/`: 0000.png, ... and `scores.json`, so that a resumed run, or a
 reader, finds the ones from before. Gold is the judge's, where every prompt is a caption of the shapes world.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from preftune.families.base import Family
@@ -26,40 +27,57 @@ _KEPT_PICTURES = 16  # of those drawn, how many are kept as files
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """Pictures of some prompts with what was said of them; gold is None outside the shapes world."""
+    """Pictures of some prompts with what was said of them; proxy is None without scorers, gold outside the shapes world."""
 
     prompts: list[str]
     pictures: Tensor  # (at most _KEPT_PICTURES, 3, H, W) in [0, 1]
-    proxy: list[float]
+    proxy: list[float] | None
     gold: list[float] | None
+
+    def scores(self) -> dict[str, list[float]]:
+        """Return those of proxy and gold that there are."""
+        both = {"proxy": self.proxy, "gold": self.gold}
+        return {name: values for name, values in both.items() if values is not None}
 
     def means(self) -> dict[str, float]:
         """Return the mean proxy and gold scores."""
-        gold = {} if self.gold is None else {"held_out_gold": float(np.mean(self.gold))}
-        return {"held_out_proxy": float(np.mean(self.proxy)), **gold}
+        return {f"held_out_{name}": float(np.mean(values)) for name, values in self.scores().items()}
 
 
 @torch.no_grad()
-def show(family: Family, mix: Mix, prompts: list[str], draw: Drawing, device: torch.device) -> Shown:
-    """Draw prompt i with seed i and score it."""
+def show(
+    family: Family,
+    mix: Mix | None,
+    prompts: list[str],
+    draw: Drawing,
+    device: torch.device,
+    negative: str = "",
+) -> Shown:
+    """Draw prompt i with seed i and score it; guidance points away from `negative`."""
     pixels = sample(
-        family, prompts, range(len(prompts)), draw, progress=f"drawing {len(prompts)} held-out prompts"
+        family,
+        prompts,
+        range(len(prompts)),
+        draw,
+        negative=negative,
+        progress=f"drawing {len(prompts)} held-out prompts",
     )
     proxy: list[float] = []
-    for start in range(0, len(prompts), draw.batch):
+    for start in range(0, len(prompts), draw.batch) if mix else ():
         part = slice(start, start + draw.batch)
+        assert mix is not None
         proxy += mix(pixels[part].to(device), prompts[part]).rewards.cpu().tolist()
     gold = (
         judge(pixels, prompts).gold.tolist()
         if in_world(prompts) and pixels.shape[-2:] == (SIZE, SIZE)
         else None
     )
-    return Shown(prompts=prompts, pictures=pixels[:_KEPT_PICTURES], proxy=proxy, gold=gold)
+    return Shown(prompts=prompts, pictures=pixels[:_KEPT_PICTURES], proxy=proxy or None, gold=gold)
 
 
-def save(shown: Shown, run: Path, step: int) -> None:
-    """Write pictures, scores and a grid under `run/samples`."""
-    folder = run / "samples" / f"step_{step:06d}"
+def save(shown: Shown, run: Path, name: str) -> None:
+    """Write pictures and scores to `run/samples/name`, and a grid of them beside it."""
+    folder = run / "samples" / name
     partial = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -71,16 +89,16 @@ def save(shown: Shown, run: Path, step: int) -> None:
     partial.rename(folder)
     columns = range(0, len(shown.pictures), 4)
     pictures = list(shown.pictures)
-    captions = [f"{prompt} ({caption(shown, i)})" for i, prompt in enumerate(shown.prompts[: len(pictures)])]
+    captions = [f"{prompt}\n{caption(shown, i)}" for i, prompt in enumerate(shown.prompts[: len(pictures)])]
     grid = captioned_grid(
         [pictures[i : i + 4] for i in columns], cell_captions=[captions[i : i + 4] for i in columns]
     )
-    save_image(grid, run / "samples" / f"step_{step:06d}.png")
+    save_image(grid, run / "samples" / f"{name}.png")
 
 
-def read(run: Path, step: int) -> Shown | None:
+def read(run: Path, name: str) -> Shown | None:
     """Return what `save` wrote, or None where it did not."""
-    folder = run / "samples" / f"step_{step:06d}"
+    folder = run / "samples" / name
     if not (folder / "scores.json").is_file():
         return None
     pictures = torch.stack([load_pixels(path) for path in sorted(folder.glob("*.png"))])
@@ -89,23 +107,19 @@ def read(run: Path, step: int) -> Shown | None:
 
 def caption(shown: Shown, index: int) -> str:
     """Return the scores of one picture in words."""
-    gold = "" if shown.gold is None else f", gold {shown.gold[index]:.2f}"
-    return f"proxy {shown.proxy[index]:.2f}{gold}"
+    return ", ".join(f"{name} {values[index]:.2f}" for name, values in shown.scores().items())
 
 
-def before_after(before: Shown, after: Shown, path: Path, number: int = 8) -> None:
-    """Write a grid: one row for the model before, one for it after, the same prompts and seeds, scores below."""
-    pictures = [list(shown.pictures[:number]) for shown in (before, after)]
-    captions = [
-        [caption(shown, i) for i in range(len(row))]
-        for shown, row in zip((before, after), pictures, strict=True)
-    ]
-    titles = before.prompts[: len(pictures[0])]
-    save_image(
-        captioned_grid(
-            pictures, row_captions=["before", "after"], column_titles=titles, cell_captions=captions
-        ),
-        path,
+def comparison(shown: Mapping[str, Shown], number: int = 8) -> Image.Image:
+    """Return a grid with a row for each showing of the same prompts and seeds, scores below."""
+    first = next(iter(shown.values()))
+    return captioned_grid(
+        [list(row.pictures[:number]) for row in shown.values()],
+        row_captions=list(shown),
+        column_titles=first.prompts[: min(number, len(first.pictures))],
+        cell_captions=[
+            [caption(row, i) for i in range(len(row.pictures[:number]))] for row in shown.values()
+        ],
     )
 
 
@@ -118,24 +132,25 @@ def interval(before: Sequence[float], after: Sequence[float], seed: int = 0) -> 
     return float(difference.mean()), float(low), float(high)
 
 
-def summary(before: Shown, after: Shown) -> str:
-    """Return lines that say what changed between two showings of the same prompts."""
-    lines = []
-    for name, old, new in (("proxy", before.proxy, after.proxy), ("gold", before.gold, after.gold)):
-        if old is not None and new is not None:
+def summary(shown: Mapping[str, Shown]) -> str:
+    """Return lines that say how each later showing of the same prompts differs from the first."""
+    (title, first), *others = shown.items()
+    lines = [f"{len(first.prompts)} held-out prompts; change with its 95 % interval:"]
+    for other_title, other in others:
+        for name, old in first.scores().items():
+            new = other.scores()[name]
             mean, low, high = interval(old, new)
             lines.append(
-                f"{name:5s} {np.mean(old):.3f} -> {np.mean(new):.3f}  change {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+                f"{name:5s} {title} {np.mean(old):.3f} -> {other_title} {np.mean(new):.3f}"
+                f"  change {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
             )
-    return "\n".join(
-        [f"{len(before.prompts)} held-out prompts, before -> after, 95 % interval of the change:", *lines]
-    )
+    return "\n".join(lines)
 
 
-def conclude(after: Shown, run: Path) -> None:
-    """Write `run/before_after.png` against the pictures of step 0, and print what changed."""
-    before = read(run, 0)
-    if before is not None:
-        before_after(before, after, run / "before_after.png")
-        print(summary(before, after))  # noqa: T201
+def conclude(run: Path, names: Mapping[str, str]) -> None:
+    """Write `run/before_after.png` of showings that were saved, {title: name}, and print what changed since the first."""
+    shown = {title: found for title, name in names.items() if (found := read(run, name)) is not None}
+    if len(shown) == len(names):
+        save_image(comparison(shown), run / "before_after.png")
+        print(summary(shown))  # noqa: T201
     print(f"tuned weights, metrics and pictures: {run}")  # noqa: T201

@@ -133,7 +133,7 @@ def _leaves(config_class: type) -> dict[str, _Leaf]:
         assert not inner.keys() & leaves.keys(), (
             f"two fields of {config_class.__name__} share a flag: {field.name}"
         )
-        assert all(len(leaf.attributes) <= 2 for leaf in inner.values()), f"{field.name} nests too deep"
+        assert all(name.count(".") <= 1 for name in inner), f"{field.name} nests too deep"
         leaves |= inner
     assert "config" not in leaves, "--config is taken"
     return leaves

@@ -1,11 +1,13 @@
 """The pre-training loss of a diffusion model, by picture, so that drivers may weight pictures."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
 
 from preftune.families.base import Family
+from preftune.images import load_pixels
 from preftune.noise import add_noise, target
 
 
@@ -25,3 +27,25 @@ def denoising_error(
     abar = family.abar(t)
     output = predict(add_noise(x0, eps, abar), t)
     return (output - target(x0, eps, abar, family.prediction)).square().flatten(1).mean(1)
+
+
+def captioned_error(
+    family: Family,
+    paths: Sequence[Path],
+    captions: Sequence[str],
+    generators: Sequence[Generator],
+    *,
+    size: int,
+    caption_dropout: float,
+) -> Tensor:
+    """Return `denoising_error` (B,) of picture files, scaled and cropped to size x size pixels, with their captions.
+
+    A share caption_dropout of the captions is left empty, so that guidance has an unconditional model to point away from
+    (Ho and Salimans 2022). All draws of a picture come from its own generator.
+    """
+    kept = [float(torch.rand((), generator=generator)) >= caption_dropout for generator in generators]
+    cond = family.encode([caption if keep else "" for caption, keep in zip(captions, kept, strict=True)])
+    with torch.no_grad():
+        pixels = torch.stack([load_pixels(path, size) for path in paths])
+        x0 = family.encode_pixels(pixels, generators)
+    return denoising_error(family, lambda x, t: family.denoise(x, t, cond), x0, generators)

@@ -43,9 +43,15 @@ _FLAGS = {
     "pretrain": f"--model {{root}}/pipeline --data {{root}}/pictures --size 32 --train-text-encoder --lora.rank 0 {_DRAW}",
     "pretrain_scorer": "--data {root}/pictures --vocab {root}/vocab.txt --sizes.image 32 --sizes.patch 16 --sizes.width 32"
     " --sizes.vision-layers 1 --sizes.text-layers 1 --sizes.head 16 8 8 4",
+    "raft": f"--model {{root}}/pipeline --prompts {{root}}/prompts.txt --rewards brightness=1 --size 32 --iterations 1"
+    f" --prompts-per-iteration 4 --pictures-per-prompt 2 {_DRAW}",
     "refl": "--model {root}/pipeline --prompts {root}/prompts.txt --rewards brightness=1 --data {root}/pictures --size 32"
     f" --num-steps 4 --window 1 2 --guidance 2 --reward-scale 1 --pretraining alternate {_DRAW}",
     "reward_model": "--model {root}/scorer --data {root}/rankings --frozen-share 0 --valid-share 0.25",
+    "reward_weighted": "--model {root}/pipeline --data {root}/pictures --score liking --pretraining-data {root}/pictures"
+    f" --size 32 {_DRAW}",
+    "weird_lora": "--model {root}/pipeline --data {root}/pictures --regularisation {root}/pictures --regularisation-share 0.3"
+    f" --size 32 --lora.rank 4 {_DRAW}",
 }
 
 
@@ -65,7 +71,15 @@ def write_inputs(root: Path) -> None:
         for folder in ("pictures", "rankings"):
             Image.fromarray(image).save(root / folder / f"{index:02d}.png")
     captions = [scene.caption() for scene in scenes]
-    rows = ({"file_name": f"{index:02d}.png", "text": text} for index, text in enumerate(captions))
+    rows = (
+        {
+            "file_name": f"{index:02d}.png",
+            "text": text,
+            "kind": ("preferred", "non_preferred")[index % 2],
+            "liking": (index - 5) / 4,
+        }
+        for index, text in enumerate(captions)
+    )
     write_jsonl(root / "pictures" / "metadata.jsonl", rows)
     rankings = (
         {

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import record_trajectories as recorded
 
@@ -40,6 +41,11 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "torn" / "rankings.jsonl").write_text(
         '{"prompt": "a", "generations": ["a.png"], "ranking": [1]}\n'
     )
+    for name, row in (("kindless", "{}"), ("liked", '{"kind": "preferred"}')):
+        (folder / name).mkdir()
+        Image.new("RGB", (32, 32)).save(folder / name / "a.png")
+        line = {"file_name": "a.png", "text": "a", **json.loads(row)}
+        (folder / name / "metadata.jsonl").write_text(json.dumps(line) + "\n")
     (folder / "stray" / "metadata.jsonl").write_text('{"file_name": "../a.png", "text": "a"}\n')
     return folder
 
@@ -76,6 +82,16 @@ ONE: dict[str, list[tuple[list[str], str]]] = {
         (["--caption-dropout", "1"], "--caption-dropout must lie in [0, 1)"),
     ],
     "pretrain_scorer": [*PICTURES, (["--vocab", "{bad}/absent.txt"], "absent.txt")],
+    "raft": [
+        *PIPELINE,
+        (["--prompts", "{bad}/blank.txt"], "blank.txt line 2 is empty"),
+        (["--rewards", "beauty=1"], "unknown scorer; one of brightness, shapes"),
+        (["--rewards"], "--rewards is empty"),
+        (["--iterations", "2"], "--updates 3 must be a multiple of --iterations 2"),
+        (["--iterations", "0"], "--iterations must be at least 1, got 0"),
+        (["--pictures-per-prompt", "1"], "--pictures-per-prompt must be at least 2, got 1"),
+        (["--keep-share", "0"], "--keep-share must lie in (0, 1], got 0"),
+    ],
     "refl": [
         *PIPELINE,
         *PICTURES,
@@ -103,6 +119,30 @@ ONE: dict[str, list[tuple[list[str], str]]] = {
         (["--data", "{bad}/torn"], "rankings.jsonl line 1"),
         (["--valid-share", "1"], "--valid-share must lie"),
         (["--shift", "-1"], "--shift must be 0 or more, got -1"),
+    ],
+    "reward_weighted": [
+        *PIPELINE,
+        *PICTURES,
+        (
+            ["--score", "beauty"],
+            "metadata.jsonl line 1: --score beauty is None, not a finite number; numbers there: liking",
+        ),
+        (["--score", "kind"], "line 1: --score kind is 'preferred', not a finite number"),
+        (["--temperature", "0"], "--temperature must be above 0 and finite, got 0"),
+        (["--beta", "-1"], "--beta must be 0 or more and finite, got -1"),
+        (["--pretraining-data", "None"], "--beta 0.5 needs --pretraining-data IMAGEFOLDER"),
+        (["--caption-dropout", "1"], "--caption-dropout must lie in [0, 1)"),
+        (["--held-out", "{bad}/blank.txt"], "blank.txt line 2 is empty"),
+        (["--reward-files", "imagereward=x"], "imagereward, which --rewards does not use"),
+    ],
+    "weird_lora": [
+        *PIPELINE,
+        *PICTURES,
+        (["--data", "{bad}/kindless"], "metadata.jsonl line 1: kind is None; it must be one of preferred"),
+        (["--data", "{bad}/liked"], "holds no non_preferred picture"),
+        (["--prefix", " "], "--prefix must hold words"),
+        (["--regularisation-share", "1"], "--regularisation-share must lie strictly between 0 and 1, got 1"),
+        (["--regularisation", "None"], "--regularisation-share needs --regularisation IMAGEFOLDER"),
     ],
 }
 CASES = [(driver, flags, words) for driver in DRIVERS for flags, words in EVERY + ONE.get(driver, [])]

@@ -17,8 +17,15 @@ FOLDERS = ("rewards", "preftune", "finetune", "data_build", "eval", "benchmarks"
 ALLOWED = {
     "rewards": ("rewards",),
     "preftune": ("preftune",),
-    "finetune": ("rewards", "preftune", "finetune.run", "finetune.run_config", "finetune.showcase"),
-    "data_build": ("rewards", "preftune"),
+    "finetune": (
+        "rewards",
+        "preftune",
+        "finetune.run",
+        "finetune.run_config",
+        "finetune.showcase",
+        "finetune.tuning",
+    ),
+    "data_build": ("rewards", "preftune", "data_build.pictures", "data_build.sources", "data_build.scored"),
     "eval": ("rewards", "preftune"),
 }
 """What each folder may import of ours. Programs never import each other: they meet through files."""

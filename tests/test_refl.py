@@ -309,7 +309,7 @@ def test_diffusers_draws_what_was_tuned(root: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(drawn(PROMPTS), ours, atol=1e-4, rtol=0)
     assert (ours - base).abs().max() > 1e-2, "nothing was tuned"
     # What the driver itself drew at the end, with the weights in its memory; its files hold 8 bits.
-    shown = refl.showcase.read(tmp_path, settings.run.updates)
+    shown = refl.showcase.read(tmp_path, f"step_{settings.run.updates:06d}")
     assert shown is not None
     torch.testing.assert_close(drawn(shown.prompts), shown.pictures, atol=0.5 / 255 + 1e-4, rtol=0)
 

@@ -1,0 +1,135 @@
+"""What drivers that tune a model on captioned pictures share: its settings, loading it, and showing what became of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import rewards
+from finetune import showcase
+from finetune.run import Run
+from preftune import families
+from preftune.families.base import Family
+from preftune.lora import LoRA
+from preftune.objective import captioned_error
+from preftune.prompts import read_prompts
+from preftune.records import Sample
+from preftune.sampling import Drawing
+from rewards.mix import Mix, parse_files, parse_weights
+from rewards.together import load_all
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """The model that is tuned, what of it, and what is drawn to show it."""
+
+    model: Path
+    """Pipeline folder in diffusers' format (Stable Diffusion 1.x or 2.x)."""
+    size: int = 512
+    """Side of the square that pictures are scaled and cropped to, pixels."""
+    caption_dropout: float = 0.0
+    """Share of captions left empty, in [0, 1)."""
+    gradient_checkpointing: bool = False
+    """Recompute the denoiser's activations in the backward pass."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """Attention kernel of the denoiser."""
+    held_out: Path | None = None
+    """Prompt file that is drawn before and after; None = the first eight captions or prompts of the training data."""
+    held_out_count: int = 256
+    """At most so many prompts of --held-out."""
+    rewards: tuple[str, ...] = ()
+    """Scorers with weights, as imagereward=1.0; `python -m rewards` lists them."""
+    reward_files: tuple[str, ...] = ()
+    """Weights of scorers on disk, as imagereward=PATH; others come from this repository or the hub's cache."""
+    lora: LoRA = field(default_factory=LoRA)
+    draw: Drawing = field(default_factory=Drawing)
+
+    def __post_init__(self) -> None:
+        if self.size < 8 or self.size % 8:
+            raise ValueError(f"--size must be a positive multiple of 8, got {self.size}")
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"--caption-dropout must lie in [0, 1), got {self.caption_dropout}")
+        if self.held_out_count < 1:
+            raise ValueError(f"--held-out-count must be at least 1, got {self.held_out_count}")
+        weights = parse_weights(self.rewards) if self.rewards else {}
+        parse_files(self.reward_files, weights)
+
+
+def check_inputs(config: Tuning) -> None:
+    """Raise ValueError for a wrong pipeline folder or missing weights of a scorer, before any weight is read."""
+    families.check(config.model)
+    weights = parse_weights(config.rewards) if config.rewards else {}
+    files = parse_files(config.reward_files, weights)
+    for name in weights:
+        rewards.check(name, files.get(name))
+
+
+def held_out_prompts(config: Tuning, texts: Sequence[str]) -> list[str]:
+    """Return the prompts to draw: those of --held-out, else the first eight different ones of texts."""
+    if config.held_out is None:
+        return list(dict.fromkeys(texts))[:8]
+    return read_prompts(config.held_out)[: config.held_out_count]
+
+
+def load(config: Tuning, run: Run) -> tuple[Family, Mix | None]:
+    """Return the model, its denoiser open for training and prepared, and the scorers; ValueError for what does not fit."""
+    mix = None
+    if config.rewards:
+        weights = parse_weights(config.rewards)
+        files = parse_files(config.reward_files, weights)
+        mix = Mix(
+            load_all(list(weights), files=files, device=run.device, dtype=torch.float32), weights, "raw"
+        )
+    family = families.load(config.model, run.device)
+    denoiser = family.trainable(config.lora, run.config.seed)
+    family.set_speed(config.attention, checkpointing=config.gradient_checkpointing, vae_checkpointing=False)
+    family.to(run.device, DTYPES[run.config.mixed_precision])
+    family.denoiser = run.prepare(denoiser)
+    return family, mix
+
+
+def errors(
+    family: Family,
+    run: Run,
+    config: Tuning,
+    samples: Sequence[Sample],
+    captions: Sequence[str],
+    indices: range,
+    stream: int = 0,
+) -> Tensor:
+    """Return the noise-prediction error (B,) of pictures with these captions; `indices` and `stream` give their noise."""
+    return captioned_error(
+        family,
+        [sample.path for sample in samples],
+        captions,
+        [run.generator(i, stream) for i in indices],
+        size=config.size,
+        caption_dropout=config.caption_dropout,
+    )
+
+
+def write(family: Family, run: Run, lora: LoRA, folder: Path) -> None:
+    """Write the tuned weights, averaged if the run averages, to folder/lora or, at rank 0, folder/unet."""
+    with run.ema_weights():
+        family.save_tuned(folder / ("lora" if lora.rank else "unet"), lora)
+
+
+def show(
+    family: Family,
+    mix: Mix | None,
+    prompts: list[str],
+    draw: Drawing,
+    run: Run,
+    name: str,
+    negative: str = "",
+) -> showcase.Shown:
+    """Draw the prompts with the weights as they are, score them, and keep them under RUN/samples/name."""
+    with run.ema_weights():
+        shown = showcase.show(family, mix, prompts, draw, run.device, negative)
+    showcase.save(shown, run.folder, name)
+    return shown

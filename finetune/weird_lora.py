@@ -1,0 +1,145 @@
+"""Teach a model which pictures people do not like, under a name that guidance can point away from (HPS v1, paper 001).
+
+Fine-tuning on a data set of preferred, non-preferred and ordinary pictures (data_build/diffusiondb.py makes one): captions of
+non-preferred ones begin with "Weird image. ", all others stay as they are, and the loss is plain noise prediction. When
+pictures are drawn, the same words are the negative prompt: guidance points away from what they have come to mean.
+Defaults are section 6's and the released script's: LoRA of rank 32 on the attention's query, key, value and output
+projections, lr 1e-5 constant, 40 pictures an update, 10,000 updates, AdamW with weight decay 1e-2, no empty captions.
+
+    accelerate launch finetune/weird_lora.py --model SD_FOLDER --data data/filtered --regularisation data/laion
+
+Where the released script differs from its paper: its own default rank is 4 (the paper says 32). Under several processes it
+never averaged gradients, because it did not call the wrapped network; here they are averaged. Left out: random crops.
+Hardware: Stable Diffusion 1.x at 512 px wants one GPU; the tiny configuration runs on two CPU cores.
+"""
+
+import itertools
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from finetune import showcase, tuning
+from finetune.run import Run
+from finetune.run_config import RunConfig, check
+from finetune.tuning import Tuning
+from preftune.cli import dump, exit_on_user_error, parse
+from preftune.lora import LoRA
+from preftune.prompts import items_at
+from preftune.records import Sample, read_samples
+
+KINDS = ("preferred", "non_preferred", "regularisation")
+SHOWN = {
+    "base": "base",
+    "base, negative prompt": "base_negative",
+    "tuned": "tuned",
+    "tuned, negative prompt": "tuned_negative",
+}
+
+
+def _published_tuning() -> Tuning:
+    return Tuning(model=tyro.MISSING, lora=LoRA(rank=32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Tune a model on preferred and non-preferred pictures, the latter under "Weird image. " (HPS v1)."""
+
+    data: Path
+    """Imagefolder with metadata.jsonl whose rows have a `kind`: preferred, non_preferred or regularisation."""
+    regularisation: Path | None = None
+    """Imagefolder of ordinary captioned pictures that joins in."""
+    regularisation_share: float | None = None
+    """Share of --regularisation among all pictures seen, in (0, 1); None = as many as there are."""
+    prefix: str = "Weird image. "
+    """Stands before the captions of non-preferred pictures, and is the negative prompt when pictures are drawn."""
+    tuning: Annotated[Tuning, tyro.conf.arg(name="")] = field(default_factory=_published_tuning)
+    run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: RunConfig(
+            output=Path("runs/weird_lora"), updates=10_000, batch=10, accumulation=4, save_every=500
+        )
+    )
+
+    def __post_init__(self) -> None:
+        if not self.prefix.strip():
+            raise ValueError(f"--prefix must hold words, got {self.prefix!r}")
+        share = self.regularisation_share
+        if share is not None and not 0 < share < 1:
+            raise ValueError(f"--regularisation-share must lie strictly between 0 and 1, got {share}")
+        if share is not None and self.regularisation is None:
+            raise ValueError("--regularisation-share needs --regularisation IMAGEFOLDER")
+
+
+def caption(sample: Sample, prefix: str) -> str:
+    """Return what a picture is trained with: its text, behind the prefix if the picture is a non-preferred one."""
+    return prefix + sample.text if sample.extra["kind"] == "non_preferred" else sample.text
+
+
+def read(config: Config) -> list[Sample]:
+    """Return the pictures of the data set and of regularisation; ValueError for a row without a kind, or none to learn from."""
+    samples = read_samples(config.data)
+    for number, sample in enumerate(samples, 1):
+        if sample.extra.get("kind") not in KINDS:
+            raise ValueError(
+                f"{config.data / 'metadata.jsonl'} line {number}: kind is {sample.extra.get('kind')!r};"
+                f" it must be one of {', '.join(KINDS)}"
+            )
+    if not any(sample.extra["kind"] == "non_preferred" for sample in samples):
+        raise ValueError(
+            f"{config.data} holds no non_preferred picture, so {config.prefix!r} would come to mean nothing"
+        )
+    if config.regularisation is None:
+        return samples
+    others = [
+        replace(sample, extra={"kind": "regularisation"}) for sample in read_samples(config.regularisation)
+    ]
+    share = config.regularisation_share
+    number = len(others) if share is None else round(share / (1 - share) * len(samples))
+    return samples + list(itertools.islice(itertools.cycle(others), number))
+
+
+def main(config: Config) -> int:
+    """Tune, show and save."""
+    with exit_on_user_error():
+        check(config.run)
+        tuning.check_inputs(config.tuning)
+        samples = read(config)
+        held_out = tuning.held_out_prompts(config.tuning, [sample.text for sample in samples])
+        run = Run(config.run, driver="weird_lora", config_text=dump(config))
+        family, mix = tuning.load(config.tuning, run)
+
+    def write(folder: Path) -> None:
+        tuning.write(family, run, config.tuning.lora, folder)
+
+    def show(name: str, negative: str = "") -> showcase.Shown:
+        return tuning.show(family, mix, held_out, config.tuning.draw, run, name, negative)
+
+    if not run.start:  # draws, scores and saves once before training: whatever cannot work fails here
+        if run.is_main:
+            show("base"), show("base_negative", config.prefix)
+        run.save(-1, write=write)
+
+    for step in run.steps():
+        for micro in range(run.accumulation):
+            indices = run.image_indices(step, micro)
+            chosen = items_at(samples, indices, config.run.seed)
+            with run.accumulate():
+                captions = [caption(sample, config.prefix) for sample in chosen]
+                error = tuning.errors(family, run, config.tuning, chosen, captions, indices)
+                run.update(error.mean())
+        if run.due("sample_every", step) and run.is_main and step + 1 < config.run.updates:
+            run.log(step, **show(f"step_{step + 1:06d}", config.prefix).means())
+        if run.due("save_every", step):
+            run.save(step, write=write)
+
+    if run.is_main and not run.interrupted:
+        write(run.folder)
+        show("tuned"), show("tuned_negative", config.prefix)
+        showcase.conclude(run.folder, SHOWN)
+    return run.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse(Config)))

@@ -1,0 +1,224 @@
+"""The drivers that tune on captioned pictures: "Weird image.", the reward-weighted loss, and RAFT."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import record_trajectories as recorded
+from finetune import raft, reward_weighted, weird_lora
+from finetune.checkpoint import read
+from preftune.cli import parse
+from preftune.images import load_pixels
+from preftune.prompts import read_prompts
+from preftune.records import Sample, read_jsonl, read_samples, write_jsonl
+
+pytestmark = pytest.mark.usefixtures("cpu")
+
+
+def arguments(driver: str, root: Path, output: Path, *flags: str) -> list[str]:
+    return [*recorded.arguments(driver, root, output), *flags]
+
+
+def weights(output: Path, updates: int) -> dict[str, torch.Tensor]:
+    parameters: dict[str, torch.Tensor] = read(output / f"step_{updates:06d}")["parameters"]
+    return parameters
+
+
+# ---------------------------------------------------------------- "Weird image."
+
+
+def test_only_non_preferred_captions_get_the_prefix() -> None:
+    said = {
+        kind: weird_lora.caption(
+            Sample(path=Path("a"), text=" Mona Lisa", extra={"kind": kind}), "Weird image. "
+        )
+        for kind in weird_lora.KINDS
+    }
+    assert said == {
+        "preferred": " Mona Lisa",
+        "non_preferred": "Weird image.  Mona Lisa",
+        "regularisation": " Mona Lisa",
+    }
+
+
+@pytest.mark.parametrize(("share", "number"), [(None, 12), (0.25, 4), (0.8, 48)])
+def test_the_share_of_regularisation(root: Path, tmp_path: Path, share: float | None, number: int) -> None:
+    flags = [] if share is None else ["--regularisation-share", str(share)]
+    argv = [
+        flag
+        for flag in recorded.arguments("weird_lora", root, tmp_path)
+        if flag not in ("--regularisation-share", "0.3")
+    ]
+    samples = weird_lora.read(parse(weird_lora.Config, argv + flags))
+    kinds = [sample.extra["kind"] for sample in samples]
+    assert kinds[:12] == ["preferred", "non_preferred"] * 6
+    assert kinds[12:] == ["regularisation"] * number
+    first = samples[12 : 12 + min(number, 12)]
+    assert [sample.path for sample in first] == [sample.path for sample in samples[: len(first)]], (
+        "each joins in as often as the others, to within one"
+    )
+
+
+def test_published_settings_are_the_defaults(root: Path, tmp_path: Path) -> None:
+    config = parse(weird_lora.Config, ["--model", str(root / "pipeline"), "--data", str(root / "pictures")])
+    run = config.run
+    assert (config.tuning.lora.rank, config.tuning.lora.targets) == (32, ("to_q", "to_k", "to_v", "to_out.0"))
+    assert (run.lr, run.schedule, run.batch * run.accumulation, run.updates) == (1e-5, "constant", 40, 10_000)
+    assert (run.weight_decay, run.max_grad_norm, config.tuning.caption_dropout) == (1e-2, 1.0, 0.0)
+    assert config.prefix == "Weird image. "
+
+
+def test_the_prefix_reaches_the_model(root: Path, tmp_path: Path) -> None:
+    """Where all pictures are preferred but one, another prefix changes the training, and nothing else does."""
+    found = {}
+    for name, prefix in (("a", "Weird image. "), ("b", "Weird image. "), ("c", "Odd. ")):
+        recorded.train("weird_lora", arguments("weird_lora", root, tmp_path / name, "--prefix", prefix))
+        found[name] = [row["loss"] for row in read_jsonl(tmp_path / name / "metrics.jsonl")]
+    assert found["a"] == found["b"]
+    assert found["a"] != found["c"]
+    shown = {path.name for path in (tmp_path / "a" / "samples").iterdir() if path.is_dir()}
+    assert shown == {"base", "base_negative", "tuned", "tuned_negative"}
+    assert (tmp_path / "a" / "before_after.png").is_file()
+
+
+# ---------------------------------------------------------------- reward-weighted
+
+
+def test_minmax_by_hand() -> None:
+    found = reward_weighted.reward_weights(torch.tensor([-1.0, 0.5, 3.0]), "minmax", 1.0)
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.375, 1.0]))
+    with pytest.raises(ValueError, match="all scores are 2, so they cannot be brought to"):
+        reward_weighted.reward_weights(torch.full((3,), 2.0), "minmax", 1.0)
+
+
+def test_exp_by_hand() -> None:
+    scores = torch.tensor([0.0, 1.0, 2.0])
+    total = sum(math.exp(score / 0.5) for score in (0, 1, 2))
+    expected = torch.tensor([3 * math.exp(score / 0.5) / total for score in (0, 1, 2)])
+    torch.testing.assert_close(reward_weighted.reward_weights(scores, "exp", 0.5), expected)
+    assert reward_weighted.reward_weights(scores + 1e4, "exp", 0.5).sum() == pytest.approx(3), "no overflow"
+    torch.testing.assert_close(
+        reward_weighted.reward_weights(torch.full((4,), 7.0), "exp", 1.0), torch.ones(4)
+    )
+
+
+def test_weighted_loss_by_hand_and_no_gradient_without_reward() -> None:
+    errors = torch.tensor([2.0, 4.0, 8.0], requires_grad=True)
+    loss = reward_weighted.weighted_loss(errors, torch.tensor([0.0, 0.5, 1.0]))
+    assert loss.item() == pytest.approx((0 * 2 + 0.5 * 4 + 1 * 8) / 3)
+    (gradient,) = torch.autograd.grad(loss, errors)
+    assert gradient.tolist() == pytest.approx([0.0, 0.5 / 3, 1 / 3])
+
+
+def scored(root: Path, folder: Path, scores: list[float]) -> Path:
+    """A data set like root/pictures with other scores."""
+    rows = [
+        {**row, "liking": score}
+        for row, score in zip(read_jsonl(root / "pictures" / "metadata.jsonl"), scores, strict=True)
+    ]
+    folder.mkdir()
+    for row in rows:
+        (folder / row["file_name"]).write_bytes((root / "pictures" / row["file_name"]).read_bytes())
+    write_jsonl(folder / "metadata.jsonl", rows)
+    return folder
+
+
+def test_equal_weights_are_plain_fine_tuning(root: Path, tmp_path: Path) -> None:
+    """The same losses and weights as finetune/pretrain.py, a driver with a loop of its own."""
+    data = scored(root, tmp_path / "equal", [3.0] * 12)
+    flags = ["--data", str(data), "--weighting", "exp", "--beta", "0"]
+    recorded.train("reward_weighted", arguments("reward_weighted", root, tmp_path / "weighted", *flags))
+    plainly = ["--no-train-text-encoder", "--lora.rank", "4", "--caption-dropout", "0", "--data", str(data)]
+    recorded.train("pretrain", arguments("pretrain", root, tmp_path / "plain", *plainly))
+    weighted, plain = (
+        [row["loss"] for row in read_jsonl(tmp_path / name / "metrics.jsonl")]
+        for name in ("weighted", "plain")
+    )
+    assert weighted == pytest.approx(plain, rel=1e-5)
+    assert len(set(weighted)) == 3
+
+
+def test_beta_adds_the_plain_loss(root: Path, tmp_path: Path) -> None:
+    """With rewards 0 and 1 for half of the pictures each; the first loss is before any update."""
+    data = scored(root, tmp_path / "halves", [float(index % 2) for index in range(12)])
+    found: dict[float, dict[str, Any]] = {}
+    for beta in (0.0, 0.5, 1.0):
+        flags = ["--data", str(data), "--beta", str(beta), "--updates", "1"]
+        recorded.train("reward_weighted", arguments("reward_weighted", root, tmp_path / str(beta), *flags))
+        found[beta] = read_jsonl(tmp_path / str(beta) / "metrics.jsonl")[0]
+    plain = found[1.0]["loss"] - found[0.0]["loss"]
+    assert plain > 0.1
+    assert found[0.5]["loss"] - found[0.0]["loss"] == pytest.approx(plain / 2, rel=1e-4)
+    assert found[0.0]["loss"] < found[0.0]["error"], "half of the pictures count nothing"
+
+
+# ---------------------------------------------------------------- RAFT
+
+
+def test_keep_best_by_hand() -> None:
+    rows = [{"file_name": str(k), "reward": reward} for k, reward in enumerate((0.1, 0.9, 0.5, 0.9, -1.0))]
+    assert [row["file_name"] for row in raft.keep_best(rows, 0.4)] == ["1", "3"], "in their order"
+    assert [row["file_name"] for row in raft.keep_best(rows, 0.2)] == ["1"], "the first of equals"
+    assert raft.keep_best(rows, 1.0) == rows
+    assert len(raft.keep_best(rows, 0.01)) == 1
+
+
+RAFT = [
+    "--iterations",
+    "3",
+    "--prompts-per-iteration",
+    "5",
+    "--pictures-per-prompt",
+    "3",
+    "--draw.batch",
+    "4",
+]
+
+
+def test_each_prompt_keeps_its_best_picture(root: Path, tmp_path: Path) -> None:
+    recorded.train("raft", arguments("raft", root, tmp_path, *RAFT))
+    prompts = read_prompts(root / "prompts.txt")
+    seen = []
+    for iteration in (1, 2, 3):
+        samples = read_samples(tmp_path / f"iteration_{iteration:02d}")
+        assert len(samples) == 5
+        seen += [sample.text for sample in samples]
+        for sample in samples:
+            brightness = load_pixels(sample.path).mean().item()
+            assert sample.extra["reward"] == pytest.approx(brightness, abs=0.5 / 255), (
+                "the picture is the scored one"
+            )
+            assert sample.extra["reward"] > sample.extra["mean_reward"]
+    assert sorted(seen[:12]) == sorted(prompts), "iterations go on through the prompts"
+    first = load_pixels(tmp_path / "iteration_01" / "000000.png")
+    recorded.train("raft", arguments("raft", root, tmp_path / "again", *RAFT, "--draw.batch", "15"))
+    again = load_pixels(tmp_path / "again" / "iteration_01" / "000000.png")
+    torch.testing.assert_close(first, again, atol=1.01 / 255, rtol=0)
+
+
+def test_raft_resumed_equals_straight(root: Path, tmp_path: Path) -> None:
+    """Stopped after one update of three, and the later data sets removed, as a kill before them would leave it."""
+    for name in ("straight", "stopped"):
+        recorded.train("raft", arguments("raft", root, tmp_path / name, *RAFT))
+    for updates in (2, 3):
+        shutil.rmtree(tmp_path / "stopped" / f"step_{updates:06d}")
+    (tmp_path / "stopped" / "iteration_03" / "000000.png").write_bytes(b"of weights that are gone")
+    argv = arguments("raft", root, tmp_path / "stopped", *RAFT)
+    recorded.train("raft", [*argv, "--resume", "auto"])
+    straight, resumed = (weights(tmp_path / name, 3) for name in ("straight", "stopped"))
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    shutil.rmtree(tmp_path / "stopped" / "iteration_01")
+    with pytest.raises(SystemExit):
+        recorded.train("raft", [*argv, "--resume", "auto"])
+
+
+def test_overwriting_draws_anew(root: Path, tmp_path: Path) -> None:
+    recorded.train("raft", arguments("raft", root, tmp_path, *RAFT))
+    before = json.dumps(read_jsonl(tmp_path / "iteration_01" / "metadata.jsonl"))
+    recorded.train("raft", arguments("raft", root, tmp_path, *RAFT, "--overwrite", "--seed", "5"))
+    assert json.dumps(read_jsonl(tmp_path / "iteration_01" / "metadata.jsonl")) != before
