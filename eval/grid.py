@@ -67,7 +67,9 @@ class Config:
     reward_files: tuple[str, ...] = ()
     """Weights of scorers on disk, as imagereward=PATH; others come from this repository or the hub's cache."""
     negative: str = ""
-    """Prompt that guidance points away from, such as "Weird image."; all columns have it."""
+    """Prompt that guidance points away from, such as "Weird image. "."""
+    negative_columns: tuple[str, ...] = ()
+    """Titles of the columns that have --negative; none = all."""
     guidance: float = 3.0
     """Classifier-free guidance scale; 1 = none, 7.5 is Stable Diffusion's custom."""
     num_steps: int = 25
@@ -98,6 +100,10 @@ class Config:
             raise ValueError(f"--columns repeats the title {min(repeated)}; give each column its own")
         if self.negative and self.guidance == 1:
             raise ValueError("--negative does nothing at --guidance 1; choose another guidance, such as 3")
+        if unknown := set(self.negative_columns) - set(titles if self.negative else ()):
+            raise ValueError(
+                f"--negative-columns names {min(unknown)}; it takes titles of --columns, and needs --negative"
+            )
         if self.precision == "fp16" and not torch.cuda.is_available():
             raise ValueError("--precision fp16 needs a GPU; use fp32 or bf16")
         if self.output.suffix in (".png", ".html") or not self.output.name:
@@ -360,9 +366,11 @@ def main(config: Config) -> int:
         for column in group:
             with exit_on_user_error():
                 worn = wear(family, column, tuned=bool(tuned))
+            has_it = not config.negative_columns or column.title in config.negative_columns
+            negative = config.negative if has_it else ""
             with worn:
                 drawn[column.title] = sample(
-                    family, prompts, seeds, drawing, negative=config.negative, progress=column.title
+                    family, prompts, seeds, drawing, negative=negative, progress=column.title
                 )
     pictures = [drawn[column.title] for column in columns]
     names, scores = mix.names if mix else (), torch.empty(len(columns), len(prompts), 0)

@@ -146,6 +146,15 @@ def test_diffusers_draws_the_same(make: Callable[..., Page], stage: Path, column
         )  # rounding, and float arithmetic in another order
 
 
+def test_negative_in_some_columns(make: Callable[..., Page]) -> None:
+    page = make("a=", "b=", "c=", negative="Weird image. ", negative_columns=["b"])
+    everywhere = make("a=", "b=", negative="Weird image. ")
+    plain, pointed = page.pictures("a"), page.pictures("b")
+    assert apart(plain, page.pictures("c")) == 0
+    assert apart(pointed, everywhere.pictures("a")) == 0
+    assert apart(plain, pointed) > 0
+
+
 def test_seeds_and_rows(make: Callable[..., Page]) -> None:
     several = make("base=", seed="5", seeds_per_prompt="2")
     assert [text for text in several.text if text.startswith("seed ")] == [f"seed {5 + i}" for i in range(4)]
@@ -280,6 +289,11 @@ def test_png_has_every_cell() -> None:
         (["--num-steps", "0"], "error: --num-steps must be a positive number"),
         (["--height", "60"], "error: --height must be a positive multiple of 8"),
         (["--negative", "x", "--guidance", "1"], "--negative does nothing at --guidance 1"),
+        (
+            ["--negative-columns", "a"],
+            "--negative-columns names a; it takes titles of --columns, and needs --negative",
+        ),
+        (["--negative", "x", "--negative-columns", "z"], "--negative-columns names z"),
         (["--output", "STAGE/grid.png"], "must be a name without .png or .html"),
         (["--output", "STAGE/prompts.txt/grid"], "prompts.txt"),
     ],
