@@ -124,7 +124,8 @@ class ImageReward(nn.Module):
             )
         self.vision_model = BlipVisionModel(_vision_config(config))
         self.text_model = BlipTextModel(
-            _text_config(config, self.tokenizer.pad_token_id), add_pooling_layer=False
+            _text_config(config, self.tokenizer.pad_token_id, self.tokenizer.sep_token_id),
+            add_pooling_layer=False,
         )
         self.vision_proj = nn.Linear(config.vision_width, config.projection)
         self.text_proj = nn.Linear(config.text_width, config.projection)
@@ -358,7 +359,7 @@ def _vision_config(config: ImageRewardConfig) -> BlipVisionConfig:
     )
 
 
-def _text_config(config: ImageRewardConfig, pad_token: int) -> BlipTextConfig:
+def _text_config(config: ImageRewardConfig, pad_token: int, sep_token: int) -> BlipTextConfig:
     return BlipTextConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.text_width,
@@ -373,6 +374,7 @@ def _text_config(config: ImageRewardConfig, pad_token: int) -> BlipTextConfig:
         attention_probs_dropout_prob=config.text_dropout,
         initializer_range=0.02,
         pad_token_id=pad_token,
+        sep_token_id=sep_token,
         bos_token_id=config.vocab_size - 2,  # [DEC]
         is_decoder=True,  # makes the cross-attention exist; calls still attend in both directions
     )
