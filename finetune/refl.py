@@ -38,7 +38,8 @@ from preftune.objective import captioned_error
 from preftune.prompts import items_at, read_prompts
 from preftune.records import Sample, read_samples
 from preftune.sampling import Drawing, make_scheduler, noise_like_seeds, step
-from rewards.mix import Mix, parse_weights
+from rewards.mix import Mix, parse_files, parse_weights, units
+from rewards.together import load_all
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TINY = Path(__file__).parent / "configs" / "refl" / "tiny.yaml"
@@ -56,8 +57,10 @@ class Config:
     """Scorers with weights; `python -m rewards` lists them."""
     reward_files: tuple[str, ...] = ()
     """Weights of scorers on disk, as imagereward=PATH; others come from this repository or the hub's cache."""
-    reward_units: Literal["raw", "card"] = "raw"
-    """raw adds the scores as they are; card first brings each scorer to mean 0 and deviation 1."""
+    reward_units: Literal["raw", "card", "sample"] = "raw"
+    """raw adds the scores as they are; card and sample first bring each scorer to mean 0 and deviation 1."""
+    reward_sample: Path | None = None
+    """summary.json of data_build/score.py, whose means and deviations --reward-units sample uses."""
     reward_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Arithmetic of the scorers."""
     num_steps: int = 40
@@ -131,12 +134,7 @@ class Config:
 
     def files(self) -> dict[str, Path]:
         """Return scorer name -> weights on disk."""
-        found = {name: Path(path) for name, _, path in (term.partition("=") for term in self.reward_files)}
-        if unused := set(found) - set(parse_weights(self.rewards)):
-            raise ValueError(
-                f"--reward-files names {', '.join(sorted(unused))}, which --rewards does not use"
-            )
-        return found
+        return parse_files(self.reward_files, parse_weights(self.rewards))
 
 
 def reward_loss(reward: Tensor, margin: float, scale: float) -> Tensor:
@@ -190,8 +188,9 @@ def check_inputs(config: Config) -> tuple[list[str], list[str], list[Sample]]:
     """Return prompts, held-out prompts and pre-training samples; ValueError for whatever is wrong, before weights load."""
     check(config.run)
     families.check(config.model)
-    files = config.files()
-    for name in parse_weights(config.rewards):
+    files, names = config.files(), list(parse_weights(config.rewards))
+    units([rewards.CARDS[name] for name in names], config.reward_units, config.reward_sample)
+    for name in names:
         rewards.check(name, files.get(name))
         if not rewards.CARDS[name].differentiable:
             usable = ", ".join(card.name for card in rewards.CARDS.values() if card.differentiable)
@@ -205,11 +204,8 @@ def check_inputs(config: Config) -> tuple[list[str], list[str], list[Sample]]:
 
 def load(config: Config, device: torch.device) -> tuple[Family, Mix, nn.Module]:
     """Return the model, the reward, and the module to train, all on the device; ValueError for weights that do not fit."""
-    weights, files = parse_weights(config.rewards), config.files()
-    precision = DTYPES[config.reward_precision]
-    scorers = [
-        rewards.load(name, weights=files.get(name), device=device, dtype=precision) for name in weights
-    ]
+    weights, precision = parse_weights(config.rewards), DTYPES[config.reward_precision]
+    scorers = load_all(list(weights), files=config.files(), device=device, dtype=precision)
     family = families.load(config.model, device)
     denoiser = family.trainable(config.lora, config.run.seed)
     family.set_speed(
@@ -218,7 +214,7 @@ def load(config: Config, device: torch.device) -> tuple[Family, Mix, nn.Module]:
         vae_checkpointing=config.vae_checkpointing,
     )
     family.to(device, DTYPES[config.run.mixed_precision])
-    return family, Mix(scorers, weights, config.reward_units), denoiser
+    return family, Mix(scorers, weights, config.reward_units, config.reward_sample), denoiser
 
 
 def main(config: Config) -> int:  # noqa: C901 - the loop stays in one piece

@@ -5,7 +5,6 @@ The golden numbers come from the authors' class at toy sizes, with weights by th
 
 import json
 import pickle
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import rewards
 from golden_weights import BLIP as GOLDEN
 from golden_weights import FOLDER as GOLDEN_FOLDER
 from golden_weights import SHARED, fill, write_bert_vocab
+from rewards import Preprocess
 from rewards.imagereward import FULL_SIZE, ImageReward, ImageRewardConfig, to_authors, to_transformers
 from rewards.pixels import from_pil
 
@@ -337,9 +337,11 @@ def test_a_model_of_another_size_is_not_this_scorer(small: ImageReward, vocab: P
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "golden").is_dir(), reason="needs ../shared/golden")
-def test_full_size_scores_and_gradients_equal_the_authors(tmp_path: Path) -> None:
-    """The published architecture, its file format and its tensor path, from a file in the authors' layout (1.8 GB)."""
-    sys.path.insert(0, str(SHARED / "golden"))
+def test_full_size_scores_and_gradients_equal_the_authors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All 36 scores from files in the authors' layout (1.8 GB) and all 18 gradients, with and without antialiasing."""
+    monkeypatch.syspath_prepend(SHARED / "golden")
     import recipe
 
     table = json.loads((SHARED / "golden" / "imagereward.json").read_text(encoding="utf-8"))
@@ -349,18 +351,19 @@ def test_full_size_scores_and_gradients_equal_the_authors(tmp_path: Path) -> Non
     vocab = (SHARED / "data" / "weights" / "bert_vocab" / "vocab.txt").read_bytes()
     (tmp_path / "vocab.txt").write_bytes(vocab)
     scorer = rewards.load("imagereward", weights=tmp_path / "filled.pt")
-    for column, name in ((3, "d_still_224x224.png"), (4, "e_badge_131x97_rgba.png")):
-        picture = from_pil(Image.open(SHARED / "golden" / "inputs" / name), FULL_SIZE.preprocess)[None]
-        assert scorer(picture, table["prompts"][:1]).item() == pytest.approx(
-            table["scores"][0][column], abs=TOLERANCE
-        )
-    for case in table["gradients"][:1]:
-        image = Image.open(SHARED / "golden" / "inputs" / case["image"])
-        pixels = from_pil(image)[None].requires_grad_()
-        assert case["resize"] == "antialias_true"
+    (tmp_path / "filled.pt").unlink()
+    images = [Image.open(SHARED / "golden" / "inputs" / name) for name in table["images"]]
+    pictures = torch.stack([from_pil(image, FULL_SIZE.preprocess) for image in images])
+    with torch.no_grad():
+        found = torch.stack([scorer(pictures, [prompt] * len(images)) for prompt in table["prompts"]])
+    assert (found - torch.tensor(table["scores"])).abs().max() < TOLERANCE
+    for case in table["gradients"]:
+        rule = replace(Preprocess(size=224), antialias=case["resize"] == "antialias_true")
+        monkeypatch.setattr(ImageRewardConfig, "preprocess", property(lambda _, rule=rule: rule))
+        pixels = from_pil(images[table["images"].index(case["image"])])[None].requires_grad_()
         assert list(pixels.shape) == case["grad_shape"]
         score = scorer(pixels, [table["prompts"][case["prompt"]]])
-        assert score.item() == pytest.approx(case["score"], abs=TOLERANCE)
+        assert score.item() == pytest.approx(case["score"], abs=TOLERANCE), case["image"]
         (gradient,) = torch.autograd.grad(score.sum(), pixels)
         assert gradient.norm().item() == pytest.approx(case["grad_l2"], rel=1e-4)
         direction = torch.from_numpy(
