@@ -1,4 +1,4 @@
-"""The models that are measured: Stable Diffusion 1.x and ImageReward at real size with random weights; the tiny ones are embedded."""
+"""The models that are measured: Stable Diffusion 1.x and the scorers at real size with random weights; the tiny ones are embedded."""
 
 import gzip
 import json
@@ -8,11 +8,16 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from preftune.families import tiny
 from preftune.families.sd import SD
-from rewards.imagereward import FULL_SIZE, ImageReward
+from rewards import CARDS
+from rewards.aesthetic import Aesthetic
+from rewards.clip import ClipScorer
+from rewards.clip_tokenizer import find_vocab
+from rewards.imagereward import FULL_SIZE, ImageReward, to_authors
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "assets" / "tiny"
@@ -142,3 +147,45 @@ def build_sd1(folder: Path, clip_vocab: Path | None = None, bert_vocab: Path | N
         shutil.rmtree(folder / part, ignore_errors=True)
         (partial / part).rename(folder / part)
     shutil.rmtree(partial)
+
+
+def write_scorer(name: str, folder: Path, clip_vocab: Path | None, bert_vocab: Path | None) -> Path:
+    """Write random weights of a published scorer's size to folder/name, unless they are there; return the weights file.
+
+    ValueError where its vocabulary is not given. ViT-H takes 9 GB of memory and 4 GB of disk.
+    """
+    home = folder / name
+    if (home / "weights.safetensors").is_file():
+        return home / "weights.safetensors"
+    kind = "bert" if CARDS[name].clip is None else "clip"
+    vocab = bert_vocab if kind == "bert" else clip_vocab
+    if name != "aesthetic" and (vocab is None or not vocab.is_file()):
+        raise ValueError(f"--scorers {name} needs --{kind}-vocab; {vocab or 'nothing'} is no file")
+    partial = folder / f".{name}.tmp-{os.getpid()}"
+    partial.mkdir(parents=True)
+    if vocab is not None and name != "aesthetic":
+        shutil.copy(vocab, partial / ("vocab.txt" if kind == "bert" else vocab.name))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        for file, state in random_states(name, partial).items():
+            save_file({key: value.contiguous() for key, value in state.items()}, partial / file)
+    shutil.rmtree(home, ignore_errors=True)
+    partial.rename(home)
+    return home / "weights.safetensors"
+
+
+def random_states(name: str, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Return file name -> tensors of a scorer whose vocabulary lies in folder, under names that its loader takes."""
+    card = CARDS[name]
+    if name == "aesthetic":
+        predictor = Aesthetic(card)
+        layers = {f"layers.{key}": value for key, value in predictor.layers.state_dict().items()}
+        return {"weights.safetensors": layers, str(CARDS["clipscore"].file): predictor.vision.state_dict()}
+    if card.clip is not None:
+        clip = ClipScorer(card, find_vocab(folder / "weights.safetensors"))
+        towers = {**clip.vision.state_dict(), **clip.text.state_dict()}
+        return {"weights.safetensors": {**towers, "logit_scale": clip.logit_scale.detach()}}
+    state = to_authors(ImageReward.build(FULL_SIZE, folder / "vocab.txt", seed=0).state_dict())
+    if name == "blipscore":  # the towers alone, as BLIP names them
+        state = {key.removeprefix("blip."): value for key, value in state.items() if key.startswith("blip.")}
+    return {"weights.safetensors": state}

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import rewards
 import tiny
-from benchmarks import full_size, hardware, models, refl_step
+from benchmarks import full_size, hardware, models, refl_step, score
 from finetune import refl
+from golden_weights import tiny_card
 from preftune import cli
+from rewards import CARDS
 from rewards.imagereward import ImageReward, ImageRewardConfig
 
 
@@ -264,3 +267,94 @@ def test_tokenizer_is_clip_s(tmp_path: Path) -> None:
         pytest.skip("CLIP's vocabulary is not here")
     words = models.tokenizer(vocab, tmp_path)
     assert words(["a photo of a cat"]).input_ids[0] == [49406, 320, 1125, 539, 320, 2368, 49407]
+
+
+# ---------------------------------------------------------------- score.py
+
+
+def scoring(scratch: Path, **changes: object) -> score.Trial:
+    settings = {
+        "scorer": "imagereward-tiny",
+        "weights": None,
+        "precision": "fp32",
+        "batch": 2,
+        "images": 3,
+        "reload_images": 2,
+        "repeats": 1,
+        "workers": 0,
+        "threads": 1,
+        "device": "cpu",
+    }
+    return score.Trial(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def test_files_raw_and_reload_score_the_same_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is timed is the same work three times: the scorer is called for each picture and gives the same scores."""
+    bench = score.Bench(scoring(tmp_path), tmp_path)
+    called: list[float] = []
+    scorer, load = bench.scorer, bench.load
+
+    def spy(pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        scores = scorer(pixels, prompts)
+        called.extend(scores.tolist())
+        return scores
+
+    spy.card, spy.to = scorer.card, scorer.to  # type: ignore[attr-defined]
+    monkeypatch.setattr(bench, "scorer", spy)
+    monkeypatch.setattr(bench, "load", lambda: (load(), spy)[1])
+    with torch.no_grad():
+        bench.raw(0)
+        raw = called.copy()
+        called.clear()
+        bench.files(0)
+        assert called == pytest.approx(raw, abs=1e-6)
+        called.clear()
+        for index in range(3):
+            bench.reload(index)
+    assert called == pytest.approx(raw, abs=1e-5)
+    assert len(raw) == len({round(value, 4) for value in raw}) == 3
+    assert (tmp_path / "scored0" / "chunks").is_dir(), "the writing is timed, too"
+
+
+def test_scoring_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--images 3 --batch 2 --reload-images 1 --repeats 1 --workers 0 --threads 1".split()  # noqa: SIM905
+    assert score.main(cli.parse(score.Config, [*flags, "--output", str(tmp_path / "a.json")])) == 0
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert row["files_to_raw"] == pytest.approx(row["files_images_per_s"] / row["raw_images_per_s"])
+    assert row["files_to_reload"] == pytest.approx(row["files_images_per_s"] / row["reload_images_per_s"])
+    assert row["flops_per_image"] > 1e7
+    assert "imagereward-tiny  fp32     2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--scorers", "beauty"], "--scorers beauty cannot be measured here; one of imagereward"),
+        (["--scorers", "shapes"], "--scorers shapes cannot be measured here"),
+        (["--scorers", "hpsv2"], "--scorers hpsv2 needs --workdir"),
+        (
+            ["--scorers", "hpsv2", "--workdir", "{tmp}"],
+            "--scorers hpsv2 needs --clip-vocab; nothing is no file",
+        ),
+        (["--images", "0"], "--images must be at least 1, got 0"),
+        (["--batch", "0"], "--batch must be at least 1, got 0"),
+    ],
+)
+def test_wrong_flags_of_score(
+    flags: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        score.main(cli.parse(score.Config, [flag.format(tmp=tmp_path) for flag in flags]))
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["hpsv1", "pickscore"])
+def test_random_weights_are_ones_that_load(name: str, clips: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(CARDS, name, tiny_card(name))
+    file = models.write_scorer(name, tmp_path, clips / "merges.txt", None)
+    scorer = rewards.load(name, weights=file)
+    assert scorer(torch.rand(1, 3, 224, 224), ["a red circle"]).isfinite().all()
+    assert models.write_scorer(name, tmp_path, None, None) == file, "what is there is used again"

@@ -1,0 +1,273 @@
+"""How fast pictures on the disk are scored: against the scorer's own forward pass, and against loading it for each picture.
+
+    python benchmarks/score.py                                            # the embedded scorer
+    python benchmarks/score.py --scorers hpsv2.1 pickscore --workdir /tmp/scorers --clip-vocab bpe_simple_vocab_16e6.txt.gz
+    python benchmarks/score.py --scorers imagereward blipscore --workdir /tmp/scorers --bert-vocab vocab.txt --images 16
+
+Three figures for each scorer, from one process: `files` is data_build/score.py from the first file to the last written
+chunk; `raw` is the forward pass alone on the same pictures, prepared and on the device; both read every prompt anew, and
+take turns. `reload` loads checkpoint and vocabulary for each picture, as `hpsv2.score` does, on `--reload-images` of them.
+Published scorers get random weights of their published size, written once to --workdir, so nothing is downloaded and
+scores mean nothing. On a CUDA device `MFU` is the raw pass' floating-point operations against the dense bf16 peak.
+
+Hardware: two CPU cores for the embedded scorer, seconds; ViT-H wants 9 GB of memory, 4 GB of disk, and a GPU or patience.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import rewards
+from benchmarks.hardware import fresh, name_of_machine, peak_mib, peak_tflops, seconds
+from benchmarks.models import PROMPTS, TINY, write_scorer
+from data_build import score as program
+from preftune.cli import exit_on_user_error, parse
+from preftune.prompts import items_at, read_prompts
+from preftune.records import write_jsonl
+from rewards.pixels import from_pil
+
+SIDE = 512
+"""Pixels of a picture file's side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Measure how fast files are scored."""
+
+    scorers: tuple[str, ...] = ("imagereward-tiny",)
+    """Names of `python -m rewards`; published ones need --workdir and a vocabulary."""
+    precision: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32",)
+    """Arithmetic of the towers."""
+    batch: tuple[int, ...] = (32,)
+    """Pictures in one pass."""
+    images: int = 64
+    """Picture files, 512 x 512 PNG."""
+    reload_images: int = 8
+    """Pictures of the loop that loads the checkpoint for each; 0 leaves it out."""
+    repeats: int = 3
+    """Turns of files and raw; the figures are medians."""
+    workers: int = 2
+    """Processes that read and decode."""
+    threads: int = 0
+    """CPU threads of the forward pass; 0 = torch's own choice."""
+    workdir: Path | None = None
+    """Folder for weights of published size; what an earlier call wrote there is used again."""
+    clip_vocab: Path | None = None
+    """bpe_simple_vocab_16e6.txt.gz, for CLIP scorers."""
+    bert_vocab: Path | None = None
+    """vocab.txt of bert-base-uncased, for BLIP's."""
+    peak_tflops: float | None = None
+    """Dense bf16 peak of a card that is not in the table."""
+    output: Path | None = None
+    """JSON file to write."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("images", 1),
+            ("reload_images", 0),
+            ("repeats", 1),
+            ("workers", 0),
+            ("threads", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}"
+                )
+        if min(self.batch) < 1:
+            raise ValueError(f"--batch must be at least 1, got {min(self.batch)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One row of the table."""
+
+    scorer: str
+    weights: Path | None
+    precision: Literal["fp32", "bf16", "fp16"]
+    batch: int
+    images: int
+    reload_images: int
+    repeats: int
+    workers: int
+    threads: int
+    device: str
+
+
+def write_pictures(folder: Path, number: int) -> Path:
+    """Write an imagefolder of the embedded pictures, enlarged, with a prompt each."""
+    files = sorted((TINY / "pictures").rglob("*.png"))
+    prompts = items_at(read_prompts(PROMPTS), range(number), seed=0)
+    folder.mkdir(parents=True)
+    rows = []
+    for index, prompt in enumerate(prompts):
+        name = f"{index:06d}.png"
+        Image.open(files[index % len(files)]).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(
+            folder / name
+        )
+        rows.append({"file_name": name, "text": prompt})
+    write_jsonl(folder / "metadata.jsonl", rows)
+    return folder
+
+
+class Bench:
+    """A scorer, and pictures both as files and ready for it."""
+
+    def __init__(self, trial: Trial, scratch: Path) -> None:
+        self.trial, self.scratch = trial, scratch
+        self.device, self.dtype = torch.device(trial.device), program.DTYPES[trial.precision]
+        self.data = write_pictures(scratch / "data", trial.images)
+        self.paths = sorted(self.data.glob("*.png"))
+        self.prompts = items_at(read_prompts(PROMPTS), range(trial.images), seed=0)
+        self.scorer = self.load()
+        self.rule = self.scorer.card.preprocess
+        self.ready = torch.stack([from_pil(Image.open(path), self.rule) for path in self.paths]).to(
+            self.device
+        )
+
+    def load(self) -> Any:
+        """Return the scorer, loaded anew."""
+        trial = self.trial
+        return rewards.load(trial.scorer, weights=trial.weights, device=self.device, dtype=self.dtype)
+
+    def forget(self) -> None:
+        """Empty the cache of texts, as moving a scorer does."""
+        self.scorer.to(self.device)
+
+    def raw(self, _: int) -> None:
+        """Score the pictures that are ready."""
+        for start in range(0, self.trial.images, self.trial.batch):
+            part = slice(start, start + self.trial.batch)
+            self.scorer(self.ready[part], self.prompts[part])
+
+    def files(self, turn: int) -> None:
+        """Score the files as data_build/score.py does, the written chunks included."""
+        trial = self.trial
+        config = program.Config(
+            data=self.data,
+            rewards=(trial.scorer,),
+            reward_files=() if trial.weights is None else (f"{trial.scorer}={trial.weights}",),
+            output=self.scratch / f"scored{turn}",
+            batch=trial.batch,
+            workers=trial.workers,
+        )
+        source = program.find(self.data, prompted=True, prompt="", image_column="image", text_column="text")
+        program.score_chunks(config, source, trial.images, [self.scorer], self.device)
+
+    def reload(self, index: int) -> None:
+        """Load the scorer and score one file."""
+        pixels = from_pil(Image.open(self.paths[index]), self.rule)[None].to(self.device)
+        self.load()(pixels, self.prompts[index : index + 1])
+
+
+@torch.no_grad()
+def measure(trial: Trial, scratch: Path) -> dict[str, Any]:
+    """Return the figures of a row."""
+    if trial.threads:
+        torch.set_num_threads(trial.threads)
+    bench = Bench(trial, scratch)
+    bench.raw(0)  # kernels are chosen, memory is taken
+    times: dict[str, list[float]] = {"files": [], "raw": []}
+    for turn in range(trial.repeats):
+        for name, taken in times.items():
+            bench.forget()
+            taken.append(seconds(getattr(bench, name), turn, trial.device))
+    row: dict[str, Any] = {
+        f"{name}_images_per_s": trial.images / statistics.median(taken) for name, taken in times.items()
+    }
+    row["files_to_raw"] = row["files_images_per_s"] / row["raw_images_per_s"]
+    reloads = [
+        seconds(bench.reload, index, trial.device) for index in range(min(trial.reload_images, trial.images))
+    ]
+    if reloads:
+        row["reload_images_per_s"] = len(reloads) / sum(reloads)
+        row["files_to_reload"] = row["files_images_per_s"] / row["reload_images_per_s"]
+    bench.forget()
+    with FlopCounterMode(display=False) as counter:
+        bench.scorer(bench.ready[:1], bench.prompts[:1])
+    return row | {"flops_per_image": counter.get_total_flops(), "peak_mib": peak_mib(trial.device)}
+
+
+HEADER = "scorer            prec batch  files/s    raw/s  files:raw  reload/s  files:reload  peak MiB    MFU"
+
+
+def line(trial: Trial, row: dict[str, Any]) -> str:
+    """Return a row of the table."""
+    name = f"{trial.scorer:17s} {trial.precision:4s} {trial.batch:5d}"
+    if "error" in row:
+        return f"{name}  {row['error']}"
+    formats = {
+        "files_images_per_s": "8.2f",
+        "raw_images_per_s": "8.2f",
+        "files_to_raw": "10.1%",
+        "reload_images_per_s": "9.3f",
+        "files_to_reload": "13.1f",
+        "peak_mib": "9.0f",
+        "mfu": "6.1%",
+    }
+    return " ".join([name, *(format(row[key], style) for key, style in formats.items() if key in row)])
+
+
+def weights_of(config: Config, name: str) -> Path | None:
+    """Return the weights of a scorer, written if need be; None for an embedded one. ValueError for one that cannot be measured."""
+    card = rewards.CARDS.get(name)
+    if card is None or card.preprocess is None:
+        usable = ", ".join(card.name for card in rewards.CARDS.values() if card.preprocess)
+        raise ValueError(f"--scorers {name} cannot be measured here; one of {usable}")
+    if card.folder is not None:
+        return None
+    if config.workdir is None:
+        raise ValueError(f"--scorers {name} needs --workdir, a folder for random weights of its size")
+    path: Path = fresh(write_scorer, name, config.workdir, config.clip_vocab, config.bert_vocab)
+    return path
+
+
+def trials(config: Config, weights: dict[str, Path | None], device: str) -> list[Trial]:
+    """Return the rows of the table."""
+    names = ("images", "reload_images", "repeats", "workers", "threads")
+    same = {name: getattr(config, name) for name in names}
+    return [
+        Trial(scorer=scorer, weights=path, precision=precision, batch=batch, device=device, **same)
+        for scorer, path in weights.items()
+        for precision in config.precision
+        for batch in config.batch
+    ]
+
+
+def main(config: Config) -> int:
+    """Measure, print, write JSON."""
+    cuda = torch.cuda.is_available()
+    with exit_on_user_error():
+        peak = (config.peak_tflops or peak_tflops()) if cuda else None
+        weights = {name: weights_of(config, name) for name in config.scorers}
+        if config.output is not None:
+            config.output.parent.mkdir(parents=True, exist_ok=True)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    machine = name_of_machine(cuda)
+    print(f"{machine}; {config.images} files of {SIDE} x {SIDE}, medians of {config.repeats}")
+    print(HEADER, flush=True)
+    rows = []
+    for trial in trials(config, weights, "cuda" if cuda else "cpu"):
+        with tempfile.TemporaryDirectory() as scratch:
+            row = fresh(measure, trial, Path(scratch)) or {"error": "the process was killed"}
+        if peak and "error" not in row:
+            row["mfu"] = row["flops_per_image"] * row["raw_images_per_s"] / (peak * 1e12)
+        print(line(trial, row), flush=True)
+        rows.append({key: str(v) if isinstance(v, Path) else v for key, v in (asdict(trial) | row).items()})
+    if config.output is not None:
+        partial = config.output.with_name(f"{config.output.name}.partial")
+        partial.write_text(json.dumps({"hardware": machine, "rows": rows}, indent=1) + "\n")
+        partial.replace(config.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse(Config)))
