@@ -7,13 +7,14 @@ captions that are no text. A bad picture costs its own row, a broken archive or 
 import contextlib
 import io
 import lzma
+import math
 import struct
 import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow
 from PIL import Image, UnidentifiedImageError
@@ -61,6 +62,10 @@ class Picture:
     text: str
     content: bytes | None = None
     """The encoded picture, where listing had to read it: in tables."""
+    made: tuple[int | float | str | None, ...] = ()
+    """In DiffusionDB its seed, guidance scale, number of steps and sampler; None where that is not said."""
+    size: tuple[int, int] | None = None
+    """Width and height, once it is decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +78,17 @@ class Rejected:
     detail: str
 
 
-Entry = Picture | Rejected
+@dataclass(frozen=True, kw_only=True)
+class Filtered:
+    """A sound picture that is not wanted."""
+
+    file: str
+    member: str
+    filter: str
+    """The name of what it did not pass."""
+
+
+Entry = Picture | Rejected | Filtered
 
 
 class UnusableError(Exception):
@@ -88,6 +103,23 @@ class UnusableError(Exception):
         texts = [text.encode("utf-8", "backslashreplace").decode() for text in (file, member, str(self))]
         file, member, detail = (" ".join(text[:500].splitlines()) for text in texts)
         return Rejected(file=file, member=member, reason=self.reason, detail=detail)
+
+
+def made_of(note: dict[str, Any]) -> tuple[int | float | str | None, ...]:
+    """Return what a DiffusionDB archive says of how a picture was made; None for what is of another type, or no number."""
+    kinds: tuple[tuple[str, type | tuple[type, ...]], ...] = (
+        ("se", int), ("c", (int, float)), ("st", int), ("sa", str),
+    )  # fmt: skip
+    values: list[int | float | str | None] = []
+    for key, kind in kinds:
+        value = note.get(key)
+        sound = isinstance(value, kind) and not isinstance(value, bool)
+        if isinstance(value, str):  # it may hold halves of surrogate pairs
+            value = value[:100].encode("utf-8", "backslashreplace").decode()
+        elif isinstance(value, float):
+            sound = sound and math.isfinite(value)
+        values.append(value if sound else None)
+    return tuple(values)
 
 
 @contextlib.contextmanager

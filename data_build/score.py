@@ -13,31 +13,22 @@ Hardware: the embedded scorer needs a CPU; published ones want a GPU, and use on
 Left out: several GPUs; a scorer that is asked for later, which is a job of its own with another --output.
 """
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import rewards
-from data_build import scored
-from data_build.pictures import Entry, Picture, Rejected, UnusableError, decode, or_unusable
-from data_build.sources import DataSet, entries, find, read, survey
+from data_build import scored, scoring
+from data_build.pictures import Entry
+from data_build.scoring import DTYPES, Batch, Preparing, by_rule, digests
+from data_build.sources import DataSet, entries, find, survey
 from preftune.cli import exit_on_user_error, parse
-from rewards import CARDS, Preprocess, Scorer
+from rewards import CARDS, Scorer
 from rewards.mix import parse_files
-from rewards.pixels import from_pil
-from rewards.together import load_all, score_all
-from rewards.weights import sha256_of
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from rewards.together import load_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,56 +74,6 @@ class Config:
             raise ValueError("--precision fp16 needs a GPU; use fp32 or bf16")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Entries that are prepared and scored together; a chunk is a whole number of them."""
-
-    entries: list[Entry]
-    next: tuple[int, int]
-    """Source and entry where the next one begins."""
-    ends_chunk: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A batch with its P pictures decoded; those that failed are among the rejected now."""
-
-    batch: Batch
-    inputs: dict[Preprocess, Tensor]
-    """(P, 3, S, S), one for each way to prepare a picture."""
-    natives: list[NDArray[np.float32]]
-    """(3, H, W) each, P of them where a scorer takes pictures as they are."""
-
-
-class Preparing(Dataset[Prepared]):
-    """What worker processes do: a batch of entries to a batch of inputs, each picture read and decoded once."""
-
-    def __init__(self, data: DataSet, rules: Sequence[Preprocess | None]) -> None:
-        self.data = data
-        self.rules = rules
-
-    def __getitem__(self, batch: Batch) -> Prepared:
-        """Return the prepared batch; the loader's sampler yields batches in place of numbers."""
-        listed: list[Entry] = []
-        prepared: list[list[Tensor]] = []  # a picture, its ways
-        for entry in batch.entries:
-            if isinstance(entry, Picture):
-                try:
-                    image = decode(read(self.data, entry))
-                    with or_unusable("undecodable"):
-                        prepared.append([from_pil(image, rule) for rule in self.rules])
-                    entry = replace(entry, content=None)
-                except UnusableError as unusable:
-                    entry = unusable.of(entry.file, entry.member)
-            listed.append(entry)
-        ways = dict(zip(self.rules, zip(*prepared, strict=True), strict=True)) if prepared else {}
-        return Prepared(
-            batch=replace(batch, entries=listed),
-            inputs={rule: torch.stack(pixels) for rule, pixels in ways.items() if rule is not None},
-            natives=[pixels.numpy() for pixels in ways.get(None, ())],
-        )
-
-
 def batches(data: DataSet, place: tuple[int, int], size: int, chunk: int) -> Iterator[Batch]:
     """All entries from a place on, where a chunk begins; what is in a batch depends on the data alone."""
     gathered: list[Entry] = []
@@ -147,72 +88,13 @@ def batches(data: DataSet, place: tuple[int, int], size: int, chunk: int) -> Ite
         yield Batch(entries=gathered, next=(len(data.sources), 0), ends_chunk=False)
 
 
-def by_rule(scorers: Sequence[Scorer]) -> dict[Preprocess | None, list[Scorer]]:
-    """Return the scorers by how they want pictures prepared; None = as they are."""
-    groups: dict[Preprocess | None, list[Scorer]] = {}
-    for scorer in scorers:
-        groups.setdefault(scorer.card.preprocess, []).append(scorer)
-    return groups
-
-
-def score(scorers: Sequence[Scorer], prepared: Prepared, device: torch.device) -> list[scored.Row]:
-    """Return the rows of a batch, one for each entry: scores, or why it was set aside."""
-    pictures = [entry for entry in prepared.batch.entries if isinstance(entry, Picture)]
-    prompts = [picture.text for picture in pictures]
-    found: list[dict[str, float]] = [{} for _ in pictures]
-    refused: dict[int, Rejected] = {}
-    for rule, group in by_rule(scorers).items():
-        names = [scorer.card.name for scorer in group]
-        if rule is not None and pictures:
-            columns = score_all(group, prepared.inputs[rule].to(device), prompts)
-            for scores, values in zip(
-                found, zip(*(column.tolist() for column in columns), strict=True), strict=True
-            ):
-                scores.update(zip(names, values, strict=True))
-        for index, native in enumerate(
-            prepared.natives if rule is None else ()
-        ):  # of any size, so one by one
-            try:
-                columns = score_all(
-                    group, torch.from_numpy(native)[None].to(device), prompts[index : index + 1]
-                )
-            except (
-                ValueError
-            ) as error:  # the judge of the shapes world reads its own captions and sizes alone
-                refused[index] = UnusableError("refused", error).of(
-                    pictures[index].file, pictures[index].member
-                )
-            else:
-                found[index].update(zip(names, [column.item() for column in columns], strict=True))
-    rows = (
-        asdict(refused[index]) if index in refused else scored_row(picture, scores, scorers)
-        for index, (picture, scores) in enumerate(zip(pictures, found, strict=True))
-    )
-    return [next(rows) if isinstance(entry, Picture) else asdict(entry) for entry in prepared.batch.entries]
-
-
-def scored_row(picture: Picture, scores: dict[str, float], scorers: Sequence[Scorer]) -> scored.Row:
-    """Return a picture's row; FloatingPointError names scorer and picture for a score that is no finite number."""
-    for name, value in scores.items():
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"{name} gave {value} for {picture.file} {picture.member} with the prompt {picture.text!r}; look at the"
-                " picture, and at --precision"
-            )
-    ordered = [scores[scorer.card.name] for scorer in scorers]
-    return {"file": picture.file, "member": picture.member, "text": picture.text, "scores": ordered}
-
-
 def check_inputs(config: Config) -> tuple[DataSet, int, dict[str, Path]]:
     """Return the data, about how many pictures it has, and weights that are not in their place; begins the output folder.
 
     ValueError before any weight loads.
     """
     files = parse_files(config.reward_files, config.rewards)
-    weights = {
-        name: {path.name: sha256_of(path) for path in rewards.check(name, files.get(name))}
-        for name in config.rewards
-    }
+    weights = digests(config.rewards, files)
     data = find(
         config.data,
         prompted=any(CARDS[name].prompted for name in config.rewards),
@@ -240,23 +122,12 @@ def score_chunks(
 ) -> None:
     """Score what is left to do and write it chunk by chunk."""
     done, place = scored.progress(config.output)
-    rules = list(by_rule(scorers))
-    loader = DataLoader(
-        Preparing(data, rules),
-        sampler=batches(data, place, config.batch, config.chunk),
-        batch_size=None,
-        num_workers=config.workers,
-    )
-    rows: list[scored.Row] = []
+    preparing = Preparing(data, list(by_rule(scorers)))
+    listed = batches(data, place, config.batch, config.chunk)
+    counts = scoring.score_chunks(config.output, preparing, listed, scorers, device, workers=config.workers)
     with tqdm(total=total, initial=min(done * config.chunk, total), desc="scoring", unit="picture") as bar:
-        for prepared in loader:
-            rows += score(scorers, prepared, device)
-            bar.update(len(prepared.batch.entries))
-            if prepared.batch.ends_chunk:
-                scored.write_chunk(config.output, done, rows, prepared.batch.next)
-                done, rows = done + 1, []
-    if rows:
-        scored.write_chunk(config.output, done, rows, (len(data.sources), 0))
+        for count in counts:
+            bar.update(count)
 
 
 @torch.no_grad()

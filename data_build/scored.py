@@ -82,7 +82,7 @@ def conclude(folder: Path, data: DataSet, names: Sequence[str], best: int) -> No
     table = folder / "scores.parquet"
     _write_table(folder, names)
     write_jsonl(
-        folder / "rejected.jsonl", (row for rows in _chunk_rows(folder) for row in rows if "reason" in row)
+        folder / "rejected.jsonl", (row for rows in chunk_rows(folder) for row in rows if "reason" in row)
     )
     summary = summarise(folder, names)
     if best and summary["count"]:
@@ -192,7 +192,7 @@ def _write_table(folder: Path, names: Sequence[str]) -> None:
     schema = pyarrow.schema([*texts, *((name, pyarrow.float32()) for name in names)])
     temporary = folder / f".scores.parquet.tmp-{os.getpid()}"
     with pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
-        for rows in _chunk_rows(folder):
+        for rows in chunk_rows(folder):
             scored = [row for row in rows if "scores" in row]
             columns = [[row[name] for row in scored] for name in ("file", "member", "text")]
             columns += [[row["scores"][index] for row in scored] for index in range(len(names))]
@@ -230,7 +230,7 @@ def _chunks(folder: Path) -> list[Path]:
     return chunks
 
 
-def _chunk_rows(folder: Path) -> Iterator[list[dict[str, Any]]]:
+def chunk_rows(folder: Path) -> Iterator[list[dict[str, Any]]]:
     """The rows of each chunk."""
     for path in _chunks(folder):
         yield read_jsonl(path)[1:]

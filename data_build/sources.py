@@ -25,8 +25,8 @@ from data_build.pictures import (
     SUFFIXES,
     Entry,
     Picture,
-    Rejected,
     UnusableError,
+    made_of,
     or_unusable,
 )
 from preftune.records import check_name, field, inside, parse_object, read_lines
@@ -186,7 +186,7 @@ def entries(data: DataSet, source: int = 0, start: int = 0) -> Iterator[tuple[in
 
 def _with_prompt(entry: Entry, *, prompted: bool) -> Entry:
     """The entry, set aside where its prompt is no text, or is needed and empty."""
-    if isinstance(entry, Rejected):
+    if not isinstance(entry, Picture):
         return entry
     if any("\ud800" <= letter <= "\udfff" for letter in entry.text):
         why = UnusableError(
@@ -331,8 +331,9 @@ def _member(file: str, member: zipfile.ZipInfo, notes: dict[str, Any], *, repeat
             raise UnusableError("undecodable", f"the name is not that of a picture ({', '.join(SUFFIXES)})")
         _check_size(member)
         with or_unusable("bad metadata"):
-            text = field(field(notes, name, dict, "the archive's JSON"), "p", str, name)
-        return Picture(file=file, member=name, text=text)
+            note = field(notes, name, dict, "the archive's JSON")
+            text = field(note, "p", str, name)
+        return Picture(file=file, member=name, text=text, made=made_of(note))
     except UnusableError as unusable:
         return unusable.of(file, name)
 

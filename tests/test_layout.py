@@ -25,8 +25,18 @@ ALLOWED = {
         "finetune.showcase",
         "finetune.tuning",
     ),
-    "data_build": ("rewards", "preftune", "data_build.pictures", "data_build.sources", "data_build.scored"),
-    "eval": ("rewards", "preftune"),
+    "data_build": (
+        "rewards",
+        "preftune",
+        "data_build.pictures",
+        "data_build.sources",
+        "data_build.scored",
+        "data_build.scoring",
+        "data_build.selection",
+        "data_build.filters",
+        "data_build.filtered",
+    ),
+    "eval": ("rewards", "preftune", "eval.columns"),
 }
 """What each folder may import of ours. Programs never import each other: they meet through files."""
 

@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 import rewards
-from data_build import score, scored, shapes, sources
+from data_build import score, scored, scoring, shapes, sources
 from golden_weights import tiny_card
 from preftune.cli import parse
 from preftune.records import read_jsonl, read_samples, write_jsonl
@@ -167,7 +167,7 @@ def test_each_picture_is_decoded_once_and_prepared_once_for_each_rule(
     torch.save(changed, clips / "changed.pt")
     files["hpsv1"] = clips / "changed.pt"
     scorers[2] = rewards.load("hpsv1", weights=files["hpsv1"])
-    for owner, name in ((score, "decode"), (score, "from_pil"), (ClipVision, "forward")):
+    for owner, name in ((scoring, "decode"), (scoring, "from_pil"), (ClipVision, "forward")):
         counted(owner, name)
     terms = tuple(f"{name}={path}" for name, path in files.items())
     columns = run(drawn, tmp_path / "out", *names, reward_files=terms, chunk=100, batch=4)
@@ -579,13 +579,13 @@ def test_a_score_that_is_no_number_stops_the_job(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It names scorer and picture; what was finished before is kept, and nothing is called complete."""
-    original = score.score_all
+    original = scoring.score_all
 
     def wrong(scorers: Any, pixels: torch.Tensor, prompts: list[str]) -> list[torch.Tensor]:
         columns = original(scorers, pixels, prompts)
         return [column.where(torch.tensor("cross" not in prompts[0]), math.nan) for column in columns]
 
-    monkeypatch.setattr(score, "score_all", wrong)
+    monkeypatch.setattr(scoring, "score_all", wrong)
     first = next(i for i, sample in enumerate(read_samples(drawn)) if "cross" in sample.text)
     with pytest.raises(
         FloatingPointError, match=rf"shapes gave nan for 000/00000{first}\.png  with the prompt '.*cross"
