@@ -1,0 +1,199 @@
+"""DiffusionDB to a data set of preferred and non-preferred pictures: what finetune/weird_lora.py learns from (paper 001).
+
+Reads the zip files as published (2M: PNG, Large: WebP, each with its JSON), scores every picture that passes the filters,
+groups by prompt over all parts, and takes the best and the worst picture of a prompt where they stand out (selection.py).
+Nothing is unzipped to the disk, and what is in memory grows by 28 bytes a scored picture (and nine for each in the NSFW
+metadata). What is broken is set aside with the reason. Killed and started again with the same flags, it goes on at the part
+where it was and ends in the same bytes. What is written: see filtered.py.
+
+    python data_build/diffusiondb.py --data images/ --rewards hpsv1 --output data/filtered
+    python data_build/diffusiondb.py --data large-1/ large-2/ --rewards hpsv2.1 --metadata metadata-large.parquet --max-image-nsfw 0.9
+
+2M has nearly always one picture a prompt; groups of four are in Large. The released code scored with another activation than
+the one HPS v1 was trained with; rewards/ scores as its README does. Captions stay free of the "Weird image. " prefix, and ordinary
+pictures join when a driver starts (--regularisation): both are finetune/weird_lora.py's.
+Hardware: as score.py. Left out: several GPUs; prompts that are too rare to be selected are scored all the same.
+"""
+
+import glob
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from data_build import filtered, scored, scoring
+from data_build.filters import Filters, Nsfw
+from data_build.scoring import DTYPES, Batch, Preparing
+from data_build.selection import Selection
+from data_build.sources import DataSet, entries, survey
+from preftune.cli import exit_on_user_error, parse
+from rewards import CARDS
+from rewards.mix import parse_files
+from rewards.together import load_all
+from rewards.weights import sha256_of
+
+COSINES = ("hpsv1", "hpsv2", "hpsv2.1", "clipscore", "blipscore")
+"""Scorers that give plain cosines, of which the published rule takes 100 times as many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Select preferred and non-preferred pictures of DiffusionDB; gives an imagefolder whose rows have a kind."""
+
+    data: tuple[str, ...]
+    """Folders of part-NNNNNN.zip, such files, or quoted patterns such as 'images/part-0000*.zip'."""
+    rewards: str
+    """The scorer; `python -m rewards` lists them."""
+    output: Path
+    """Folder to create; until it is complete, what is done lies beside it in OUTPUT.building."""
+    reward_files: tuple[str, ...] = ()
+    """The scorer's weights on disk, as hpsv1=PATH."""
+    selection: Annotated[Selection, tyro.conf.arg(name="")] = field(default_factory=Selection)
+    filters: Annotated[Filters, tyro.conf.arg(name="")] = field(default_factory=Filters)
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Arithmetic of the scorer's towers; scores are float32."""
+    batch: int = 32
+    """Pictures in one pass."""
+    workers: int = 2
+    """Processes that read and decode; 0 = this one does it."""
+    shown: int = 12
+    """Prompts whose pictures the report shows."""
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ValueError("--data needs a folder of part-NNNNNN.zip, or such files")
+        if self.rewards not in CARDS:
+            raise ValueError(f"unknown scorer {self.rewards!r}; one of {', '.join(CARDS)}")
+        for name, value, least in (
+            ("batch", self.batch, 1), ("workers", self.workers, 0), ("shown", self.shown, 1),
+        ):  # fmt: skip
+            if value < least:
+                raise ValueError(f"--{name} must be at least {least}, got {value}")
+        if self.precision == "fp16" and not torch.cuda.is_available():
+            raise ValueError("--precision fp16 needs a GPU; use fp32 or bf16")
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied by in the softmax."""
+        published = 100.0 if self.rewards in COSINES else 1.0
+        return published if self.selection.scale is None else self.selection.scale
+
+
+def find(terms: tuple[str, ...]) -> DataSet:
+    """Return the parts that these folders, files and patterns name, sorted; ValueError where there is none."""
+    paths: list[Path] = []
+    for term in terms:
+        path = Path(term)
+        found = sorted(path.glob("*.zip")) if path.is_dir() else [path] if path.is_file() else []
+        found = found or [Path(name) for name in sorted(glob.glob(term)) if Path(name).is_file()]
+        found = [path for path in found if not path.name.startswith(".")]
+        if not found:
+            raise ValueError(
+                f"there is no data at {term}; --data names folders of part-NNNNNN.zip, or such files"
+            )
+        if wrong := [path for path in found if path.suffix.lower() != ".zip"]:
+            raise ValueError(f"{wrong[0]} is no zip file; for other data see data_build/score.py")
+        paths += [Path(os.path.abspath(path)) for path in found]
+    root = Path(os.path.commonpath([path.parent for path in paths]))
+    sources = sorted(path.relative_to(root).as_posix() for path in paths)
+    if twice := [first for first, second in itertools.pairwise(sources) if first == second]:
+        raise ValueError(f"--data names {root / twice[0]} twice")
+    return DataSet(
+        root=root, kind="zip", sources=tuple(sources), prompted=True, prompt="", image_column="", text_column=None
+    )  # fmt: skip
+
+
+def batches(data: DataSet, first: int, size: int, filters: Filters, nsfw: Nsfw | None) -> Iterator[Batch]:
+    """All entries of all parts from one on; a chunk is a part."""
+    for source, numbered in itertools.groupby(entries(data, first), key=lambda numbered: numbered[0]):
+        listed = [filters.listed(entry, nsfw) for *_, entry in numbered]
+        for start in range(0, len(listed), size):
+            last = start + size >= len(listed)
+            yield Batch(entries=listed[start : start + size], next=(source + 1, 0), ends_chunk=last)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be done, checked before any weight loads."""
+
+    data: DataSet
+    total: int
+    """About how many pictures it has."""
+    files: dict[str, Path]
+    """Weights that are not in their place."""
+    building: Path
+    """Where the work is until it is done."""
+    nsfw: Nsfw | None
+    record: dict[str, Any]
+    """For job.json: all that the result depends on."""
+
+
+def check_inputs(config: Config) -> Job | None:
+    """Return the job, whose folder is begun, or None where it is done; ValueError before any weight loads."""
+    files = parse_files(config.reward_files, (config.rewards,))
+    weights = scoring.digests([config.rewards], files)
+    data = find(config.data)
+    if any(config.output.resolve() == Path(os.path.abspath(term)).resolve() for term in config.data):
+        raise ValueError(f"--output {config.output} is the data; choose a folder beside it")
+    digest, total = survey(data)
+    filters = asdict(config.filters)
+    if config.filters.metadata is not None:
+        filters["metadata"] = sha256_of(config.filters.metadata)
+    scores = {"rewards": config.rewards, "data": digest, "precision": config.precision, "weights": weights}
+    scores |= json.loads(json.dumps({name: value for name, value in filters.items() if name != "duplicates"}))
+    rule = asdict(config.selection) | {"scale": config.scale}
+    record = {**scores, "duplicates": config.filters.duplicates, "selection": rule, "shown": config.shown}
+    building = config.output.with_name(f"{config.output.name}.building")
+    if config.output.exists():
+        if not filtered.is_of(config.output, record):
+            raise ValueError(f"{config.output} exists already; remove it or choose another --output")
+        shutil.rmtree(building, ignore_errors=True)
+        return None
+    nsfw = Nsfw(config.filters, data.sources) if config.filters.metadata is not None else None
+    scored.begin(building, scores)  # another rule may be tried on the same scores
+    return Job(data=data, total=total, files=files, building=building, nsfw=nsfw, record=record)
+
+
+def score(config: Config, job: Job, device: torch.device) -> None:
+    """Score the parts that are left, and write a chunk for each."""
+    done, (first, _) = scored.progress(job.building)
+    if first == len(job.data.sources):
+        return
+    with exit_on_user_error():
+        dtype = DTYPES[config.precision]
+        scorers = load_all([config.rewards], files=job.files, device=device, dtype=dtype)
+    preparing = Preparing(job.data, list(scoring.by_rule(scorers)), config.filters)
+    listed = batches(job.data, first, config.batch, config.filters, job.nsfw)
+    counts = scoring.score_chunks(job.building, preparing, listed, scorers, device, workers=config.workers)
+    start = sum(len(rows) for rows in scored.chunk_rows(job.building)) if done else 0
+    with tqdm(total=job.total, initial=start, desc="scoring", unit="picture") as bar:
+        for count in counts:
+            bar.update(count)
+
+
+@torch.no_grad()
+def main(config: Config) -> None:
+    """Score what is left, select, write the data set under a temporary name, rename it and report."""
+    with exit_on_user_error():
+        job = check_inputs(config)
+    if job is not None:
+        score(config, job, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        filtered.write(
+            job.building, job.data, config.selection, config.scale,
+            duplicates=config.filters.duplicates, name=config.rewards, shown=config.shown, record=job.record,
+        )  # fmt: skip
+        (job.building / filtered.FOLDER).rename(config.output)
+        shutil.rmtree(job.building)
+    print(f"{filtered.report(config.output)}\n{config.output}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(parse(Config))
