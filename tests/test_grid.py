@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import tiny
-from eval import grid
+from eval import columns, grid
 from preftune import cli, families
 from preftune.lora import FILE, LoRA
 from preftune.sampling import Drawing
@@ -338,7 +338,7 @@ def add_wrong_folders(stage: Path) -> None:
 def test_a_lora_that_does_not_fit_stops_before_the_first_picture(
     stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(grid, "sample", lambda *_, **__: pytest.fail("a picture was drawn"))
+    monkeypatch.setattr(columns, "sample", lambda *_, **__: pytest.fail("a picture was drawn"))
     wrong = {
         name: torch.zeros(value.shape[0] + 1, value.shape[1] + 1)
         for name, value in load_file(stage / "run" / "lora" / FILE).items()
