@@ -1,0 +1,363 @@
+"""The methods table: train several methods from one model with several seeds, and judge all of them on the same pictures.
+
+A method is NAME=DRIVER FLAGS, a command as one would type it: each is started by `accelerate launch` with --model, --seed
+and --output added, in RUNS/NAME-SEED, and goes on where it was when the comparison is started again; a finished run is not
+trained twice. All then draw the same held-out prompts from the same noise as the base. Paper 002, Table 4 and Fig. 6: wins,
+ties and win rate of a method against the base, and between all methods. The budget is the methods' own flags: give each the
+same number of pictures, and see the column `images`, which counts those that updates have seen.
+
+    python eval/compare.py --config eval/configs/methods_tiny.yaml
+    python eval/compare.py --methods "refl=finetune/refl.py --config refl.yaml" "weird=finetune/weird_lora.py --config weird.yaml" \
+        --negatives "weird=Weird image. " --model SD_FOLDER --prompts held_out.txt --rewards imagereward=1 hpsv2.1=1
+
+Win rate is wins / (wins + losses), as there. Intervals are 95 % bootstrap intervals over prompts, seeds pooled. In the shapes
+world `shapes` is the gold score that no method has seen. Writes table.csv, scores.csv, wins.png, grid.png and report.html.
+"""
+
+import csv
+import math
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+
+import jinja2
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import rewards
+from eval.columns import Column, base64_png, draw, parse_column, score, write_text
+from preftune import families
+from preftune.cli import exit_on_user_error, parse
+from preftune.images import captioned_grid, save_image
+from preftune.prompts import read_prompts
+from preftune.records import read_jsonl
+from preftune.sampling import Drawing
+from rewards.mix import Mix, parse_files, parse_weights
+from rewards.together import load_all
+
+ROOT = Path(__file__).resolve().parents[1]
+TEMPLATE = Path(__file__).with_suffix(".html.jinja")
+BASE = "base"
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train methods from one model and judge them on the same prompts and seeds."""
+
+    methods: tuple[str, ...]
+    """NAME=DRIVER FLAGS each, DRIVER a file such as finetune/refl.py; --model, --seed and --output are added."""
+    model: Path = Path("assets/tiny/pipeline")
+    """Pipeline folder that every method starts from."""
+    prompts: Path = Path("assets/tiny/held_out.txt")
+    """Held-out prompt file."""
+    count: int = 256
+    """At most so many prompts, the first of the file."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """A training run of each method for each; prompt i is drawn with seed i whatever the run's."""
+    rewards: tuple[str, ...] = ("imagereward-tiny=1.0", "shapes=1.0")
+    """Scorers that judge, a column each; the weights only say which there are."""
+    reward_files: tuple[str, ...] = ()
+    """Weights of scorers on disk, as imagereward=PATH."""
+    negatives: tuple[str, ...] = ()
+    """NAME=TEXT: the negative prompt of a method's pictures, as "weird=Weird image. "; base=TEXT gives the base one."""
+    grid_rows: int = 6
+    """Prompts in the grid."""
+    draw: Drawing = field(default_factory=Drawing)
+    output: Path = Path("runs/compare")
+    """Folder of the report; runs lie in its runs/."""
+
+    def __post_init__(self) -> None:
+        names = [name for name, _ in map(split, self.methods)]
+        if not names or len({*names, BASE}) != len(names) + 1:
+            raise ValueError(
+                f"--methods needs methods with different names other than {BASE}, got {', '.join(names)}"
+            )
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"--seeds needs different numbers of 0 or more, got {self.seeds}")
+        for name, value in (("count", self.count), ("grid-rows", self.grid_rows)):
+            if value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
+        if unknown := {name for name, _ in map(split, self.negatives)} - {*names, BASE}:
+            raise ValueError(
+                f"--negatives names {min(unknown)}, which is none of {', '.join([BASE, *names])}"
+            )
+        parse_files(self.reward_files, parse_weights(self.rewards))
+
+    def commands(self) -> dict[str, list[str]]:
+        """Return name -> driver and flags."""
+        return {name: shlex.split(text) for name, text in map(split, self.methods)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What the table says of a method by one scorer, against the base."""
+
+    method: str
+    scorer: str
+    mean: float
+    change: float
+    low: float
+    high: float
+    wins: int
+    ties: int
+    losses: int
+    images: int
+
+    @property
+    def win_rate(self) -> float:
+        """Return wins / (wins + losses); NaN where all are ties."""
+        return self.wins / (self.wins + self.losses) if self.wins + self.losses else math.nan
+
+
+def split(term: str) -> tuple[str, str]:
+    """Return NAME and TEXT of NAME=TEXT; ValueError where one of them is missing, or the name is no plain word."""
+    name, equals, text = term.partition("=")
+    if not equals or not text.strip() or not name.replace("-", "").replace("_", "").isalnum():
+        raise ValueError(f"{term!r} is not NAME=TEXT with a name of letters, digits, - and _")
+    return name, text
+
+
+def check_inputs(config: Config) -> list[str]:
+    """Return the prompts; ValueError for what is wrong before anything is trained."""
+    families.check(config.model)
+    weights = parse_weights(config.rewards)
+    files = parse_files(config.reward_files, weights)
+    for name in weights:
+        rewards.check(name, files.get(name))
+    for name, command in config.commands().items():
+        if not command[0].endswith(".py") or not Path(command[0]).is_file():
+            raise ValueError(
+                f"method {name}: {command[0]} is no driver; give a file such as finetune/refl.py"
+            )
+        if taken := {"--model", "--seed", "--output", "--overwrite", "--resume"} & {
+            flag.partition("=")[0] for flag in command
+        }:
+            raise ValueError(f"method {name}: {min(taken)} is set by the comparison; leave it out")
+    config.output.mkdir(parents=True, exist_ok=True)
+    return read_prompts(config.prompts)[: config.count]
+
+
+def train(config: Config, name: str, seed: int) -> Path:
+    """Train a method with a seed unless that is done, and return its run's folder; ValueError where the driver fails."""
+    driver, *flags = config.commands()[name]
+    folder = config.output / "runs" / f"{name}-{seed}"
+    if (folder / "lora").is_dir() or (folder / "unet").is_dir():
+        return folder
+    log = folder.with_name(f"{folder.name}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    added = ["--model", str(config.model), "--seed", str(seed), "--output", str(folder), "--resume", "auto"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", driver, *flags, "--no-overwrite", *added]
+    print(f"{name}, seed {seed}: {shlex.join(command[3:])}", flush=True)  # noqa: T201
+    with log.open("w") as file:
+        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        code = subprocess.run(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": paths},
+            check=False,
+        ).returncode
+    if code:
+        lines = log.read_text(errors="replace").strip().splitlines()
+        told = [line for line in lines if ": error: " in line] or lines[-1:]
+        raise ValueError(f"method {name}, seed {seed} failed: {' '.join(told)}; see {log}")
+    return folder
+
+
+def images_seen(folder: Path) -> int:
+    """Return how many pictures the updates of a run have trained on; those that RAFT draws to choose from are not counted."""
+    settings = (folder / "config.yaml").read_text(encoding="utf-8").splitlines()
+    values = dict(line.split(": ", 1) for line in settings if ": " in line and not line.startswith("#"))
+    updates = sum("loss" in row for row in read_jsonl(folder / "metrics.jsonl"))
+    return updates * int(values["batch"]) * int(values["accumulation"])
+
+
+def bootstrap(differences: NDArray[np.float64], seed: int = 0) -> tuple[float, float, float]:
+    """Return the mean of (seeds, prompts) differences and its 95 % percentile interval over prompts."""
+    by_prompt = differences.mean(0)
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(len(by_prompt), size=(RESAMPLES, len(by_prompt)))
+    low, high = np.percentile(by_prompt[picks].mean(1), [2.5, 97.5])
+    return float(by_prompt.mean()), float(low), float(high)
+
+
+def wins_of(one: NDArray[np.float64], other: NDArray[np.float64]) -> tuple[int, int, int]:
+    """Return how often the first is better, equal and worse."""
+    return int((one > other).sum()), int((one == other).sum()), int((one < other).sum())
+
+
+def table(
+    scores: Mapping[str, NDArray[np.float64]], scorers: Sequence[str], images: Mapping[str, int]
+) -> list[Row]:
+    """Return the rows of all methods and scorers; scores are name -> (seeds, prompts, scorers), the base's first."""
+    base = scores[BASE]
+    rows = []
+    for name, found in scores.items():
+        for column, scorer in enumerate(scorers):
+            difference = found[:, :, column] - base[:, :, column]
+            change, low, high = bootstrap(difference)
+            wins, ties, losses = wins_of(found[:, :, column], base[:, :, column])
+            rows.append(
+                Row(
+                    method=name, scorer=scorer, mean=float(found[:, :, column].mean()), change=change, low=low, high=high,
+                    wins=wins, ties=ties, losses=losses, images=images[name],
+                )
+            )  # fmt: skip
+    return rows
+
+
+def win_rates(scores: Mapping[str, NDArray[np.float64]], column: int) -> NDArray[np.float64]:
+    """Return (methods, methods): the win rate of the row's method against the column's by one scorer; NaN on the diagonal."""
+    names = list(scores)
+    rates = np.full((len(names), len(names)), np.nan)
+    for i, one in enumerate(names):
+        for j, other in enumerate(names):
+            wins, _, losses = wins_of(scores[one][:, :, column], scores[other][:, :, column])
+            if wins + losses:
+                rates[i, j] = wins / (wins + losses)
+    return rates
+
+
+def heat_maps(scores: Mapping[str, NDArray[np.float64]], scorers: Sequence[str], path: Path) -> None:
+    """Write the win rates between all methods as a picture, a map for each scorer."""
+    names = list(scores)
+    side = 1.1 * len(names) + 1.6
+    figure, axes = plt.subplots(
+        1, len(scorers), figsize=(side * len(scorers), side), squeeze=False, layout="constrained"
+    )
+    for column, (axis, scorer) in enumerate(zip(axes[0], scorers, strict=True)):
+        rates = win_rates(scores, column)
+        axis.imshow(rates, cmap="RdBu", vmin=0, vmax=1)
+        axis.set_title(f"win rate of row over column: {scorer}", fontsize=9)
+        axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
+        axis.set_yticks(range(len(names)), names)
+        for i, j in zip(*np.nonzero(np.isfinite(rates)), strict=True):
+            axis.text(j, i, f"{100 * rates[i, j]:.0f} %", ha="center", va="center", fontsize=9)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}.png")
+    figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """Return the table as CSV."""
+    names = [
+        "method",
+        "scorer",
+        "mean",
+        "change",
+        "low",
+        "high",
+        "wins",
+        "ties",
+        "losses",
+        "win_rate",
+        "images",
+    ]
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows([getattr(row, name) for name in names] for row in rows)
+    return text.getvalue()
+
+
+def to_text(rows: Sequence[Row]) -> str:
+    """Return the table as printed."""
+    lines = [
+        f"{'method':16s} {'scorer':18s} {'mean':>8s} {'change':>8s} {'95 % interval':>18s} {'wins':>6s} {'ties':>6s} {'win rate':>8s} {'images':>8s}"
+    ]
+    for row in rows:
+        interval = f"[{row.low:+.3f}, {row.high:+.3f}]"
+        against = (
+            f"{row.change:+8.3f} {interval:>18s} {row.wins:6d} {row.ties:6d} {100 * row.win_rate:7.1f}%"
+            if row.method != BASE
+            else " " * 50
+        )
+        lines.append(f"{row.method:16s} {row.scorer:18s} {row.mean:8.3f} {against} {row.images:8d}")
+    return "\n".join(lines)
+
+
+def main(config: Config) -> int:
+    """Train, draw, judge, report."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with exit_on_user_error():
+        prompts = check_inputs(config)
+        runs = {
+            (name, seed): train(config, name, seed) for name in config.commands() for seed in config.seeds
+        }
+        columns = [Column(title=BASE, source="", pipeline=config.model)]
+        columns += [
+            parse_column(f"{name}-{seed}={folder}", config.model) for (name, seed), folder in runs.items()
+        ]
+        weights = parse_weights(config.rewards)
+        files = parse_files(config.reward_files, weights)
+        mix = Mix(load_all(list(weights), files=files, device=device, dtype=torch.float32), weights, "raw")
+    said = dict(map(split, config.negatives))
+    negatives = {f"{name}-{seed}": said.get(name, "") for name, seed in runs} | {BASE: said.get(BASE, "")}
+    pictures = draw(columns, prompts, range(len(prompts)), config.draw, device, torch.float32, negatives)
+    scored = {
+        title: score(pixels, prompts, mix, config.draw.batch, device)[:, : len(mix.names)].double().numpy()
+        for title, pixels in pictures.items()
+    }
+    scores = {BASE: np.stack([scored[BASE]] * len(config.seeds))}
+    scores |= {
+        name: np.stack([scored[f"{name}-{seed}"] for seed in config.seeds]) for name in config.commands()
+    }
+    images = {BASE: 0} | {name: images_seen(runs[name, config.seeds[0]]) for name in config.commands()}
+    report(config, table(scores, mix.names, images), scores, mix.names, pictures, prompts)
+    return 0
+
+
+def report(
+    config: Config,
+    rows: Sequence[Row],
+    scores: Mapping[str, NDArray[np.float64]],
+    scorers: Sequence[str],
+    pictures: Mapping[str, Tensor],
+    prompts: Sequence[str],
+) -> None:
+    """Write the files of the comparison and print its table."""
+    folder = config.output
+    heat_maps(scores, scorers, folder / "wins.png")
+    shown = {name: pictures[name if name == BASE else f"{name}-{config.seeds[0]}"] for name in scores}
+    numbers = range(min(config.grid_rows, len(prompts)))
+    grid = captioned_grid(
+        [[pixels[i] for pixels in shown.values()] for i in numbers],
+        row_captions=[prompts[i] for i in numbers],
+        column_titles=list(shown),
+        cell_captions=[
+            [
+                "\n".join(
+                    f"{name} {value:.2f}" for name, value in zip(scorers, scores[title][0, i], strict=True)
+                )
+                for title in shown
+            ]
+            for i in numbers
+        ],
+    )
+    save_image(grid, folder / "grid.png")
+    write_text(folder / "table.csv", to_csv(rows))
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    inlined = {
+        name: base64_png(torch.from_numpy(plt.imread(folder / name)[..., :3]).permute(2, 0, 1))
+        for name in ("wins.png", "grid.png")
+    }
+    write_text(
+        folder / "report.html",
+        template.render(rows=rows, config=config, prompts=prompts, base=BASE, inlined=inlined),
+    )
+    print(f"{to_text(rows)}\n{folder / 'report.html'}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse(Config)))

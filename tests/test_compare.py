@@ -1,0 +1,146 @@
+"""eval/compare.py: drivers started as commands, the table by hand, and a whole small comparison."""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eval import compare
+from preftune import cli
+
+pytestmark = pytest.mark.usefixtures("cpu")
+
+
+def test_wins_and_bootstrap_by_hand() -> None:
+    """Two seeds, three prompts, one scorer."""
+    base = np.array([[[0.0], [1.0], [2.0]]] * 2)
+    other = np.array([[[1.0], [1.0], [1.0]], [[3.0], [1.0], [4.0]]])
+    rows = compare.table({"base": base, "x": other}, ["gold"], {"base": 0, "x": 64})
+    row = rows[1]
+    assert (row.wins, row.ties, row.losses) == (3, 2, 1)
+    assert row.win_rate == pytest.approx(0.75)
+    assert row.change == pytest.approx((1 + 0 - 1 + 3 + 0 + 2) / 6)
+    assert row.mean == pytest.approx(11 / 6)
+    assert row.low == pytest.approx(0.0), "mean by prompt: 2, 0, 0.5; the least resample is all zeros"
+    assert row.high == pytest.approx(2.0)
+    assert math.isnan(rows[0].win_rate), "the base ties with itself"
+    rates = compare.win_rates({"base": base, "x": other}, 0)
+    assert rates[1, 0] == pytest.approx(0.75)
+    assert rates[0, 1] == pytest.approx(0.25)
+    assert np.isnan(rates.diagonal()).all()
+
+
+def test_a_constant_change_has_no_width() -> None:
+    change, low, high = compare.bootstrap(np.full((3, 20), 0.25))
+    assert change == low == high == 0.25
+
+
+@pytest.fixture(scope="module")
+def report(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two methods, two seeds, from the command line."""
+    output = tmp_path_factory.mktemp("compare") / "out"
+    common = "--size 32 --updates 2 --batch 2 --accumulation 2 --lr 1e-2 --threads 1 --draw.num-steps 2 --draw.height 32 --draw.width 32"
+    methods = [
+        f"refl=finetune/refl.py --prompts {root}/prompts.txt --rewards brightness=1 --pretraining off --num-steps 3"
+        f" --window 1 1 --reward-scale 1 {common}",
+        f"weird=finetune/weird_lora.py --data {root}/pictures --lora.rank 4 {common}",
+    ]
+    argv = ["--methods", *methods, "--model", str(root / "pipeline"), "--prompts", str(root / "prompts.txt")]
+    argv += [
+        "--seeds",
+        "0",
+        "1",
+        "--count",
+        "5",
+        "--rewards",
+        "brightness=1",
+        "--negatives",
+        "weird=Weird image. ",
+    ]
+    argv += ["--draw.num-steps", "2", "--draw.height", "32", "--draw.width", "32", "--output", str(output)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        assert compare.main(cli.parse(compare.Config, argv)) == 0
+        before = (output / "table.csv").read_bytes()
+        times = {path: path.stat().st_mtime_ns for path in (output / "runs").rglob("*.safetensors")}
+        assert compare.main(cli.parse(compare.Config, argv)) == 0
+        assert (output / "table.csv").read_bytes() == before
+        assert {path: path.stat().st_mtime_ns for path in times} == times, (
+            "finished runs are not trained again"
+        )
+    return output
+
+
+def test_the_report(report: Path) -> None:
+    rows = list(csv.DictReader((report / "table.csv").open()))
+    assert [row["method"] for row in rows] == ["base", "refl", "weird"]
+    for row in rows[1:]:
+        assert int(row["wins"]) + int(row["ties"]) + int(row["losses"]) == 2 * 5
+        assert int(row["images"]) == 2 * 2 * 2
+        assert float(row["low"]) <= float(row["change"]) <= float(row["high"])
+    assert float(rows[1]["change"]) > 0, "ReFL on brightness makes pictures brighter"
+    for name in ("wins.png", "grid.png", "report.html"):
+        assert (report / name).stat().st_size > 1000
+    page = (report / "report.html").read_text()
+    assert "weird=Weird image. " in page
+    assert "<script" not in page
+    assert {path.name for path in (report / "runs").iterdir() if path.is_dir()} == {
+        "refl-0",
+        "refl-1",
+        "weird-0",
+        "weird-1",
+    }
+
+
+DRIVER = "a=finetune/refl.py --lr 1"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--methods", "a"], "'a' is not NAME=TEXT"),
+        (["--methods", "../a=finetune/refl.py"], "is not NAME=TEXT with a name of letters"),
+        (["--methods", DRIVER, DRIVER], "different names other than base, got a, a"),
+        (["--methods", "base=finetune/refl.py"], "different names other than base"),
+        (["--methods", "a=finetune/none.py"], "method a: finetune/none.py is no driver"),
+        (["--methods", "a=rm -rf x"], "method a: rm is no driver"),
+        (["--methods", "a=finetune/refl.py --seed 3"], "method a: --seed is set by the comparison"),
+        (["--methods", "a=finetune/refl.py --output=x"], "method a: --output is set by the comparison"),
+        (["--methods", DRIVER, "--seeds", "1", "1"], "--seeds needs different numbers"),
+        (["--methods", DRIVER, "--negatives", "b=x"], "--negatives names b, which is none of base, a"),
+        (["--methods", DRIVER, "--rewards", "beauty=1"], "unknown scorer"),
+        (["--methods", DRIVER, "--count", "0"], "--count must be at least 1"),
+        (["--methods", DRIVER, "--model", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_flags(
+    argv: list[str],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compare, "train", lambda *_: pytest.fail("a driver was started"))
+    with pytest.raises(SystemExit) as stop:
+        compare.main(cli.parse(compare.Config, [*argv, "--output", str(tmp_path / "out")]))
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_failing_driver_says_where_to_look(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [
+        "--methods",
+        f"a=finetune/weird_lora.py --data {tmp_path}/none",
+        "--model",
+        str(root / "pipeline"),
+    ]
+    with pytest.raises(SystemExit) as stop:
+        compare.main(cli.parse(compare.Config, [*argv, "--output", str(tmp_path / "out")]))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "method a, seed 0 failed: weird_lora.py: error: " in error
+    assert "a-0.log" in error
