@@ -236,7 +236,7 @@ def heat_maps(scores: Mapping[str, NDArray[np.float64]], scorers: Sequence[str],
     )
     for column, (axis, scorer) in enumerate(zip(axes[0], scorers, strict=True)):
         rates = win_rates(scores, column)
-        axis.imshow(rates, cmap="RdBu", vmin=0, vmax=1)
+        axis.imshow(rates, cmap="RdBu", vmin=-0.5, vmax=1.5)  # pale enough to write on
         axis.set_title(f"win rate of row over column: {scorer}", fontsize=9)
         axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
         axis.set_yticks(range(len(names)), names)
