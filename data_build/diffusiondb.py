@@ -2,7 +2,7 @@
 
 Reads the zip files as published (2M: PNG, Large: WebP, each with its JSON), scores every picture that passes the filters,
 groups by prompt over all parts, and takes the best and the worst picture of a prompt where they stand out (selection.py).
-Nothing is unzipped to the disk, and what is in memory grows by 28 bytes a scored picture (and nine for each in the NSFW
+Nothing is unzipped to the disk, and what is in memory grows by at most 100 bytes a scored picture (and nine for each in the NSFW
 metadata). What is broken is set aside with the reason. Killed and started again with the same flags, it goes on at the part
 where it was and ends in the same bytes. What is written: see filtered.py.
 
@@ -141,16 +141,21 @@ def check_inputs(config: Config) -> Job | None:
     files = parse_files(config.reward_files, (config.rewards,))
     weights = scoring.digests([config.rewards], files)
     data = find(config.data)
-    if any(config.output.resolve() == Path(os.path.abspath(term)).resolve() for term in config.data):
-        raise ValueError(f"--output {config.output} is the data; choose a folder beside it")
     digest, total = survey(data)
     filters = asdict(config.filters)
     if config.filters.metadata is not None:
         filters["metadata"] = sha256_of(config.filters.metadata)
     scores = {"rewards": config.rewards, "data": digest, "precision": config.precision, "weights": weights}
-    scores |= json.loads(json.dumps({name: value for name, value in filters.items() if name != "duplicates"}))
+    scores |= json.loads(
+        json.dumps({name: value for name, value in filters.items() if name != "keep_duplicates"})
+    )
     rule = asdict(config.selection) | {"scale": config.scale}
-    record = {**scores, "duplicates": config.filters.duplicates, "selection": rule, "shown": config.shown}
+    record = {
+        **scores,
+        "keep_duplicates": config.filters.keep_duplicates,
+        "selection": rule,
+        "shown": config.shown,
+    }
     building = config.output.with_name(f"{config.output.name}.building")
     if config.output.exists():
         if not filtered.is_of(config.output, record):
@@ -164,8 +169,9 @@ def check_inputs(config: Config) -> Job | None:
 
 def score(config: Config, job: Job, device: torch.device) -> None:
     """Score the parts that are left, and write a chunk for each."""
-    done, (first, _) = scored.progress(job.building)
-    if first == len(job.data.sources):
+    _, (first, _) = scored.progress(job.building)
+    parts = len(job.data.sources)
+    if first == parts:
         return
     with exit_on_user_error():
         dtype = DTYPES[config.precision]
@@ -173,8 +179,7 @@ def score(config: Config, job: Job, device: torch.device) -> None:
     preparing = Preparing(job.data, list(scoring.by_rule(scorers)), config.filters)
     listed = batches(job.data, first, config.batch, config.filters, job.nsfw)
     counts = scoring.score_chunks(job.building, preparing, listed, scorers, device, workers=config.workers)
-    start = sum(len(rows) for rows in scored.chunk_rows(job.building)) if done else 0
-    with tqdm(total=job.total, initial=start, desc="scoring", unit="picture") as bar:
+    with tqdm(total=job.total, initial=job.total * first // parts, desc="scoring", unit="picture") as bar:
         for count in counts:
             bar.update(count)
 
@@ -188,7 +193,7 @@ def main(config: Config) -> None:
         score(config, job, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         filtered.write(
             job.building, job.data, config.selection, config.scale,
-            duplicates=config.filters.duplicates, name=config.rewards, shown=config.shown, record=job.record,
+            keep_duplicates=config.filters.keep_duplicates, name=config.rewards, shown=config.shown, record=job.record,
         )  # fmt: skip
         (job.building / filtered.FOLDER).rename(config.output)
         shutil.rmtree(job.building)

@@ -96,7 +96,7 @@ def write(
     rule: Selection,
     scale: float,
     *,
-    duplicates: bool,
+    keep_duplicates: bool,
     name: str,
     shown: int,
     record: Mapping[str, Any],
@@ -106,7 +106,7 @@ def write(
     shutil.rmtree(folder, ignore_errors=True)
     (folder / REPORT).mkdir(parents=True)
     table = read_table(building)
-    table = table if duplicates else table.without_duplicates()
+    table = table if keep_duplicates else table.without_duplicates()
     chosen = sorted(select(table.prompts, table.scores, rule, scale), key=lambda one: one.index)
     write_jsonl(folder / "metadata.jsonl", copied(building, folder, data, table, chosen))
     rejected = (row for rows in scored.chunk_rows(building) for row in rows if "reason" in row)

@@ -27,9 +27,9 @@ PART = re.compile(r"part-(\d+)\.zip")
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
-    """What a picture must be like; by default nothing but not blurred."""
+    """What a picture must be like; by default neither blurred nor a duplicate."""
 
-    blurred: bool = False
+    keep_blurred: bool = False
     """Keep blurred pictures, too. The published test: no pixel is 10 of 255 above its left neighbour."""
     sizes: tuple[str, ...] = ()
     """Widths and heights to keep, such as 512x512; none = all."""
@@ -43,7 +43,7 @@ class Filters:
     """Greatest prompt_nsfw to keep, in [0, 1]."""
     normalise_prompts: bool = False
     """Strip prompts and make one space of several, before they are scored and grouped."""
-    duplicates: bool = False
+    keep_duplicates: bool = False
     """Keep pictures of the same prompt, seed, guidance, steps, sampler and size, too; else the first is kept."""
 
     def __post_init__(self) -> None:
@@ -65,7 +65,7 @@ class Filters:
         """Return the name of the filter that a decoded picture does not pass, or None."""
         if self.sizes and f"{image.width}x{image.height}" not in self.sizes:
             return "size"
-        return "blurred" if not self.blurred and is_blurred(image) else None
+        return "blurred" if not self.keep_blurred and is_blurred(image) else None
 
     def listed(self, entry: Entry, nsfw: "Nsfw | None") -> Entry:
         """Return an entry with its prompt normalised, or filtered by what is known before it is read."""

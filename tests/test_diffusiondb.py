@@ -30,6 +30,7 @@ from data_build.filters import Filters
 from data_build.selection import Selection
 from preftune.cli import parse
 from preftune.records import read_jsonl, read_samples
+from rewards import CARDS
 from rewards.pixels import from_pil
 from rewards.shapes_drawing import change_one_word, draw, place, random_defects, random_scene, to_bytes
 
@@ -274,8 +275,15 @@ def test_other_rules_and_scorers(parts: tuple[Path, dict[tuple[str, str], str]],
     assert summary_of(tmp_path / "threshold")["rule"] == {
         "name": "threshold", "min_group": 1, "scale": SCALE, "high": 0.8, "low": 0.2,
     }  # fmt: skip
-    assert config(folder, tmp_path, rewards="hpsv1", scale=None).scale == 100
-    assert config(folder, tmp_path, rewards="pickscore", scale=None).scale == 1
+
+
+def test_cosines_are_multiplied_by_a_hundred(tmp_path: Path) -> None:
+    cosines = {name for name, card in CARDS.items() if card.prompted and card.clip and not card.clip.scaled}
+    assert {*diffusiondb.COSINES} == cosines | {"blipscore"}
+    for name in CARDS:
+        scale = config(tmp_path, tmp_path, rewards=name, scale=None).scale
+        assert scale == (100 if name in diffusiondb.COSINES else 1)
+    assert config(tmp_path, tmp_path, rewards="hpsv1", scale=3.0).scale == 3
 
 
 def test_the_report_shows_what_was_selected(tmp_path: Path) -> None:
@@ -335,7 +343,7 @@ def test_each_filter(tmp_path: Path) -> None:
     def left(**changes: Any) -> tuple[set[str], dict[str, int], int]:
         """Which odd pictures are left, what was filtered, and the number of prompts."""
         output = tmp_path / "out"
-        settings = {"blurred": True, "duplicates": True} | changes
+        settings = {"keep_blurred": True, "keep_duplicates": True} | changes
         rows = run(tmp_path / "data", output, rewards="brightness", rule="threshold", low=2.0, min_group=1, **settings)  # fmt: skip
         summary = summary_of(output)
         shutil.rmtree(output)
@@ -348,14 +356,14 @@ def test_each_filter(tmp_path: Path) -> None:
 
     everything = {name for name, *_ in odd}
     assert left() == (everything, {}, 2)
-    assert left(blurred=False) == (everything - {"blurred.png"}, {"blurred": 1}, 2)
+    assert left(keep_blurred=False) == (everything - {"blurred.png"}, {"blurred": 1}, 2)
     assert left(sizes=("64x64", "8x8")) == (everything - {"wide.png", "again_wide.png"}, {"size": 2}, 2)
     unwanted = everything - {"ddim.png", "unsaid.png"}
     assert left(samplers=("k_lms",)) == (unwanted, {"sampler": 2}, 2)
     # The same but for its size is another picture, and so is one with another prompt.
-    assert left(duplicates=False) == (everything - {"again.png"}, {"duplicate": 1}, 2)
+    assert left(keep_duplicates=False) == (everything - {"again.png"}, {"duplicate": 1}, 2)
     unspaced = everything - {"again.png", "spaced.png"}
-    assert left(duplicates=False, normalise_prompts=True) == (unspaced, {"duplicate": 2}, 1)
+    assert left(keep_duplicates=False, normalise_prompts=True) == (unspaced, {"duplicate": 2}, 1)
 
 
 def test_pictures_of_unknown_making_are_no_duplicates() -> None:
@@ -414,7 +422,7 @@ def test_nsfw_figures_of_the_metadata(tmp_path: Path, monkeypatch: pytest.Monkey
     write_part(tmp_path / "data" / "part-000004.zip", pictures)
     names = [name for name, *_ in pictures]
     figures: list[tuple[float | None, float | None]] = [
-        (0.1, 0.1), (0.5, 0.1), (0.6, 0.1), (2.0, 0.1), (None, 0.1), (0.1, 0.9), (0.1, math.nan),
+        (0.1, 0.1), (0.5, 0.1), (0.6, 0.1), (2.0, 0.9), (None, 0.1), (0.1, 0.9), (0.1, math.nan),
     ]  # fmt: skip
     rows = [(name, 4, *pair) for name, pair in zip(names, figures, strict=False)]
     rows += [(names[7], 5, 0.1, 0.1), ("other.png", 9, 0.1, 0.1)]  # another part's, of the same name
@@ -438,7 +446,7 @@ def test_nsfw_figures_of_the_metadata(tmp_path: Path, monkeypatch: pytest.Monkey
     unknown = {"not in the metadata": 1}
     assert left(max_image_nsfw=0.5) == ([0, 1, 5, 6], {"image_nsfw": 3, **unknown})
     assert left(max_image_nsfw=1) == ([0, 1, 2, 5, 6], {"image_nsfw": 2, **unknown})
-    assert left(max_prompt_nsfw=0.5) == ([0, 1, 2, 3, 4], {"not in the metadata": 1, "prompt_nsfw": 2})
+    assert left(max_prompt_nsfw=0.5) == ([0, 1, 2, 4], {"not in the metadata": 1, "prompt_nsfw": 3})
     both = {"image_nsfw": 3, "not in the metadata": 1, "prompt_nsfw": 2}
     assert left(max_image_nsfw=0.5, max_prompt_nsfw=0.5) == ([0, 1], both)
 
