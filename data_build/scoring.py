@@ -5,6 +5,9 @@ set aside or filtered. What is in a batch is the caller's business.
 """
 
 import math
+import os
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -95,6 +98,18 @@ class Preparing(Dataset[Prepared]):
         )
 
 
+def end_with_parent(_: int) -> None:
+    """Let a worker process end when its parent was killed; else it would wait for ever to hand over what nobody reads."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def by_rule(scorers: Sequence[Scorer]) -> dict[Preprocess | None, list[Scorer]]:
     """Return the scorers by how they want pictures prepared; None = as they are."""
     groups: dict[Preprocess | None, list[Scorer]] = {}
@@ -160,7 +175,14 @@ def score_chunks(
 ) -> Iterator[int]:
     """Write the chunks of these batches after those that the folder has; yields how many entries are done, batch by batch."""
     done, rows = scored.progress(folder)[0], list[scored.Row]()
-    for prepared in DataLoader(preparing, sampler=batches, batch_size=None, num_workers=workers):
+    loader = DataLoader(
+        preparing,
+        sampler=batches,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=end_with_parent if workers else None,
+    )
+    for prepared in loader:
         rows += score_batch(scorers, prepared, device)
         if prepared.batch.ends_chunk:
             scored.write_chunk(folder, done, rows, prepared.batch.next)

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 import zipfile
 from collections import Counter
@@ -25,8 +26,9 @@ import torch
 from PIL import Image, ImageFilter
 
 import rewards
-from data_build import diffusiondb, filtered, filters
+from data_build import diffusiondb, filtered, filters, scoring
 from data_build.filters import Filters
+from data_build.pictures import made_of
 from data_build.selection import Selection
 from preftune.cli import parse
 from preftune.records import read_jsonl, read_samples
@@ -386,6 +388,11 @@ def test_hostile_settings_of_a_picture(hostile: object, tmp_path: Path) -> None:
     assert summary_of(tmp_path / "out")["scored"] == 4
 
 
+def test_what_is_said_of_the_making() -> None:
+    assert made_of({"se": 1, "c": 7, "st": 50, "sa": "k_lms"}) == (1, 7, 50, "k_lms")
+    assert made_of({"se": True, "c": "7", "st": 50.0, "sa": 3}) == (None,) * 4
+
+
 def image_of(rows: list[list[int]]) -> Image.Image:
     return Image.fromarray(np.array(rows, np.uint8)[:, :, None].repeat(3, 2))
 
@@ -541,6 +548,34 @@ def test_killed_at_random_and_resumed(parts: tuple[Path, dict[tuple[str, str], s
     killed_at_random(parts[0], tmp_path / "killed", 2)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_no_worker_outlives_a_killed_builder(
+    parts: tuple[Path, dict[tuple[str, str], str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that waits to hand over pictures."""
+
+    def wait(*_: Any) -> None:
+        (tmp_path / "waits").touch()
+        time.sleep(60)
+
+    monkeypatch.setattr(scoring, "score_batch", wait)
+    process = child(lambda: diffusiondb.main(config(parts[0], tmp_path / "out", workers=1)))
+    until((tmp_path / "waits").exists)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(workers) == 1
+    time.sleep(1)  # the pipe fills
+    process.kill()
+    process.join()
+    until(lambda: not any(Path(f"/proc/{worker}/fd").exists() for worker in workers))
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_killed_twenty_times_and_resumed(
     parts: tuple[Path, dict[tuple[str, str], str]], tmp_path: Path
@@ -649,6 +684,11 @@ def test_another_job_in_the_same_folder_is_refused(
     with pytest.raises(SystemExit):
         run(parts[0], tmp_path / "out", **changes)
     assert f"was begun with {words}" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "digests", lambda *_: {"shapes": {"model.pt": "another"}})
+        with pytest.raises(SystemExit):
+            run(parts[0], tmp_path / "out")
+    assert "was begun with weights" in capsys.readouterr().err
     run(parts[0], tmp_path / "out")
     with pytest.raises(SystemExit):
         run(parts[0], tmp_path / "out", **changes)
