@@ -29,6 +29,7 @@ from PIL import Image
 
 import rewards
 from data_build import score, scored, scoring, shapes, sources
+from data_build.pictures import Picture, UnusableError, decode
 from golden_weights import tiny_card
 from preftune.cli import parse
 from preftune.records import read_jsonl, read_samples, write_jsonl
@@ -356,6 +357,40 @@ def test_captions_are_not_needed_where_nobody_reads_them(drawn: Path, tmp_path: 
     assert run(data, tmp_path / "folder", "brightness")["brightness"] == columns["brightness"]
 
 
+@pytest.mark.parametrize("kind", [*PLACES, "imagefolder", "broken table"])
+def test_a_listing_goes_on_from_any_place(kind: str, drawn: Path, tmp_path: Path) -> None:
+    """What is listed from an entry on is the end of the whole list, and each picture can be read again by its name."""
+    path = (
+        drawn
+        if kind == "imagefolder"
+        else write_kind(
+            "tables of bytes" if kind == "broken table" else kind, tmp_path / "data", encoded(drawn)
+        )
+    )
+    if kind == "broken table":
+        path = path / "a.parquet"
+        write_table(path, as_struct(encoded(drawn)), STRUCT, group=3)
+        break_row_group(path, 1)
+    found = sources.find(path, prompted=True, prompt="", image_column="image", text_column="text")
+    whole = list(sources.entries(found))
+    assert len(whole) == (5 if kind == "broken table" else COUNT)
+    for index, (source, number, entry) in enumerate(whole):
+        assert list(sources.entries(found, source, number)) == whole[index:]
+        assert list(sources.entries(found, source, number + 1)) == whole[index + 1 :]
+        if isinstance(entry, Picture):
+            pixels = np.asarray(decode(sources.read(found, replace(entry, content=None))))
+            original = next(sample for sample in read_samples(drawn) if sample.text == entry.text)
+            assert np.array_equal(pixels, np.asarray(Image.open(original.path)))
+
+
+def break_row_group(path: Path, group: int) -> None:
+    """Overwrite a row group's pictures."""
+    column = pyarrow.parquet.read_metadata(path).row_group(group).column(0)
+    start, length = column.dictionary_page_offset or column.data_page_offset, column.total_compressed_size
+    whole = path.read_bytes()
+    path.write_bytes(whole[:start] + b"\xee" * length + whole[start + length :])
+
+
 # ---------------------------------------------------------------- what is wrong with data
 
 
@@ -376,6 +411,15 @@ def bad_pictures(good: bytes) -> dict[str, tuple[bytes, str]]:
         "header.png": (huge_header(), "too large"),
         "thin.png": (png(1, 101), "too large"),
     }
+
+
+def test_a_decoded_picture_is_read_to_its_end(drawn: Path) -> None:
+    good = encoded(drawn)[0][1]
+    assert decode(good).size == (64, 64)
+    for name, (content, reason) in bad_pictures(good).items():
+        with pytest.raises(UnusableError) as refusal:
+            decode(content)
+        assert refusal.value.reason == reason, name
 
 
 def huge_header() -> bytes:
@@ -549,9 +593,7 @@ def test_broken_tables(chunk: int, drawn: Path, tmp_path: Path) -> None:
     folder.mkdir()
     write_table(folder / "a.parquet", as_struct(pictures[:6]), STRUCT)
     whole = (folder / "a.parquet").read_bytes()
-    middle = pyarrow.parquet.read_metadata(folder / "a.parquet").row_group(1).column(0)
-    start, length = middle.dictionary_page_offset or middle.data_page_offset, middle.total_compressed_size
-    (folder / "a.parquet").write_bytes(whole[:start] + b"\xee" * length + whole[start + length :])
+    break_row_group(folder / "a.parquet", 1)
     (folder / "b.parquet").write_bytes(whole[: len(whole) // 2])
     (folder / "c.parquet").write_bytes(b"PAR1")
     pyarrow.parquet.write_table(pyarrow.table({"image": [pictures[0][1]]}), folder / "d.parquet")
