@@ -34,7 +34,7 @@ from preftune.records import check_name, field, inside, parse_object, read_lines
 Kind = Literal["imagefolder", "pictures", "parquet", "zip"]
 
 ROWS = 16
-"""Rows of a table that are in memory at a time."""
+"""Rows of a table that are unpacked at a time; arrow holds the page that they are in, at most a row group."""
 MAX_PROMPT = 20_000
 """Characters; tokenisers read a text to its end before they cut it."""
 TAIL = 1 << 18
