@@ -81,8 +81,8 @@ class Config:
                 raise ValueError(
                     f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}"
                 )
-        if min(self.batch) < 1:
-            raise ValueError(f"--batch must be at least 1, got {min(self.batch)}")
+        if min(self.batch, default=0) < 1:
+            raise ValueError(f"--batch must be at least 1, got {self.batch}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +225,11 @@ def weights_of(config: Config, name: str) -> Path | None:
         return None
     if config.workdir is None:
         raise ValueError(f"--scorers {name} needs --workdir, a folder for random weights of its size")
-    path: Path = fresh(write_scorer, name, config.workdir, config.clip_vocab, config.bert_vocab)
+    path: Path | None = fresh(write_scorer, name, config.workdir, config.clip_vocab, config.bert_vocab)
+    if path is None:
+        raise ValueError(
+            f"--scorers {name}: the process that wrote its weights was killed; it needs more memory"
+        )
     return path
 
 

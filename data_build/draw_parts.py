@@ -11,6 +11,7 @@ written whole, and those that are there already are not drawn again.
 Hardware: the embedded model draws 25 pictures/s on one CPU core at 16 steps; Stable Diffusion wants a GPU.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -70,7 +71,8 @@ def begin(config: Config) -> list[str]:
     """Return the prompts, and begin the folder; ValueError for what is wrong, before the model loads."""
     families.check(config.model)
     prompts = read_prompts(config.prompts)[: config.count]
-    settings = {key: str(value) for key, value in asdict(config).items() if key not in ("output", "count")}
+    settings = {key: str(value) for key, value in asdict(config).items() if key != "output"}
+    settings["text of prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     record = config.output / "job.json"
     if record.is_file():
         begun = json.loads(record.read_text())

@@ -6,7 +6,6 @@ trained twice. All then draw the same held-out prompts from the same noise as th
 ties and win rate of a method against the base, and between all methods. The budget is the methods' own flags: give each the
 same number of pictures, and see the column `images`, which counts those that updates have seen.
 
-    python eval/compare.py --config eval/configs/methods_tiny.yaml
     python eval/compare.py --methods "refl=finetune/refl.py --config refl.yaml" "weird=finetune/weird_lora.py --config weird.yaml" \
         --negatives "weird=Weird image. " --model SD_FOLDER --prompts held_out.txt --rewards imagereward=1 hpsv2.1=1
 
@@ -14,15 +13,12 @@ Win rate is wins / (wins + losses), as there. Intervals are 95 % bootstrap inter
 world `shapes` is the gold score that no method has seen. Writes table.csv, scores.csv, wins.png, grid.png and report.html.
 """
 
-import csv
-import math
 import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
 
 import jinja2
@@ -34,6 +30,7 @@ from torch import Tensor
 
 import rewards
 from eval.columns import Column, base64_png, draw, parse_column, score, write_text
+from eval.win_rates import BASE, Row, heat_maps, scores_csv, table, to_csv, to_text
 from preftune import families
 from preftune.cli import exit_on_user_error, parse
 from preftune.images import captioned_grid, save_image
@@ -41,12 +38,11 @@ from preftune.prompts import read_prompts
 from preftune.records import read_jsonl
 from preftune.sampling import Drawing
 from rewards.mix import Mix, parse_files, parse_weights
+from rewards.shapes import SIZE, in_world
 from rewards.together import load_all
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
-BASE = "base"
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +67,11 @@ class Config:
     """NAME=TEXT: the negative prompt of a method's pictures, as "weird=Weird image. "; base=TEXT gives the base one."""
     grid_rows: int = 6
     """Prompts in the grid."""
-    draw: Drawing = field(default_factory=Drawing)
+    draw: Drawing = field(
+        default_factory=lambda: Drawing(
+            num_steps=25, guidance=3.0, scheduler="ddim", height=SIZE, width=SIZE, batch=32
+        )
+    )
     output: Path = Path("runs/compare")
     """Folder of the report; runs lie in its runs/."""
 
@@ -90,32 +90,15 @@ class Config:
             raise ValueError(
                 f"--negatives names {min(unknown)}, which is none of {', '.join([BASE, *names])}"
             )
+        if self.negatives and self.draw.guidance == 1:
+            raise ValueError(
+                "--negatives do nothing at --draw.guidance 1; choose another guidance, such as 3"
+            )
         parse_files(self.reward_files, parse_weights(self.rewards))
 
     def commands(self) -> dict[str, list[str]]:
         """Return name -> driver and flags."""
         return {name: shlex.split(text) for name, text in map(split, self.methods)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """What the table says of a method by one scorer, against the base."""
-
-    method: str
-    scorer: str
-    mean: float
-    change: float
-    low: float
-    high: float
-    wins: int
-    ties: int
-    losses: int
-    images: int
-
-    @property
-    def win_rate(self) -> float:
-        """Return wins / (wins + losses); NaN where all are ties."""
-        return self.wins / (self.wins + self.losses) if self.wins + self.losses else math.nan
 
 
 def split(term: str) -> tuple[str, str]:
@@ -142,18 +125,31 @@ def check_inputs(config: Config) -> list[str]:
             flag.partition("=")[0] for flag in command
         }:
             raise ValueError(f"method {name}: {min(taken)} is set by the comparison; leave it out")
+    prompts = read_prompts(config.prompts)[: config.count]
+    size = config.draw.height, config.draw.width
+    if "shapes" in weights and not (in_world(prompts) and size == (SIZE, SIZE)):
+        raise ValueError(
+            f"the scorer shapes judges {SIZE} x {SIZE} pictures of captions of the shapes world only, not {size[1]} x"
+            f" {size[0]} pictures of {config.prompts}; leave it out of --rewards"
+        )
     config.output.mkdir(parents=True, exist_ok=True)
-    return read_prompts(config.prompts)[: config.count]
+    return prompts
 
 
 def train(config: Config, name: str, seed: int) -> Path:
     """Train a method with a seed unless that is done, and return its run's folder; ValueError where the driver fails."""
     driver, *flags = config.commands()[name]
     folder = config.output / "runs" / f"{name}-{seed}"
-    if (folder / "lora").is_dir() or (folder / "unet").is_dir():
-        return folder
-    log = folder.with_name(f"{folder.name}.log")
+    log, done = (folder.with_name(f"{folder.name}{suffix}") for suffix in (".log", ".done"))
     log.parent.mkdir(parents=True, exist_ok=True)
+    told = shlex.join([driver, *flags, "--model", str(config.model)])
+    if done.is_file():
+        if done.read_text() != told:
+            raise ValueError(
+                f"{folder} was trained by {done.read_text()!r}, not {told!r}; name the method otherwise, or remove {done}"
+                " and the folder"
+            )
+        return folder
     added = ["--model", str(config.model), "--seed", str(seed), "--output", str(folder), "--resume", "auto"]
     command = [sys.executable, "-m", "accelerate.commands.launch", driver, *flags, "--no-overwrite", *added]
     print(f"{name}, seed {seed}: {shlex.join(command[3:])}", flush=True)  # noqa: T201
@@ -168,122 +164,23 @@ def train(config: Config, name: str, seed: int) -> Path:
         ).returncode
     if code:
         lines = log.read_text(errors="replace").strip().splitlines()
-        told = [line for line in lines if ": error: " in line] or lines[-1:]
-        raise ValueError(f"method {name}, seed {seed} failed: {' '.join(told)}; see {log}")
+        why = [line for line in lines if ": error: " in line] or lines[-1:]
+        raise ValueError(f"method {name}, seed {seed} failed: {' '.join(why)}; see {log}")
+    write_text(done, told)
     return folder
 
 
 def images_seen(folder: Path) -> int:
-    """Return how many pictures the updates of a run have trained on; those that RAFT draws to choose from are not counted."""
-    settings = (folder / "config.yaml").read_text(encoding="utf-8").splitlines()
-    values = dict(line.split(": ", 1) for line in settings if ": " in line and not line.startswith("#"))
-    updates = sum("loss" in row for row in read_jsonl(folder / "metrics.jsonl"))
-    return updates * int(values["batch"]) * int(values["accumulation"])
+    """Return how many pictures the updates of a run have trained on, those of ReFL's alternate pre-training updates included.
 
-
-def bootstrap(differences: NDArray[np.float64], seed: int = 0) -> tuple[float, float, float]:
-    """Return the mean of (seeds, prompts) differences and its 95 % percentile interval over prompts."""
-    by_prompt = differences.mean(0)
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(len(by_prompt), size=(RESAMPLES, len(by_prompt)))
-    low, high = np.percentile(by_prompt[picks].mean(1), [2.5, 97.5])
-    return float(by_prompt.mean()), float(low), float(high)
-
-
-def wins_of(one: NDArray[np.float64], other: NDArray[np.float64]) -> tuple[int, int, int]:
-    """Return how often the first is better, equal and worse."""
-    return int((one > other).sum()), int((one == other).sum()), int((one < other).sum())
-
-
-def table(
-    scores: Mapping[str, NDArray[np.float64]], scorers: Sequence[str], images: Mapping[str, int]
-) -> list[Row]:
-    """Return the rows of all methods and scorers; scores are name -> (seeds, prompts, scorers), the base's first."""
-    base = scores[BASE]
-    rows = []
-    for name, found in scores.items():
-        for column, scorer in enumerate(scorers):
-            difference = found[:, :, column] - base[:, :, column]
-            change, low, high = bootstrap(difference)
-            wins, ties, losses = wins_of(found[:, :, column], base[:, :, column])
-            rows.append(
-                Row(
-                    method=name, scorer=scorer, mean=float(found[:, :, column].mean()), change=change, low=low, high=high,
-                    wins=wins, ties=ties, losses=losses, images=images[name],
-                )
-            )  # fmt: skip
-    return rows
-
-
-def win_rates(scores: Mapping[str, NDArray[np.float64]], column: int) -> NDArray[np.float64]:
-    """Return (methods, methods): the win rate of the row's method against the column's by one scorer; NaN on the diagonal."""
-    names = list(scores)
-    rates = np.full((len(names), len(names)), np.nan)
-    for i, one in enumerate(names):
-        for j, other in enumerate(names):
-            wins, _, losses = wins_of(scores[one][:, :, column], scores[other][:, :, column])
-            if wins + losses:
-                rates[i, j] = wins / (wins + losses)
-    return rates
-
-
-def heat_maps(scores: Mapping[str, NDArray[np.float64]], scorers: Sequence[str], path: Path) -> None:
-    """Write the win rates between all methods as a picture, a map for each scorer."""
-    names = list(scores)
-    side = 1.1 * len(names) + 1.6
-    figure, axes = plt.subplots(
-        1, len(scorers), figsize=(side * len(scorers), side), squeeze=False, layout="constrained"
-    )
-    for column, (axis, scorer) in enumerate(zip(axes[0], scorers, strict=True)):
-        rates = win_rates(scores, column)
-        axis.imshow(rates, cmap="RdBu", vmin=-0.5, vmax=1.5)  # pale enough to write on
-        axis.set_title(f"win rate of row over column: {scorer}", fontsize=9)
-        axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
-        axis.set_yticks(range(len(names)), names)
-        for i, j in zip(*np.nonzero(np.isfinite(rates)), strict=True):
-            axis.text(j, i, f"{100 * rates[i, j]:.0f} %", ha="center", va="center", fontsize=9)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}.png")
-    figure.savefig(temporary, dpi=110)
-    plt.close(figure)
-    temporary.replace(path)
-
-
-def to_csv(rows: Sequence[Row]) -> str:
-    """Return the table as CSV."""
-    names = [
-        "method",
-        "scorer",
-        "mean",
-        "change",
-        "low",
-        "high",
-        "wins",
-        "ties",
-        "losses",
-        "win_rate",
-        "images",
-    ]
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows([getattr(row, name) for name in names] for row in rows)
-    return text.getvalue()
-
-
-def to_text(rows: Sequence[Row]) -> str:
-    """Return the table as printed."""
-    lines = [
-        f"{'method':16s} {'scorer':18s} {'mean':>8s} {'change':>8s} {'95 % interval':>18s} {'wins':>6s} {'ties':>6s} {'win rate':>8s} {'images':>8s}"
-    ]
-    for row in rows:
-        interval = f"[{row.low:+.3f}, {row.high:+.3f}]"
-        against = (
-            f"{row.change:+8.3f} {interval:>18s} {row.wins:6d} {row.ties:6d} {100 * row.win_rate:7.1f}%"
-            if row.method != BASE
-            else " " * 50
-        )
-        lines.append(f"{row.method:16s} {row.scorer:18s} {row.mean:8.3f} {against} {row.images:8d}")
-    return "\n".join(lines)
+    Not counted: pictures that RAFT draws to choose from, and a second loss in the same update.
+    """
+    header, *settings = (folder / "config.yaml").read_text(encoding="utf-8").splitlines()
+    values = dict(line.split(": ", 1) for line in settings if ": " in line)
+    processes = int(header.rpartition("processes ")[2])
+    rows = read_jsonl(folder / "metrics.jsonl")
+    updates = sum(("loss" in row) + ("pretrain_loss" in row) for row in rows)
+    return updates * int(values["batch"]) * int(values["accumulation"]) * processes
 
 
 def main(config: Config) -> int:
@@ -346,6 +243,7 @@ def report(
     )
     save_image(grid, folder / "grid.png")
     write_text(folder / "table.csv", to_csv(rows))
+    write_text(folder / "scores.csv", scores_csv(scores, scorers, config.seeds, prompts))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     inlined = {

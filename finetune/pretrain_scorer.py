@@ -50,7 +50,7 @@ class Sizes:
     """Widths inside the linear head."""
 
     def __post_init__(self) -> None:
-        if self.width % 32 or self.image % self.patch:
+        if self.patch < 1 or self.width < 1 or self.width % 32 or self.image % self.patch:
             raise ValueError(
                 f"--sizes.width must be a multiple of 32 and --sizes.image of --sizes.patch, got {self}"
             )
@@ -74,6 +74,10 @@ class Config:
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"--temperature must be positive, got {self.temperature}")
+        if self.run.batch < 2:
+            raise ValueError(
+                f"--batch must be at least 2, for captions to be told apart, got {self.run.batch}"
+            )
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, temperature: float) -> Tensor:
@@ -109,7 +113,8 @@ class Pretraining(nn.Module):
         images = F.normalize(scorer.vision_proj(tokens[:, 0]), dim=1)
         texts = scorer.text_embedding(captions)
         negatives = [
-            miss or captions[other] for miss, other in zip(misses, hardest(images, texts), strict=True)
+            miss or captions[other]
+            for miss, other in zip(misses, hardest(images, texts, captions), strict=True)
         ]
         both = scorer.mlp(
             scorer.read(captions + negatives, torch.cat([tokens, tokens]), pixels.device)
@@ -124,10 +129,10 @@ class Pretraining(nn.Module):
 
 
 @torch.no_grad()
-def hardest(images: Tensor, texts: Tensor) -> list[int]:
-    """Return for each picture the row of the most similar caption that is not its own."""
-    likeness = images @ texts.T
-    return likeness.fill_diagonal_(-torch.inf).argmax(1).tolist()
+def hardest(images: Tensor, texts: Tensor, captions: Sequence[str]) -> list[int]:
+    """Return for each picture the row of the most similar caption with other words than its own."""
+    same = torch.tensor([[one == other for other in captions] for one in captions], device=images.device)
+    return (images @ texts.T).masked_fill(same, -torch.inf).argmax(1).tolist()
 
 
 def build(config: Config) -> ImageReward:

@@ -140,18 +140,32 @@ def barrier(run: Run) -> None:
     run.gather(torch.zeros(1, device=run.device))
 
 
-def forget(config: Config, run: Run) -> None:
-    """Remove the data sets of iterations that begin after the update from which the run goes on."""
-    every = config.run.updates // config.iterations
-    for iteration in range(config.iterations if run.is_main else 0):
-        folder = run.folder / f"iteration_{iteration + 1:02d}"
-        shutil.rmtree(folder.with_name(f"{folder.name}.partial"), ignore_errors=True)
-        if iteration * every > run.start or not run.start:
-            shutil.rmtree(folder, ignore_errors=True)
-        elif iteration * every < run.start and not folder.is_dir():
+def settle(config: Config, run: Run) -> None:
+    """Remove data sets of an earlier run, and those of iterations that begin after the update from which this one goes on.
+
+    ValueError where a run goes on with other settings, or without the data set of the iteration that it is in.
+    """
+    record, every = run.folder / "raft.json", config.run.updates // config.iterations
+    names = ("iterations", "prompts", "prompts_per_iteration", "pictures_per_prompt", "keep_share")
+    settings = {name: str(getattr(config, name)) for name in names}
+    settings |= {"updates": str(config.run.updates), "rewards": str(config.tuning.rewards)}
+    begun = read_jsonl(record)[0] if run.resumed and record.is_file() else settings
+    for name, value in settings.items():
+        if begun.get(name) != value:
             raise ValueError(
-                f"{folder} is gone, and cannot be drawn again with later weights; start anew with --overwrite"
+                f"{run.folder} was begun with {name} {begun.get(name)}, not {value}, and its data sets are of those settings"
             )
+    now = run.folder / f"iteration_{run.start // every + 1:02d}"
+    if run.start % every and not now.is_dir():
+        raise ValueError(
+            f"{now} is gone, and cannot be drawn again with later weights; start anew with --overwrite"
+        )
+    if run.is_main:
+        write_jsonl(record, [settings])
+        for folder in run.folder.glob("iteration_*"):
+            number = folder.name.removeprefix("iteration_")
+            if not (run.resumed and number.isdigit() and (int(number) - 1) * every <= run.start):
+                shutil.rmtree(folder)
     barrier(run)
 
 
@@ -165,7 +179,7 @@ def main(config: Config) -> int:  # noqa: C901 - the loop stays in one piece
         run = Run(config.run, driver="raft", config_text=dump(config))
         family, mix = tuning.load(config.tuning, run)
         assert mix is not None, "the configuration has rewards"
-        forget(config, run)
+        settle(config, run)
     every = config.run.updates // config.iterations
     samples: list[Sample] = []
 
@@ -175,7 +189,7 @@ def main(config: Config) -> int:  # noqa: C901 - the loop stays in one piece
     def show(name: str) -> showcase.Shown:
         return tuning.show(family, mix, held_out, config.tuning.draw, run, name)
 
-    if not run.start:  # draws, scores and saves once before training: whatever cannot work fails here
+    if not run.resumed:  # draws, scores and saves once before training: whatever cannot work fails here
         if run.is_main:
             show("before")
         run.save(-1, write=write)

@@ -236,7 +236,7 @@ def main(config: Config) -> int:  # noqa: C901 - the loop stays in one piece
         showcase.save(shown, run.folder, f"step_{step:06d}")
         return shown
 
-    if not run.start:  # draws, scores and saves once before training: whatever cannot work fails here
+    if not run.resumed:  # draws, scores and saves once before training: whatever cannot work fails here
         if run.is_main:
             show(0)
         run.save(-1, write=write)

@@ -32,6 +32,8 @@ from preftune.cli import dump, exit_on_user_error, parse
 from preftune.prompts import items_at
 from preftune.records import Sample, read_samples
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -84,7 +86,7 @@ def read_scores(samples: Sequence[Sample], name: str, folder: Path) -> Tensor:
     """Return the scores (N,) float32 of the rows; ValueError names the line of one that has none or is not finite."""
     scores = [sample.extra.get(name) for sample in samples]
     for number, score in enumerate(scores, 1):
-        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+        if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < FLOAT32_MAX:
             known = ", ".join(key for key, value in samples[number - 1].extra.items() if type(value) is float)
             raise ValueError(
                 f"{folder / 'metadata.jsonl'} line {number}: --score {name} is {score!r}, not a finite number;"
@@ -116,7 +118,7 @@ def main(config: Config) -> int:  # noqa: C901 - the loop stays in one piece
         texts = [sample.text for sample in chosen]
         return tuning.errors(family, run, config.tuning, chosen, texts, indices, stream)
 
-    if not run.start:  # draws, scores and saves once before training: whatever cannot work fails here
+    if not run.resumed:  # draws, scores and saves once before training: whatever cannot work fails here
         if run.is_main:
             show("before")
         run.save(-1, write=write)

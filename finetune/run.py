@@ -68,6 +68,7 @@ class Run:
         rank, world: Index of this process; number of processes.
         accumulation: Micro batches per update.
         start: First step to do: 0, or where the checkpoint left off.
+        resumed: Whether the run goes on from a checkpoint, which may be that of step 0.
 
     Raises:
         ValueError: see `check`.
@@ -112,6 +113,7 @@ class Run:
         if config.resume == "auto":
             self._source = next(reversed(checkpoint.find_checkpoints(output)), None)
         self.start = (checkpoint.updates_of(self._source) or 0) if self._source else 0
+        self.resumed = self._source is not None
         self._metrics = None
         if self.is_main:
             self._metrics = checkpoint.Metrics(output, start=self.start)

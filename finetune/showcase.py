@@ -138,7 +138,9 @@ def summary(shown: Mapping[str, Shown]) -> str:
     lines = [f"{len(first.prompts)} held-out prompts; change with its 95 % interval:"]
     for other_title, other in others:
         for name, old in first.scores().items():
-            new = other.scores()[name]
+            new = other.scores().get(name, [])
+            if len(new) != len(old):  # the run was resumed with other scorers or prompts
+                continue
             mean, low, high = interval(old, new)
             lines.append(
                 f"{name:5s} {title} {np.mean(old):.3f} -> {other_title} {np.mean(new):.3f}"

@@ -13,7 +13,6 @@ never averaged gradients, because it did not call the wrapped network; here they
 Hardware: Stable Diffusion 1.x at 512 px wants one GPU; the tiny configuration runs on two CPU cores.
 """
 
-import itertools
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,6 +67,10 @@ class Config:
         share = self.regularisation_share
         if share is not None and not 0 < share < 1:
             raise ValueError(f"--regularisation-share must lie strictly between 0 and 1, got {share}")
+        if self.tuning.draw.guidance == 1:
+            raise ValueError(
+                "--draw.guidance 1 has no negative prompt, which is the point here; choose another, such as 7.5"
+            )
         if share is not None and self.regularisation is None:
             raise ValueError("--regularisation-share needs --regularisation IMAGEFOLDER")
 
@@ -96,8 +99,14 @@ def read(config: Config) -> list[Sample]:
         replace(sample, extra={"kind": "regularisation"}) for sample in read_samples(config.regularisation)
     ]
     share = config.regularisation_share
-    number = len(others) if share is None else round(share / (1 - share) * len(samples))
-    return samples + list(itertools.islice(itertools.cycle(others), number))
+    if share is None:
+        return samples + others
+    number = round(share / (1 - share) * len(samples))
+    if not number:
+        raise ValueError(
+            f"--regularisation-share {share} of {len(samples)} pictures is less than one; choose a larger share"
+        )
+    return samples + items_at(others, range(number), config.run.seed)
 
 
 def main(config: Config) -> int:
@@ -116,7 +125,7 @@ def main(config: Config) -> int:
     def show(name: str, negative: str = "") -> showcase.Shown:
         return tuning.show(family, mix, held_out, config.tuning.draw, run, name, negative)
 
-    if not run.start:  # draws, scores and saves once before training: whatever cannot work fails here
+    if not run.resumed:  # draws, scores and saves once before training: whatever cannot work fails here
         if run.is_main:
             show("base"), show("base_negative", config.prefix)
         run.save(-1, write=write)

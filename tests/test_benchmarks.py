@@ -339,7 +339,7 @@ def test_scoring_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[st
             "--scorers hpsv2 needs --clip-vocab; nothing is no file",
         ),
         (["--images", "0"], "--images must be at least 1, got 0"),
-        (["--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--batch", "0"], "--batch must be at least 1, got (0,)"),
     ],
 )
 def test_wrong_flags_of_score(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval import compare
+from eval import compare, win_rates
 from preftune import cli
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -17,7 +17,7 @@ def test_wins_and_bootstrap_by_hand() -> None:
     """Two seeds, three prompts, one scorer."""
     base = np.array([[[0.0], [1.0], [2.0]]] * 2)
     other = np.array([[[1.0], [1.0], [1.0]], [[3.0], [1.0], [4.0]]])
-    rows = compare.table({"base": base, "x": other}, ["gold"], {"base": 0, "x": 64})
+    rows = win_rates.table({"base": base, "x": other}, ["gold"], {"base": 0, "x": 64})
     row = rows[1]
     assert (row.wins, row.ties, row.losses) == (3, 2, 1)
     assert row.win_rate == pytest.approx(0.75)
@@ -26,14 +26,14 @@ def test_wins_and_bootstrap_by_hand() -> None:
     assert row.low == pytest.approx(0.0), "mean by prompt: 2, 0, 0.5; the least resample is all zeros"
     assert row.high == pytest.approx(2.0)
     assert math.isnan(rows[0].win_rate), "the base ties with itself"
-    rates = compare.win_rates({"base": base, "x": other}, 0)
+    rates = win_rates.win_rates({"base": base, "x": other}, 0)
     assert rates[1, 0] == pytest.approx(0.75)
     assert rates[0, 1] == pytest.approx(0.25)
     assert np.isnan(rates.diagonal()).all()
 
 
 def test_a_constant_change_has_no_width() -> None:
-    change, low, high = compare.bootstrap(np.full((3, 20), 0.25))
+    change, low, high = win_rates.bootstrap(np.full((3, 20), 0.25))
     assert change == low == high == 0.25
 
 
@@ -81,6 +81,20 @@ def test_the_report(report: Path) -> None:
         assert int(row["images"]) == 2 * 2 * 2
         assert float(row["low"]) <= float(row["change"]) <= float(row["high"])
     assert float(rows[1]["change"]) > 0, "ReFL on brightness makes pictures brighter"
+    lines = list(csv.DictReader((report / "scores.csv").open()))
+    assert len(lines) == 3 * 2 * 5
+    mean = {
+        m: np.mean([float(line["brightness"]) for line in lines if line["method"] == m])
+        for m in ("base", "refl")
+    }
+    assert mean["refl"] - mean["base"] == pytest.approx(float(rows[1]["change"]))
+    of = {
+        (line["method"], line["seed"]): line["brightness"]
+        for line in lines
+        if line["prompt"] == lines[0]["prompt"]
+    }
+    assert of["base", "0"] == of["base", "1"]
+    assert of["refl", "0"] != of["refl", "1"], "each seed has its own run"
     for name in ("wins.png", "grid.png", "report.html"):
         assert (report / name).stat().st_size > 1000
     page = (report / "report.html").read_text()
@@ -113,6 +127,8 @@ DRIVER = "a=finetune/refl.py --lr 1"
         (["--methods", DRIVER, "--rewards", "beauty=1"], "unknown scorer"),
         (["--methods", DRIVER, "--count", "0"], "--count must be at least 1"),
         (["--methods", DRIVER, "--model", "nowhere"], "nowhere"),
+        (["--methods", DRIVER, "--draw.height", "128"], "the scorer shapes judges 64 x 64 pictures"),
+        (["--methods", DRIVER, "--negatives", "a=x", "--draw.guidance", "1"], "--negatives do nothing at"),
     ],
 )
 def test_wrong_flags(
@@ -144,3 +160,14 @@ def test_a_failing_driver_says_where_to_look(
     error = capsys.readouterr().err
     assert "method a, seed 0 failed: weird_lora.py: error: " in error
     assert "a-0.log" in error
+
+
+def test_other_flags_are_not_the_same_run(
+    root: Path, report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The runs of the report, asked for with another learning rate."""
+    argv = ["--methods", "refl=finetune/refl.py --lr 5", "--model", str(root / "pipeline")]
+    with pytest.raises(SystemExit) as stop:
+        compare.main(cli.parse(compare.Config, [*argv, "--output", str(report)]))
+    assert stop.value.code == 2
+    assert "refl-0 was trained by" in capsys.readouterr().err

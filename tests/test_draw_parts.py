@@ -63,7 +63,7 @@ def test_parts_that_are_there_stay(root: Path, tmp_path: Path, monkeypatch: pyte
     drawn: list[int] = []
     write = draw_parts.write_part
     monkeypatch.setattr(draw_parts, "write_part", lambda *args: (drawn.append(args[3]), write(*args)))
-    draw_parts.main(config(root, folder, "--draw.batch", "4"))
+    draw_parts.main(config(root, folder))
     assert drawn == [1]
     assert {path.name: path.read_bytes() for path in folder.glob("*.zip")} == whole, "byte for byte"
     assert not list(folder.glob(".*"))
@@ -77,6 +77,7 @@ def test_parts_that_are_there_stay(root: Path, tmp_path: Path, monkeypatch: pyte
         (["--model", "nowhere"], "nowhere"),
         (["--prompts", "none.txt"], "none.txt does not exist"),
         (["--pictures", "4"], "was begun with pictures 3, not 4"),
+        (["--count", "6"], "was begun with count 5, not 6"),
         (["--output", "{inputs}"], "holds something else"),
     ],
 )

@@ -36,7 +36,7 @@ ALLOWED = {
         "data_build.filters",
         "data_build.filtered",
     ),
-    "eval": ("rewards", "preftune", "eval.columns"),
+    "eval": ("rewards", "preftune", "eval.columns", "eval.win_rates"),
 }
 """What each folder may import of ours. Programs never import each other: they meet through files."""
 

@@ -119,16 +119,19 @@ def test_a_captioner_reads_from_left_to_right(root: Path) -> None:
     ids, mask = scorer.tokenize(["a red circle"])
     assert truth[0, : mask.sum() - 1].tolist() == ids[0, 1 : mask.sum()].tolist(), "shifted by one"
     assert (truth[0, mask.sum() - 1 :] == -100).all(), "padding"
-    torch.testing.assert_close(logits[0, :3], logits[1, :3])  # the third word is not seen before it is predicted
+    torch.testing.assert_close(
+        logits[0, :3], logits[1, :3]
+    )  # the third word is not seen before it is predicted
     assert (logits[0, 3] - logits[1, 3]).abs().max() > 1e-3, "and is seen after"
     assert (logits[0] - logits[2]).abs().max() > 1e-4, "the picture is read"
 
 
 def test_negative_captions() -> None:
     images, texts = torch.eye(3), torch.tensor([[1.0, 0.9, 0.0], [0.8, 1.0, 0.1], [0.7, 0.2, 1.0]])
-    assert pretrain_scorer.hardest(images, texts) == [1, 0, 1], (
+    assert pretrain_scorer.hardest(images, texts, ["a", "b", "c"]) == [1, 0, 1], (
         "the likest caption that is not the picture's own"
     )
+    assert pretrain_scorer.hardest(images, texts, ["a", "a", "c"]) == [2, 2, 1], "nor in the same words"
     row = Sample(path=Path("a"), text="a", extra={"near_misses": ["b", "c"]})
     drawn = {pretrain_scorer.near_miss(row, torch.Generator().manual_seed(seed)) for seed in range(20)}
     assert drawn == {"b", "c"}

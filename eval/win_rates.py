@@ -1,0 +1,164 @@
+"""The arithmetic of a methods table: wins, ties and win rates, bootstrap intervals, heat maps and CSV.
+
+Scores are name -> (seeds, prompts, scorers), the base's first. Win rate is wins / (wins + losses), as in paper 002, Table 4.
+"""
+
+import csv
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from numpy.typing import NDArray
+
+BASE = "base"
+"""Name of what all methods start from and are compared with."""
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What the table says of a method by one scorer, against the base."""
+
+    method: str
+    scorer: str
+    mean: float
+    change: float
+    low: float
+    high: float
+    wins: int
+    ties: int
+    losses: int
+    images: int
+
+    @property
+    def win_rate(self) -> float:
+        """Return wins / (wins + losses); NaN where all are ties."""
+        return self.wins / (self.wins + self.losses) if self.wins + self.losses else math.nan
+
+
+def bootstrap(differences: NDArray[np.float64], seed: int = 0) -> tuple[float, float, float]:
+    """Return the mean of (seeds, prompts) differences and its 95 % percentile interval over prompts."""
+    by_prompt = differences.mean(0)
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(len(by_prompt), size=(RESAMPLES, len(by_prompt)))
+    low, high = np.percentile(by_prompt[picks].mean(1), [2.5, 97.5])
+    return float(by_prompt.mean()), float(low), float(high)
+
+
+def wins_of(one: NDArray[np.float64], other: NDArray[np.float64]) -> tuple[int, int, int]:
+    """Return how often the first is better, equal and worse."""
+    return int((one > other).sum()), int((one == other).sum()), int((one < other).sum())
+
+
+def table(
+    scores: Mapping[str, NDArray[np.float64]], scorers: Sequence[str], images: Mapping[str, int]
+) -> list[Row]:
+    """Return the rows of all methods and scorers; scores are name -> (seeds, prompts, scorers), the base's first."""
+    base = scores[BASE]
+    rows = []
+    for name, found in scores.items():
+        for column, scorer in enumerate(scorers):
+            difference = found[:, :, column] - base[:, :, column]
+            change, low, high = bootstrap(difference)
+            wins, ties, losses = wins_of(found[:, :, column], base[:, :, column])
+            rows.append(
+                Row(
+                    method=name, scorer=scorer, mean=float(found[:, :, column].mean()), change=change, low=low, high=high,
+                    wins=wins, ties=ties, losses=losses, images=images[name],
+                )
+            )  # fmt: skip
+    return rows
+
+
+def win_rates(scores: Mapping[str, NDArray[np.float64]], column: int) -> NDArray[np.float64]:
+    """Return (methods, methods): the win rate of the row's method against the column's by one scorer; NaN on the diagonal."""
+    names = list(scores)
+    rates = np.full((len(names), len(names)), np.nan)
+    for i, one in enumerate(names):
+        for j, other in enumerate(names):
+            wins, _, losses = wins_of(scores[one][:, :, column], scores[other][:, :, column])
+            if wins + losses:
+                rates[i, j] = wins / (wins + losses)
+    return rates
+
+
+def heat_maps(scores: Mapping[str, NDArray[np.float64]], scorers: Sequence[str], path: Path) -> None:
+    """Write the win rates between all methods as a picture, a map for each scorer."""
+    names = list(scores)
+    side = 1.1 * len(names) + 1.6
+    figure, axes = plt.subplots(
+        1, len(scorers), figsize=(side * len(scorers), side), squeeze=False, layout="constrained"
+    )
+    for column, (axis, scorer) in enumerate(zip(axes[0], scorers, strict=True)):
+        rates = win_rates(scores, column)
+        axis.imshow(rates, cmap="RdBu", vmin=-0.5, vmax=1.5)  # pale enough to write on
+        axis.set_title(f"win rate of row over column: {scorer}", fontsize=9)
+        axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
+        axis.set_yticks(range(len(names)), names)
+        for i, j in zip(*np.nonzero(np.isfinite(rates)), strict=True):
+            axis.text(j, i, f"{100 * rates[i, j]:.0f} %", ha="center", va="center", fontsize=9)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}.png")
+    figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """Return the table as CSV."""
+    names = [
+        "method",
+        "scorer",
+        "mean",
+        "change",
+        "low",
+        "high",
+        "wins",
+        "ties",
+        "losses",
+        "win_rate",
+        "images",
+    ]
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows([getattr(row, name) for name in names] for row in rows)
+    return text.getvalue()
+
+
+def scores_csv(
+    scores: Mapping[str, NDArray[np.float64]],
+    scorers: Sequence[str],
+    seeds: Sequence[int],
+    prompts: Sequence[str],
+) -> str:
+    """Return every score as CSV, a line for each method, training seed and prompt."""
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["method", "seed", "prompt", *scorers])
+    for name, found in scores.items():
+        for seed, by_prompt in zip(seeds, found.tolist(), strict=True):
+            writer.writerows(
+                [name, seed, prompt, *row] for prompt, row in zip(prompts, by_prompt, strict=True)
+            )
+    return text.getvalue()
+
+
+def to_text(rows: Sequence[Row]) -> str:
+    """Return the table as printed."""
+    lines = [
+        f"{'method':16s} {'scorer':18s} {'mean':>8s} {'change':>8s} {'95 % interval':>18s} {'wins':>6s} {'ties':>6s} {'win rate':>8s} {'images':>8s}"
+    ]
+    for row in rows:
+        interval = f"[{row.low:+.3f}, {row.high:+.3f}]"
+        against = (
+            f"{row.change:+8.3f} {interval:>18s} {row.wins:6d} {row.ties:6d} {100 * row.win_rate:7.1f}%"
+            if row.method != BASE
+            else " " * 50
+        )
+        lines.append(f"{row.method:16s} {row.scorer:18s} {row.mean:8.3f} {against} {row.images:8d}")
+    return "\n".join(lines)
