@@ -14,6 +14,7 @@ Hardware: two CPU cores for the embedded scorer, seconds; ViT-H wants 9 GB of me
 """
 
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -170,6 +171,7 @@ class Bench:
 @torch.no_grad()
 def measure(trial: Trial, scratch: Path) -> dict[str, Any]:
     """Return the figures of a row."""
+    multiprocessing.set_start_method(None, force=True)  # the platform's own, not that of this fresh process
     if trial.threads:
         torch.set_num_threads(trial.threads)
     bench = Bench(trial, scratch)
