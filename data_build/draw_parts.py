@@ -28,6 +28,7 @@ from preftune.cli import exit_on_user_error, parse
 from preftune.families.base import Family
 from preftune.images import to_pil
 from preftune.prompts import read_prompts
+from preftune.records import write_lines
 from preftune.sampling import Drawing, sample
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -84,9 +85,7 @@ def begin(config: Config) -> list[str]:
     elif config.output.exists() and any(config.output.iterdir()):
         raise ValueError(f"{config.output} exists and holds something else; choose another --output")
     config.output.mkdir(parents=True, exist_ok=True)
-    partial = record.with_name(f".job.json.tmp-{os.getpid()}")
-    partial.write_text(json.dumps(settings, indent=1) + "\n")
-    partial.replace(record)
+    write_lines(record, json.dumps(settings, indent=1).splitlines())
     return prompts
 
 

@@ -5,7 +5,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import rewards
 from preftune import families
 from preftune import lora as loras
 from preftune.cli import exit_on_user_error
@@ -21,6 +22,7 @@ from preftune.families.sd import SD
 from preftune.images import to_pil
 from preftune.sampling import Drawing, sample
 from rewards.mix import Mix
+from rewards.shapes import SIZE, in_world
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +115,19 @@ def own_side(model: Path) -> int:
     if not isinstance(latents, int) or not isinstance(levels, list):
         raise ValueError(f"{model} does not say which size it was trained at; give --height and --width")
     return latents * 2 ** (len(levels) - 1)
+
+
+def check_scorers(
+    names: Iterable[str], files: Mapping[str, Path], prompts: Sequence[str], drawing: Drawing, source: Path
+) -> None:
+    """Raise ValueError for scorers whose weights are missing, or for a judge that cannot read such pictures of `source`."""
+    for name in names:
+        rewards.check(name, files.get(name))
+        if name == "shapes" and not (in_world(prompts) and (drawing.height, drawing.width) == (SIZE, SIZE)):
+            raise ValueError(
+                f"the scorer shapes judges {SIZE} x {SIZE} pictures of captions of the shapes world only, not"
+                f" {drawing.width} x {drawing.height} pictures of {source}; leave it out of --rewards"
+            )
 
 
 def wear(family: SD, column: Column, *, tuned: bool) -> AbstractContextManager[None]:

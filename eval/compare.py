@@ -13,6 +13,7 @@ Win rate is wins / (wins + losses), as there. Intervals are 95 % bootstrap inter
 world `shapes` is the gold score that no method has seen. Writes table.csv, scores.csv, wins.png, grid.png and report.html.
 """
 
+import base64
 import os
 import shlex
 import subprocess
@@ -22,14 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import rewards
-from eval.columns import Column, base64_png, draw, parse_column, score, write_text
+from eval.columns import Column, check_scorers, draw, parse_column, score, write_text
 from eval.win_rates import BASE, Row, heat_maps, scores_csv, table, to_csv, to_text
 from preftune import families
 from preftune.cli import exit_on_user_error, parse
@@ -38,7 +37,7 @@ from preftune.prompts import read_prompts
 from preftune.records import read_jsonl
 from preftune.sampling import Drawing
 from rewards.mix import Mix, parse_files, parse_weights
-from rewards.shapes import SIZE, in_world
+from rewards.shapes import SIZE
 from rewards.together import load_all
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,10 +111,6 @@ def split(term: str) -> tuple[str, str]:
 def check_inputs(config: Config) -> list[str]:
     """Return the prompts; ValueError for what is wrong before anything is trained."""
     families.check(config.model)
-    weights = parse_weights(config.rewards)
-    files = parse_files(config.reward_files, weights)
-    for name in weights:
-        rewards.check(name, files.get(name))
     for name, command in config.commands().items():
         if not command[0].endswith(".py") or not Path(command[0]).is_file():
             raise ValueError(
@@ -126,12 +121,9 @@ def check_inputs(config: Config) -> list[str]:
         }:
             raise ValueError(f"method {name}: {min(taken)} is set by the comparison; leave it out")
     prompts = read_prompts(config.prompts)[: config.count]
-    size = config.draw.height, config.draw.width
-    if "shapes" in weights and not (in_world(prompts) and size == (SIZE, SIZE)):
-        raise ValueError(
-            f"the scorer shapes judges {SIZE} x {SIZE} pictures of captions of the shapes world only, not {size[1]} x"
-            f" {size[0]} pictures of {config.prompts}; leave it out of --rewards"
-        )
+    weights = parse_weights(config.rewards)
+    files = parse_files(config.reward_files, weights)
+    check_scorers(weights, files, prompts, config.draw, config.prompts)
     config.output.mkdir(parents=True, exist_ok=True)
     return prompts
 
@@ -247,7 +239,7 @@ def report(
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     inlined = {
-        name: base64_png(torch.from_numpy(plt.imread(folder / name)[..., :3]).permute(2, 0, 1))
+        name: base64.b64encode((folder / name).read_bytes()).decode("ascii")
         for name in ("wins.png", "grid.png")
     }
     write_text(

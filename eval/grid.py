@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-import rewards
 from eval.columns import (
     Column,
     base64_png,
+    check_scorers,
     draw,
     own_side,
     parse_column,
@@ -43,7 +43,6 @@ from preftune.images import captioned_grid, save_image
 from preftune.prompts import read_prompts
 from preftune.sampling import Drawing, SchedulerName
 from rewards.mix import Mix, parse_files, parse_weights
-from rewards.shapes import SIZE, in_world
 from rewards.together import load_all
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -176,14 +175,7 @@ def check_inputs(config: Config) -> tuple[list[Column], list[str], list[int], Dr
     prompts = [prompt for prompt in chosen for _ in range(config.seeds_per_prompt)]
     seeds = [config.seed + index for index in range(len(prompts))]
     drawing = config.drawing(8 if config.height and config.width else own_side(config.model))
-    files = config.files()
-    for name in config.weights():
-        rewards.check(name, files.get(name))
-        if name == "shapes" and not (in_world(chosen) and (drawing.height, drawing.width) == (SIZE, SIZE)):
-            raise ValueError(
-                f"the scorer shapes judges {SIZE} x {SIZE} pictures of captions of the shapes world only, not"
-                f" {drawing.width} x {drawing.height} pictures of {config.prompts}; leave it out of --rewards"
-            )
+    check_scorers(config.weights(), config.files(), chosen, drawing, config.prompts)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(config.output.parent, os.W_OK):
         raise ValueError(f"--output {config.output}: the folder {config.output.parent} cannot be written to")

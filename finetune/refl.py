@@ -25,7 +25,7 @@ import tyro
 from torch import Generator, Tensor, nn
 
 import rewards
-from finetune import showcase
+from finetune import showcase, tuning
 from finetune.run import Run
 from finetune.run_config import RunConfig, check
 from preftune import families
@@ -227,14 +227,10 @@ def main(config: Config) -> int:  # noqa: C901 - the loop stays in one piece
     window = config.window[0], config.window[1] + 1
 
     def write(folder: Path) -> None:
-        with run.ema_weights():
-            family.save_tuned(folder / ("lora" if config.lora.rank else "unet"), config.lora)
+        tuning.write(family, run, config.lora, folder)
 
     def show(step: int) -> showcase.Shown:
-        with run.ema_weights():
-            shown = showcase.show(family, mix, held_out, config.draw, run.device)
-        showcase.save(shown, run.folder, f"step_{step:06d}")
-        return shown
+        return tuning.show(family, mix, held_out, config.draw, run, f"step_{step:06d}")
 
     if not run.resumed:  # draws, scores and saves once before training: whatever cannot work fails here
         if run.is_main:

@@ -56,15 +56,18 @@ class Tuning:
             raise ValueError(f"--caption-dropout must lie in [0, 1), got {self.caption_dropout}")
         if self.held_out_count < 1:
             raise ValueError(f"--held-out-count must be at least 1, got {self.held_out_count}")
+        self.scorers()
+
+    def scorers(self) -> tuple[dict[str, float], dict[str, Path]]:
+        """Return scorer name -> weight, and scorer name -> weights on disk; ValueError for a wrong term."""
         weights = parse_weights(self.rewards) if self.rewards else {}
-        parse_files(self.reward_files, weights)
+        return weights, parse_files(self.reward_files, weights)
 
 
 def check_inputs(config: Tuning) -> None:
     """Raise ValueError for a wrong pipeline folder or missing weights of a scorer, before any weight is read."""
     families.check(config.model)
-    weights = parse_weights(config.rewards) if config.rewards else {}
-    files = parse_files(config.reward_files, weights)
+    weights, files = config.scorers()
     for name in weights:
         rewards.check(name, files.get(name))
 
@@ -78,13 +81,9 @@ def held_out_prompts(config: Tuning, texts: Sequence[str]) -> list[str]:
 
 def load(config: Tuning, run: Run) -> tuple[Family, Mix | None]:
     """Return the model, its denoiser open for training and prepared, and the scorers; ValueError for what does not fit."""
-    mix = None
-    if config.rewards:
-        weights = parse_weights(config.rewards)
-        files = parse_files(config.reward_files, weights)
-        mix = Mix(
-            load_all(list(weights), files=files, device=run.device, dtype=torch.float32), weights, "raw"
-        )
+    weights, files = config.scorers()
+    scorers = load_all(list(weights), files=files, device=run.device, dtype=torch.float32)
+    mix = Mix(scorers, weights, "raw") if scorers else None
     family = families.load(config.model, run.device)
     denoiser = family.trainable(config.lora, run.config.seed)
     family.set_speed(config.attention, checkpointing=config.gradient_checkpointing, vae_checkpointing=False)
