@@ -65,7 +65,7 @@ def parse_column(term: str, model: Path) -> Column:
         raise ValueError(f"{where} holds both lora/ and unet/; name one of them")
     else:
         part = folder / inside[0] if inside else folder
-        if (part / loras.FILE).is_file():
+        if loras.find(part):
             lora = part
         elif (part / "config.json").is_file():
             check_unet(part, model, where)

@@ -1,12 +1,15 @@
 """Low-rank adaptation of a UNet (Hu et al. 2021, arXiv 2106.09685): W x + (alpha / rank) B A x, with W frozen.
 
 The file format is the one that diffusers pipelines load: `pipe.load_lora_weights(folder)` draws the same picture as the UNet
-that was saved. Only this file and preftune/families know peft and diffusers' adapters.
+that was saved. Files of 2023 are read, too, such as the one that HPS v1 released: pytorch_lora_weights.bin with the names of attention
+processors, which diffusers no longer loads. Only this file and preftune/families know peft and diffusers' adapters.
 """
 
 import contextlib
 import math
 import os
+import pickle
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,14 +19,15 @@ import safetensors
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from torch import nn
+from torch import Tensor, nn
 
 FILE = "pytorch_lora_weights.safetensors"
 """Name of the weights in a LoRA folder."""
+OLD_FILE = "pytorch_lora_weights.bin"
+"""Their name until 2023, when `unet.save_attn_procs` wrote them."""
 
 _ADAPTER = "default"
 
@@ -92,7 +96,8 @@ def save(unet: UNet2DConditionModel, folder: Path) -> None:
         "lora_dropout": 0.0,
         "bias": "none",
     }
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=_ADAPTER))
+    # In peft's own names: diffusers' renaming knows attention alone, and of a file in two styles it loads but one.
+    layers = get_peft_model_state_dict(unet, adapter_name=_ADAPTER)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".lora.tmp-", dir=folder) as temporary:
         StableDiffusionLoraLoaderMixin.save_lora_weights(
@@ -101,20 +106,27 @@ def save(unet: UNet2DConditionModel, folder: Path) -> None:
         os.replace(Path(temporary, FILE), folder / FILE)
 
 
+def find(folder: Path) -> Path | None:
+    """Return the file of the update in a folder, or None."""
+    return next((folder / name for name in (FILE, OLD_FILE) if (folder / name).is_file()), None)
+
+
 def load(unet: UNet2DConditionModel, folder: Path, weight: float = 1.0) -> None:
     """Put a saved update on the UNet, frozen, in place of any that it has; weight scales its effect.
 
     Raises ValueError when the folder holds no update, or one that this UNet cannot take whole.
     """
-    path = folder / FILE
-    if not path.is_file():
+    path = find(folder)
+    if path is None:
         raise ValueError(f"no LoRA in {folder}: {FILE} is not there")
+    source: Path | dict[str, Tensor] = folder if path.name == FILE else _read_old(path)
     try:
         state, alphas, metadata = StableDiffusionLoraLoaderMixin.lora_state_dict(
-            folder, weight_name=FILE, use_safetensors=True, unet_config=unet.config, return_lora_metadata=True
+            source, weight_name=FILE, use_safetensors=True, unet_config=unet.config, return_lora_metadata=True
         )
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    state = {_new_name(name): value for name, value in state.items()}
     layers = {name: value for name, value in state.items() if name.startswith("unet.")}
     if not layers or len(layers) < len(state):
         raise ValueError(
@@ -157,6 +169,27 @@ def merge(unet: UNet2DConditionModel) -> None:
     assert _layers(unet), "the UNet has no update to merge"
     unet.fuse_lora()
     unet.unload_lora()
+
+
+def _read_old(path: Path) -> dict[str, Tensor]:
+    """The weights of a torch file, which runs nothing; ValueError where it is none."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        first = str(error).split("\n", maxsplit=1)[0]
+        raise ValueError(f"{path} is damaged, or holds more than weights: {first}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} does not hold weights by name")
+    return state
+
+
+def _new_name(name: str) -> str:
+    """The present name of a weight: x.attn1.processor.to_out_lora.down.weight is unet.x.attn1.to_out.0.lora_A.weight."""
+    old = re.fullmatch(r"(?:unet\.)?(.+\.attn[12])\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight", name)
+    if not old:
+        return name
+    layer, projection, half = old.groups()
+    return f"unet.{layer}.to_{projection}{'.0' * (projection == 'out')}.lora_{'A' if half == 'down' else 'B'}.weight"
 
 
 def _alpha(lora: LoRA) -> float:

@@ -11,6 +11,9 @@ import tiny
 from preftune import lora
 
 SMALL = lora.LoRA(rank=2, alpha=6.0)
+WIDE = lora.LoRA(
+    rank=2, alpha=6.0, targets=("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "proj_out")
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +57,9 @@ def picture(
     return images
 
 
-def test_diffusers_draws_the_same_picture(folder: Path, tmp_path: Path) -> None:
-    unet = trained(UNet2DConditionModel.from_pretrained(folder, subfolder="unet"))
+@pytest.mark.parametrize("config", [SMALL, WIDE], ids=["attention", "attention and convolutions"])
+def test_diffusers_draws_the_same_picture(folder: Path, tmp_path: Path, config: lora.LoRA) -> None:
+    unet = trained(UNet2DConditionModel.from_pretrained(folder, subfolder="unet"), config)
     lora.save(unet, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == [lora.FILE]
     ours, theirs, base = picture(folder, unet=unet), picture(folder, weights=tmp_path), picture(folder)
@@ -63,13 +67,20 @@ def test_diffusers_draws_the_same_picture(folder: Path, tmp_path: Path) -> None:
     assert (base - ours).abs().max() > 1e-2
 
 
-def test_load_is_the_inverse_of_save(tmp_path: Path) -> None:
-    unet = trained(tiny.unet())
+@pytest.mark.parametrize("config", [SMALL, WIDE], ids=["attention", "attention and convolutions"])
+def test_load_is_the_inverse_of_save(tmp_path: Path, config: lora.LoRA) -> None:
+    unet = trained(tiny.unet(), config)
     lora.save(unet, tmp_path)
     fresh = tiny.unet()
     lora.load(fresh, tmp_path)
     torch.testing.assert_close(noise(fresh), noise(unet))
     assert not any(weight.requires_grad for weight in fresh.parameters())
+
+
+def test_half_an_update(tmp_path: Path) -> None:
+    unet = trained(tiny.unet())
+    lora.save(unet, tmp_path)
+    fresh = tiny.unet()
     lora.load(fresh, tmp_path, weight=0.0)
     torch.testing.assert_close(noise(fresh), noise(tiny.unet()))
     lora.load(fresh, tmp_path, weight=0.5)
@@ -77,6 +88,41 @@ def test_load_is_the_inverse_of_save(tmp_path: Path) -> None:
     lora.inject(half, lora.LoRA(rank=2, alpha=3.0), seed=0)
     half.load_state_dict(unet.state_dict())
     torch.testing.assert_close(noise(fresh), noise(half))
+
+
+def test_files_of_attention_processors(tmp_path: Path) -> None:
+    """The layout of HPS v1's released file, written by hand from the trained layers: a scale of 1, no prefix, a torch file."""
+    unet = trained(tiny.unet(), lora.LoRA(rank=2))
+    old = {}
+    for name, value in unet.state_dict().items():
+        if "lora_" in name:
+            plain = name.removesuffix(".default.weight").replace(".to_out.0", ".to_out")
+            layer, projection, half = plain.rsplit(".", 2)
+            kind = {"lora_A": "down", "lora_B": "up"}[half]
+            old[f"{layer}.processor.{projection}_lora.{kind}.weight"] = value
+    assert "down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.up.weight" in old
+    torch.save(old, tmp_path / lora.OLD_FILE)
+    fresh = tiny.unet()
+    lora.load(fresh, tmp_path)
+    torch.testing.assert_close(noise(fresh), noise(unet))
+    del old["down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.up.weight"]
+    torch.save(old | {"stray": torch.zeros(1)}, tmp_path / lora.OLD_FILE)
+    with pytest.raises(ValueError, match="is not an update of a UNet alone: it holds stray"):
+        lora.load(tiny.unet(), tmp_path)
+
+
+def test_a_torch_file_runs_nothing(tmp_path: Path) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (tmp_path / "ran",)  # type: ignore[return-value]
+
+    torch.save({"x": Hostile()}, tmp_path / lora.OLD_FILE)
+    with pytest.raises(ValueError, match="is damaged, or holds more than weights"):
+        lora.load(tiny.unet(), tmp_path)
+    assert not (tmp_path / "ran").exists()
+    torch.save([torch.zeros(1)], tmp_path / lora.OLD_FILE)
+    with pytest.raises(ValueError, match="does not hold weights by name"):
+        lora.load(tiny.unet(), tmp_path)
 
 
 def test_the_update_is_alpha_over_rank_b_a(tmp_path: Path) -> None:
