@@ -1,11 +1,12 @@
 """The file contract between the folders: a data set is images and one JSON object a line.
 
 `metadata.jsonl` ({"file_name", "text", ...}) is what `datasets.load_dataset("imagefolder")` reads; `rankings.jsonl`
-({"prompt", "generations", "ranking", "source"}) holds preferences in the fields of the ImageReward data.
+({"prompt", "generations", "ranking", "source", "weight"}) holds preferences in the fields of the ImageReward data.
 """
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -33,6 +34,8 @@ class Ranking:
     """One for each path; 1 is best, equal ranks are ties."""
     source: str
     """Who ranked, for example an annotator's number; empty where it is not known."""
+    weight: float = 1.0
+    """How much it counts beside others; PickScore's is 1 over the number of rankings of its prompt."""
 
 
 def read_samples(folder: Path) -> list[Sample]:
@@ -44,7 +47,7 @@ def read_samples(folder: Path) -> list[Sample]:
     for place, row in _objects(folder / "metadata.jsonl"):
         path = inside(folder, field(row, "file_name", str, place), place)
         extra = {key: value for key, value in row.items() if key not in ("file_name", "text")}
-        samples.append(Sample(path=path, text=_text(row, "text", place), extra=extra))
+        samples.append(Sample(path=path, text=text_field(row, "text", place), extra=extra))
     if not samples:
         raise ValueError(f"{folder / 'metadata.jsonl'} holds no samples")
     return samples
@@ -55,23 +58,31 @@ def read_rankings(folder: Path) -> list[Ranking]:
     rankings = []
     known: dict[str, Path] = {}  # several annotators name the same pictures
     for place, row in _objects(folder / "rankings.jsonl"):
-        names, ranks = field(row, "generations", list, place), field(row, "ranking", list, place)
-        if not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{place}: generations must be file names")
-        if not all(type(rank) is int and rank >= 1 for rank in ranks):
-            raise ValueError(f"{place}: ranking is {ranks}; it must hold whole numbers from 1, the best")
-        if len(names) != len(ranks) or len(names) < 2:
-            raise ValueError(
-                f"{place}: {len(names)} generations and {len(ranks)} ranks; there must be one rank each, and two or more"
-            )
-        source = field(row, "source", str, place) if "source" in row else ""
+        prompt, names, ranks, source, weight = ranking_fields(row, place)
         known |= {name: inside(folder, name, place) for name in names if name not in known}
         paths = tuple(known[name] for name in names)
-        prompt = _text(row, "prompt", place)
-        rankings.append(Ranking(prompt=prompt, paths=paths, ranks=tuple(ranks), source=source))
+        rankings.append(Ranking(prompt=prompt, paths=paths, ranks=ranks, source=source, weight=weight))
     if not rankings:
         raise ValueError(f"{folder / 'rankings.jsonl'} holds no rankings")
     return rankings
+
+
+def ranking_fields(row: dict[str, Any], place: str) -> tuple[str, list[str], tuple[int, ...], str, float]:
+    """The prompt, file names (unchecked), ranks, source and weight of a ranking; the last two may be left out."""
+    names, ranks = field(row, "generations", list, place), field(row, "ranking", list, place)
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{place}: generations must be file names")
+    if not all(type(rank) is int and rank >= 1 for rank in ranks):
+        raise ValueError(f"{place}: ranking is {ranks}; it must hold whole numbers from 1, the best")
+    if len(names) != len(ranks) or len(names) < 2:
+        raise ValueError(
+            f"{place}: {len(names)} generations and {len(ranks)} ranks; there must be one rank each, and two or more"
+        )
+    source = field(row, "source", str, place) if "source" in row else ""
+    weight = row.get("weight", 1.0)
+    if type(weight) not in (int, float) or not 0 < weight <= sys.float_info.max:
+        raise ValueError(f"{place}: weight is {weight!r}; it must be a finite number above 0")
+    return text_field(row, "prompt", place), names, tuple(ranks), source, float(weight)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -132,7 +143,7 @@ def field(row: dict[str, Any], key: str, kind: type, place: str) -> Any:
     return row[key]
 
 
-def _text(row: dict[str, Any], key: str, place: str) -> str:
+def text_field(row: dict[str, Any], key: str, place: str) -> str:
     """A field that holds words."""
     text: str = field(row, key, str, place)
     if not text.strip():

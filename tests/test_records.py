@@ -41,13 +41,13 @@ def test_samples(folder: Path) -> None:
 
 
 def test_rankings(folder: Path) -> None:
-    unsourced = ranking(ranking=[1, 1])
+    unsourced = ranking(ranking=[1, 1], weight=0.25)
     del unsourced["source"]
     write_jsonl(folder / "rankings.jsonl", [ranking(), unsourced])
     paths = (folder / "images/a.png", folder / "b.png")
     assert read_rankings(folder) == [
-        Ranking(prompt="p", paths=paths, ranks=(2, 1), source="s"),
-        Ranking(prompt="p", paths=paths, ranks=(1, 1), source=""),
+        Ranking(prompt="p", paths=paths, ranks=(2, 1), source="s", weight=1.0),
+        Ranking(prompt="p", paths=paths, ranks=(1, 1), source="", weight=0.25),
     ]
 
 
@@ -113,11 +113,24 @@ def test_wrong_samples(folder: Path, line: str, words: str) -> None:
         ({"generations": [1, 2]}, "must be file names"),
         ({"prompt": ""}, "prompt is empty"),
         ({"source": 3}, "source is a int"),
+        ({"weight": 0}, "weight is 0; it must be a finite number above 0"),
+        ({"weight": -0.5}, "finite number above 0"),
+        ({"weight": True}, "finite number above 0"),
+        ({"weight": "1"}, "finite number above 0"),
+        ({"weight": None}, "finite number above 0"),
     ],
 )
 def test_wrong_rankings(folder: Path, changes: dict[str, object], words: str) -> None:
     write_jsonl(folder / "rankings.jsonl", [ranking(**changes)])
     with pytest.raises(ValueError, match=words):
+        read_rankings(folder)
+
+
+@pytest.mark.parametrize("weight", ["NaN", "Infinity", "1e999", "1" + 400 * "0"])
+def test_a_weight_is_finite(folder: Path, weight: str) -> None:
+    line = json.dumps(ranking(weight="W")).replace('"W"', weight)
+    (folder / "rankings.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"line 1: weight is .*finite number above 0"):
         read_rankings(folder)
 
 

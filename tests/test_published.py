@@ -1,0 +1,501 @@
+"""Published preference data: a file in each layout, written here from its published schema, is read back equal."""
+
+import csv
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any, get_args
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from preftune import published_rows
+from preftune.published import ASPECTS, LAYOUTS, Aspect, Judged, Layout, SetAside, Shown, dense, read
+
+SHARED = Path(__file__).parents[2] / "shared/data/prompts/imagereward"
+
+
+def in_json(path: Path, rows: Sequence[object]) -> Path:
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+def in_jsonl(path: Path, rows: Sequence[object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def in_parquet(path: Path, rows: list[dict[str, Any]], group: int = 2) -> Path:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=group)
+    return path
+
+
+def in_csv(path: Path, rows: list[dict[str, Any]]) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def in_zip(path: Path, rows: Sequence[object], pictures: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{path.stem}.json", json.dumps(rows))
+        for name, content in pictures.items():
+            archive.writestr(name, content)
+    return path
+
+
+def webp(level: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (level, 0, 0)).save(buffer, "WEBP")
+    return buffer.getvalue()
+
+
+def facts(entry: Judged | SetAside) -> tuple[object, ...]:
+    """What a ranking says: prompt, names, ranks, source, weight."""
+    assert isinstance(entry, Judged)
+    names = [picture.name for picture in entry.pictures]
+    return entry.prompt, names, list(entry.ranks), entry.source, entry.weight
+
+
+def facts_of(layout: Layout, path: Path, aspect: Aspect = "mean") -> list[tuple[object, ...]]:
+    return [facts(entry) for entry in read(layout, path, aspect)]
+
+
+def pickapic(**changes: object) -> dict[str, Any]:
+    """A row of Pick-a-Pic with all its columns."""
+    return {
+        "are_different": True,
+        "best_image_uid": "aa-0",
+        "caption": "a cat",
+        "created_at": None,
+        "has_label": True,
+        "image_0_uid": "aa-0",
+        "image_0_url": "gone",
+        "image_1_uid": "bb-1",
+        "image_1_url": "gone",
+        "jpg_0": webp(0),
+        "jpg_1": webp(1),
+        "label_0": 1.0,
+        "label_1": 0.0,
+        "model_0": "m",
+        "model_1": "m",
+        "ranking_id": 7,
+        "user_id": 3,
+        "num_example_per_prompt": 1,
+        "__index_level_0__": 0,
+    } | changes
+
+
+def db(picture: str, rank: int, prompt: str = "000001-0001", **changes: object) -> dict[str, Any]:
+    """A row of ImageRewardDB."""
+    return {
+        "image_path": f"images/train/train_1/{picture}.webp",
+        "prompt_id": prompt,
+        "prompt": f"p {prompt}",
+        "classification": "People",
+        "image_amount_in_total": 2,
+        "rank": rank,
+        "overall_rating": 4,
+        "image_text_alignment_rating": 3,
+        "fidelity_rating": 4,
+    } | changes
+
+
+# ---------------------------------------------------------------- the layouts
+
+
+def test_the_table_holds_every_layout() -> None:
+    assert set(LAYOUTS) == set(get_args(Layout))
+    assert {"mean", *ASPECTS} == set(get_args(Aspect))
+
+
+def test_imagereward(tmp_path: Path) -> None:
+    """Ranks stay as they are: with ties, with gaps, not from 1."""
+    rows = [
+        {"id": "1-1", "prompt": "a", "generations": ["x/0.webp", "x/1.webp", "x/2.webp"], "ranking": [5, 2, 2]},
+        {"id": "1-2", "prompt": "caf\u00e9", "generations": ["y/0.webp", "y/1.webp"], "ranking": [1, 2]},
+    ]  # fmt: skip
+    path = in_json(tmp_path / "train.json", rows)
+    assert facts_of("imagereward", path) == [
+        ("a", ["x/0.webp", "x/1.webp", "x/2.webp"], [5, 2, 2], "", 1.0),
+        ("caf\u00e9", ["y/0.webp", "y/1.webp"], [1, 2], "", 1.0),
+    ]
+    first = next(read("imagereward", path))
+    assert isinstance(first, Judged)
+    assert first.place == f"{path} element 1"
+    assert first.pictures[0] == Shown(name="x/0.webp", content=None)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data/prompts/imagereward")
+def test_the_published_test_set() -> None:
+    entries = [*read("imagereward", SHARED / "test.json")]
+    pairs = [pair for entry in entries for pair in combinations(facts(entry)[2], 2)]
+    assert len(entries) == 466
+    assert sum(a != b for a, b in pairs) == 6399
+    assert sum(a == b for a, b in pairs) == 831
+    rows = json.loads((SHARED / "test.json").read_text(encoding="utf-8"))
+    assert [facts(entry)[:3] for entry in entries] == [
+        (row["prompt"], row["generations"], row["ranking"]) for row in rows
+    ]
+
+
+def test_imagerewarddb(tmp_path: Path) -> None:
+    """The rows of a prompt need not be neighbours; zip files and tables say the same."""
+    other = "000001-0002"
+    rows = [db("a", 1), db("c", 2, other), db("b", 1), db("d", 1, other)]
+    stem = "images/train/train_1"
+    expected = [
+        ("p 000001-0001", [f"{stem}/a.webp", f"{stem}/b.webp"], [1, 1], "", 1.0),
+        ("p 000001-0002", [f"{stem}/c.webp", f"{stem}/d.webp"], [2, 1], "", 1.0),
+    ]
+    archive = in_zip(tmp_path / "train_1.zip", rows, {"a.webp": webp(0)})
+    assert facts_of("imagerewarddb", archive) == expected
+    assert facts_of("imagerewarddb", in_json(tmp_path / "train_1.json", rows)) == expected
+    assert facts_of("imagerewarddb", in_parquet(tmp_path / "metadata-train.parquet", rows)) == expected
+    for number, row in enumerate(rows):  # as the datasets library writes it
+        del row["image_path"]
+        row["image"] = {"bytes": webp(number), "path": f"{number}.webp"}
+    entries = [*read("imagerewarddb", in_parquet(tmp_path / "1k.parquet", rows))]
+    assert [facts(entry)[1:3] for entry in entries] == [
+        (["0.webp", "2.webp"], [1, 1]),
+        (["1.webp", "3.webp"], [2, 1]),
+    ]
+    assert isinstance(entries[0], Judged)
+    assert [picture.content for picture in entries[0].pictures] == [webp(0), webp(2)]
+
+
+def test_imagerewarddb_group_and_pair(tmp_path: Path) -> None:
+    groups = [
+        {"prompt_id": "1", "prompt": "a", "classification": "x", "image": ["0.webp", "1.webp", "2.webp"], "rank": [2, 1, 2]},
+        {"prompt_id": "2", "prompt": "b", "classification": "x", "image": ["3.webp", "4.webp"], "rank": [1, 2]},
+    ]  # fmt: skip
+    assert facts_of("imagerewarddb-group", in_parquet(tmp_path / "g.parquet", groups)) == [
+        ("a", ["0.webp", "1.webp", "2.webp"], [2, 1, 2], "", 1.0),
+        ("b", ["3.webp", "4.webp"], [1, 2], "", 1.0),
+    ]
+    cells = [{"bytes": webp(0), "path": None}, {"bytes": b"", "path": None}]
+    pairs = [{"prompt_id": "1", "prompt": "a", "img_better": cells[0], "img_worse": cells[1]}]
+    digest = hashlib.sha256(webp(0)).hexdigest()
+    (entry,) = read("imagerewarddb-pair", in_parquet(tmp_path / "p.parquet", pairs))
+    assert facts(entry)[2] == [1, 2]
+    assert isinstance(entry, Judged)
+    assert entry.pictures[0] == Shown(name=f"{digest}.webp", content=webp(0))
+    assert entry.pictures[1].content == b""  # set aside later, by name
+
+
+def test_hpdv1(tmp_path: Path) -> None:
+    """The chosen one before all others."""
+    names = [f"preference_images/00001_{i}.jpg" for i in range(3)]
+    row = {
+        "human_preference": 2,
+        "prompt": "a",
+        "id": 1,
+        "file_path": names,
+        "user_hash": "u",
+        "contain_name": False,
+    }
+    path = in_json(tmp_path / "preference_train.json", [row, row | {"human_preference": 0}])
+    assert facts_of("hpdv1", path) == [("a", names, [2, 2, 1], "u", 1.0), ("a", names, [1, 2, 2], "u", 1.0)]
+
+
+def test_hpdv2_train(tmp_path: Path) -> None:
+    names = ["00000001.jpg", "00000002.jpg"]
+    rows = [{"prompt": "a", "file_path": names, "human_preference": mark} for mark in ([1, 0], [0, 1])]
+    assert facts_of("hpdv2-train", in_json(tmp_path / "train.json", rows)) == [
+        ("a", names, [1, 2], "", 1.0),
+        ("a", names, [2, 1], "", 1.0),
+    ]
+
+
+def test_hpdv2_test(tmp_path: Path) -> None:
+    """Annotators where they are known, else their averaged ranks as whole ones."""
+    names = ["0.jpg", "1.jpg", "2.jpg"]
+    notes = [{"rank": [3, 1, 2], "user_hash": "u"}, {"rank": [2, 1, 3], "user_hash": "v"}]
+    known = {"prompt": "a", "image_path": names, "rank": [2.5, 1, 2.5], "raw_annotations": notes}
+    older = {"prompt": "b", "image_path": names, "rank": [2.5, 1, 2.5]}
+    assert facts_of("hpdv2-test", in_json(tmp_path / "test.json", [known, older])) == [
+        ("a", names, [3, 1, 2], "u", 1.0),
+        ("a", names, [2, 1, 3], "v", 1.0),
+        ("b", names, [2, 1, 2], "", 1.0),
+    ]
+
+
+def test_pickapic(tmp_path: Path) -> None:
+    rows = [
+        pickapic(num_example_per_prompt=4),
+        pickapic(label_0=0.0, label_1=1.0, user_id=9),
+        pickapic(label_0=0.5, label_1=0.5),
+        pickapic(has_label=False, label_0=None, label_1=None),
+    ]
+    path = in_parquet(tmp_path / "train-00000-of-00001.parquet", rows)
+    *judged, unlabelled = read("pickapic", path)
+    names = ["aa/aa-0.jpg", "bb/bb-1.jpg"]
+    assert [facts(entry) for entry in judged] == [
+        ("a cat", names, [1, 2], "3", 0.25),
+        ("a cat", names, [2, 1], "9", 1.0),
+        ("a cat", names, [1, 1], "3", 1.0),
+    ]
+    assert isinstance(judged[0], Judged)
+    assert [picture.content for picture in judged[0].pictures] == [webp(0), webp(1)]
+    assert unlabelled == SetAside(place=f"{path} row 4", reason="no label", detail="has_label is false")
+    for row in rows:  # pickapic_v2_no_images
+        del row["jpg_0"], row["jpg_1"]
+    bare = [*read("pickapic", in_parquet(tmp_path / "bare.parquet", rows))]
+    assert [facts(entry) for entry in bare[:3]] == [facts(entry) for entry in judged]
+    assert isinstance(bare[0], Judged)
+    assert bare[0].pictures[0].content is None
+
+
+def test_aspects(tmp_path: Path) -> None:
+    """Each aspect orders in its own way, and the mean in another."""
+    scores = ((5, 1, 2, 4), (4, 2, 2, 5), (3, 5, 1, 4))
+    images = [{"image_id": f"{i}.png"} | dict(zip(ASPECTS, row, strict=True)) for i, row in enumerate(scores)]
+    path = in_jsonl(tmp_path / "v.jsonl", [{"prompt_id": 1, "prompt": "a", "images": images}])
+    expected: dict[Aspect, list[int]] = {
+        "prompt_following": [1, 2, 3],
+        "aesthetics": [3, 2, 1],
+        "fidelity": [1, 1, 2],
+        "harmlessness": [2, 1, 2],
+        "mean": [2, 1, 1],  # 12, 13, 13
+    }
+    for aspect, ranks in expected.items():
+        assert facts_of("aspects", path, aspect) == [
+            ("a", ["0.png", "1.png", "2.png"], ranks, "", 1.0),
+        ]
+
+
+def test_ratings(tmp_path: Path) -> None:
+    """A ranking for each rater of a prompt, whatever the order of the lines."""
+    rows = [
+        {"prompt": prompt, "image": image, "rater": rater, "score": score}
+        for prompt, image, rater, score in (
+            ("a, with comma", "0.png", "x", "3"),
+            ("a, with comma", "0.png", "y", "1.5"),
+            ("b", "2.png", "x", "1"),
+            ("a, with comma", "1.png", "x", "10"),
+            ("a, with comma", "1.png", "y", "1.50"),
+            ("b", "3.png", "x", "0"),
+        )
+    ]
+    assert facts_of("ratings", in_csv(tmp_path / "r.csv", rows)) == [
+        ("a, with comma", ["0.png", "1.png"], [2, 1], "x", 1.0),
+        ("a, with comma", ["0.png", "1.png"], [1, 1], "y", 1.0),
+        ("b", ["2.png", "3.png"], [1, 2], "x", 1.0),
+    ]
+
+
+def test_our_own_rankings(tmp_path: Path) -> None:
+    row = {"prompt": "a", "generations": ["000/0.png", "000/1.png"], "ranking": [2, 1], "gold": [0.1, 0.2]}
+    path = in_jsonl(tmp_path / "rankings.jsonl", [row | {"source": "annotator 0", "weight": 0.5}, row])
+    assert facts_of("rankings", path) == [
+        ("a", ["000/0.png", "000/1.png"], [2, 1], "annotator 0", 0.5),
+        ("a", ["000/0.png", "000/1.png"], [2, 1], "", 1.0),
+    ]
+
+
+def test_dense() -> None:
+    assert dense([2.5, 1.1, 2.5, 9]) == (2, 1, 2, 3)
+    assert dense([]) == ()
+
+
+# ---------------------------------------------------------------- what does not fit
+
+IR = {"prompt": "a", "generations": ["0", "1"], "ranking": [1, 2]}
+V1 = {"prompt": "a", "file_path": ["0", "1"], "human_preference": 0, "user_hash": "u"}
+TRAIN = {"prompt": "a", "file_path": ["0", "1"], "human_preference": [1, 0]}
+TEST = {"prompt": "a", "image_path": ["0", "1"], "rank": [1, 2]}
+RATING = {"prompt": "a", "image": "0", "rater": "x", "score": "1"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "rows", "words"),
+    [
+        ("imagereward", [TRAIN], "element 1 has no generations"),
+        ("imagereward", [IR | {"ranking": [1.5, 2]}], r"ranking is \[1.5, 2\]; it must hold whole numbers"),
+        ("imagereward", [IR | {"ranking": [1]}], "2 generations and 1 ranks"),
+        ("imagereward", [IR | {"generations": ["0", "0"]}], "'0' is there more than once"),
+        ("imagereward", [IR | {"prompt": " "}], "prompt is empty"),
+        ("imagereward", [IR | {"prompt": "\ud83d"}], "half of a surrogate pair"),
+        ("imagereward", ["x"], "element 1 must be an object, not a str"),
+        ("hpdv1", [TRAIN], "human_preference is a list; it must be a int"),
+        ("hpdv1", [V1 | {"human_preference": 2}], "human_preference is 2; .* 0 to 1"),
+        ("hpdv1", [V1 | {"human_preference": -1}], "human_preference is -1"),
+        ("hpdv1", [V1 | {"file_path": [0, 1]}], "file_path must hold file names"),
+        ("hpdv2-train", [V1], "human_preference is a int; it must be a list"),
+        ("hpdv2-train", [TRAIN | {"human_preference": [2, 1]}], r"human_preference is \[2, 1\]"),
+        ("hpdv2-train", [TRAIN | {"human_preference": [1]}], "2 pictures and 1 ranks"),
+        ("hpdv2-test", [TRAIN], "has no image_path"),
+        ("hpdv2-test", [TEST | {"rank": [1, float("nan")]}], "rank is .*finite numbers"),
+        ("hpdv2-test", [TEST | {"rank": ["1", "2"]}], "rank is .*finite numbers"),
+        ("hpdv2-test", [TEST | {"rank": [1, 10**400]}], "rank is .*finite numbers"),
+        ("hpdv2-test", [TEST | {"raw_annotations": [[1, 2]]}], "raw_annotations must hold objects"),
+        ("hpdv2-test", [TEST | {"raw_annotations": [{"rank": [1, 2]}]}], "has no user_hash"),
+    ],
+)  # fmt: skip
+def test_a_wrong_json_list(tmp_path: Path, layout: Layout, rows: list[object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        list(read(layout, in_json(tmp_path / "x.json", rows)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"label_0": 0.7}, r"label_0 and label_1 are \(0.7, 0.0\); they must be"),
+        ({"label_0": None}, "label_0 is .*finite"),
+        ({"num_example_per_prompt": 0}, "num_example_per_prompt is 0"),
+        ({"has_label": "yes"}, "has_label is a str"),
+        ({"caption": None}, "caption is a NoneType"),
+        ({"image_1_uid": "aa-0"}, "'aa/aa-0.jpg' is there more than once"),
+    ],
+)
+def test_a_wrong_row_of_pickapic(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=f"x.parquet row 1.*{words}"):
+        list(read("pickapic", in_parquet(tmp_path / "x.parquet", [pickapic(**changes)])))
+
+
+@pytest.mark.parametrize(
+    ("layout", "row", "column"),
+    [
+        ("pickapic", {key: value for key, value in pickapic().items() if key != "has_label"}, "has_label"),
+        ("imagerewarddb", {"prompt_id": "1", "prompt": "a"}, "rank"),
+        ("imagerewarddb-group", {"prompt": "a", "rank": [1, 2]}, "image"),
+        ("imagerewarddb-pair", {"prompt": "a", "img_better": "0"}, "img_worse"),
+        ("ratings", {"prompt": "a", "image": "0", "score": "1"}, "rater"),
+    ],
+)
+def test_a_table_without_a_column(tmp_path: Path, layout: Layout, row: dict[str, Any], column: str) -> None:
+    path = (
+        in_csv(tmp_path / "x.csv", [row])
+        if layout == "ratings"
+        else in_parquet(tmp_path / "x.parquet", [row])
+    )
+    with pytest.raises(ValueError, match=f"has no column {column}; it has .*prompt"):
+        list(read(layout, path))
+
+
+def test_wrong_cells(tmp_path: Path) -> None:
+    bare = {key: value for key, value in db("a", 1).items() if key != "image_path"}
+    for layout, row, words in (
+        ("imagerewarddb", bare, "image_path is a NoneType; it must be a file name, or hold bytes"),
+        ("imagerewarddb", db("a", 0), "rank is 0; it must be 1"),
+        ("imagerewarddb-pair", {"prompt": "a", "img_better": 3, "img_worse": "1"}, "img_better is a int"),
+        ("imagerewarddb-group", {"prompt": "a", "image": [None, None], "rank": [1, 2]}, "image is a NoneType"),
+    ):  # fmt: skip
+        path = in_parquet(tmp_path / "x.parquet", [row])
+        with pytest.raises(ValueError, match=words):
+            list(read(layout, path))
+
+
+@pytest.mark.parametrize("score", ["", "good", "nan", "1e999"])
+def test_a_rating_that_is_no_number(tmp_path: Path, score: str) -> None:
+    path = in_csv(tmp_path / "r.csv", [RATING, RATING | {"image": "1", "score": score}])
+    with pytest.raises(ValueError, match=f"line 3: score is '{score}'; it must be a finite number"):
+        list(read("ratings", path))
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        ([], "images must hold objects"),
+        ([{"image_id": "0", "fidelity": 1}, {"image_id": "1"}], "has no fidelity"),
+        ([{"image_id": "0", "fidelity": "5"}, {"image_id": "1", "fidelity": 1}], "fidelity is .*finite"),
+        ([{"fidelity": 2}, {"image_id": "1", "fidelity": 1}], "has no image_id"),
+    ],
+)
+def test_wrong_aspects(tmp_path: Path, images: list[object], words: str) -> None:
+    path = in_jsonl(tmp_path / "v.jsonl", [{"prompt": "a", "images": images}])
+    with pytest.raises(ValueError, match=words):
+        list(read("aspects", path, "fidelity"))
+
+
+def test_later_rows_that_do_not_fit_are_set_aside(tmp_path: Path) -> None:
+    rows = [IR, IR | {"ranking": [1]}, {"prompt": "a"}, IR]
+    path = in_json(tmp_path / "x.json", rows)
+    first, short, bare, last = read("imagereward", path)
+    assert facts(first) == facts(last)
+    for entry, place, words in ((short, "element 2", "1 ranks"), (bare, "element 3", "has no generations")):
+        assert isinstance(entry, SetAside)
+        assert (entry.place, entry.reason) == (f"{path} {place}", "bad row")
+        assert words in entry.detail
+    rated = [RATING, RATING | {"image": "1"}, RATING | {"rater": "y"}]  # y saw one picture
+    _, lonely = read("ratings", in_csv(tmp_path / "r.csv", rated))
+    assert isinstance(lonely, SetAside)
+    assert "1 pictures" in lonely.detail
+
+
+# ---------------------------------------------------------------- broken files
+
+
+def test_a_list_longer_than_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elements and numbers are cut anywhere by reading."""
+    rows = [IR | {"prompt": "x" * count, "weight": 0.125} for count in range(1, 40)]
+    path = in_json(tmp_path / "x.json", rows)
+    expected = facts_of("imagereward", path)
+    assert len(expected) == 39
+    for chunk in (1, 2, 7, 1000):
+        monkeypatch.setattr(published_rows, "CHUNK", chunk)
+        assert facts_of("imagereward", path) == expected
+    (tmp_path / "indented.json").write_text(json.dumps(rows, indent=2) + "\n")
+    assert facts_of("imagereward", tmp_path / "indented.json") == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (json.dumps([IR, IR])[:-9].encode(), "element 2 is not JSON"),
+        (json.dumps([IR])[:-1].encode(), "element 2 is not JSON"),
+        (json.dumps([IR])[:-1].encode() + b" oops]", "element 2 is not JSON"),
+        (b'{"prompt": "a"}', "must hold a JSON list of objects"),
+        (b"", "must hold a JSON list of objects"),
+        (b"[" + b'{"a":' * 100_000, "element 1 is not JSON"),
+        (b"[\xff]", "is not UTF-8 text"),
+    ],
+)
+def test_a_broken_list(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"x\.json.*{words}"):
+        list(read("imagereward", tmp_path / "x.json"))
+
+
+def test_an_element_without_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(published_rows, "MAX_ROW", 100_000)
+    (tmp_path / "x.json").write_text('[{"a": "' + "x" * 300_000 + '"}]')
+    with pytest.raises(ValueError, match="element 1 is not JSON"):
+        list(read("imagereward", tmp_path / "x.json"))
+
+
+def test_a_json_that_unpacks_to_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(published_rows, "MAX_JSON", 100)
+    path = in_zip(tmp_path / "x.zip", [db("a", 1), db("b", 2)], {})
+    with pytest.raises(ValueError, match=r"x\.zip: x\.json has \d+ bytes; at most 100"):
+        list(read("imagerewarddb", path))
+
+
+def test_broken_tables_and_archives(tmp_path: Path) -> None:
+    table = in_parquet(tmp_path / "x.parquet", [pickapic()])
+    table.write_bytes(table.read_bytes()[:-20])
+    archive = in_zip(tmp_path / "x.zip", [db("a", 1)], {})
+    archive.write_bytes(archive.read_bytes()[:-20])
+    (tmp_path / "x.csv").write_text('prompt,image,rater,score\n"a')
+    for layout, path in (
+        ("pickapic", table),
+        ("imagerewarddb", archive),
+        ("ratings", tmp_path / "x.csv"),
+    ):
+        with pytest.raises(ValueError, match=rf"{path.name} is broken, or of another kind"):
+            list(read(layout, path))
+    for layout in LAYOUTS:
+        with pytest.raises(ValueError, match=r"cannot read \S*nowhere: .*No such file"):
+            list(read(layout, tmp_path / "nowhere"))
+    with zipfile.ZipFile(tmp_path / "none.zip", "w") as bare:
+        bare.writestr("a.webp", b"")
+    with pytest.raises(ValueError, match="holds 0 JSON files; a part of ImageRewardDB has one"):
+        list(read("imagerewarddb", tmp_path / "none.zip"))
