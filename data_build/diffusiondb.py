@@ -9,19 +9,24 @@ where it was and ends in the same bytes. What is written: see filtered.py.
     python data_build/diffusiondb.py --data images/ --rewards hpsv1 --output data/filtered
     python data_build/diffusiondb.py --data large-1/ large-2/ --rewards hpsv2.1 --metadata metadata-large.parquet --max-image-nsfw 0.9
 
+With --ray the processes of a Ray cluster score the parts, and the data set is the same (cluster.py):
+
+    python data_build/diffusiondb.py --data /shared/images/ --rewards hpsv2.1 --output data/filtered --ray auto --ray-workers 8
+
 2M has nearly always one picture a prompt; groups of four are in Large. The released code scored with another activation than
 the one HPS v1 was trained with; rewards/ scores as its README does. Captions stay free of the "Weird image. " prefix, and ordinary
 pictures join when a driver starts (--regularisation): both are finetune/weird_lora.py's.
-Hardware: as score.py. Left out: several GPUs; prompts that are too rare to be selected are scored all the same.
+Hardware: as score.py. Left out: several GPUs without Ray; prompts that are too rare to be selected are scored all the same.
 """
 
+import functools
 import glob
 import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,13 +34,13 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from data_build import filtered, scored, scoring
+from data_build import cluster, filtered, scored, scoring
 from data_build.filters import Filters, Nsfw
 from data_build.scoring import DTYPES, Batch, Preparing
 from data_build.selection import Selection
 from data_build.sources import DataSet, entries, survey
 from preftune.cli import exit_on_user_error, parse
-from rewards import CARDS
+from rewards import CARDS, Scorer, find_card
 from rewards.mix import parse_files
 from rewards.together import load_all
 from rewards.weights import sha256_of
@@ -63,17 +68,22 @@ class Config:
     batch: int = 32
     """Pictures in one pass."""
     workers: int = 2
-    """Processes that read and decode; 0 = this one does it."""
+    """Processes that read and decode, for each that scores; 0 = the one that scores does it."""
+    ray: str | None = None
+    """Ray cluster that scores the parts: its address, auto = where this machine belongs, local = a new one here; None = no Ray.
+    Parts, weights and preftune must be on all its machines, under the same paths."""
+    ray_workers: int = 2
+    """With --ray: processes that score, each with its own scorer, and its own GPU where the cluster has any."""
     shown: int = 12
     """Prompts whose pictures the report shows."""
 
     def __post_init__(self) -> None:
         if not self.data:
             raise ValueError("--data needs a folder of part-NNNNNN.zip, or such files")
-        if self.rewards not in CARDS:
-            raise ValueError(f"unknown scorer {self.rewards!r}; one of {', '.join(CARDS)}")
+        find_card(self.rewards)
         for name, value, least in (
-            ("batch", self.batch, 1), ("workers", self.workers, 0), ("shown", self.shown, 1),
+            ("batch", self.batch, 1), ("workers", self.workers, 0), ("ray-workers", self.ray_workers, 1),
+            ("shown", self.shown, 1),
         ):  # fmt: skip
             if value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
@@ -83,7 +93,8 @@ class Config:
     @property
     def scale(self) -> float:
         """What scores are multiplied by in the softmax."""
-        published = 100.0 if self.rewards in COSINES else 1.0
+        clip = find_card(self.rewards).clip if self.rewards not in CARDS else None  # one that was trained
+        published = 100.0 if self.rewards in COSINES or (clip and not clip.scaled) else 1.0
         return published if self.selection.scale is None else self.selection.scale
 
 
@@ -111,13 +122,13 @@ def find(terms: tuple[str, ...]) -> DataSet:
     )  # fmt: skip
 
 
-def batches(data: DataSet, first: int, size: int, filters: Filters, nsfw: Nsfw | None) -> Iterator[Batch]:
-    """All entries of all parts from one on; a chunk is a part."""
-    for source, numbered in itertools.groupby(entries(data, first), key=lambda numbered: numbered[0]):
-        listed = [filters.listed(entry, nsfw) for *_, entry in numbered]
-        for start in range(0, len(listed), size):
-            last = start + size >= len(listed)
-            yield Batch(entries=listed[start : start + size], next=(source + 1, 0), ends_chunk=last)
+def batches(data: DataSet, part: int, size: int, filters: Filters, nsfw: Nsfw | None) -> Iterator[Batch]:
+    """All entries of a part, which is a chunk."""
+    alone = replace(data, sources=data.sources[part : part + 1])
+    listed = [filters.listed(entry, nsfw) for *_, entry in entries(alone)]
+    for start in range(0, len(listed), size):
+        last = start + size >= len(listed)
+        yield Batch(entries=listed[start : start + size], next=(part + 1, 0), ends_chunk=last)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +149,9 @@ class Job:
 
 def check_inputs(config: Config) -> Job | None:
     """Return the job, whose folder is begun, or None where it is done; ValueError before any weight loads."""
-    files = parse_files(config.reward_files, (config.rewards,))
+    files = {
+        name: path.absolute() for name, path in parse_files(config.reward_files, (config.rewards,)).items()
+    }
     weights = scoring.digests([config.rewards], files)
     data = find(config.data)
     digest, total = survey(data)
@@ -163,40 +176,81 @@ def check_inputs(config: Config) -> Job | None:
         shutil.rmtree(building, ignore_errors=True)
         return None
     nsfw = Nsfw(config.filters, data.sources) if config.filters.metadata is not None else None
+    if config.ray is not None:
+        cluster.check()
     scored.begin(building, scores)  # another rule may be tried on the same scores
     return Job(data=data, total=total, files=files, building=building, nsfw=nsfw, record=record)
+
+
+def load(config: Config, job: Job, device: torch.device) -> tuple[list[Scorer], Preparing]:
+    """Return the scorer, alone in a list, and what prepares pictures for it."""
+    scorers = load_all([config.rewards], files=job.files, device=device, dtype=DTYPES[config.precision])
+    return scorers, Preparing(job.data, list(scoring.by_rule(scorers)), config.filters)
+
+
+def score_here(config: Config, job: Job, parts: range, device: torch.device) -> Iterator[int]:
+    """Write a chunk for each part; yields how many entries are done."""
+    with exit_on_user_error():
+        scorers, preparing = load(config, job, device)
+    listed = (
+        batch for part in parts for batch in batches(job.data, part, config.batch, config.filters, job.nsfw)
+    )
+    return scoring.score_chunks(job.building, preparing, listed, scorers, device, workers=config.workers)
+
+
+def part_scorer(config: Config, job: Job) -> Callable[[int], list[scored.Row]]:
+    """Return what gives the rows of a part, with a scorer of its own: for the processes of a cluster."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scorers, preparing = load(config, job, device)
+
+    @torch.no_grad()
+    def rows_of(part: int) -> list[scored.Row]:
+        listed = batches(job.data, part, config.batch, config.filters, job.nsfw)
+        found = scoring.score_batches(preparing, listed, scorers, device, workers=config.workers)
+        return [row for _, rows in found for row in rows]
+
+    return rows_of
 
 
 def score(config: Config, job: Job, device: torch.device) -> None:
     """Score the parts that are left, and write a chunk for each."""
     _, (first, _) = scored.progress(job.building)
-    parts = len(job.data.sources)
-    if first == parts:
+    parts = range(first, len(job.data.sources))
+    if not parts:
         return
-    with exit_on_user_error():
-        dtype = DTYPES[config.precision]
-        scorers = load_all([config.rewards], files=job.files, device=device, dtype=dtype)
-    preparing = Preparing(job.data, list(scoring.by_rule(scorers)), config.filters)
-    listed = batches(job.data, first, config.batch, config.filters, job.nsfw)
-    counts = scoring.score_chunks(job.building, preparing, listed, scorers, device, workers=config.workers)
-    with tqdm(total=job.total, initial=job.total * first // parts, desc="scoring", unit="picture") as bar:
+    if config.ray is None:
+        counts = score_here(config, job, parts, device)
+    else:
+        make = functools.partial(part_scorer, config, job)
+        with exit_on_user_error():
+            counts = cluster.score_parts(
+                job.building, parts, make, address=config.ray, workers=config.ray_workers
+            )
+    with tqdm(
+        total=job.total, initial=job.total * first // parts.stop, desc="scoring", unit="picture"
+    ) as bar:
         for count in counts:
             bar.update(count)
 
 
+def conclude(config: Config, job: Job) -> None:
+    """Select, write the data set under a temporary name, and rename it."""
+    filtered.write(
+        job.building, job.data, config.selection, config.scale,
+        keep_duplicates=config.filters.keep_duplicates, name=config.rewards, shown=config.shown, record=job.record,
+    )  # fmt: skip
+    (job.building / filtered.FOLDER).rename(config.output)
+    shutil.rmtree(job.building)
+
+
 @torch.no_grad()
 def main(config: Config) -> None:
-    """Score what is left, select, write the data set under a temporary name, rename it and report."""
+    """Score what is left, make the data set of it, and report."""
     with exit_on_user_error():
         job = check_inputs(config)
     if job is not None:
         score(config, job, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        filtered.write(
-            job.building, job.data, config.selection, config.scale,
-            keep_duplicates=config.filters.keep_duplicates, name=config.rewards, shown=config.shown, record=job.record,
-        )  # fmt: skip
-        (job.building / filtered.FOLDER).rename(config.output)
-        shutil.rmtree(job.building)
+        conclude(config, job)
     print(f"{filtered.report(config.output)}\n{config.output}")  # noqa: T201
 
 

@@ -26,7 +26,7 @@ from data_build.pictures import Entry
 from data_build.scoring import DTYPES, Batch, Preparing, by_rule, digests
 from data_build.sources import DataSet, entries, find, survey
 from preftune.cli import exit_on_user_error, parse
-from rewards import CARDS, Scorer
+from rewards import CARDS, Scorer, find_card
 from rewards.mix import parse_files
 from rewards.together import load_all
 
@@ -97,7 +97,7 @@ def check_inputs(config: Config) -> tuple[DataSet, int, dict[str, Path]]:
     weights = digests(config.rewards, files)
     data = find(
         config.data,
-        prompted=any(CARDS[name].prompted for name in config.rewards),
+        prompted=any(find_card(name).prompted for name in config.rewards),
         prompt=config.prompt,
         image_column=config.image_column,
         text_column=config.text_column,

@@ -164,6 +164,26 @@ def scored_row(picture: Picture, scores: dict[str, float], scorers: Sequence[Sco
     return row | ({"made": [*picture.made, *(picture.size or ())]} if picture.made else {})
 
 
+def score_batches(
+    preparing: Preparing,
+    batches: Iterable[Batch],
+    scorers: Sequence[Scorer],
+    device: torch.device,
+    *,
+    workers: int,
+) -> Iterator[tuple[Batch, list[scored.Row]]]:
+    """Yield each batch with its rows."""
+    loader = DataLoader(
+        preparing,
+        sampler=batches,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=end_with_parent if workers else None,
+    )
+    for prepared in loader:
+        yield prepared.batch, score_batch(scorers, prepared, device)
+
+
 def score_chunks(
     folder: Path,
     preparing: Preparing,
@@ -175,18 +195,11 @@ def score_chunks(
 ) -> Iterator[int]:
     """Write the chunks of these batches after those that the folder has; yields how many entries are done, batch by batch."""
     done, rows = scored.progress(folder)[0], list[scored.Row]()
-    loader = DataLoader(
-        preparing,
-        sampler=batches,
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=end_with_parent if workers else None,
-    )
-    for prepared in loader:
-        rows += score_batch(scorers, prepared, device)
-        if prepared.batch.ends_chunk:
-            scored.write_chunk(folder, done, rows, prepared.batch.next)
+    for batch, more in score_batches(preparing, batches, scorers, device, workers=workers):
+        rows += more
+        if batch.ends_chunk:
+            scored.write_chunk(folder, done, rows, batch.next)
             done, rows = done + 1, []
-        yield len(prepared.batch.entries)
+        yield len(batch.entries)
     if rows:
         scored.write_chunk(folder, done, rows, (len(preparing.data.sources), 0))

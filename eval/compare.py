@@ -4,7 +4,8 @@ A method is NAME=DRIVER FLAGS, a command as one would type it: each is started b
 and --output added, in RUNS/NAME-SEED, and goes on where it was when the comparison is started again; a finished run is not
 trained twice. All then draw the same held-out prompts from the same noise as the base. Paper 002, Table 4 and Fig. 6: wins,
 ties and win rate of a method against the base, and between all methods. The budget is the methods' own flags: give each the
-same number of pictures, and see the column `images`, which counts those that updates have seen.
+same number of pictures, and see the column `images`, which counts those that updates have seen. NAME=OTHER@UPDATES is no
+training of its own but another method's checkpoint after so many updates, as RAFT's after its first iteration.
 
     python eval/compare.py --methods "refl=finetune/refl.py --config refl.yaml" "weird=finetune/weird_lora.py --config weird.yaml" \
         --negatives "weird=Weird image. " --model SD_FOLDER --prompts held_out.txt --rewards imagereward=1 hpsv2.1=1
@@ -15,6 +16,7 @@ world `shapes` is the gold score that no method has seen. Writes table.csv, scor
 
 import base64
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -42,6 +44,7 @@ from rewards.together import load_all
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
+CHECKPOINT = re.compile(r"([\w-]+)@(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,8 @@ class Config:
     """Train methods from one model and judge them on the same prompts and seeds."""
 
     methods: tuple[str, ...]
-    """NAME=DRIVER FLAGS each, DRIVER a file such as finetune/refl.py; --model, --seed and --output are added."""
+    """NAME=DRIVER FLAGS each, DRIVER a file such as finetune/refl.py; --model, --seed and --output are added. Or
+    NAME=OTHER@UPDATES: the checkpoint of another method after so many updates."""
     model: Path = Path("assets/tiny/pipeline")
     """Pipeline folder that every method starts from."""
     prompts: Path = Path("assets/tiny/held_out.txt")
@@ -75,7 +79,7 @@ class Config:
     """Folder of the report; runs lie in its runs/."""
 
     def __post_init__(self) -> None:
-        names = [name for name, _ in map(split, self.methods)]
+        names = self.names()
         if not names or len({*names, BASE}) != len(names) + 1:
             raise ValueError(
                 f"--methods needs methods with different names other than {BASE}, got {', '.join(names)}"
@@ -85,7 +89,7 @@ class Config:
         for name, value in (("count", self.count), ("grid-rows", self.grid_rows)):
             if value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
-        if unknown := {name for name, _ in map(split, self.negatives)} - {*names, BASE}:
+        if unknown := dict(map(split, self.negatives)).keys() - {*names, BASE}:
             raise ValueError(
                 f"--negatives names {min(unknown)}, which is none of {', '.join([BASE, *names])}"
             )
@@ -93,11 +97,30 @@ class Config:
             raise ValueError(
                 "--negatives do nothing at --draw.guidance 1; choose another guidance, such as 3"
             )
+        for name, (other, _) in self.checkpoints().items():
+            if other not in self.commands():
+                raise ValueError(
+                    f"method {name} is a checkpoint of {other}, which is no method that is trained; there are"
+                    f" {', '.join(self.commands()) or 'none'}"
+                )
         parse_files(self.reward_files, parse_weights(self.rewards))
 
     def commands(self) -> dict[str, list[str]]:
-        """Return name -> driver and flags."""
-        return {name: shlex.split(text) for name, text in map(split, self.methods)}
+        """Return name -> driver and flags of the methods that are trained."""
+        return {
+            name: shlex.split(text)
+            for name, text in map(split, self.methods)
+            if not CHECKPOINT.fullmatch(text)
+        }
+
+    def checkpoints(self) -> dict[str, tuple[str, int]]:
+        """Return name -> other method and number of updates of the methods that are checkpoints of others."""
+        found = {name: CHECKPOINT.fullmatch(text) for name, text in map(split, self.methods)}
+        return {name: (match[1], int(match[2])) for name, match in found.items() if match}
+
+    def names(self) -> list[str]:
+        """Return the names of all methods, in their order."""
+        return [name for name, _ in map(split, self.methods)]
 
 
 def split(term: str) -> tuple[str, str]:
@@ -162,8 +185,19 @@ def train(config: Config, name: str, seed: int) -> Path:
     return folder
 
 
-def images_seen(folder: Path) -> int:
-    """Return how many pictures the updates of a run have trained on, those of ReFL's alternate pre-training updates included.
+def checkpoint(folder: Path, name: str, updates: int) -> Path:
+    """Return a run's checkpoint after so many updates; ValueError where it was not kept."""
+    path = folder / f"step_{updates:06d}"
+    if not path.is_dir():
+        kept = ", ".join(sorted(other.name for other in folder.glob("step_*"))) or "none"
+        raise ValueError(
+            f"method {name}: there is no {path}; kept are {kept}. Have the driver write it (--save-every) and keep it (--keep 0)"
+        )
+    return path
+
+
+def images_seen(folder: Path, updates: int | None = None) -> int:
+    """Return how many pictures the (first) updates of a run have trained on, ReFL's alternate pre-training updates included.
 
     Not counted: pictures that RAFT draws to choose from, and a second loss in the same update.
     """
@@ -171,8 +205,10 @@ def images_seen(folder: Path) -> int:
     values = dict(line.split(": ", 1) for line in settings if ": " in line)
     processes = int(header.rpartition("processes ")[2])
     rows = read_jsonl(folder / "metrics.jsonl")
-    updates = sum(("loss" in row) + ("pretrain_loss" in row) for row in rows)
-    return updates * int(values["batch"]) * int(values["accumulation"]) * processes
+    done = sum(
+        ("loss" in row) + ("pretrain_loss" in row) for row in rows if updates is None or row["step"] < updates
+    )
+    return done * int(values["batch"]) * int(values["accumulation"]) * processes
 
 
 def main(config: Config) -> int:
@@ -183,25 +219,30 @@ def main(config: Config) -> int:
         runs = {
             (name, seed): train(config, name, seed) for name in config.commands() for seed in config.seeds
         }
+        tuned = dict(runs)
+        for name, (other, updates) in config.checkpoints().items():
+            tuned |= {(name, seed): checkpoint(runs[other, seed], name, updates) for seed in config.seeds}
         columns = [Column(title=BASE, source="", pipeline=config.model)]
         columns += [
-            parse_column(f"{name}-{seed}={folder}", config.model) for (name, seed), folder in runs.items()
+            parse_column(f"{name}-{seed}={tuned[name, seed]}", config.model)
+            for name in config.names()
+            for seed in config.seeds
         ]
         weights = parse_weights(config.rewards)
         files = parse_files(config.reward_files, weights)
         mix = Mix(load_all(list(weights), files=files, device=device, dtype=torch.float32), weights, "raw")
     said = dict(map(split, config.negatives))
-    negatives = {f"{name}-{seed}": said.get(name, "") for name, seed in runs} | {BASE: said.get(BASE, "")}
+    negatives = {f"{name}-{seed}": said.get(name, "") for name, seed in tuned} | {BASE: said.get(BASE, "")}
     pictures = draw(columns, prompts, range(len(prompts)), config.draw, device, torch.float32, negatives)
     scored = {
         title: score(pixels, prompts, mix, config.draw.batch, device)[:, : len(mix.names)].double().numpy()
         for title, pixels in pictures.items()
     }
     scores = {BASE: np.stack([scored[BASE]] * len(config.seeds))}
-    scores |= {
-        name: np.stack([scored[f"{name}-{seed}"] for seed in config.seeds]) for name in config.commands()
-    }
+    scores |= {name: np.stack([scored[f"{name}-{seed}"] for seed in config.seeds]) for name in config.names()}
     images = {BASE: 0} | {name: images_seen(runs[name, config.seeds[0]]) for name in config.commands()}
+    for name, (other, updates) in config.checkpoints().items():
+        images[name] = images_seen(runs[other, config.seeds[0]], updates)
     report(config, table(scores, mix.names, images), scores, mix.names, pictures, prompts)
     return 0
 

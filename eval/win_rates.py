@@ -6,13 +6,14 @@ Scores are name -> (seeds, prompts, scorers), the base's first. Win rate is wins
 import csv
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 BASE = "base"
@@ -44,10 +45,26 @@ class Row:
 def bootstrap(differences: NDArray[np.float64], seed: int = 0) -> tuple[float, float, float]:
     """Return the mean of (seeds, prompts) differences and its 95 % percentile interval over prompts."""
     by_prompt = differences.mean(0)
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(len(by_prompt), size=(RESAMPLES, len(by_prompt)))
-    low, high = np.percentile(by_prompt[picks].mean(1), [2.5, 97.5])
-    return float(by_prompt.mean()), float(low), float(high)
+    mean, low, high = ratios(by_prompt[None], np.ones((1, len(by_prompt))), seed)[0].tolist()
+    return mean, low, high
+
+
+def ratios(hits: NDArray[np.float64], totals: NDArray[np.float64], seed: int = 0) -> NDArray[np.float64]:
+    """Return (M, 3): sum(hits) / sum(totals) over prompts, both (M, prompts), and its 95 % percentile interval over prompts.
+
+    All M are resampled alike. NaN where the totals are 0; resamples whose totals are 0 do not count.
+    """
+    rng, prompts = np.random.default_rng(seed), hits.shape[1]
+    resampled = np.full((RESAMPLES, len(hits)), np.nan)
+    for row in resampled:
+        counts = np.bincount(rng.integers(prompts, size=prompts), minlength=prompts)
+        below = totals @ counts
+        np.divide(hits @ counts, below, out=row, where=below > 0)
+    found = np.full((len(hits), 3), np.nan)
+    some = totals.sum(1) > 0
+    found[some, 0] = hits[some].sum(1) / totals[some].sum(1)
+    found[some, 1:] = np.nanpercentile(resampled[:, some], [2.5, 97.5], axis=0).T
+    return found
 
 
 def wins_of(one: NDArray[np.float64], other: NDArray[np.float64]) -> tuple[int, int, int]:
@@ -102,10 +119,24 @@ def heat_maps(scores: Mapping[str, NDArray[np.float64]], scorers: Sequence[str],
         axis.set_yticks(range(len(names)), names)
         for i, j in zip(*np.nonzero(np.isfinite(rates)), strict=True):
             axis.text(j, i, f"{100 * rates[i, j]:.0f} %", ha="center", va="center", fontsize=9)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG, whole or not at all, and close it."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}.png")
     figure.savefig(temporary, dpi=110)
     plt.close(figure)
     temporary.replace(path)
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return lines of CSV."""
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -123,11 +154,7 @@ def to_csv(rows: Sequence[Row]) -> str:
         "win_rate",
         "images",
     ]
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows([getattr(row, name) for name in names] for row in rows)
-    return text.getvalue()
+    return csv_text(names, ([getattr(row, name) for name in names] for row in rows))
 
 
 def scores_csv(
@@ -137,15 +164,13 @@ def scores_csv(
     prompts: Sequence[str],
 ) -> str:
     """Return every score as CSV, a line for each method, training seed and prompt."""
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["method", "seed", "prompt", *scorers])
-    for name, found in scores.items():
-        for seed, by_prompt in zip(seeds, found.tolist(), strict=True):
-            writer.writerows(
-                [name, seed, prompt, *row] for prompt, row in zip(prompts, by_prompt, strict=True)
-            )
-    return text.getvalue()
+    lines = (
+        [name, seed, prompt, *row]
+        for name, found in scores.items()
+        for seed, by_prompt in zip(seeds, found.tolist(), strict=True)
+        for prompt, row in zip(prompts, by_prompt, strict=True)
+    )
+    return csv_text(["method", "seed", "prompt", *scorers], lines)
 
 
 def to_text(rows: Sequence[Row]) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,16 @@ def adamw(config: RunConfig, parameters: list[nn.Parameter], lr: float) -> torch
         kind = bitsandbytes.optim.AdamW8bit
     else:
         kind = torch.optim.AdamW
+    groups: list[dict[str, Any]] = [{"params": parameters}]
+    if not config.decay_vectors:
+        matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+        others = {
+            "params": [parameter for parameter in parameters if parameter.ndim < 2],
+            "weight_decay": 0.0,
+        }
+        groups = [{"params": matrices}, others]
     optimizer: torch.optim.Optimizer = kind(
-        parameters, lr=lr, betas=config.adam_betas, eps=config.adam_eps, weight_decay=config.weight_decay
+        groups, lr=lr, betas=config.adam_betas, eps=config.adam_eps, weight_decay=config.weight_decay
     )
     return optimizer
 

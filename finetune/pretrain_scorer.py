@@ -1,20 +1,25 @@
-"""Pre-train an ImageReward architecture on pictures and captions before it sees a single preference, as BLIP was.
+"""Pre-train a scorer on pictures and captions before it sees a single preference, as BLIP or CLIP was.
 
-Losses of BLIP (Li et al. 2022, arXiv 2201.12086, section 3.2): image-text contrast between the two towers, image-text
+`--architecture imagereward`: the losses of BLIP (Li et al. 2022, arXiv 2201.12086, section 3.2): image-text contrast between the two towers, image-text
 matching by the text tower that reads the picture, and captioning by the same tower reading from left to right. Matching is
 read off the reward head, so that the head already means "this caption fits" when the rankings come. A negative caption is a near miss of the data set's `near_misses` column where
 there is one, otherwise the caption in the batch that contrast finds most alike (BLIP's hard negative, without sampling).
 
+`--architecture clip`: the contrast alone (Radford et al. 2021, arXiv 2103.00020, section 2.3), with a learned logit_scale
+that is kept in [0, ln 100]. The cross-entropy over captions has one column more for each picture, its own near miss.
+
     accelerate launch finetune/pretrain_scorer.py --config finetune/configs/pretrain_scorer/tiny.yaml
+    accelerate launch finetune/pretrain_scorer.py --config finetune/configs/pretrain_scorer/tiny_clip.yaml
 
 Left out: BLIP's momentum encoders, and the label smoothing and separate self-attention of its captioner. Output: `OUTPUT/scorer`, which reward_model.py starts from.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +32,14 @@ from preftune.cli import dump, exit_on_user_error, parse
 from preftune.images import load_pixels
 from preftune.prompts import items_at
 from preftune.records import Sample, read_samples
+from rewards import Clip, Preprocess
+from rewards.clip import ClipScorer
+from rewards.clip_tokenizer import vocab_size
 from rewards.imagereward import ImageReward, ImageRewardConfig
+from rewards.trained import clip_card
+
+EMBED = 64
+"""Width of the space that pictures and captions are compared in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +55,11 @@ class Sizes:
     vision_layers: int = 4
     """Layers of the image tower."""
     text_layers: int = 3
-    """Layers of the text tower, each with cross-attention."""
+    """Layers of the text tower; those of an ImageReward also read the picture."""
     max_length: int = 22
-    """Tokens of a caption, [CLS] and [SEP] included."""
+    """Tokens of a caption, the first and the last one, which are special, included."""
     head: tuple[int, int, int, int] = (128, 64, 32, 16)
-    """Widths inside the linear head."""
+    """Widths inside the linear head of an ImageReward."""
 
     def __post_init__(self) -> None:
         if self.patch < 1 or self.width < 1 or self.width % 32 or self.image % self.patch:
@@ -58,15 +70,17 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Pre-train an ImageReward architecture by image-text contrast, matching and captioning."""
+    """Pre-train an ImageReward by image-text contrast, matching and captioning, or a CLIP by contrast."""
 
     data: Path
     """Imagefolder with metadata.jsonl (file_name, text and, if it has them, near_misses)."""
     vocab: Path
-    """WordPiece vocab.txt, as bert-base-uncased's."""
+    """ImageReward: WordPiece vocab.txt, as bert-base-uncased's. CLIP: merges.txt, or the tokenizer.json of a pipeline."""
+    architecture: Literal["imagereward", "clip"] = "imagereward"
+    """The picture is read by the text tower, or the two towers meet in a cosine."""
     sizes: Sizes = field(default_factory=Sizes)
     temperature: float = 0.07
-    """Of the contrast, fixed."""
+    """Of the contrast: fixed, or where CLIP begins to learn it."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: RunConfig(output=Path("runs/pretrain_scorer"))
     )
@@ -74,6 +88,10 @@ class Config:
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"--temperature must be positive, got {self.temperature}")
+        if self.architecture == "clip" and self.sizes.head != Sizes().head:
+            raise ValueError(
+                f"--sizes.head {self.sizes.head} is of an ImageReward; leave it out with --architecture clip"
+            )
         if self.run.batch < 2:
             raise ValueError(
                 f"--batch must be at least 2, for captions to be told apart, got {self.run.batch}"
@@ -82,9 +100,17 @@ class Config:
 
 def contrastive_loss(images: Tensor, texts: Tensor, temperature: float) -> Tensor:
     """Return the mean of the two cross-entropies of matching unit vectors (B, P) by row and by column."""
-    logits = images @ texts.T / temperature
+    return by_row_and_column(images @ texts.T / temperature)
+
+
+def by_row_and_column(logits: Tensor, misses: Tensor | None = None) -> Tensor:
+    """Return the mean of the two cross-entropies of logits (B, B), pictures by captions, whose diagonal is the truth.
+
+    `misses` (B,) are the logits of each picture with its own near miss, one more column of its row; -inf where it has none.
+    """
     truth = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
+    rows = logits if misses is None else torch.cat([logits, misses[:, None]], dim=1)
+    return (F.cross_entropy(rows, truth) + F.cross_entropy(logits.T, truth)) / 2
 
 
 def matching_loss(fits: Tensor, misses: Tensor) -> Tensor:
@@ -106,26 +132,52 @@ class Pretraining(nn.Module):
 
     def forward(
         self, pixels: Tensor, captions: list[str], misses: list[str | None]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return contrastive, matching and captioning loss, and the share of pictures whose caption beats its near miss."""
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the losses, and the share of pictures whose caption beats its near miss."""
         scorer = self.scorer
         tokens = scorer.image_tokens(pixels)
         images = F.normalize(scorer.vision_proj(tokens[:, 0]), dim=1)
         texts = scorer.text_embedding(captions)
-        negatives = [
-            miss or captions[other]
-            for miss, other in zip(misses, hardest(images, texts, captions), strict=True)
-        ]
-        both = scorer.mlp(
-            scorer.read(captions + negatives, torch.cat([tokens, tokens]), pixels.device)
-        ).squeeze(1)
-        fit, miss = both.chunk(2)
-        return (
-            contrastive_loss(images, texts, self.temperature),
-            matching_loss(fit, miss),
-            captioning_loss(*scorer.next_tokens(captions, tokens)),
-            (fit > miss).float().mean(),
+        wrong = negatives(misses, images, texts, captions)
+        both = scorer.mlp(scorer.read(captions + wrong, torch.cat([tokens, tokens]), pixels.device)).squeeze(
+            1
         )
+        fit, miss = both.chunk(2)
+        losses = {
+            "contrast": contrastive_loss(images, texts, self.temperature),
+            "matching": matching_loss(fit, miss),
+            "captioning": captioning_loss(*scorer.next_tokens(captions, tokens)),
+        }
+        return losses, (fit > miss).float().mean()
+
+
+class Contrast(nn.Module):
+    """CLIP's loss as one forward, so that processes share its gradients."""
+
+    def __init__(self, scorer: ClipScorer) -> None:
+        super().__init__()
+        self.scorer = scorer
+
+    def forward(
+        self, pixels: Tensor, captions: list[str], misses: list[str | None]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the loss, and the share of pictures whose caption beats its near miss."""
+        scorer = self.scorer
+        scale, images, texts = scorer.logit_scale.exp(), scorer.vision(pixels), scorer.texts(captions)
+        logits = scale * images @ texts.T
+        near = scale * (images * scorer.texts(negatives(misses, images, texts, captions))).sum(1)
+        absent = torch.tensor([miss is None for miss in misses], device=pixels.device)
+        loss = by_row_and_column(logits, near.masked_fill(absent, -torch.inf))
+        return {"contrast": loss}, (logits.diagonal() > near).float().mean()
+
+
+def negatives(
+    misses: Sequence[str | None], images: Tensor, texts: Tensor, captions: Sequence[str]
+) -> list[str]:
+    """Return a wrong caption for each picture: its near miss, or else the most similar other one in the batch."""
+    return [
+        miss or captions[other] for miss, other in zip(misses, hardest(images, texts, captions), strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -135,8 +187,29 @@ def hardest(images: Tensor, texts: Tensor, captions: Sequence[str]) -> list[int]
     return (images @ texts.T).masked_fill(same, -torch.inf).argmax(1).tolist()
 
 
-def build(config: Config) -> ImageReward:
-    """Return the scorer with random weights."""
+def build_clip(config: Config) -> ClipScorer:
+    """Return the CLIP with random weights."""
+    sizes = config.sizes
+    clip = Clip(
+        embed=EMBED,
+        vision_width=sizes.width,
+        vision_layers=sizes.vision_layers,
+        vision_heads=sizes.width // 32,
+        patch=sizes.patch,
+        text_width=sizes.width,
+        text_layers=sizes.text_layers,
+        text_heads=sizes.width // 32,
+        activation="gelu",
+        tokenizer="transformers",
+        context=sizes.max_length,
+        vocab_size=vocab_size(config.vocab),
+    )
+    card = clip_card("random weights", clip, Preprocess(size=sizes.image))
+    return ClipScorer.build(card, config.vocab, config.run.seed, config.temperature)
+
+
+def build_imagereward(config: Config) -> ImageReward:
+    """Return the ImageReward with random weights."""
     sizes = config.sizes
     layout = ImageRewardConfig(
         image_size=sizes.image,
@@ -152,7 +225,7 @@ def build(config: Config) -> ImageReward:
         text_heads=sizes.width // 32,
         text_intermediate=4 * sizes.width,
         text_dropout=0.0,
-        projection=64,
+        projection=EMBED,
         head=sizes.head,
         head_dropout=(0.0, 0.0, 0.0),
         mean=0.0,
@@ -167,12 +240,18 @@ def main(config: Config) -> int:
         check(config.run)
         if not config.vocab.is_file():
             raise ValueError(
-                f"--vocab: there is no file {config.vocab}; python assets/tiny/vocab.py writes the tiny one"
+                f"--vocab: there is no file {config.vocab}; python assets/tiny/vocab.py writes the tiny ImageReward's, and"
+                " the tiny CLIP's is assets/tiny/pipeline/tokenizer/tokenizer.json"
             )
         samples = read_samples(config.data)
         run = Run(config.run, driver="pretrain_scorer", config_text=dump(config))
-        scorer = build(config)
-        module = run.prepare(Pretraining(scorer, config.temperature))
+        scorer: ImageReward | ClipScorer
+        if config.architecture == "clip":
+            scorer = build_clip(config)
+            module = run.prepare(Contrast(scorer))
+        else:
+            scorer = build_imagereward(config)
+            module = run.prepare(Pretraining(scorer, config.temperature))
 
     def write(folder: Path) -> None:
         with run.ema_weights():
@@ -184,16 +263,13 @@ def main(config: Config) -> int:
             rows = items_at(samples, indices, config.run.seed)
             misses = [near_miss(row, run.generator(i)) for row, i in zip(rows, indices, strict=True)]
             with run.accumulate():
-                contrast, matching, captioning, right = module(
+                losses, right = module(
                     load(rows, config.sizes.image).to(run.device), [row.text for row in rows], misses
                 )
-                run.update(
-                    contrast + matching + captioning,
-                    contrast=contrast,
-                    matching=matching,
-                    captioning=captioning,
-                    matched=right,
-                )
+                run.update(sum(losses.values()), **losses, matched=right)
+        if isinstance(scorer, ClipScorer):
+            with torch.no_grad():
+                scorer.logit_scale.clamp_(0, math.log(100))
         if run.due("save_every", step):
             run.save(step, write=write)
     if run.is_main and not run.interrupted:

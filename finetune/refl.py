@@ -31,13 +31,13 @@ from finetune.run_config import RunConfig, check
 from preftune import families
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.families.base import Family
-from preftune.images import shifted
 from preftune.lora import LoRA
 from preftune.noise import x0_from
 from preftune.objective import captioned_error
 from preftune.prompts import items_at, read_prompts
 from preftune.records import Sample, read_samples
 from preftune.sampling import Drawing, make_scheduler, noise_like_seeds, step
+from preftune.views import shifted
 from rewards.mix import Mix, parse_files, parse_weights, units
 from rewards.together import load_all
 
@@ -189,10 +189,10 @@ def check_inputs(config: Config) -> tuple[list[str], list[str], list[Sample]]:
     check(config.run)
     families.check(config.model)
     files, names = config.files(), list(parse_weights(config.rewards))
-    units([rewards.CARDS[name] for name in names], config.reward_units, config.reward_sample)
+    units([rewards.find_card(name) for name in names], config.reward_units, config.reward_sample)
     for name in names:
         rewards.check(name, files.get(name))
-        if not rewards.CARDS[name].differentiable:
+        if not rewards.find_card(name).differentiable:
             usable = ", ".join(card.name for card in rewards.CARDS.values() if card.differentiable)
             raise ValueError(
                 f"--rewards {name} is not differentiable, and ReFL needs its gradient; one of {usable}"

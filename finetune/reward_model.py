@@ -1,51 +1,117 @@
-"""Tune a scorer on rankings: the reward model of ImageReward (paper 002, section 2.2).
+"""Train a scorer on preferences: every published objective, Stable Preference included (paper 000), which has no public code.
 
-Loss, eq. 1: -log sigmoid(r(better) - r(worse)), the mean over all untied pairs of the rankings in a batch, on raw scores.
-Rankings of the same pictures by several annotators are read as one: the pictures are scored once, each annotator's pairs
-count. At the end the scores' mean and deviation over the held-out pictures become the constants that calls subtract and divide by.
+| `--objective` | loss | from |
+|---|---|---|
+| `pairs` (default) | -log sigmoid(better - worse) over all untied pairs | ImageReward (002) eq. 1, VP-Score (004) |
+| `choice` | softmax over the n pictures of a prompt, one of which was chosen | HPS v1 (001) |
+| `soft` | KL to the shares of votes, a tie being half a vote for each | HPS v2 (003), PickScore |
 
-    accelerate launch finetune/reward_model.py --model runs/pretrain_scorer/scorer --data data/rankings
+Stable Preference is `pairs` with `--stable.views 3` (the anti-interference loss, eq. 5 and 6, over weak views) and
+`--stable.weighting two-stage`: first what is ordered wrongly or narrowly counts (eq. 7), later what is clearly apart (eq. 8).
 
-Accuracy, logged and kept with the best checkpoint: the share of held-out untied pairs, pooled over rankings, that the
-scorer orders as the annotator did; a predicted tie counts as wrong (the authors' metric). Left out, for later: soft labels,
-ties in the loss, CLIP towers. The paper freezes 70 % of a pre-trained BLIP: `--frozen-share 0.7`.
+    accelerate launch finetune/reward_model.py --model hpsv2 --data data/preferences --stable.views 3 --stable.weighting two-stage
+
+`--model` is a scorer of the table (`python -m rewards`) or a folder that a training wrote; OUTPUT/scorer is such a folder, holds
+the weights in the authors' names, and is itself a scorer's name: `--rewards OUTPUT/scorer=1.0`. Rankings of the same pictures by
+several annotators are read as one: the pictures are scored once, every annotator counts. The mean and deviation of held-out
+scores become the constants that ImageReward's calls subtract and divide by.
+
+Accuracy, logged, plotted and kept with the best weights: the share of held-out untied pairs, pooled, that are ordered as the
+annotator did; a predicted tie counts as wrong (ImageReward's metric). Left out: HPS v2's sum over the batch where we take the mean.
 """
 
-import random
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from finetune.accuracy_plot import plot
+from finetune.preference_losses import (
+    Favour,
+    anti_interference_losses,
+    choice_losses,
+    clamp_scale,
+    first_stage_weights,
+    pair_losses,
+    second_stage_weights,
+    soft_losses,
+    weighted_mean,
+)
+from finetune.rankings import Ranked, by_pictures, choices, load, split, untied, votes
 from finetune.run import Run
 from finetune.run_config import RunConfig, check
 from preftune.cli import dump, exit_on_user_error, parse
-from preftune.images import load_pixels, shifted
 from preftune.prompts import items_at
-from preftune.records import Ranking, read_jsonl, read_rankings
-from rewards.imagereward import ImageReward
+from preftune.records import read_jsonl, read_rankings
+from preftune.views import shifted, weak_view
+from rewards.trainable import Trainable, check_trainable, freeze, load_trainable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stable:
+    """Stable Preference (paper 000): the loss over weak views, and which pairs count when."""
+
+    views: int = 0
+    """Weak views of each picture that the anti-interference loss compares; 0 = without that loss, 3 as published."""
+    least_area: float = 0.85
+    """Least share of a picture's area that a weak view shows, in (0, 1]."""
+    flip: bool = True
+    """Mirror every other weak view; not for captions that tell left from right."""
+    weighting: Literal["none", "two-stage"] = "none"
+    """two-stage: eq. 7 for the first updates, then eq. 8; none: all pairs alike."""
+    first_stage_updates: int = 3000
+    """Updates weighted by eq. 7."""
+    b: float = 0.3
+    """Eq. 7: the margin at which a pair counts half, in units of raw scores."""
+    tau: float = 0.2
+    """Eq. 7: how fast the weight falls around b, in units of raw scores."""
+    favour: Favour = "larger"
+    """Eq. 8 gives weight to pairs of larger margins (published), to all alike, or to those of smaller ones (Table 3)."""
+    through_weights: bool = False
+    """Let gradients flow through the weights. The paper does not say; a gradient of eq. 8 lowers the loss by making pairs
+    that are ordered wrongly worse still, so that they count less. Hence constants are the default."""
+
+    def __post_init__(self) -> None:
+        if self.views < 0 or self.first_stage_updates < 0:
+            raise ValueError(
+                f"--stable.views and --stable.first-stage-updates must be 0 or more, got {self.views} and {self.first_stage_updates}"
+            )
+        if not 0 < self.least_area <= 1:
+            raise ValueError(f"--stable.least-area must lie in (0, 1], got {self.least_area}")
+        if not self.tau > 0:
+            raise ValueError(f"--stable.tau must be above 0, got {self.tau}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Tune an ImageReward architecture on rankings."""
+    """Train a scorer on preferences."""
 
-    model: Path
-    """Scorer folder (config.json, vocab.txt, model.safetensors) to start from."""
+    model: str
+    """Scorer to start from: a name of the table, such as imagereward, hpsv2 or blipscore, or the folder of a trained one."""
+    weights: Path | None = None
+    """Weights of --model on disk; others come from the hub's cache."""
     data: tuple[Path, ...]
-    """Folders with rankings.jsonl (prompt, generations, ranking)."""
+    """Folders with rankings.jsonl (prompt, generations, ranking); data_build/preferences.py writes them from published data."""
+    objective: Literal["pairs", "choice", "soft"] = "pairs"
+    """What the loss compares: pairs, the chosen one among all, or shares of votes."""
+    stable: Stable = field(default_factory=Stable)
     valid_share: float = 0.1
     """Share of prompts held out, in (0, 1)."""
     shift: int = 0
     """Training pictures are moved at random by up to so many pixels along each axis, their borders repeated."""
-    frozen_share: float = 0.7
-    """Share of each tower's layers, from the bottom, that stays frozen with its embeddings; 0 trains everything."""
+    frozen_share: float | None = None
+    """Share of each tower's layers, from the bottom, that stays frozen with its embeddings; 0.7 in ImageReward, 0 trains all."""
+    last_layers: tuple[int, int] | None = None
+    """Train only so many last layers of the image tower and of the text tower; 10 6 in HPS v1, 18 8 in Stable Preference."""
+    gradient_checkpointing: bool = False
+    """Recompute the towers' activations in the backward pass."""
     valid_every: int = 200
     """Updates between measurements of accuracy on the held-out rankings."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(
@@ -61,133 +127,123 @@ class Config:
             raise ValueError(f"--valid-share must lie strictly between 0 and 1, got {self.valid_share}")
         if self.shift < 0:
             raise ValueError(f"--shift must be 0 or more, got {self.shift}")
-        if not 0 <= self.frozen_share <= 1:
+        if self.frozen_share is not None and not 0 <= self.frozen_share <= 1:
             raise ValueError(f"--frozen-share must lie in [0, 1], got {self.frozen_share}")
+        if self.frozen_share is not None and self.last_layers is not None:
+            raise ValueError("--frozen-share and --last-layers both say what is frozen; give one of them")
         if self.valid_every < 1:
             raise ValueError(f"--valid-every must be at least 1, got {self.valid_every}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ranked:
-    """Pictures of one prompt and what all annotators said of them."""
-
-    prompt: str
-    paths: tuple[Path, ...]
-    """n pictures."""
-    ranks: tuple[tuple[int, ...], ...]
-    """For each annotator n places, 1 = best."""
-
-
-def by_pictures(rankings: Sequence[Ranking]) -> list[Ranked]:
-    """Return the rankings, those of the same prompt and pictures in one, in the order of their first."""
-    found: dict[tuple[str, tuple[Path, ...]], list[tuple[int, ...]]] = {}
-    for ranking in rankings:
-        found.setdefault((ranking.prompt, ranking.paths), []).append(ranking.ranks)
-    return [
-        Ranked(prompt=prompt, paths=paths, ranks=tuple(ranks)) for (prompt, paths), ranks in found.items()
-    ]
-
-
-def pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
-    """Return all (better, worse) places of a ranking, 1 = best; ties give none."""
-    return [(i, j) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b]
-
-
-def ranking_loss(better: Tensor, worse: Tensor) -> Tensor:
-    """Return -log sigmoid(better - worse), the mean over pairs (N,): paper 002 eq. 1."""
-    return F.softplus(worse - better).mean()
+        if self.objective != "pairs" and (self.stable.views or self.stable.weighting != "none"):
+            raise ValueError(f"--stable is about pairs, not --objective {self.objective}")
 
 
 class Ranker(nn.Module):
     """Raw scores as the forward, so that processes share its gradients."""
 
-    def __init__(self, scorer: ImageReward) -> None:
+    def __init__(self, scorer: Trainable) -> None:
         super().__init__()
-        self.scorer = scorer
+        self.scorer: Any = scorer
 
     def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
         """Return raw scores (B,)."""
-        return self.scorer.raw(pixels, prompts)
+        if hasattr(self.scorer, "logit_scale"):
+            clamp_scale(self.scorer.logit_scale)
+        raw: Tensor = self.scorer.raw(pixels, prompts)
+        return raw
 
 
-def freeze(scorer: ImageReward, share: float) -> None:
-    """Freeze that share of each tower's layers, from the bottom, and then the embeddings; projections are not trained."""
-    for part in (scorer.vision_proj, scorer.text_proj):
-        part.requires_grad_(False)
-    for tower in (scorer.vision_model, scorer.text_model):
-        layers = tower.encoder.layers if hasattr(tower.encoder, "layers") else tower.encoder.layer
-        for layer in layers[: int(len(layers) * share)]:
-            layer.requires_grad_(False)
-        if share:
-            tower.embeddings.requires_grad_(False)
+def loss_of(raw: Tensor, chosen: Sequence[Ranked], config: Config, step: int) -> Tensor:
+    """Return the loss () of raw scores (pictures, 1 + weak views) of these rankings; 0 where they hold nothing to learn from."""
+    own = raw[:, 0]
+    nothing = raw.sum() * 0
+    if config.objective == "choice":
+        rows, best, weights = (tensor.to(raw.device) for tensor in choices(chosen))
+        scores = own[rows].masked_fill(rows < 0, -torch.inf)
+        return weighted_mean(choice_losses(scores, best), weights) if len(best) else nothing
+    if config.objective == "soft":
+        (first, second), shares, weights = (tensor.to(raw.device) for tensor in votes(chosen))
+        return weighted_mean(soft_losses(own[first], own[second], shares), weights)
+    (better, worse), weights = (tensor.to(raw.device) for tensor in untied(chosen))
+    if not len(better):
+        return nothing
+    losses = pair_losses(own[better], own[worse])
+    if config.stable.views:
+        losses = losses + anti_interference_losses(raw[better], raw[worse])
+    return stable_mean(losses, own[better] - own[worse], weights, config.stable, step)
 
 
-def split(rankings: list[Ranked], share: float, seed: int) -> tuple[list[Ranked], list[Ranked]]:
-    """Return training and held-out rankings: all rankings of one prompt fall on one side."""
-    prompts = sorted({ranking.prompt for ranking in rankings})
-    random.Random(seed).shuffle(prompts)
-    held = set(prompts[: max(1, round(share * len(prompts)))])
-    train = [ranking for ranking in rankings if ranking.prompt not in held]
-    if not train:
-        raise ValueError(
-            f"all {len(prompts)} prompts would be held out; give more rankings or a smaller --valid-share"
-        )
-    return train, [ranking for ranking in rankings if ranking.prompt in held]
+def stable_mean(losses: Tensor, margins: Tensor, weights: Tensor, stable: Stable, step: int) -> Tensor:
+    """Return one loss () of those of N pairs whose scores lie margins (N,) apart; weights (N,) are the data's own.
+
+    First stage: the mean of eq. 7 over pairs. Second: the sum of eq. 8, whose weights sum to 1. Both over the pairs of one pass.
+    """
+    if stable.weighting == "none":
+        return weighted_mean(losses, weights)
+    margins = margins if stable.through_weights else margins.detach()
+    if step < stable.first_stage_updates:
+        return weighted_mean(first_stage_weights(margins, stable.b, stable.tau) * losses, weights)
+    favoured = second_stage_weights(margins, stable.favour) * weights
+    return weighted_mean(losses, favoured)
 
 
-def load(rankings: Sequence[Ranked], size: int) -> tuple[Tensor, list[str]]:
-    """Return the pictures of these rankings, (sum of n, 3, size, size) in [0, 1], and their prompts."""
-    paths = [(path, ranking.prompt) for ranking in rankings for path in ranking.paths]
-    return torch.stack([load_pixels(path, size) for path, _ in paths]), [prompt for _, prompt in paths]
+def views_of(pixels: Tensor, generators: Sequence[torch.Generator], config: Config) -> Tensor:
+    """Return the pictures (P, 3, H, W) and their weak views, (1 + views, P, 3, H, W)."""
+    own = shifted(pixels, generators, config.shift)
+    stable = config.stable
+    weak = [weak_view(own, generators, stable.least_area, stable.flip) for _ in range(stable.views)]
+    return torch.stack([own, *weak])
 
 
-def places(rankings: Sequence[Ranked]) -> Tensor:
-    """Return the rows of better and worse pictures, (2, number of pairs), in the order of `load`."""
-    found, start = [], 0
-    for ranking in rankings:
-        found += [(start + i, start + j) for ranks in ranking.ranks for i, j in pairs(ranks)]
-        start += len(ranking.paths)
-    return torch.tensor(found, dtype=torch.long).reshape(-1, 2).T
+def prepare(config: Config) -> Trainable:
+    """Return the scorer to train, frozen as configured."""
+    scorer = load_trainable(config.model, config.weights, config.run.seed)
+    freeze(scorer, config.frozen_share, config.last_layers)
+    if config.gradient_checkpointing:  # by hand: transformers' BLIP text tower cannot
+        for layer in (layer for tower in scorer.towers() for layer in tower.layers):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    return scorer
 
 
 def main(config: Config) -> int:
     """Train, validate, keep the best."""
     with exit_on_user_error():
         check(config.run)
+        check_trainable(config.model, config.weights)
         rankings = [ranked for folder in config.data for ranked in by_pictures(read_rankings(folder))]
         train, held = split(rankings, config.valid_share, config.run.seed)
-        scorer = ImageReward.load(config.model)
-        freeze(scorer, config.frozen_share)
+        scorer = prepare(config)
         run = Run(config.run, driver="reward_model", config_text=dump(config))
         module = run.prepare(Ranker(scorer))
-    size, best = scorer.config.image_size, best_so_far(run.folder)
+    best = best_so_far(run.folder)
 
     for step in run.steps():
         module.train()
         for micro in range(run.accumulation):
             indices = run.image_indices(step, micro)
             chosen = items_at(train, indices, config.run.seed)
-            pixels, prompts = load(chosen, size)
+            pixels, prompts = load(chosen, scorer.size)
             own = [
                 generator
                 for ranking, generator in zip(chosen, map(run.generator, indices), strict=True)
                 for _ in ranking.paths
             ]
-            pixels = shifted(pixels, own, config.shift)
+            views = views_of(pixels, own, config)
             with run.accumulate():
-                raw = module(pixels.to(run.device), prompts)
-                better, worse = raw[places(chosen).to(run.device)]
-                loss = ranking_loss(better, worse) if len(better) else raw.sum() * 0  # nothing but ties
+                raw = module(views.flatten(0, 1).to(run.device), prompts * len(views)).view(len(views), -1).T
+                better, worse = raw[:, 0][untied(chosen)[0].to(run.device)]
+                loss = loss_of(raw, chosen, config, step)
                 run.update(loss, accuracy=(better > worse).float().mean() if len(better) else 0.5)
         if (step + 1) % config.valid_every == 0 or run.due("save_every", step):
             with run.ema_weights():
-                accuracy = validate(scorer, held, size, run.device)
+                accuracy = validate(scorer, held, run.device)
                 run.log(step, valid_accuracy=accuracy)
                 if run.is_main and accuracy >= best:
                     best = accuracy
                     scorer.save(run.folder / "scorer")
         if run.due("save_every", step):
             run.save(step)
+    if run.is_main:
+        plot(run.folder)
     return run.finish()
 
 
@@ -198,15 +254,15 @@ def best_so_far(folder: Path) -> float:
 
 
 @torch.no_grad()
-def validate(scorer: ImageReward, held: list[Ranked], size: int, device: torch.device) -> float:
+def validate(scorer: Trainable, held: list[Ranked], device: torch.device) -> float:
     """Return the pooled pair accuracy on held-out rankings, and set the scorer's statistics to theirs."""
     scorer.eval()
     raws, right, number = [], 0, 0
     for start in range(0, len(held), 16):
         chosen = held[start : start + 16]
-        pixels, prompts = load(chosen, size)
+        pixels, prompts = load(chosen, scorer.size)
         raw = scorer.raw(pixels.to(device), prompts).float().cpu()
-        better, worse = raw[places(chosen)]
+        better, worse = raw[untied(chosen)[0]]
         raws.append(raw)
         right, number = right + int((better > worse).sum()), number + len(better)
     every = torch.cat(raws)

@@ -35,6 +35,8 @@ class RunConfig:
     """Updates over which the learning rate rises linearly to its peak."""
     weight_decay: float = 1e-2
     """Decoupled weight decay of AdamW."""
+    decay_vectors: bool = True
+    """Decay biases, norms and scalars as well as matrices; CLIP and HPS v2 leave them alone."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of AdamW's two moments."""
     adam_eps: float = 1e-8

@@ -100,8 +100,12 @@ def errors(
     captions: Sequence[str],
     indices: range,
     stream: int = 0,
+    dropped: Sequence[str] | None = None,
 ) -> Tensor:
-    """Return the noise-prediction error (B,) of pictures with these captions; `indices` and `stream` give their noise."""
+    """Return the noise-prediction error (B,) of pictures with these captions; `indices` and `stream` give their noise.
+
+    `dropped`: what stands in place of captions that --caption-dropout takes away; None = nothing.
+    """
     return captioned_error(
         family,
         [sample.path for sample in samples],
@@ -109,6 +113,7 @@ def errors(
         [run.generator(i, stream) for i in indices],
         size=config.size,
         caption_dropout=config.caption_dropout,
+        dropped=dropped,
     )
 
 

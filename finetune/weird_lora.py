@@ -14,6 +14,7 @@ Hardware: Stable Diffusion 1.x at 512 px wants one GPU; the tiny configuration r
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -75,9 +76,13 @@ class Config:
             raise ValueError("--regularisation-share needs --regularisation IMAGEFOLDER")
 
 
-def caption(sample: Sample, prefix: str) -> str:
-    """Return what a picture is trained with: its text, behind the prefix if the picture is a non-preferred one."""
-    return prefix + sample.text if sample.extra["kind"] == "non_preferred" else sample.text
+def captions(samples: Sequence[Sample], prefix: str) -> tuple[list[str], list[str]]:
+    """Return what pictures are trained with, and what is left of it where the caption is dropped.
+
+    That is their text, and nothing; of non-preferred ones both behind the prefix, which as the negative prompt stands alone, too.
+    """
+    prefixes = [prefix if sample.extra["kind"] == "non_preferred" else "" for sample in samples]
+    return [before + sample.text for before, sample in zip(prefixes, samples, strict=True)], prefixes
 
 
 def read(config: Config) -> list[Sample]:
@@ -135,8 +140,8 @@ def main(config: Config) -> int:
             indices = run.image_indices(step, micro)
             chosen = items_at(samples, indices, config.run.seed)
             with run.accumulate():
-                captions = [caption(sample, config.prefix) for sample in chosen]
-                error = tuning.errors(family, run, config.tuning, chosen, captions, indices)
+                texts, dropped = captions(chosen, config.prefix)
+                error = tuning.errors(family, run, config.tuning, chosen, texts, indices, dropped=dropped)
                 run.update(error.mean())
         if run.due("sample_every", step) and run.is_main and step + 1 < config.run.updates:
             run.log(step, **show(f"step_{step + 1:06d}", config.prefix).means())

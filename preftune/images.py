@@ -2,17 +2,36 @@
 
 import math
 import os
+import struct
+import zlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 Picture = Image.Image | torch.Tensor
 """A PIL image, or a float tensor (3, H, W) in [0, 1]."""
+
+_UNREADABLE = (  # what PIL's decoders raise; UnidentifiedImageError is an OSError
+    OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error, zlib.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """A picture file as PIL reads it. ValueError that names it where it is missing, no picture or damaged, also inside the block."""
+    try:
+        with Image.open(path) as file:
+            yield file
+    except FileNotFoundError as error:
+        raise ValueError(f"picture {path} does not exist") from error
+    except _UNREADABLE as error:
+        raise ValueError(f"cannot read the picture {path}: {error}") from error
 
 
 def load_pixels(path: Path, size: int | None = None) -> torch.Tensor:
@@ -21,13 +40,8 @@ def load_pixels(path: Path, size: int | None = None) -> torch.Tensor:
     With a size the shorter side is resampled to it (bicubic) and the middle square is cut out: (3, size, size).
     Raises ValueError that names a file which is missing or no picture.
     """
-    try:
-        with Image.open(path) as file:
-            image = _rgb(ImageOps.exif_transpose(file))
-    except FileNotFoundError as error:
-        raise ValueError(f"picture {path} does not exist") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the picture {path}: {error}") from error
+    with opened(path) as file:
+        image = _rgb(ImageOps.exif_transpose(file))
     if size is not None:
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
@@ -53,14 +67,6 @@ def save_image(image: Picture, path: Path) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def shifted(pixels: torch.Tensor, generators: Sequence[torch.Generator], most: int) -> torch.Tensor:
-    """Pictures (B, 3, H, W) moved by up to `most` pixels along each axis, each as its generator says; borders are repeated."""
-    height, width = pixels.shape[2:]
-    wide = F.pad(pixels, (most,) * 4, mode="replicate")
-    corners = [torch.randint(2 * most + 1, (2,), generator=generator).tolist() for generator in generators]
-    return torch.stack([wide[i, :, y : y + height, x : x + width] for i, (y, x) in enumerate(corners)])
 
 
 def captioned_grid(

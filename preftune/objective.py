@@ -37,14 +37,17 @@ def captioned_error(
     *,
     size: int,
     caption_dropout: float,
+    dropped: Sequence[str] | None = None,
 ) -> Tensor:
     """Return `denoising_error` (B,) of picture files, scaled and cropped to size x size pixels, with their captions.
 
     A share caption_dropout of the captions is left empty, so that guidance has an unconditional model to point away from
-    (Ho and Salimans 2022). All draws of a picture come from its own generator.
+    (Ho and Salimans 2022); `dropped` says what stands in their place, None = nothing. All draws of a picture come from its own
+    generator.
     """
     kept = [float(torch.rand((), generator=generator)) >= caption_dropout for generator in generators]
-    cond = family.encode([caption if keep else "" for caption, keep in zip(captions, kept, strict=True)])
+    texts = zip(captions, dropped or [""] * len(captions), kept, strict=True)
+    cond = family.encode([caption if keep else other for caption, other, keep in texts])
     with torch.no_grad():
         pixels = torch.stack([load_pixels(path, size) for path in paths])
         x0 = family.encode_pixels(pixels, generators)

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rewards.card import Card, Clip, Preprocess, Scorer
+from rewards.trained import card_of
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CARDS", "Card", "Clip", "Preprocess", "Scorer", "check", "load"]
+__all__ = ["CARDS", "Card", "Clip", "Preprocess", "Scorer", "check", "find_card", "load"]
 
 _VIT_L_14 = Clip(
     embed=768,
@@ -209,6 +210,20 @@ _CARDS = (
 CARDS: dict[str, Card] = {card.name: card for card in _CARDS}
 
 
+def find_card(name: str) -> Card:
+    """Return the card of a scorer of the table, or of one that was trained here and is called by its folder's path.
+
+    ValueError for a name that is neither, and for a folder that is no scorer's.
+    """
+    if name in CARDS:
+        return CARDS[name]
+    if not name or not Path(name).is_dir():
+        raise ValueError(
+            f"unknown scorer {name!r}; one of {', '.join(CARDS)}, or the folder of one that was trained here"
+        )
+    return card_of(name)
+
+
 def load(
     name: str,
     *,
@@ -216,7 +231,7 @@ def load(
     device: "torch.device | str" = "cpu",
     dtype: "torch.dtype | None" = None,
 ) -> Scorer:
-    """Return a scorer, frozen and in eval mode, its towers in dtype (None is float32).
+    """Return a scorer, frozen and in eval mode, its towers in dtype (None is float32); `name` as for `find_card`.
 
     `weights` names a file or folder to use instead of the card's own. ValueError when the name is unknown,
     when weights are missing, damaged or not this scorer's, or when weights are given to a scorer that has
@@ -236,9 +251,11 @@ def check(name: str, weights: Path | None = None) -> tuple[Path, ...]:
 
 
 def _card(name: str, weights: Path | None) -> Card:
-    if name not in CARDS:
-        raise ValueError(f"unknown scorer {name!r}; one of {', '.join(CARDS)}")
-    card = CARDS[name]
+    card = find_card(name)
+    if weights is not None and name not in CARDS:
+        raise ValueError(
+            f"{name} has weights of its own, but {weights} was given for it; leave the weights out"
+        )
     if weights is not None and not card.has_weights:
         raise ValueError(f"{name} has no weights, but {weights} was given for it; leave the weights out")
     return card

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rewards.blip_names import to_transformers
 from rewards.card import Card
-from rewards.imagereward import FULL_SIZE, ImageReward, ImageRewardConfig, find_parts, to_transformers
+from rewards.imagereward import FULL_SIZE, ImageReward, ImageRewardConfig, find_parts
 from rewards.pixels import check_prompts
 from rewards.text_cache import TextCache
 from rewards.weights import check, find_file, read
@@ -59,6 +60,14 @@ def load_scorer(
     for tower in (model.blip.vision_model, model.blip.text_model):
         tower.to(dtype)
     return model.to(device).eval().requires_grad_(False)
+
+
+def start(card: Card, weights: Path | None, seed: int, config: ImageRewardConfig = FULL_SIZE) -> ImageReward:
+    """Return an ImageReward before its training: these towers, and a new head whose weights depend on seed alone."""
+    scorer = load(card, find_files(card, weights)[0], config).blip
+    scorer.renew_head(seed)
+    scorer.card = card
+    return scorer
 
 
 def load(card: Card, file: Path, config: ImageRewardConfig) -> BlipScore:

@@ -5,11 +5,13 @@ the cosine between picture and prompt, for PickScore times exp(logit_scale). The
 transformers; what no checkpoint says (activation, epsilon, heads, tokeniser, resizing) is in the card. Files in
 the layout of OpenAI and open_clip and in that of transformers are read alike.
 
-Left out: training. Weights are frozen, and the vector of a prompt is worked out once.
+`load_scorer` freezes the weights, and then the vector of a prompt is worked out once. Training (rewards.trainable) opens them
+again and computes its losses on `raw`, as all of these were trained.
 
 Shapes: B batch, L = clip.context tokens, E = clip.embed, S = preprocess.size.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,13 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
 from rewards.card import Card, Clip, Preprocess
-from rewards.clip_tokenizer import END, START, ClipTokenizer, find_vocab
+from rewards.clip_names import to_authors, to_transformers
+from rewards.clip_tokenizer import ClipTokenizer, find_vocab
 from rewards.pixels import at_least_float32, check_prompts, prepare
 from rewards.text_cache import TextCache
-from rewards.weights import check, find_file, read
+from rewards.towers import Tower
+from rewards.trained import to_json, with_statistics
+from rewards.weights import FOLDER_FILE, check, find_file, read, write_folder
 
 
 class ClipVision(nn.Module):
@@ -57,7 +62,7 @@ class ClipText(nn.Module):
 
     def __init__(self, clip: Clip, vocab: Path) -> None:
         super().__init__()
-        self.tokenizer = ClipTokenizer(clip.tokenizer, vocab, clip.context)
+        self.tokenizer = ClipTokenizer(clip.tokenizer, vocab, clip.context, clip.vocab_size)
         config = CLIPTextConfig(
             vocab_size=clip.vocab_size,
             hidden_size=clip.text_width,
@@ -67,8 +72,8 @@ class ClipText(nn.Module):
             max_position_embeddings=clip.context,
             hidden_act=clip.activation,
             layer_norm_eps=clip.eps,
-            bos_token_id=START,
-            eos_token_id=END,  # the text is read off at the first one
+            bos_token_id=self.tokenizer.start,
+            eos_token_id=self.tokenizer.end,  # the text is read off at the first one
         )
         self.text_model = CLIPTextModel(config)
         self.text_projection = nn.Linear(clip.text_width, clip.embed, bias=False)
@@ -95,22 +100,81 @@ class ClipScorer(nn.Module):
         self.logit_scale = nn.Parameter(torch.zeros(()))
         self.cache = TextCache(self.text.forward)
 
+    @classmethod
+    def build(cls, card: Card, vocab: Path, seed: int, temperature: float) -> "ClipScorer":
+        """Return a scorer whose random weights depend on seed alone: projections N(0, 1 / width), logit_scale -ln(temperature)."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            model = cls(card, vocab)
+            for projection in (model.vision.visual_projection, model.text.text_projection):
+                nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+            nn.init.constant_(model.logit_scale, -math.log(temperature))
+        return model
+
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the scores (B,) float32 of B pictures for B prompts; gradients reach pixels alone."""
+        """Return the scores (B,) float32 of B pictures for B prompts; gradients reach pixels, and weights that are trained."""
         check_prompts(pixels, prompts)
         return self.of_vectors(self.vision(pixels), prompts)
 
     def of_vectors(self, vectors: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the scores (B,) float32 of B pictures of which the image tower made these vectors (B, E)."""
-        cosines = (vectors * self.cache(prompts, self.logit_scale.device)).sum(dim=1)
+        training = self.logit_scale.requires_grad  # then what is kept of a prompt would grow old
+        texts = self.texts(prompts) if training else self.cache(prompts, self.logit_scale.device)
+        cosines = (vectors * texts).sum(dim=1)
         return self.logit_scale.exp() * cosines if self.scaled else cosines
+
+    def raw(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return exp(logit_scale) times the cosine, (B,) float32: what losses are computed on; gradients reach all weights."""
+        check_prompts(pixels, prompts)
+        return self.logit_scale.exp() * (self.vision(pixels) * self.texts(prompts)).sum(dim=1)
+
+    def texts(self, prompts: Sequence[str]) -> Tensor:
+        """Return the prompts' unit vectors (B, E), of those that are alike from one pass."""
+        places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+        return self.text([*places])[[places[prompt] for prompt in prompts]]
+
+    @property
+    def size(self) -> int:
+        """Return the side in pixels of the square that pictures are prepared to."""
+        return self.vision.preprocess.size
+
+    def towers(self) -> tuple[Tower, Tower]:
+        """Return the image tower and the text tower."""
+        vision, text = self.vision.vision_model, self.text.text_model
+        before = (vision.embeddings, vision.pre_layrnorm)
+        after = (vision.post_layernorm, self.vision.visual_projection)
+        return (
+            Tower(before, (*vision.encoder.layers,), after),
+            Tower(
+                (text.embeddings,),
+                (*text.encoder.layers,),
+                (text.final_layer_norm, self.text.text_projection),
+            ),
+        )
+
+    def set_statistics(self, mean: float, std: float) -> None:
+        """Set the mean and deviation of raw scores over held-out pictures; the card has them in the units of calls."""
+        factor = 1.0 if self.scaled else math.exp(-self.logit_scale.item())
+        self.card = with_statistics(self.card, mean * factor, std * factor)
+
+    def save(self, folder: Path) -> None:
+        """Write config.json, merges.txt and model.safetensors (authors' names, float32), each atomically."""
+        parts = {
+            **self.vision.state_dict(),
+            **self.text.state_dict(),
+            "logit_scale": self.logit_scale.detach(),
+        }
+        state = to_authors({key: value.float() for key, value in parts.items()})
+        write_folder(
+            folder, state, {"config.json": to_json(self.card), "merges.txt": self.text.tokenizer.merges}
+        )
 
 
 def load_scorer(
     card: Card, weights: Path | None, device: torch.device | str, dtype: torch.dtype
 ) -> ClipScorer:
     """Return the scorer of a card: frozen, in eval mode, towers in dtype."""
-    file, vocab = find_files(card, weights)
+    file, vocab, *_ = find_files(card, weights)
     with torch.device("meta"):  # no time or memory for random weights that are replaced at once
         model = ClipScorer(card, vocab)
     state = to_transformers(read(file))
@@ -125,7 +189,10 @@ def load_scorer(
 
 
 def find_files(card: Card, weights: Path | None) -> tuple[Path, ...]:
-    """Return the weights file and the vocabulary; ValueError says which file to put where."""
+    """Return the files that a scorer is made of; ValueError says which file to put where."""
+    if card.folder is not None:
+        folder = Path(card.folder)
+        return folder / FOLDER_FILE, folder / "merges.txt", folder / "config.json"
     file = find_file(card, weights)
     return file, find_vocab(file)
 
@@ -137,62 +204,3 @@ def fill(part: nn.Module, state: Mapping[str, Tensor]) -> None:
         if isinstance(getattr(module, "position_ids", None), Tensor):
             embedding: Any = module
             embedding.position_ids = torch.arange(embedding.position_ids.shape[1])[None]
-
-
-# ---------------------------------------------------------------- names
-
-_NAMES = {  # OpenAI's and open_clip's, those of transformers
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "logit_scale": "logit_scale",
-}
-_PREFIXES = (
-    ("visual.ln_pre.", "vision_model.pre_layrnorm."),
-    ("visual.ln_post.", "vision_model.post_layernorm."),
-    ("ln_final.", "text_model.final_layer_norm."),
-    ("visual.transformer.resblocks.", "vision_model.encoder.layers."),
-    ("transformer.resblocks.", "text_model.encoder.layers."),
-)
-_BLOCK_NAMES = (  # inside a block of either tower
-    (".ln_1.", ".layer_norm1."),
-    (".ln_2.", ".layer_norm2."),
-    (".mlp.c_fc.", ".mlp.fc1."),
-    (".mlp.c_proj.", ".mlp.fc2."),
-    (".attn.out_proj.", ".self_attn.out_proj."),
-)
-_PROJECTIONS = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
-_NOT_WEIGHTS = {  # numbers 0, 1, 2, ... and sizes, which old and new files may or may not have
-    "text_model.embeddings.position_ids",
-    "vision_model.embeddings.position_ids",
-    "input_resolution",
-    "context_length",
-    "vocab_size",
-}
-
-
-def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict in either layout under the names of transformers; unknown names stay as they are."""
-    renamed = {}
-    for key, value in state.items():
-        if key in _NOT_WEIGHTS:
-            continue
-        if key in _PROJECTIONS:
-            renamed[_PROJECTIONS[key]] = value.T.contiguous()  # theirs are used as x @ W
-            continue
-        name = _NAMES.get(key, key)
-        for theirs, ours in _PREFIXES:
-            if key.startswith(theirs):
-                name = ours + key.removeprefix(theirs)
-                for their_part, our_part in _BLOCK_NAMES if "resblocks" in theirs else ():
-                    name = name.replace(their_part, our_part)
-                break
-        before, fused, kind = name.partition(".attn.in_proj_")
-        if fused:  # query, key and value in one matrix
-            for letter, third in zip("qkv", value.chunk(3), strict=True):
-                renamed[f"{before}.self_attn.{letter}_proj.{kind}"] = third.contiguous()
-        else:
-            renamed[name] = value
-    return renamed

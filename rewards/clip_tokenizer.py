@@ -2,13 +2,15 @@
 
 All three share one byte-level vocabulary. The first two repair a text (ftfy), resolve HTML entities and put it
 in lower case; the third does none of that but composes accents (NFC). They also differ in which spellings of
-their two special tokens they recognise inside a text. Ids equal those of the authors' own code.
+their two special tokens they recognise inside a text. Ids equal those of the authors' own code. A CLIP that was built here may
+have another vocabulary, of fewer merges; its ids follow the same rule: bytes, bytes that end a word, merges, start, end.
 """
 
 import functools
 import gzip
 import hashlib
 import html
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -29,9 +31,10 @@ VOCAB_FILE = "bpe_simple_vocab_16e6.txt.gz"
 VOCAB_REPO = "openai/clip-vit-large-patch14"
 MERGES_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
 """Of the used merges, one a line: of every file that holds them, whatever its format and what follows them."""
-_NUM_MERGES = 48894
+VOCAB_SIZE = 49408
+_NOT_MERGES = 2 * 256 + 2
+"""Tokens of a vocabulary that are no merges: each byte, each at the end of a word, start and end."""
 
-START, END = 49406, 49407
 SPECIAL = {
     "openai": ("<|startoftext|>", "<|endoftext|>"),
     "open_clip": ("<start_of_text>", "<end_of_text>"),
@@ -42,13 +45,15 @@ SPECIAL = {
 class ClipTokenizer:
     """Texts to ids (B, context) int64: start, at most context - 2 pieces, end, zeros. Longer texts are cut, the end kept."""
 
-    def __init__(self, kind: Kind, merges: Path, context: int) -> None:
+    def __init__(self, kind: Kind, merges: Path, context: int, vocab_size: int = VOCAB_SIZE) -> None:
         if kind not in SPECIAL:
             raise ValueError(f"unknown tokenizer {kind!r}; one of {', '.join(SPECIAL)}")
         self.context = context
+        self.start, self.end = vocab_size - 2, vocab_size - 1
         self._ids: Callable[[str], list[int]]
-        self.special = dict(zip(SPECIAL[kind], (START, END), strict=True))
-        vocab, pairs = read_vocab(merges)
+        self.special = dict(zip(SPECIAL[kind], (self.start, self.end), strict=True))
+        vocab, pairs = read_vocab(merges, vocab_size)
+        self.merges = "\n".join(["#version: 0.2", *map(" ".join, pairs)]) + "\n"
         if kind == "transformers":
             self._ids = functools.partial(_hub_ids, HubTokenizer(vocab=vocab | self.special, merges=pairs))
         else:
@@ -62,8 +67,8 @@ class ClipTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of one text, start and end included, at most `context` of them."""
-        ids = [START, *self._ids(text), END]
-        return ids if len(ids) <= self.context else [*ids[: self.context - 1], END]
+        ids = [self.start, *self._ids(text), self.end]
+        return ids if len(ids) <= self.context else [*ids[: self.context - 1], self.end]
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Return the ids of B texts, (B, context) int64, padded with zeros."""
@@ -103,26 +108,43 @@ def find_vocab(weights: Path | None) -> Path:
     return path
 
 
-@functools.cache
-def read_vocab(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return (token -> id without the two special ones, merges in order) of a list of merges.
-
-    ValueError when the file is no list of merges, or not CLIP's.
-    """
+def read_merges(path: Path) -> list[str]:
+    """Return the merges, at most as many as CLIP has, of a list or a tokenizer.json; ValueError when the file is neither."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            lines = file.read().decode().split("\n")[1 : 1 + _NUM_MERGES]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+            text = file.read().decode()
+        if path.suffix == ".json":
+            return [" ".join(pair) for pair in json.loads(text)["model"]["merges"]]
+    except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
         raise ValueError(
             f"{path} is no list of merges ({type(error).__name__}); download it again"
         ) from error
+    return text.rstrip("\n").split("\n")[1 : 1 + VOCAB_SIZE - _NOT_MERGES]
+
+
+def vocab_size(path: Path) -> int:
+    """Return the number of tokens that a list of merges makes."""
+    return len(read_merges(path)) + _NOT_MERGES
+
+
+@functools.cache
+def read_vocab(path: Path, vocab_size: int = VOCAB_SIZE) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return (token -> id without the two special ones, merges in order) of a vocabulary of so many tokens.
+
+    ValueError when the file is no list of merges or has not so many, and when they should be CLIP's but are not.
+    """
+    lines = read_merges(path)
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    if digest != MERGES_SHA256:
+    if vocab_size == VOCAB_SIZE and digest != MERGES_SHA256:
         raise ValueError(f"{path} has merges of SHA-256 {digest}, CLIP's have {MERGES_SHA256}")
-    merges = [tuple(line.split()) for line in lines]
+    merges = [(first, second) for first, _, second in (line.partition(" ") for line in lines)]
+    if len(merges) != vocab_size - _NOT_MERGES or not all(second for _, second in merges):
+        raise ValueError(
+            f"{path} has {len(merges)} merges, not the {vocab_size - _NOT_MERGES} pairs of a vocabulary of {vocab_size} tokens"
+        )
     letters = list(_letters().values())
     tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
-    return {token: index for index, token in enumerate(tokens)}, merges  # type: ignore[return-value]
+    return {token: index for index, token in enumerate(tokens)}, merges
 
 
 @functools.cache

@@ -13,7 +13,6 @@ S = config.image_size.
 
 import itertools
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -21,13 +20,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
+from rewards.blip_names import to_authors, to_transformers
 from rewards.card import CLIP_MEAN, CLIP_STD, Card, Preprocess
 from rewards.pixels import at_least_float32, check_prompts, prepare
-from rewards.weights import FOLDER_FILE, LOOSE, cached, check, find, loose, read, verify
+from rewards.towers import Tower
+from rewards.weights import FOLDER_FILE, LOOSE, cached, check, find, loose, read, verify, write_folder
 
 VOCAB_REPO = "google-bert/bert-base-uncased"
 VOCAB_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
@@ -137,11 +137,7 @@ class ImageReward(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             model = cls(config, vocab_path.read_text(encoding="utf-8"))
-            for layer in model.mlp:
-                # The paper writes N(0, 1 / (d + 1)); the authors' code takes that for the standard deviation.
-                if isinstance(layer, nn.Linear):
-                    nn.init.normal_(layer.weight, std=1 / (config.text_width + 1))
-                    nn.init.zeros_(layer.bias)
+            _initialise(model.mlp, config.text_width)
         return model
 
     @classmethod
@@ -167,18 +163,30 @@ class ImageReward(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write config.json, vocab.txt and model.safetensors (authors' names, float32), each atomically."""
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {key: value.float().cpu().contiguous() for key, value in self.state_dict().items()}
-        partial = folder / f"{FOLDER_FILE}.partial"
-        save_file(to_authors(state), partial)
-        os.replace(partial, folder / FOLDER_FILE)
-        for name, text in (
-            ("config.json", json.dumps(asdict(self.config), indent=2) + "\n"),
-            ("vocab.txt", self.vocab),
-        ):
-            partial = folder / f"{name}.partial"
-            partial.write_text(text, encoding="utf-8", newline="\n")
-            os.replace(partial, folder / name)
+        state = {key: value.float() for key, value in self.state_dict().items()}
+        config = json.dumps(asdict(self.config), indent=2) + "\n"
+        write_folder(folder, to_authors(state), {"config.json": config, "vocab.txt": self.vocab})
+
+    def renew_head(self, seed: int) -> None:
+        """Put a head with random weights that depend on seed alone on the towers; its scores are not standardised."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            self.mlp = _head(self.config)
+            _initialise(self.mlp, self.config.text_width)
+        self.set_statistics(0.0, 1.0)
+
+    @property
+    def size(self) -> int:
+        """Return the side in pixels of the square that pictures are prepared to."""
+        return self.config.image_size
+
+    def towers(self) -> tuple[Tower, Tower]:
+        """Return the image tower and the text tower; the head is on top of the second."""
+        vision, text = self.vision_model, self.text_model
+        return (
+            Tower((vision.embeddings,), (*vision.encoder.layers,), (vision.post_layernorm,)),
+            Tower((text.embeddings,), (*text.encoder.layer,), ()),
+        )
 
     def set_statistics(self, mean: float, std: float) -> None:
         """Set the mean and deviation of raw scores that calls subtract and divide by, and that `save` writes."""
@@ -289,59 +297,6 @@ def find_parts(path: Path) -> tuple[ImageRewardConfig, Path, Path]:
     return FULL_SIZE, vocab, path
 
 
-# ---------------------------------------------------------------- names
-
-_POSITION_IDS = "blip.text_encoder.embeddings.position_ids"
-_NAMES = (  # the authors' prefix, ours
-    ("blip.visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
-    ("blip.visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
-    ("blip.visual_encoder.patch_embed.proj.", "vision_model.embeddings.patch_embedding."),
-    ("blip.visual_encoder.blocks.", "vision_model.encoder.layers."),
-    ("blip.visual_encoder.norm.", "vision_model.post_layernorm."),
-    ("blip.text_encoder.", "text_model."),
-    ("blip.vision_proj.", "vision_proj."),
-    ("blip.text_proj.", "text_proj."),
-    ("mlp.layers.", "mlp."),
-)
-_BLOCK_NAMES = (  # inside a block of the image tower
-    (".norm1.", ".layer_norm1."),
-    (".norm2.", ".layer_norm2."),
-    (".attn.qkv.", ".self_attn.qkv."),
-    (".attn.proj.", ".self_attn.projection."),
-)
-
-
-def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict in the authors' names under this class's; names that are not theirs stay as they are."""
-    renamed = {}
-    for key, value in state.items():
-        if key == _POSITION_IDS:  # a buffer 0..max_positions-1 that old and new files may or may not have
-            continue
-        for theirs, ours in _NAMES:
-            if key.startswith(theirs):
-                name = ours + key.removeprefix(theirs)
-                for their_part, our_part in _BLOCK_NAMES if "blocks." in theirs else ():
-                    name = name.replace(their_part, our_part)
-                renamed[name] = value
-                break
-        else:
-            renamed[key] = value
-    return renamed
-
-
-def to_authors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return this class's state dict in the authors' names, their position_ids buffer included."""
-    renamed = {}
-    for key, value in state.items():
-        theirs, ours = next(pair for pair in _NAMES if key.startswith(pair[1]))
-        name = theirs + key.removeprefix(ours)
-        for their_part, our_part in _BLOCK_NAMES if "blocks." in theirs else ():
-            name = name.replace(our_part, their_part)
-        renamed[name] = value
-    positions = len(state["text_model.embeddings.position_embeddings.weight"])
-    return {_POSITION_IDS: torch.arange(positions)[None]} | renamed
-
-
 # ---------------------------------------------------------------- parts
 
 
@@ -378,6 +333,14 @@ def _text_config(config: ImageRewardConfig, pad_token: int, sep_token: int) -> B
         bos_token_id=config.vocab_size - 2,  # [DEC]
         is_decoder=True,  # makes the cross-attention exist; calls still attend in both directions
     )
+
+
+def _initialise(head: nn.Sequential, width: int) -> None:
+    """Give the head the authors' random weights, std 1 / (width + 1): the paper writes N(0, 1 / (d + 1))."""
+    for layer in head:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=1 / (width + 1))
+            nn.init.zeros_(layer.bias)
 
 
 def _head(config: ImageRewardConfig) -> nn.Sequential:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rewards import CARDS
+from rewards import CARDS, find_card
 from rewards.card import Card, Scorer
 from rewards.together import score_all, share_towers
 
@@ -119,7 +119,7 @@ def parse_weights(terms: Sequence[str]) -> dict[str, float]:
     """
     weights: dict[str, float] = {}
     for term in terms:
-        name, equals, text = term.partition("=")
+        name, equals, text = term.rpartition("=")  # the path of a trained scorer may have a = in it
         try:
             weight = float(text)
         except ValueError:
@@ -128,8 +128,12 @@ def parse_weights(terms: Sequence[str]) -> dict[str, float]:
             raise ValueError(
                 f"reward {term!r} is not scorer=weight with a finite weight other than 0, as in shapes=1.0"
             )
-        if name not in CARDS:
-            raise ValueError(f"reward {term!r} names an unknown scorer; one of {', '.join(CARDS)}")
+        if name not in CARDS and not Path(name).is_dir():
+            raise ValueError(
+                f"reward {term!r} names an unknown scorer; one of {', '.join(CARDS)}, or the folder of one that was"
+                " trained here"
+            )
+        find_card(name)  # the folder may be no scorer's
         if name in weights:
             raise ValueError(f"reward {term!r} repeats {name}; give it one weight")
         weights[name] = weight

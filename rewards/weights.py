@@ -1,7 +1,8 @@
-"""Where weights are, and reading them without running anything that is in them."""
+"""Where weights are, reading them without running anything that is in them, and writing a folder of them."""
 
 import functools
 import hashlib
+import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import safetensors
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rewards.card import Card
@@ -154,6 +155,18 @@ def check(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], file: Pat
     ]
     if reports:
         raise ValueError(f"{file} does not hold {what}; {'; '.join(reports)}")
+
+
+def write_folder(folder: Path, state: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
+    """Write model.safetensors and text files, name -> content, into a folder, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{FOLDER_FILE}.partial"
+    save_file({key: value.cpu().contiguous() for key, value in state.items()}, partial)
+    os.replace(partial, folder / FOLDER_FILE)
+    for name, text in texts.items():
+        partial = folder / f"{name}.partial"
+        partial.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(partial, folder / name)
 
 
 def _remedy(card: Card) -> str:

@@ -12,7 +12,8 @@ import torch
 
 import rewards
 import tiny
-from benchmarks import full_size, hardware, models, refl_step, score
+from benchmarks import build, full_size, hardware, models, refl_step, score
+from data_build import diffusiondb
 from finetune import refl
 from golden_weights import tiny_card
 from preftune import cli
@@ -358,3 +359,93 @@ def test_random_weights_are_ones_that_load(name: str, clips: Path, tmp_path: Pat
     scorer = rewards.load(name, weights=file)
     assert scorer(torch.rand(1, 3, 224, 224), ["a red circle"]).isfinite().all()
     assert models.write_scorer(name, tmp_path, None, None) == file, "what is there is used again"
+
+
+# ---------------------------------------------------------------- build.py
+
+
+def building(**changes: object) -> build.Trial:
+    settings = {
+        "scorer": "imagereward-tiny",
+        "weights": None,
+        "parts": 2,
+        "pictures": 6,
+        "side": 64,
+        "repeats": 1,
+        "batch": 4,
+        "workers": 0,
+        "threads": 1,
+        "precision": "fp32",
+        "device": "cpu",
+    }
+    return build.Trial(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def test_decode_forward_and_build_do_the_builder_s_work(tmp_path: Path) -> None:
+    """All pictures are prepared, all prompts scored, and the data set is the one that the program writes."""
+    bench = build.Bench(building(), tmp_path)
+    scorer, called, prepared = bench.scorers[0], list[str](), list[str]()
+
+    def spy(pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        called.extend(prompts)
+        return scorer(pixels, prompts)
+
+    spy.card = scorer.card  # type: ignore[attr-defined]
+    wanted = bench.preparing.unwanted
+    assert wanted is not None
+    bench.preparing.unwanted = lambda image: (prepared.append(image.size), wanted(image))[1]
+    bench.decode(0)
+    assert prepared == [(64, 64)] * 12
+    bench.scorers[0] = spy  # type: ignore[assignment]
+    with torch.no_grad():
+        bench.forward(0)
+        assert called == bench.prompts
+        assert len(called) == 12
+        called.clear()
+        bench.build(0)
+    assert len(called) == 12 - json.loads((tmp_path / "built0/summary.json").read_text())["filtered"].get(
+        "blurred", 0
+    )
+    assert len(bench.scoring) == 1
+    diffusiondb.main(building().config(tmp_path / "data", tmp_path / "program"))
+    for name in ("metadata.jsonl", "summary.json", "job.json"):
+        assert (tmp_path / "built0" / name).read_bytes() == (tmp_path / "program" / name).read_bytes()
+
+
+def test_building_table_and_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build, "fresh", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    flags = "--pictures 4 --side 64 --parts 1 2 --repeats 1 --workers 0 --threads 1".split()  # noqa: SIM905
+    assert build.main(cli.parse(build.Config, [*flags, "--output", str(tmp_path / "a.json")])) == 0
+    written = json.loads((tmp_path / "a.json").read_text())
+    (row,) = written["rows"]
+    assert row["of_raw"] == pytest.approx(row["scoring_per_s"] / row["forward_per_s"])
+    assert row["build_per_s"] < row["scoring_per_s"], "the data set is written after the last score"
+    slower = min(("decode", "forward"), key=lambda name: row[f"{name}_per_s"])
+    assert row["bottleneck"] == slower
+    assert [*written["peak_mib"]] == ["1", "2"]
+    printed = capsys.readouterr().out
+    assert "imagereward-tiny  fp32    32     1 " in printed
+    assert "left out: hpsv2.1" in printed
+    assert "set aside" not in printed
+
+
+def test_memory_that_grows_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        build, "run", lambda measure, trial: 90.0 + trial.parts if measure is build.memory else None
+    )
+    assert build.main(build.Config(parts=(10, 19))) == 0
+    assert build.main(build.Config(parts=(10, 21))) == 1
+    assert "100 MiB at 10 parts, 111 MiB at 21 parts; they differ by 11.0%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["pictures", "parts", "repeats", "batch"])
+def test_wrong_flags_of_build(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(build.Config, [f"--{name}", "0"])
+    assert stop.value.code == 2
+    assert f"--{name} must be at least 1, got" in capsys.readouterr().err

@@ -12,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import CLIPTokenizer
 
 import rewards
-from golden_weights import CLIP, CLIP_NAMES, FOLDER, SHARED, tiny_card
+from golden_weights import CLIP, CLIP_NAMES, FOLDER, SHARED, fill, tiny_card
 from rewards import CARDS
-from rewards.clip import ClipScorer, load_scorer, to_transformers
-from rewards.clip_tokenizer import MERGES_SHA256, ClipTokenizer
+from rewards.clip import ClipScorer, load_scorer
+from rewards.clip_names import to_authors, to_transformers
+from rewards.clip_tokenizer import MERGES_SHA256, ClipTokenizer, vocab_size
 from rewards.pixels import from_pil
 from rewards.weights import read
 
@@ -59,6 +61,25 @@ def test_token_ids_equal_the_authors(kind: Any, clips: Path) -> None:
     assert [row[: len(ids)].tolist() for row, ids in zip(batch, CLIP["token_ids"][kind], strict=True)] == [
         *CLIP["token_ids"][kind]
     ]
+
+
+def test_another_vocabulary_gives_the_ids_of_its_pipeline(tmp_path: Path) -> None:
+    """The embedded pipeline's 611 tokens; its merges, written down and read again, make the same ones."""
+    folder = Path(__file__).parents[1] / "assets" / "tiny" / "pipeline" / "tokenizer"
+    file = folder / "tokenizer.json"
+    assert vocab_size(file) == 611
+    tokenizer = ClipTokenizer("transformers", file, 32, 611)
+    theirs = CLIPTokenizer.from_pretrained(folder)
+    texts = ["a red circle above a blue square on a white background", "Weird  image. 7&\u00e9", "a " * 40]
+    assert [tokenizer.encode(text) for text in texts] == [
+        theirs(text, truncation=True, padding=False)["input_ids"] for text in texts
+    ]
+    assert (tokenizer.start, tokenizer.end) == (609, 610)
+    (tmp_path / "merges.txt").write_text(tokenizer.merges, encoding="utf-8")
+    again = ClipTokenizer("transformers", tmp_path / "merges.txt", 32, 611)
+    assert [again.encode(text) for text in texts] == [tokenizer.encode(text) for text in texts]
+    with pytest.raises(ValueError, match="has 97 merges, not the 98 pairs of a vocabulary of 612 tokens"):
+        ClipTokenizer("transformers", file, 32, 612)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs CLIP's vocabulary in ../shared")
@@ -274,6 +295,60 @@ def test_either_layout_is_read(clips: Path, tmp_path: Path) -> None:
     save_file(state, tmp_path / "mirror.safetensors")
     (tmp_path / "merges.txt").write_bytes((clips / "merges.txt").read_bytes())
     assert same_weights(reload(tmp_path / "mirror.safetensors"), load("hpsv2", clips))
+
+
+@pytest.mark.parametrize("name", CLIP_NAMES)
+def test_names_go_there_and_back(name: str) -> None:
+    """Every tensor of the recorded models: under its name, and with its values, transposed and fused ones too."""
+    published = fill(CLIP["models"][name]["shapes"], CLIP["weights_seed"])
+    if name == "pickscore":
+        published = {key: value for key, value in published.items() if not key.endswith("position_ids")}
+    there = to_authors(published) if name == "pickscore" else to_transformers(published)
+    back = to_transformers(there) if name == "pickscore" else to_authors(there)
+    assert back.keys() == published.keys()
+    assert not there.keys() & published.keys() - {"logit_scale"}
+    assert all(torch.equal(back[key], value) for key, value in published.items())
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the published names and shapes in ../shared")
+@pytest.mark.parametrize("name", ["hpsv1", "hpsv2", "pickscore", "clipscore"])
+def test_all_published_names_go_there_and_back(name: str) -> None:
+    table = json.loads((SHARED / "golden" / f"{name}.json").read_text(encoding="utf-8"))
+    keys = table["state_dict"]["keys"]
+    published = {key: torch.empty(shape, device="meta") for key, (_, shape) in keys.items()}
+    ours = to_transformers(published)
+    theirs = to_authors(ours)
+    assert {key: value.shape for key, value in to_transformers(theirs).items()} == {
+        key: value.shape for key, value in ours.items()
+    }
+    if name.startswith("hps"):
+        left_out = {"input_resolution", "context_length", "vocab_size"}
+        shapes = {key: value.shape for key, value in published.items() if key not in left_out}
+        assert {key: value.shape for key, value in theirs.items()} == shapes
+
+
+@pytest.mark.parametrize("name", CLIP_NAMES)
+def test_a_saved_folder_is_in_the_authors_layout(
+    name: str, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file, with its vocabulary beside it, could be theirs; and the folder is a scorer of equal scores."""
+    scorer = load(name, clips)
+    scorer.save(tmp_path)
+    published = fill(CLIP["models"]["hpsv2" if name == "pickscore" else name]["shapes"], 0)
+    saved = read(tmp_path / "model.safetensors")
+    assert saved.keys() == published.keys()
+    if name != "pickscore":
+        original = read(clips / f"{name}.pt")
+        assert all(torch.equal(saved[key], original[key]) for key in saved)
+    again: Any = rewards.load(str(tmp_path))
+    assert again.card == replace(
+        scorer.card, name=str(tmp_path), folder=str(tmp_path), summary=again.card.summary, repo=None, source=None, file=None
+    )  # fmt: skip
+    pixels = torch.rand(2, 3, 50, 40, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again(pixels, CLIP["prompts"][:2]), scorer(pixels, CLIP["prompts"][:2]))
+    assert same_weights(
+        load_scorer(tiny_card(name), tmp_path / "model.safetensors", "cpu", torch.float32), scorer
+    )
 
 
 def test_a_program_is_refused(clips: Path, tmp_path: Path) -> None:

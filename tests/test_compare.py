@@ -45,7 +45,8 @@ def report(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     methods = [
         f"refl=finetune/refl.py --prompts {root}/prompts.txt --rewards brightness=1 --pretraining off --num-steps 3"
         f" --window 1 1 --reward-scale 1 {common}",
-        f"weird=finetune/weird_lora.py --data {root}/pictures --lora.rank 4 {common}",
+        f"weird=finetune/weird_lora.py --data {root}/pictures --lora.rank 4 --save-every 1 --keep 0 {common}",
+        "early=weird@1",
     ]
     argv = ["--methods", *methods, "--model", str(root / "pipeline"), "--prompts", str(root / "prompts.txt")]
     argv += [
@@ -75,14 +76,15 @@ def report(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_report(report: Path) -> None:
     rows = list(csv.DictReader((report / "table.csv").open()))
-    assert [row["method"] for row in rows] == ["base", "refl", "weird"]
+    assert [row["method"] for row in rows] == ["base", "refl", "weird", "early"]
+    assert rows[3]["mean"] != rows[2]["mean"], "the checkpoint is drawn with, not the end of the run"
     for row in rows[1:]:
         assert int(row["wins"]) + int(row["ties"]) + int(row["losses"]) == 2 * 5
-        assert int(row["images"]) == 2 * 2 * 2
+        assert int(row["images"]) == (1 if row["method"] == "early" else 2) * 2 * 2
         assert float(row["low"]) <= float(row["change"]) <= float(row["high"])
     assert float(rows[1]["change"]) > 0, "ReFL on brightness makes pictures brighter"
     lines = list(csv.DictReader((report / "scores.csv").open()))
-    assert len(lines) == 3 * 2 * 5
+    assert len(lines) == 4 * 2 * 5
     mean = {
         m: np.mean([float(line["brightness"]) for line in lines if line["method"] == m])
         for m in ("base", "refl")
@@ -122,6 +124,10 @@ DRIVER = "a=finetune/refl.py --lr 1"
         (["--methods", "a=rm -rf x"], "method a: rm is no driver"),
         (["--methods", "a=finetune/refl.py --seed 3"], "method a: --seed is set by the comparison"),
         (["--methods", "a=finetune/refl.py --output=x"], "method a: --output is set by the comparison"),
+        (
+            ["--methods", DRIVER, "b=c@3"],
+            "method b is a checkpoint of c, which is no method that is trained; there are a",
+        ),
         (["--methods", DRIVER, "--seeds", "1", "1"], "--seeds needs different numbers"),
         (["--methods", DRIVER, "--negatives", "b=x"], "--negatives names b, which is none of base, a"),
         (["--methods", DRIVER, "--rewards", "beauty=1"], "unknown scorer"),
@@ -160,6 +166,14 @@ def test_a_failing_driver_says_where_to_look(
     error = capsys.readouterr().err
     assert "method a, seed 0 failed: weird_lora.py: error: " in error
     assert "a-0.log" in error
+
+
+def test_a_checkpoint_that_was_not_kept(report: Path) -> None:
+    assert compare.checkpoint(report / "runs" / "weird-0", "early", 1).name == "step_000001"
+    with pytest.raises(
+        ValueError, match=r"method early: there is no .*step_000007; kept are step_000000, step_000001"
+    ):
+        compare.checkpoint(report / "runs" / "weird-0", "early", 7)
 
 
 def test_other_flags_are_not_the_same_run(

@@ -118,6 +118,10 @@ ONE: dict[str, list[tuple[list[str], str]]] = {
     ],
     "reward_model": [
         (["--model", "{bad}/nothing"], "lacks config.json"),
+        (["--model", "beauty"], "unknown scorer 'beauty'; one of brightness, shapes"),
+        (["--model", "shapes"], "shapes cannot be trained here; one of imagereward"),
+        (["--frozen-share", "0.5", "--last-layers", "1", "1"], "both say what is frozen"),
+        (["--stable.views", "3", "--objective", "soft"], "--stable is about pairs, not --objective soft"),
         (["--data", "{bad}/absent"], "absent"),
         (["--data", "{bad}/torn"], "rankings.jsonl line 1"),
         (["--valid-share", "1"], "--valid-share must lie"),

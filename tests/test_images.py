@@ -152,28 +152,3 @@ def test_wrapping() -> None:
     assert font.getlength(cut[1]) <= 90
     assert images._wrap("", font, 90) == [""]
     assert images._wrap("wide", font, 1) == list("wide")
-
-
-def test_shifted_pictures() -> None:
-    """Each lies up to 2 pixels elsewhere, as its generator says, with its border repeated; 0 changes nothing."""
-    rows, columns = torch.meshgrid(torch.arange(6.0), torch.arange(5.0), indexing="ij")
-    pixels = torch.stack([rows, columns, rows + columns])[None].repeat(40, 1, 1, 1).requires_grad_()
-
-    def generators(first: int) -> list[torch.Generator]:
-        return [torch.Generator().manual_seed(first + i) for i in range(40)]
-
-    moved = images.shifted(pixels, generators(0), 2)
-    steps = set()
-    for picture in moved:
-        dy, dx = int(picture[0, 3, 0]) - 3, int(picture[1, 0, 2]) - 2
-        expected_rows, expected_columns = (rows + dy).clamp(0, 5), (columns + dx).clamp(0, 4)
-        torch.testing.assert_close(
-            picture, torch.stack([expected_rows, expected_columns, expected_rows + expected_columns])
-        )
-        steps.add((dy, dx))
-    assert {dy for dy, _ in steps} == {dx for _, dx in steps} == {-2, -1, 0, 1, 2}
-    torch.testing.assert_close(images.shifted(pixels, generators(0), 2), moved, rtol=0, atol=0)
-    assert (images.shifted(pixels, generators(99), 2) != moved).any()
-    torch.testing.assert_close(images.shifted(pixels, generators(0), 0), pixels, rtol=0, atol=0)
-    (gradient,) = torch.autograd.grad(moved.sum(), pixels)
-    assert gradient.sum().item() == moved.numel(), "a repeated border gathers the gradient of its copies"

@@ -28,9 +28,9 @@ from preftune import families, lora
 from preftune.cli import dump
 from preftune.families.sd import SD
 from preftune.families.tiny import SCHEDULER_CONFIG
-from preftune.images import shifted
 from preftune.lora import LoRA
 from preftune.sampling import Drawing, sample
+from preftune.views import shifted
 from rewards import CARDS
 from rewards.brightness import Brightness
 from rewards.imagereward import ImageReward

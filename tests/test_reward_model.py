@@ -7,20 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
+import rewards
 from finetune import pretrain_scorer, reward_model
-from finetune.reward_model import Ranked, by_pictures, pairs, places, ranking_loss, split
-from preftune.records import Ranking, Sample
+from finetune.optimizer import adamw
+from finetune.rankings import Ranked, by_pictures, choices, pairs, split, untied, votes
+from finetune.reward_model import Config, Stable, loss_of
+from finetune.run_config import RunConfig
+from preftune import cli
+from preftune.records import Ranking, Sample, read_jsonl
 from rewards.imagereward import ImageReward
 
 
-def test_ranking_loss_by_hand() -> None:
-    """-log sigmoid(d) of d = 2, -1, 0: 0.126928 + 1.313262 + 0.693147, a third of it."""
-    better, worse = torch.tensor([3.0, -1.0, 5.0]), torch.tensor([1.0, 0.0, 5.0])
-    assert ranking_loss(better, worse).item() == pytest.approx((0.126928 + 1.313262 + 0.693147) / 3, abs=1e-6)
-    assert ranking_loss(better, better).item() == pytest.approx(math.log(2))
-    assert ranking_loss(torch.tensor([100.0]), torch.tensor([-100.0])).item() == 0.0
-    assert ranking_loss(torch.tensor([-100.0]), torch.tensor([100.0])).item() == pytest.approx(200.0)
+def ranking(
+    prompt: str, names: str, ranks: tuple[int, ...], source: str = "", weight: float = 1.0
+) -> Ranking:
+    return Ranking(prompt=prompt, paths=tuple(map(Path, names)), ranks=ranks, source=source, weight=weight)
 
 
 def test_pairs_leave_ties_out() -> None:
@@ -29,31 +32,136 @@ def test_pairs_leave_ties_out() -> None:
     assert pairs([1, 1]) == []
 
 
-def ranking(prompt: str, names: str, ranks: tuple[int, ...], source: str = "") -> Ranking:
-    return Ranking(prompt=prompt, paths=tuple(map(Path, names)), ranks=ranks, source=source)
-
-
 def test_annotators_of_the_same_pictures_are_read_as_one() -> None:
     read = [
         ranking("p", "ab", (1, 2), "annotator 0"),
-        ranking("q", "ab", (1, 2)),
+        ranking("q", "ab", (1, 2), weight=0.5),
         ranking("p", "ab", (2, 1), "annotator 1"),
         ranking("p", "ac", (1, 1)),
     ]
     merged = by_pictures(read)
-    assert [(item.prompt, "".join(map(str, item.paths)), item.ranks) for item in merged] == [
-        ("p", "ab", ((1, 2), (2, 1))),
-        ("q", "ab", ((1, 2),)),
-        ("p", "ac", ((1, 1),)),
+    assert [(item.prompt, "".join(map(str, item.paths)), item.ranks, item.weights) for item in merged] == [
+        ("p", "ab", ((1, 2), (2, 1)), (1.0, 1.0)),
+        ("q", "ab", ((1, 2),), (0.5,)),
+        ("p", "ac", ((1, 1),), (1.0,)),
     ]
-    better, worse = places([merged[1], merged[0], merged[2]]).tolist()
-    assert list(zip(better, worse, strict=True)) == [(0, 1), (2, 3), (3, 2)], "rows count on over pictures"
-    assert places([merged[2]]).shape == (2, 0)
+    (better, worse), weights = untied([merged[1], merged[0], merged[2]])
+    rows = list(zip(better.tolist(), worse.tolist(), strict=True))
+    assert rows == [(0, 1), (2, 3), (3, 2)], "rows count on over pictures"
+    assert weights.tolist() == [0.5, 1.0, 1.0]
+    assert untied([merged[2]])[0].shape == (2, 0)
+
+
+def test_choices_and_votes_by_hand() -> None:
+    """Three pictures by three people, the third of whom cannot choose, then two pictures by one."""
+    three = [ranking("p", "abc", ranks, str(i)) for i, ranks in enumerate([(2, 1, 3), (1, 2, 2), (1, 1, 2)])]
+    chosen = by_pictures([*three, ranking("q", "de", (2, 1), weight=0.25)])
+    rows, best, weights = choices(chosen)
+    assert rows.tolist() == [[0, 1, 2], [0, 1, 2], [3, 4, -1]]
+    assert best.tolist() == [1, 0, 1]
+    assert weights.tolist() == [1.0, 1.0, 0.25]
+    (first, second), shares, weights = votes(chosen)
+    assert list(zip(first.tolist(), second.tolist(), strict=True)) == [(0, 1), (0, 2), (1, 2), (3, 4)]
+    assert shares.tolist() == pytest.approx([1.5 / 3, 1.0, 2.5 / 3, 0.0])
+    assert weights.tolist() == [3.0, 3.0, 3.0, 0.25]
+
+
+def settings(**values: object) -> Config:
+    stable = {key: values.pop(key) for key in tuple(values) if key in Stable.__dataclass_fields__}
+    return Config(model="x", data=(Path("x"),), stable=Stable(**stable), **values)  # type: ignore[arg-type]
+
+
+PAIRED = by_pictures([ranking("p", "ab", (1, 2)), ranking("q", "cd", (2, 1), weight=3.0)])
+RAW = torch.tensor([[0.5, 0.2], [0.1, 0.3], [1.0, 0.9], [-1.0, -0.5]])
+"""Scores of the four pictures and of one weak view each: the first pair is right by 0.4, the second wrong by 2."""
+
+
+def test_losses_of_a_batch_by_hand() -> None:
+    right, wrong = math.log(1 + math.exp(-0.4)), math.log(1 + math.exp(2))
+    own = RAW[:, :1]
+    assert loss_of(own, PAIRED, settings(), 0).item() == pytest.approx((right + 3 * wrong) / 4)
+    equal = loss_of(torch.zeros(4, 1), PAIRED, settings(), 0)
+    assert equal.item() == pytest.approx(math.log(2))
+    for objective in ("choice", "soft"):  # with two pictures and one annotator they are the same
+        assert loss_of(own, PAIRED, settings(objective=objective), 0).item() == pytest.approx(
+            (right + 3 * wrong) / 4
+        )
+    interference = [
+        math.log(1 + math.exp((0.3 + 0.2) / 2 - (0.2 - 0.3))),
+        math.log(1 + math.exp((0.5 + 0.1) / 2 - (-1.0 - 1.0))),
+    ]
+    both = loss_of(RAW, PAIRED, settings(views=1), 0).item()
+    assert both == pytest.approx((right + interference[0] + 3 * (wrong + interference[1])) / 4)
+
+
+def test_stages_of_a_batch_by_hand() -> None:
+    """Weights of eq. 7 with b 0.3 and tau 0.2, then of eq. 8; the switch is at update 5."""
+    chosen = by_pictures([ranking("p", "ab", (1, 2)), ranking("q", "cd", (2, 1))])
+    own = RAW[:, :1]
+    right, wrong = math.log(1 + math.exp(-0.4)), math.log(1 + math.exp(2))
+    config = settings(weighting="two-stage", first_stage_updates=5)
+    first = (right / (1 + math.exp(0.5)) + wrong / (1 + math.exp(-11.5))) / 2
+    assert loss_of(own, chosen, config, 4).item() == pytest.approx(first, rel=1e-5)
+    e = [math.exp(0.4), math.exp(-2)]
+    second = (e[0] * right + e[1] * wrong) / sum(e)
+    assert loss_of(own, chosen, config, 5).item() == pytest.approx(second, rel=1e-5)
+    for favour, sign in (("equal", 0), ("smaller", -1)):
+        e = [math.exp(sign * 0.4), math.exp(sign * -2)]
+        config = settings(weighting="two-stage", first_stage_updates=0, favour=favour)
+        assert loss_of(own, chosen, config, 0).item() == pytest.approx(
+            (e[0] * right + e[1] * wrong) / sum(e), rel=1e-5
+        )
+
+
+def test_weights_are_constants_unless_asked() -> None:
+    """Through eq. 8 the wrong pair could lower the loss by going wrong further; as a constant it cannot."""
+    chosen = by_pictures([ranking("p", "ab", (1, 2)), ranking("q", "cd", (2, 1))])
+
+    def gradient(through: bool) -> torch.Tensor:
+        raw = RAW[:, :1].clone().requires_grad_()
+        config = settings(weighting="two-stage", first_stage_updates=0, through_weights=through)
+        return torch.autograd.grad(loss_of(raw, chosen, config, 0), raw)[0][:, 0]
+
+    e = [math.exp(0.4), math.exp(-2)]
+    slopes = [
+        w / sum(e) * -torch.sigmoid(torch.tensor(-d)).item() for w, d in zip(e, (0.4, -2.0), strict=True)
+    ]
+    expected = [slopes[0], -slopes[0], -slopes[1], slopes[1]]
+    assert gradient(through=False).tolist() == pytest.approx(expected, rel=1e-5)
+    assert gradient(through=False)[3] < 0, "the better picture of the wrong pair is to rise"
+    assert gradient(through=True)[3] > 0, "and here to fall"
+
+
+def test_a_batch_of_ties_teaches_nothing() -> None:
+    tied = by_pictures([ranking("p", "ab", (1, 1))])
+    raw = torch.randn(2, 1, requires_grad=True)
+    for objective in ("pairs", "choice"):
+        loss = loss_of(raw, tied, settings(objective=objective), 0)
+        assert loss.item() == 0
+        assert (torch.autograd.grad(loss, raw)[0] == 0).all()
+    assert loss_of(raw, tied, settings(objective="soft"), 0).item() > 0, "a tie that is not scored as one"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"views": -1}, "--stable.views"),
+        ({"least_area": 0.0}, "--stable.least-area must lie in"),
+        ({"tau": 0.0}, "--stable.tau must be above 0"),
+        ({"views": 3, "objective": "soft"}, "--stable is about pairs, not --objective soft"),
+        ({"frozen_share": 0.5, "last_layers": (1, 1)}, "both say what is frozen"),
+        ({"frozen_share": 1.5}, "--frozen-share must lie in"),
+    ],
+)
+def test_wrong_settings(values: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        settings(**values)
 
 
 def test_no_prompt_is_on_both_sides() -> None:
     items = [
-        Ranked(prompt=f"p{k % 20}", paths=(Path(f"{k}a"), Path(f"{k}b")), ranks=((1, 2),)) for k in range(60)
+        Ranked(prompt=f"p{k % 20}", paths=(Path(f"{k}a"), Path(f"{k}b")), ranks=((1, 2),), weights=(1.0,))
+        for k in range(60)
     ]
     train, held = split(items, 0.1, seed=0)
     assert len({item.prompt for item in held}) == 2
@@ -63,17 +171,6 @@ def test_no_prompt_is_on_both_sides() -> None:
     assert split(items, 0.1, seed=1)[1] != held
     with pytest.raises(ValueError, match="all 1 prompts would be held out"):
         split(items[:1], 0.5, seed=0)
-
-
-def test_freezing_goes_from_the_bottom(root: Path) -> None:
-    for share, vision, text in ((0.0, True, True), (1.0, False, False)):
-        scorer = ImageReward.load(root / "scorer")
-        reward_model.freeze(scorer, share)
-        assert all(p.requires_grad == vision for p in scorer.vision_model.encoder.layers.parameters())
-        assert all(p.requires_grad == text for p in scorer.text_model.encoder.layer.parameters())
-        assert all(p.requires_grad == vision for p in scorer.vision_model.embeddings.parameters())
-        assert all(p.requires_grad for p in scorer.mlp.parameters())
-        assert not any(p.requires_grad for p in scorer.text_proj.parameters()), "no score depends on it"
 
 
 def test_the_best_accuracy_outlives_a_stop(tmp_path: Path) -> None:
@@ -137,3 +234,73 @@ def test_negative_captions() -> None:
     assert drawn == {"b", "c"}
     bare = Sample(path=Path("a"), text="a", extra={})
     assert pretrain_scorer.near_miss(bare, torch.Generator()) is None
+
+
+SHORT = "--updates 2 --batch 2 --accumulation 2 --lr 1e-2 --threads 1 --valid-share 0.25 --valid-every 1 --no-decay-vectors"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--objective choice --last-layers 1 0",
+        "--objective soft --gradient-checkpointing",
+        "--stable.views 2 --stable.weighting two-stage --stable.first-stage-updates 1 --stable.no-flip --shift 1",
+    ],
+)
+def test_every_objective_trains(flags: str, root: Path, tmp_path: Path) -> None:
+    argv = ["--model", str(root / "scorer"), "--data", str(root / "rankings"), "--output", str(tmp_path)]
+    config = cli.parse(Config, [*argv, *SHORT.split(), *flags.split()])
+    assert reward_model.main(config) == 0
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1]
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
+    assert all(0 <= row["valid_accuracy"] <= 1 for row in rows)
+    with Image.open(tmp_path / "accuracy.png") as picture:
+        assert picture.width > 800
+    before, after = ImageReward.load(root / "scorer"), ImageReward.load(tmp_path / "scorer")
+    moved = {
+        name: not torch.equal(old, new)
+        for (name, old), new in zip(before.state_dict().items(), after.state_dict().values(), strict=True)
+    }
+    assert moved["mlp.0.weight"]
+    assert not moved["vision_proj.weight"], "no score depends on it"
+    frozen = "--last-layers" in flags
+    assert moved["text_model.encoder.layer.0.output.dense.weight"] != frozen
+    assert moved["vision_model.encoder.layers.0.mlp.fc1.weight"]
+    assert moved["vision_model.embeddings.patch_embedding.weight"] != frozen
+    score = rewards.load(str(tmp_path / "scorer"))
+    assert score(torch.rand(1, 3, 32, 32), ["a red circle"]).isfinite().all()
+
+
+def test_checkpointing_changes_no_gradient(root: Path) -> None:
+    def gradient(checkpointing: bool) -> torch.Tensor:
+        config = Config(
+            model=str(root / "scorer"), data=(root,), gradient_checkpointing=checkpointing, frozen_share=0
+        )
+        scorer = reward_model.prepare(config)
+        pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        scorer.raw(pixels, ["a red circle", "a blue cross"]).diff().sum().backward()
+        assert isinstance(scorer, ImageReward)
+        found = scorer.vision_model.encoder.layers[0].mlp.fc1.weight.grad
+        assert found is not None
+        assert found.abs().max() > 0
+        return found
+
+    torch.testing.assert_close(gradient(True), gradient(False))
+
+
+def test_vectors_may_go_undecayed() -> None:
+    weights = [
+        torch.nn.Parameter(torch.ones(2, 2)),
+        torch.nn.Parameter(torch.ones(2)),
+        torch.nn.Parameter(torch.ones(())),
+    ]
+    for decayed in (True, False):
+        config = RunConfig(weight_decay=0.5, decay_vectors=decayed)
+        optimizer = adamw(config, weights, lr=0.1)
+        for weight in weights:
+            weight.data.fill_(1)
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        kept = [weight.flatten()[0].item() for weight in weights]
+        assert kept == pytest.approx([0.95, 0.95 if decayed else 1.0, 0.95 if decayed else 1.0])

@@ -13,8 +13,10 @@ import torch
 import record_trajectories as recorded
 from finetune import raft, reward_weighted, weird_lora
 from finetune.checkpoint import read
+from preftune import families
 from preftune.cli import parse
 from preftune.images import load_pixels
+from preftune.objective import captioned_error
 from preftune.prompts import read_prompts
 from preftune.records import Sample, read_jsonl, read_samples, write_jsonl
 
@@ -34,17 +36,14 @@ def weights(output: Path, updates: int) -> dict[str, torch.Tensor]:
 
 
 def test_only_non_preferred_captions_get_the_prefix() -> None:
-    said = {
-        kind: weird_lora.caption(
-            Sample(path=Path("a"), text=" Mona Lisa", extra={"kind": kind}), "Weird image. "
-        )
-        for kind in weird_lora.KINDS
-    }
-    assert said == {
+    samples = [Sample(path=Path("a"), text=" Mona Lisa", extra={"kind": kind}) for kind in weird_lora.KINDS]
+    texts, dropped = weird_lora.captions(samples, "Weird image. ")
+    assert dict(zip(weird_lora.KINDS, texts, strict=True)) == {
         "preferred": " Mona Lisa",
         "non_preferred": "Weird image.  Mona Lisa",
         "regularisation": " Mona Lisa",
     }
+    assert dropped == ["", "Weird image. ", ""], "without its caption the prefix stands alone"
 
 
 @pytest.mark.parametrize(("share", "number"), [(None, 12), (0.25, 4), (0.8, 48)])
@@ -244,3 +243,21 @@ def test_overwriting_draws_anew(root: Path, tmp_path: Path) -> None:
     before = json.dumps(read_jsonl(tmp_path / "iteration_01" / "metadata.jsonl"))
     recorded.train("raft", arguments("raft", root, tmp_path, *RAFT, "--overwrite", "--seed", "5"))
     assert json.dumps(read_jsonl(tmp_path / "iteration_01" / "metadata.jsonl")) != before
+
+
+def test_what_stands_in_place_of_a_dropped_caption(root: Path) -> None:
+    family = families.load(root / "pipeline", torch.device("cpu"))
+    paths = [root / "pictures" / f"{i:02d}.png" for i in range(2)]
+
+    def errors(captions: list[str], dropout: float, dropped: list[str] | None) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(i) for i in range(2)]
+        with torch.no_grad():
+            return captioned_error(
+                family, paths, captions, generators, size=32, caption_dropout=dropout, dropped=dropped
+            )
+
+    texts, instead = ["a red circle", "Weird image. a cross"], ["", "Weird image. "]
+    torch.testing.assert_close(errors(texts, 0.999, instead), errors(instead, 0.0, None))
+    torch.testing.assert_close(errors(texts, 0.999, None), errors(["", ""], 0.0, None))
+    torch.testing.assert_close(errors(texts, 0.0, instead), errors(texts, 0.0, None))
+    assert (errors(instead, 0.0, None)[1] - errors(["", ""], 0.0, None)[1]).abs() > 1e-6

@@ -1,0 +1,290 @@
+"""How fast DiffusionDB's parts become a data set, what holds it up, and whether its memory grows with the number of parts.
+
+    python benchmarks/build.py                                            # the embedded scorer
+    python benchmarks/build.py --workdir /tmp/scorers --clip-vocab bpe_simple_vocab_16e6.txt.gz       # with CUDA: ViT-H, too
+
+Four figures for each scorer, from one process: `build` is data_build/diffusiondb.py from the checks to the written data set
+without loading the scorer, `scoring` its part until the last chunk is written, `decode` what worker processes do for it alone
+(list, read, decode, prepare), and `forward` the scorer alone on pictures that are ready; they take turns, and every turn reads
+all prompts anew. The bottleneck is the slower of the last two; where they share cores, scoring can be no faster than
+1 / (1 / decode + 1 / forward). `of raw` is scoring against forward. HPS v2.1 (ViT-H) joins on a CUDA device where --workdir has
+room for random weights of its size (4 GB).
+Then the peak memory of the builder with `--parts` numbers of parts, each in a fresh process; they must agree within 10 %.
+
+Hardware: one CPU core, a few minutes.
+"""
+
+import contextlib
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+
+from benchmarks.hardware import fresh, name_of_machine, peak_mib, seconds
+from benchmarks.models import PROMPTS, TINY, write_scorer
+from data_build import diffusiondb as program
+from data_build import scoring
+from data_build.filters import Filters
+from data_build.scoring import Batch
+from preftune.cli import exit_on_user_error, parse
+from preftune.prompts import items_at, read_prompts
+from preftune.records import write_lines
+
+FULL_SIZE = "hpsv2.1"
+DIFFERENT = 64
+"""Pictures that are not the same bytes."""
+GROWTH = 0.1
+"""Greatest share by which the memory of the runs may differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Measure how fast a data set is built, and how much memory that takes."""
+
+    pictures: int = 20
+    """Pictures of a part."""
+    side: int = 512
+    """Pixels of a picture's side."""
+    parts: tuple[int, ...] = (10, 100)
+    """Numbers of parts of the memory runs; the first is that of the speed runs, too."""
+    repeats: int = 3
+    """Turns; the figures are medians."""
+    batch: int = 32
+    """Pictures in one pass."""
+    workers: int = 2
+    """Processes that read and decode."""
+    threads: int = 0
+    """CPU threads of the forward pass; 0 = torch's own choice."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the towers."""
+    workdir: Path | None = None
+    """Folder for ViT-H's random weights; what an earlier call wrote there is used again."""
+    clip_vocab: Path | None = None
+    """bpe_simple_vocab_16e6.txt.gz, for ViT-H."""
+    output: Path | None = None
+    """JSON file to write."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("pictures", 1), ("side", 1), ("repeats", 1), ("batch", 1), ("workers", 0), ("threads", 0),
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        if min(self.parts, default=0) < 1:
+            raise ValueError(f"--parts must be at least 1, got {self.parts}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What is measured."""
+
+    scorer: str
+    weights: Path | None
+    parts: int
+    pictures: int
+    side: int
+    repeats: int
+    batch: int
+    workers: int
+    threads: int
+    precision: Literal["fp32", "bf16", "fp16"]
+    device: str
+
+    def config(self, data: Path, output: Path) -> program.Config:
+        """Return the builder's settings."""
+        files = () if self.weights is None else (f"{self.scorer}={self.weights}",)
+        return program.Config(
+            data=(str(data),), rewards=self.scorer, output=output, reward_files=files,
+            batch=self.batch, workers=self.workers, precision=self.precision,
+        )  # fmt: skip
+
+
+def write_parts(folder: Path, parts: int, pictures: int, side: int) -> Path:
+    """Write parts of the embedded pictures, enlarged, four of a prompt."""
+    folder.mkdir(parents=True)
+    encoded = []
+    for path in sorted((TINY / "pictures").rglob("*.png"))[: min(DIFFERENT, parts * pictures)]:
+        content = io.BytesIO()
+        Image.open(path).resize((side, side), Image.Resampling.BICUBIC).save(content, "PNG")
+        encoded.append(content.getvalue())
+    contents = itertools.cycle(encoded)
+    prompts = items_at(read_prompts(PROMPTS), range(-(-parts * pictures // 4)), seed=0)
+    for part in range(parts):
+        notes = {}
+        with zipfile.ZipFile(folder / f"part-{part + 1:06d}.zip", "w") as archive:
+            for number in range(part * pictures, (part + 1) * pictures):
+                name = f"{number:08d}.png"
+                archive.writestr(name, next(contents))
+                notes[name] = {"p": prompts[number // 4], "se": number, "c": 7.0, "st": 50, "sa": "k_lms"}
+            archive.writestr(f"part-{part + 1:06d}.json", json.dumps(notes))
+    return folder
+
+
+class Bench:
+    """A scorer, and pictures both in parts and ready for it."""
+
+    def __init__(self, trial: Trial, scratch: Path) -> None:
+        self.trial, self.scratch, self.device = trial, scratch, torch.device(trial.device)
+        self.data = write_parts(scratch / "data", trial.parts, trial.pictures, trial.side)
+        config, job = self.begin("ready")
+        self.source = job.data
+        self.scorers, self.preparing = program.load(config, job, self.device)
+        self.prompts = [entry.text for batch in self.batches() for entry in batch.entries]
+        (self.ready,) = self.preparing[next(self.batches())].inputs.values()
+        self.ready = self.ready.to(self.device)
+        self.scoring = list[float]()
+        """Seconds of each turn until the last chunk was written."""
+
+    def begin(self, name: str) -> tuple[program.Config, program.Job]:
+        """Return settings and the job, whose folder is begun."""
+        config = self.trial.config(self.data, self.scratch / name)
+        job = program.check_inputs(config)
+        assert job is not None, "each turn writes its own data set"
+        return config, job
+
+    def batches(self) -> Iterator[Batch]:
+        """All batches of all parts, as the builder lists them."""
+        for part in range(self.trial.parts):
+            yield from program.batches(self.source, part, self.trial.batch, Filters(), None)
+
+    def forward(self, _: int) -> None:
+        """Score as many pictures as there are, a batch that is ready again and again, with all prompts."""
+        for start in range(0, len(self.prompts), len(self.ready)):
+            prompts = self.prompts[start : start + len(self.ready)]
+            self.scorers[0](self.ready[: len(prompts)], prompts)
+
+    def decode(self, _: int) -> None:
+        """List, read, decode and prepare all pictures as the builder does, for no scorer."""
+        workers = self.trial.workers
+        for _done in scoring.score_batches(self.preparing, self.batches(), [], self.device, workers=workers):
+            pass
+
+    def build(self, turn: int) -> None:
+        """Make a data set as data_build/diffusiondb.py does, with a scorer that is loaded."""
+        config, job = self.begin(f"built{turn}")
+
+        def score(_: int) -> None:
+            for _done in scoring.score_chunks(
+                job.building,
+                self.preparing,
+                self.batches(),
+                self.scorers,
+                self.device,
+                workers=config.workers,
+            ):
+                pass
+
+        self.scoring.append(seconds(score, turn, self.trial.device))
+        program.conclude(config, job)
+
+
+@torch.no_grad()
+def speed(trial: Trial, scratch: Path) -> dict[str, Any]:
+    """Return the figures of a scorer, in pictures a second."""
+    multiprocessing.set_start_method(None, force=True)  # the platform's own, not that of this fresh process
+    if trial.threads:
+        torch.set_num_threads(trial.threads)
+    bench = Bench(trial, scratch)
+    bench.forward(0)  # kernels are chosen, memory is taken
+    times: dict[str, list[float]] = {"build": [], "decode": [], "forward": []}
+    for turn in range(trial.repeats):
+        for name, taken in times.items():
+            bench.scorers[0].to(bench.device)  # empties the cache of texts
+            taken.append(seconds(getattr(bench, name), turn, trial.device))
+    times["scoring"] = bench.scoring
+    total = trial.parts * trial.pictures
+    row = {f"{name}_per_s": total / statistics.median(taken) for name, taken in times.items()}
+    return row | {
+        "of_raw": row["scoring_per_s"] / row["forward_per_s"],
+        "bottleneck": min("decode", "forward", key=lambda name: row[f"{name}_per_s"]),
+    }
+
+
+def memory(trial: Trial, scratch: Path) -> float:
+    """Return the peak memory of this process, MiB resident, after it has built a data set; its workers' is not in it."""
+    multiprocessing.set_start_method(None, force=True)
+    if trial.threads:
+        torch.set_num_threads(trial.threads)
+    data = write_parts(scratch / "data", trial.parts, trial.pictures, trial.side)
+    with contextlib.redirect_stdout(io.StringIO()):
+        program.main(trial.config(data, scratch / "built"))
+    return peak_mib("cpu")
+
+
+HEADER = "scorer            prec batch parts  build/s  scoring/s  decode/s  forward/s  of raw  bottleneck"
+
+
+def line(trial: Trial, row: dict[str, Any]) -> str:
+    """Return a row of the table."""
+    name = f"{trial.scorer:17s} {trial.precision:4s} {trial.batch:5d} {trial.parts:5d}"
+    if "error" in row:
+        return f"{name}  {row['error']}"
+    rates = f"{row['build_per_s']:8.1f} {row['scoring_per_s']:10.1f} {row['decode_per_s']:9.1f} {row['forward_per_s']:10.1f}"
+    return f"{name} {rates} {row['of_raw']:7.1%}  {row['bottleneck']}"
+
+
+def trials(config: Config, cuda: bool) -> list[Trial]:
+    """Return the scorers to measure; ValueError where ViT-H's vocabulary is missing."""
+    weights: dict[str, Path | None] = {"imagereward-tiny": None}
+    if cuda and config.workdir is not None:
+        weights[FULL_SIZE] = fresh(write_scorer, FULL_SIZE, config.workdir, config.clip_vocab, None)
+        if weights[FULL_SIZE] is None:
+            raise ValueError(
+                f"--workdir: the process that wrote the weights of {FULL_SIZE} was killed; it needs 9 GB"
+            )
+    names = ("pictures", "side", "repeats", "batch", "workers", "threads", "precision")
+    same = {name: getattr(config, name) for name in names} | {"device": "cuda" if cuda else "cpu"}
+    return [Trial(scorer=name, weights=path, parts=config.parts[0], **same) for name, path in weights.items()]
+
+
+def run(measure: Callable[[Trial, Path], Any], trial: Trial) -> Any:
+    """Return what a fresh process measures in a folder of its own; None where it was killed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return fresh(measure, trial, Path(scratch))
+
+
+def main(config: Config) -> int:
+    """Measure, print, write JSON; 1 where memory grows with the number of parts."""
+    cuda = torch.cuda.is_available()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    with exit_on_user_error():
+        listed = trials(config, cuda)
+        if config.output is not None:
+            config.output.parent.mkdir(parents=True, exist_ok=True)
+    machine = name_of_machine(cuda)
+    print(
+        f"{machine}; parts of {config.pictures} PNG of {config.side} x {config.side}, medians of {config.repeats}"
+    )
+    if len(listed) == 1:
+        print(f"left out: {FULL_SIZE}, which wants a CUDA device, --workdir and --clip-vocab")
+    print(HEADER, flush=True)
+    rows = []
+    for trial in listed:
+        row = run(speed, trial) or {"error": "the process was killed"}
+        print(line(trial, row), flush=True)
+        rows.append({key: str(v) if isinstance(v, Path) else v for key, v in (asdict(trial) | row).items()})
+    peaks = {number: run(memory, replace(listed[0], parts=number)) or math.nan for number in config.parts}
+    growth = max(peaks.values()) / min(peaks.values()) - 1
+    shown = ", ".join(f"{peak:.0f} MiB at {number} parts" for number, peak in peaks.items())
+    print(f"peak memory: {shown}; they differ by {growth:.1%}, at most {GROWTH:.0%} is right")
+    if config.output is not None:
+        report = {"hardware": machine, "rows": rows, "peak_mib": peaks, "growth": growth}
+        write_lines(config.output, json.dumps(report, indent=1).splitlines())
+    return 0 if growth <= GROWTH else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse(Config)))

@@ -1,0 +1,327 @@
+"""How a rater agrees with a reference about pictures of the same prompt: plain arithmetic on scores and ranks.
+
+A rater is a scorer or an annotator, a reference somebody's ranks. A metric takes both for one set of pictures and returns
+(hits, total), so that its value over prompts is sum(hits) / sum(totals) and a bootstrap can resample prompts.
+
+Letters: n pictures of a set, K comparisons of a rater with a reference on it, N pictures in all, P prompts, S scorers.
+`scores` (K, n): higher is better. `ranks` (K, n): lower is better, ties allowed; only their order counts.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import permutations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eval.win_rates import ratios
+
+Floats = NDArray[np.float64]
+Metric = Callable[[Floats, Floats], tuple[float, float]]
+"""scores (K, n) and ranks (K, n) -> hits and total."""
+
+ANNOTATORS, MEAN, JUDGE = "annotators", "annotators' mean", "judge"
+"""The references: every annotator's own ranking; the mean of their places; the judge of the shapes world."""
+GOLD = "shapes"
+"""The scorer that is this judge."""
+ONE = "one annotator"
+"""The rater beside the scorers."""
+AS_IS = "as it is"
+"""The view of the pictures that changes nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """Pictures of one prompt that A annotators ranked."""
+
+    prompt: int
+    """Place of its prompt among the P."""
+    rows: NDArray[np.intp]
+    """(n,): places of its pictures among the N."""
+    ranks: Floats
+    """(A, n)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """A rater's scores (K, n) and a reference's ranks (K, n) of one set of pictures."""
+
+    prompt: int
+    scores: Floats
+    ranks: Floats
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def choices(values: Floats) -> Floats:
+    """Return which of two pictures has the higher value, (K, n (n - 1) / 2): 1 the first, -1 the second, 0 a tie."""
+    i, j = np.triu_indices(values.shape[1], 1)
+    return np.sign(values[:, i] - values[:, j])
+
+
+def pooled_accuracy(scores: Floats, ranks: Floats) -> tuple[float, float]:
+    """ImageReward's accuracy (its test.py): the share of the reference's untied pairs; a predicted tie counts as wrong.
+
+    All pairs count alike. The text of paper 002, Table 3, says "averaged per prompt"; its code does not do that.
+    """
+    truth = choices(-ranks)
+    return float(((choices(scores) == truth) & (truth != 0)).sum()), float((truth != 0).sum())
+
+
+def prompt_accuracy(scores: Floats, ranks: Floats) -> tuple[float, float]:
+    """HPS v2's accuracy on ImageReward's test set (its evaluation.py): the above for each ranking, then the mean.
+
+    Rankings of nothing but ties, on which that code divides by 0, are left out.
+    """
+    truth = choices(-ranks)
+    right, untied = ((choices(scores) == truth) & (truth != 0)).sum(1), (truth != 0).sum(1)
+    return float((right[untied > 0] / untied[untied > 0]).sum()), float((untied > 0).sum())
+
+
+def inversion_score(scores: Floats, ranks: Floats) -> tuple[float, float]:
+    """HPD v2's score (HPS v2's evaluation.py, "test"): 1 - inversions / (n (n - 1) / 2), the mean over rankings.
+
+    A pair that the reference ties is never an inversion, so ties lift the score. Predicted ties are given an order, there
+    by an unstable sort and here by the order of the pictures.
+    """
+    places = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)
+    inverted = choices(-places.astype(np.float64)) * choices(-ranks) < 0
+    return float((1 - inverted.mean(1)).sum()), float(len(ranks))
+
+
+def soft_agreement(scores: Floats, ranks: Floats) -> tuple[float, float]:
+    """PickScore's points (its eval_preference_predictor.py): 1 for the same choice, 1/2 where one of the two ties, else 0.
+
+    The mean over all pairs, ties too. Without ties it is (1 + Kendall's tau) / 2. For its place between people see
+    paper 001, Table 3, paper 002, Table 2a, and paper 000, Table 5 ("single human vs. averaged human").
+    """
+    points = 1 - np.abs(choices(scores) - choices(-ranks)) / 2
+    return float(points.sum()), float(points.size)
+
+
+def buckets(scores: Floats, ranks: Floats, *, worst: bool = False) -> Floats:
+    """Return (n,): how often the rater puts the reference's best (or worst) picture in each place, summed over K.
+
+    Paper 002, Fig. 16. Where the rater ties, a picture is spread evenly over the places of the tie; where the reference ties
+    several as best, each has its part of the 1.
+    """
+    marked = ranks == (ranks.max(1) if worst else ranks.min(1))[:, None]
+    higher = (scores[:, None, :] > scores[:, :, None]).sum(2)[..., None]
+    equal = (scores[:, None, :] == scores[:, :, None]).sum(2)[..., None]
+    place = np.arange(scores.shape[1])
+    spread = ((higher <= place) & (place < higher + equal)) / equal  # (K, n pictures, n places)
+    counted: Floats = np.einsum("kip,ki->p", spread, marked / marked.sum(1, keepdims=True))
+    return counted
+
+
+def recall(scores: Floats, ranks: Floats, k: int) -> tuple[float, float]:
+    """Recall@k: how often the best picture is among the rater's k best (paper 002, Table 3 and C.2); for more than k pictures."""
+    return (float(buckets(scores, ranks)[:k].sum()), float(len(ranks))) if scores.shape[1] > k else (0.0, 0.0)
+
+
+def filtering(scores: Floats, ranks: Floats, k: int) -> tuple[float, float]:
+    """Filter@k: how often the worst picture is among the rater's k worst (paper 002, Table 3 and C.2)."""
+    found = buckets(scores, ranks, worst=True)[-k:].sum()
+    return (float(found), float(len(ranks))) if scores.shape[1] > k else (0.0, 0.0)
+
+
+def flips(scores: Floats, ranks: Floats) -> tuple[float, float]:
+    """The share of choices between two pictures that differ; a choice that becomes a tie, or ceases to be one, differs."""
+    changed = choices(scores) != choices(-ranks)
+    return float(changed.sum()), float(changed.size)
+
+
+ACCURACY = "accuracy (ImageReward)"
+CHANGE, FLIPPED = "change of accuracy", "flipped choices"
+"""Beside the accuracy of a view: against the view that changes nothing (paper 000, Table 1)."""
+ACCURACIES: dict[str, Metric] = {
+    ACCURACY: pooled_accuracy,
+    "accuracy per prompt (HPS v2)": prompt_accuracy,
+    "inversion score (HPD v2)": inversion_score,
+    "soft agreement": soft_agreement,
+}
+SELECTION: dict[str, Metric] = {
+    **{f"recall@{k}": partial(recall, k=k) for k in (1, 2, 4)},
+    **{f"filter@{k}": partial(filtering, k=k) for k in (1, 2, 4)},
+}
+
+
+def by_prompt(metric: Metric, compared: Sequence[Compared], prompts: int) -> Floats:
+    """Return hits and totals of each prompt, (2, P)."""
+    sums = np.zeros((2, prompts))
+    for one in compared:
+        sums[:, one.prompt] += metric(one.scores, one.ranks)
+    return sums
+
+
+# ---------------------------------------------------------------- raters and references
+
+
+def references(judged: Sequence[Judged], gold: Floats | None) -> dict[str, list[Floats]]:
+    """Return name -> for each set the ranks (Q, n) of the reference; `gold` (N,): the judge's scores, where there is one.
+
+    Mean places need two annotators: sets of one have none (Q = 0), and the reference is left out where no set has two.
+    """
+    found = {ANNOTATORS: [one.ranks for one in judged]}
+    if any(len(one.ranks) > 1 for one in judged):
+        found[MEAN] = [
+            one.ranks.mean(0, keepdims=True) if len(one.ranks) > 1 else one.ranks[:0] for one in judged
+        ]
+    if gold is not None:
+        found[JUDGE] = [-gold[one.rows][None] for one in judged]
+    return found
+
+
+def of_scorer(scores: Floats, judged: Sequence[Judged], reference: Sequence[Floats]) -> list[Compared]:
+    """Return a scorer's scores (N,) beside each ranking of a reference."""
+    return [
+        Compared(prompt=one.prompt, scores=np.broadcast_to(scores[one.rows], ranks.shape), ranks=ranks)
+        for one, ranks in zip(judged, reference, strict=True)
+        if len(ranks)
+    ]
+
+
+def of_annotator(judged: Sequence[Judged], name: str, reference: Sequence[Floats]) -> list[Compared]:
+    """Return what one annotator reaches: each beside every other, beside the mean of all others, or beside the judge."""
+    found = []
+    for one, ranks in zip(judged, reference, strict=True):
+        number = len(one.ranks)
+        if name == JUDGE:
+            scores, ranks = -one.ranks, np.broadcast_to(ranks, one.ranks.shape)
+        elif number < 2:
+            continue
+        elif name == MEAN:
+            scores, ranks = -one.ranks, (one.ranks.sum(0) - one.ranks) / (number - 1)
+        else:
+            pairs = np.array([*permutations(range(number), 2)])
+            scores, ranks = -one.ranks[pairs[:, 0]], one.ranks[pairs[:, 1]]
+        found.append(Compared(prompt=one.prompt, scores=scores, ranks=ranks))
+    return found
+
+
+# ---------------------------------------------------------------- the table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of the table: what a rater reaches against a reference by one metric, with its 95 % interval."""
+
+    rater: str
+    reference: str
+    view: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    prompts: int
+    """Those that have something to count."""
+    total: float
+    """What is counted: pairs or rankings."""
+
+
+Sums = dict[tuple[str, str, str, str], Floats]
+"""(rater, reference, view, metric) -> hits and totals of each prompt, (2, P)."""
+
+
+def table(
+    judged: Sequence[Judged], scores: Mapping[str, Floats], views: Sequence[str], prompts: int
+) -> list[Row]:
+    """Return every rater against every reference by every metric, then robustness; scores are name -> (views, N)."""
+    said = references(judged, scores[GOLD][0] if GOLD in scores else None)
+    sums: Sums = {}
+    for reference, ranks in said.items():
+        raters = {
+            name: of_scorer(columns[0], judged, ranks)
+            for name, columns in scores.items()
+            if (name, reference) != (GOLD, JUDGE)
+        }
+        raters[ONE] = of_annotator(judged, reference, ranks)
+        for rater, compared in raters.items():
+            for name, metric in (ACCURACIES | SELECTION).items():
+                sums[rater, reference, AS_IS, name] = by_prompt(metric, compared, prompts)
+    for rater, columns in scores.items():
+        for view, column in zip(views[1:], columns[1:], strict=True):
+            if rater != GOLD:
+                sums |= _robustness(rater, view, columns[0], column, judged, prompts)
+    sums = {key: pair for key, pair in sums.items() if pair[1].any()}
+    hits, totals = np.stack([*sums.values()], axis=1)
+    return [
+        Row(
+            rater=rater, reference=reference, view=view, metric=metric, value=value, low=low, high=high,
+            prompts=int((total > 0).sum()), total=float(total.sum()),
+        )
+        for (rater, reference, view, metric), (value, low, high), total in zip(
+            sums, ratios(hits, totals).tolist(), totals, strict=True
+        )
+    ]  # fmt: skip
+
+
+def _robustness(
+    rater: str, view: str, original: Floats, changed: Floats, judged: Sequence[Judged], prompts: int
+) -> Sums:
+    """Return a scorer's accuracy on a changed view, its change, and the share of choices between two pictures that flip."""
+    ranks = [one.ranks for one in judged]
+    before, after = (
+        by_prompt(pooled_accuracy, of_scorer(scores, judged, ranks), prompts)
+        for scores in (original, changed)
+    )
+    own = [-original[one.rows][None] for one in judged]
+    found = {
+        ACCURACY: after,
+        CHANGE: np.stack([after[0] - before[0], after[1]]),
+        FLIPPED: by_prompt(flips, of_scorer(changed, judged, own), prompts),
+    }
+    return {(rater, ANNOTATORS, view, metric): sums for metric, sums in found.items()}
+
+
+# ---------------------------------------------------------------- between scorers
+
+
+def interpolation(
+    first: Floats, second: Floats, judged: Sequence[Judged], reference: Sequence[Floats], steps: int = 21
+) -> tuple[Floats, Floats]:
+    """Return weights w (steps,) and the pooled accuracies of (1 - w) first + w second, of scores (N,): paper 002, Fig. 17.
+
+    Each is first divided by its deviation over the ranked pictures, since units differ; the paper does not say how it does it.
+    """
+    weights = np.linspace(0, 1, steps)
+    rows = np.unique(np.concatenate([one.rows for one in judged]))
+    first, second = (scores / (scores[rows].std() or 1.0) for scores in (first, second))
+    found = []
+    for weight in weights:
+        compared = of_scorer((1 - weight) * first + weight * second, judged, reference)
+        hits, totals = np.sum([pooled_accuracy(one.scores, one.ranks) for one in compared], axis=0)
+        found.append(hits / totals if totals else np.nan)
+    return weights, np.array(found)
+
+
+def centred(columns: Floats, prompts: NDArray[np.intp]) -> Floats:
+    """Return scores (S, N) less the mean of the pictures of the same prompt; `prompts` (N,) says whose each picture is."""
+    counts = np.maximum(np.bincount(prompts), 1)
+    return np.stack([column - (np.bincount(prompts, column) / counts)[prompts] for column in columns])
+
+
+def correlation(columns: Floats) -> Floats:
+    """Return the correlations (S, S) of scores (S, N); NaN where a scorer gives all pictures the same.
+
+    Paper 000, Fig. 5, correlates scorers over generative models, paper 001, Fig. 6, over pictures, as here.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.atleast_2d(np.corrcoef(columns))
+
+
+def commonest_buckets(
+    compared: Mapping[str, Sequence[Compared]], *, worst: bool
+) -> tuple[int, dict[str, Floats]]:
+    """Return the first rater's commonest number of pictures n in a set, and each rater's shares (n,) of the best or worst by place."""
+    sizes = [one.scores.shape[1] for one in next(iter(compared.values()))]
+    size = max(set(sizes), key=lambda n: (sizes.count(n), n))
+    shares = {}
+    for name, sets in compared.items():
+        chosen = [one for one in sets if one.scores.shape[1] == size]
+        if chosen:
+            sums = np.sum([buckets(one.scores, one.ranks, worst=worst) for one in chosen], axis=0)
+            shares[name] = sums / sum(len(one.ranks) for one in chosen)
+    return size, shares

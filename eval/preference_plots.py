@@ -1,0 +1,216 @@
+"""The tables and plots of eval/preference.py: accuracies, robustness, buckets, interpolation and correlation."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+from eval.agreement import (
+    ACCURACIES,
+    ACCURACY,
+    ANNOTATORS,
+    AS_IS,
+    CHANGE,
+    FLIPPED,
+    ONE,
+    SELECTION,
+    Floats,
+    Judged,
+    Row,
+    centred,
+    commonest_buckets,
+    correlation,
+    interpolation,
+    of_annotator,
+    of_scorer,
+)
+from eval.win_rates import save_figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of the page; empty cells where nothing was measured."""
+
+    title: str
+    heads: tuple[str, ...]
+    lines: list[tuple[str, ...]]
+
+
+def percent(row: Row) -> str:
+    """Return a value and its interval in per cent."""
+    sign = "+" if row.metric == CHANGE else ""
+    value, low, high = (f"{100 * value:{sign}.1f}" for value in (row.value, row.low, row.high))
+    return f"{value} [{low}, {high}]"
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """Return the tables of the page; one without lines is left out."""
+    whole = [row for row in rows if row.view == AS_IS]
+    measured = [
+        _pivot("Agreement", whole, list(ACCURACIES), ("reference", "rater")),
+        _pivot("Selection", whole, list(SELECTION), ("reference", "rater")),
+        _pivot(
+            "Robustness",
+            [row for row in rows if row.view != AS_IS],
+            [ACCURACY, CHANGE, FLIPPED],
+            ("rater", "view"),
+        ),
+    ]
+    return [table for table in measured if table.lines]
+
+
+def _pivot(title: str, rows: Sequence[Row], metrics: Sequence[str], keys: tuple[str, str]) -> Table:
+    """Return a line for each value of the keys and a column for each metric that occurs."""
+    cells = {
+        (*(getattr(row, key) for key in keys), row.metric): percent(row)
+        for row in rows
+        if row.metric in metrics
+    }
+    columns = [metric for metric in metrics if any(cell[2] == metric for cell in cells)]
+    lines = [
+        (*names, *(cells.get((*names, metric), "") for metric in columns))
+        for names in dict.fromkeys(cell[:2] for cell in cells)
+    ]
+    return Table(title=title, heads=(*keys, *columns), lines=lines)
+
+
+def to_text(rows: Sequence[Row]) -> str:
+    """Return the tables as printed."""
+    lines = []
+    for table in tables(rows):
+        widths = [max(map(len, column)) for column in zip(table.heads, *table.lines, strict=True)]
+        lines += [
+            "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+            for cells in (table.heads, *table.lines)
+        ] + [""]
+    return "\n".join(lines)
+
+
+def draw_all(
+    rows: Sequence[Row], judged: Sequence[Judged], scores: Mapping[str, Floats], folder: Path
+) -> list[Path]:
+    """Write the plots and return their files; scores are name -> (views, N). No robustness without views, no pairs of one scorer."""
+    first = {name: columns[0] for name, columns in scores.items()}
+    paths = [folder / f"{name}.png" for name in ("accuracy", "buckets")]
+    draw_accuracies(rows, paths[0])
+    draw_buckets(judged, first, paths[1])
+    if any(row.view != AS_IS for row in rows):
+        paths.append(folder / "robustness.png")
+        draw_robustness(rows, paths[-1])
+    if len(scores) > 1:
+        paths += [folder / f"{name}.png" for name in ("interpolation", "correlation")]
+        draw_interpolation(judged, first, paths[-2])
+        draw_correlation(judged, first, paths[-1])
+    return paths
+
+
+def draw_accuracies(rows: Sequence[Row], path: Path) -> None:
+    """Draw the accuracies of all raters with their intervals, a panel for each reference."""
+    rows = [row for row in rows if row.view == AS_IS and row.metric in ACCURACIES]
+    named = list(dict.fromkeys(row.reference for row in rows))
+    raters = list(dict.fromkeys(row.rater for row in rows))
+    figure, axes = plt.subplots(
+        1, len(named), figsize=(2 + 3.4 * len(named), 1.6 + 0.75 * len(raters)),
+        squeeze=False, sharex=True, sharey=True, layout="constrained",
+    )  # fmt: skip
+    for axis, reference in zip(axes[0], named, strict=True):
+        for shift, metric in enumerate(ACCURACIES):
+            chosen = [row for row in rows if (row.reference, row.metric) == (reference, metric)]
+            values = np.array([(row.value, row.low, row.high) for row in chosen]).reshape(-1, 3).T * 100
+            axis.errorbar(
+                values[0], [raters.index(row.rater) + 0.16 * (shift - 1.5) for row in chosen],
+                xerr=np.abs(values[1:] - values[0]), fmt="o", markersize=4, capsize=2, label=metric,
+            )  # fmt: skip
+        axis.axvline(50, color="grey", linestyle=":", linewidth=1)
+        axis.set_title(f"against: {reference}", fontsize=10)
+        axis.set_xlabel("per cent")
+        axis.grid(axis="x", alpha=0.3)
+    axes[0][0].set_yticks(range(len(raters)), raters)
+    axes[0][0].set_ylim(len(raters) - 0.5, -0.5)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    save_figure(figure, path)
+
+
+def draw_robustness(rows: Sequence[Row], path: Path) -> None:
+    """Draw the change of accuracy and the flipped choices of each scorer over the views."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    changed = [row for row in rows if row.view != AS_IS]
+    views = list(dict.fromkeys(row.view for row in changed))
+    raters = list(dict.fromkeys(row.rater for row in changed))
+    for axis, metric in zip(axes, (CHANGE, FLIPPED), strict=True):
+        for number, rater in enumerate(raters):
+            chosen = [row for row in changed if (row.rater, row.metric) == (rater, metric)]
+            values = np.array([(row.value, row.low, row.high) for row in chosen]).T * 100
+            at = np.arange(len(views)) + 0.08 * (number - (len(raters) - 1) / 2)
+            axis.errorbar(
+                at, values[0], yerr=np.abs(values[1:] - values[0]), marker="o", capsize=3, label=rater
+            )
+        axis.set_xticks(range(len(views)), views, fontsize=8)
+        axis.set_title(f"{metric}, per cent", fontsize=10)
+        axis.grid(alpha=0.3)
+    axes[0].axhline(0, color="grey", linewidth=1)
+    axes[1].set_ylim(bottom=0)
+    axes[1].legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def draw_buckets(judged: Sequence[Judged], scores: Mapping[str, Floats], path: Path) -> None:
+    """Draw in which places the raters put the annotators' best and worst pictures (paper 002, Fig. 16)."""
+    ranks = [one.ranks for one in judged]
+    compared = {name: of_scorer(columns, judged, ranks) for name, columns in scores.items()}
+    if any(len(one) > 1 for one in ranks):
+        compared[ONE] = of_annotator(judged, ANNOTATORS, ranks)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True, layout="constrained")
+    for axis, worst in zip(axes, (False, True), strict=True):
+        size, shares = commonest_buckets(compared, worst=worst)
+        width = 0.8 / len(shares)
+        for number, (name, share) in enumerate(shares.items()):
+            at = np.arange(1, size + 1) + width * (number - (len(shares) - 1) / 2)
+            axis.bar(at, 100 * share, width, label=name, color="grey" if name == ONE else f"C{number}")
+        axis.axhline(100 / size, color="black", linestyle=":", linewidth=1)
+        axis.set_xticks(range(1, size + 1))
+        axis.set_xlabel(f"place of {size} that the rater gives")
+        axis.set_title(f"the annotators' {'worst' if worst else 'best'} picture, per cent", fontsize=10)
+    axes[0].legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def draw_interpolation(judged: Sequence[Judged], scores: Mapping[str, Floats], path: Path) -> None:
+    """Draw the accuracy of mixtures of any two scorers (paper 002, Fig. 17)."""
+    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    ranks = [one.ranks for one in judged]
+    for first, second in combinations(scores, 2):
+        weights, values = interpolation(scores[first], scores[second], judged, ranks)
+        axis.plot(weights, 100 * values, marker=".", label=f"{first} (0) to {second} (1)")
+    axis.set_xlabel("weight of the second scorer, both divided by their deviations")
+    axis.set_ylabel(f"{ACCURACY}, per cent")
+    axis.set_title("mixtures of two scorers against the annotators", fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def draw_correlation(judged: Sequence[Judged], scores: Mapping[str, Floats], path: Path) -> None:
+    """Draw how the scorers correlate over all pictures, and over those of the same prompt."""
+    prompt_of = {row: one.prompt for one in judged for row in one.rows.tolist()}
+    columns = np.stack([scores[name][list(prompt_of)] for name in scores])
+    within = centred(columns, np.array(list(prompt_of.values())))
+    side = 1.0 * len(scores) + 2
+    figure, axes = plt.subplots(1, 2, figsize=(2 * side, side), layout="constrained")
+    _heat_map(axes[0], correlation(columns), list(scores), "over all pictures")
+    _heat_map(axes[1], correlation(within), list(scores), "less the mean of the same prompt")
+    save_figure(figure, path)
+
+
+def _heat_map(axis: Axes, values: Floats, names: Sequence[str], title: str) -> None:
+    """Draw a matrix of correlations with its numbers."""
+    axis.imshow(values, cmap="RdBu", vmin=-2, vmax=2)  # pale enough to write on
+    axis.set_title(title, fontsize=10)
+    axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axis.set_yticks(range(len(names)), names)
+    for i, j in np.ndindex(*values.shape):
+        axis.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", fontsize=9)

@@ -1,0 +1,120 @@
+"""Rankings as reward models are trained on them: those of the same pictures together, in pairs, choices or shares of votes.
+
+A picture's *row* is its place among all pictures of a batch of rankings, in their order. N pairs or choices.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from preftune.images import load_pixels
+from preftune.records import Ranking
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranked:
+    """Pictures of one prompt and what all annotators said of them."""
+
+    prompt: str
+    paths: tuple[Path, ...]
+    """n pictures."""
+    ranks: tuple[tuple[int, ...], ...]
+    """For each annotator n places, 1 = best; equal places are ties."""
+    weights: tuple[float, ...]
+    """How much each annotator's word counts."""
+
+
+def by_pictures(rankings: Sequence[Ranking]) -> list[Ranked]:
+    """Return the rankings, those of the same prompt and pictures in one, in the order of their first."""
+    found: dict[tuple[str, tuple[Path, ...]], list[Ranking]] = {}
+    for ranking in rankings:
+        found.setdefault((ranking.prompt, ranking.paths), []).append(ranking)
+    return [
+        Ranked(
+            prompt=prompt,
+            paths=paths,
+            ranks=tuple(ranking.ranks for ranking in same),
+            weights=tuple(ranking.weight for ranking in same),
+        )
+        for (prompt, paths), same in found.items()
+    ]
+
+
+def split(rankings: list[Ranked], share: float, seed: int) -> tuple[list[Ranked], list[Ranked]]:
+    """Return training and held-out rankings: all rankings of one prompt fall on one side."""
+    prompts = sorted({ranking.prompt for ranking in rankings})
+    random.Random(seed).shuffle(prompts)
+    held = set(prompts[: max(1, round(share * len(prompts)))])
+    train = [ranking for ranking in rankings if ranking.prompt not in held]
+    if not train:
+        raise ValueError(
+            f"all {len(prompts)} prompts would be held out; give more rankings or a smaller --valid-share"
+        )
+    return train, [ranking for ranking in rankings if ranking.prompt in held]
+
+
+def load(rankings: Sequence[Ranked], size: int) -> tuple[Tensor, list[str]]:
+    """Return the pictures of these rankings, (sum of n, 3, size, size) in [0, 1], and their prompts."""
+    paths = [(path, ranking.prompt) for ranking in rankings for path in ranking.paths]
+    return torch.stack([load_pixels(path, size) for path, _ in paths]), [prompt for _, prompt in paths]
+
+
+def pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
+    """Return all (better, worse) places of a ranking, 1 = best; ties give none."""
+    return [(i, j) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b]
+
+
+def untied(rankings: Sequence[Ranked]) -> tuple[Tensor, Tensor]:
+    """Return the rows of better and worse pictures, (2, N), of all annotators' untied pairs, and their weights (N,)."""
+    found, weights, start = [], [], 0
+    for ranking in rankings:
+        for ranks, weight in zip(ranking.ranks, ranking.weights, strict=True):
+            new = [(start + i, start + j) for i, j in pairs(ranks)]
+            found += new
+            weights += [weight] * len(new)
+        start += len(ranking.paths)
+    return torch.tensor(found, dtype=torch.long).reshape(-1, 2).T, torch.tensor(weights)
+
+
+def choices(rankings: Sequence[Ranked]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows (N, most pictures), -1 = none, the column of the best picture (N,), and weights (N,).
+
+    One for each annotator who puts one picture before all others; where the first place is shared nothing is chosen.
+    """
+    rows, best, weights, start = [], [], [], 0
+    most = max(len(ranking.paths) for ranking in rankings)
+    for ranking in rankings:
+        number = len(ranking.paths)
+        for ranks, weight in zip(ranking.ranks, ranking.weights, strict=True):
+            if ranks.count(min(ranks)) == 1:
+                rows.append([*range(start, start + number), *[-1] * (most - number)])
+                best.append(ranks.index(min(ranks)))
+                weights.append(weight)
+        start += number
+    return (
+        torch.tensor(rows, dtype=torch.long).reshape(-1, most),
+        torch.tensor(best, dtype=torch.long),
+        torch.tensor(weights),
+    )
+
+
+def votes(rankings: Sequence[Ranked]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the rows of all pairs of pictures, (2, N), the share of weight that finds the first better, ties half, and its sum."""
+    found, shares, weights, start = [], [], [], 0
+    for ranking in rankings:
+        number, total = len(ranking.paths), sum(ranking.weights)
+        for i in range(number):
+            for j in range(i + 1, number):
+                won = sum(
+                    weight * (0.5 if ranks[i] == ranks[j] else ranks[i] < ranks[j])
+                    for ranks, weight in zip(ranking.ranks, ranking.weights, strict=True)
+                )
+                found.append((start + i, start + j))
+                shares.append(won / total)
+                weights.append(total)
+        start += number
+    return torch.tensor(found, dtype=torch.long).reshape(-1, 2).T, torch.tensor(shares), torch.tensor(weights)

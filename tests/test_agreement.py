@@ -1,0 +1,214 @@
+"""eval/agreement.py: each metric by hand, against a slow plain reading of its definition, and where the accuracies part."""
+
+import math
+
+import numpy as np
+import pytest
+
+from eval import agreement
+from eval.agreement import ANNOTATORS, AS_IS, JUDGE, MEAN, ONE, Compared, Judged
+from eval.win_rates import bootstrap, ratios
+
+
+def rows(*values: list[float]) -> agreement.Floats:
+    return np.array(values, dtype=np.float64)
+
+
+def share(metric: agreement.Metric, compared: list[Compared], prompts: int) -> float:
+    hits, totals = agreement.by_prompt(metric, compared, prompts)
+    return float(hits.sum() / totals.sum())
+
+
+def test_a_metric_that_disagrees() -> None:
+    """Three prompts on which the published accuracies all differ.
+
+    first:  places 1 2 3, scores 3 2 1. 3 of 3 pairs right; no inversion.
+    second: places 1 2, scores tied. 0 of 1 right; in the order of the pictures no inversion either.
+    third:  places 1 1 2, scores 1 3 2. Of the 2 untied pairs 1 is right; of all 3 pairs 1 is inverted.
+    """
+    compared = [
+        Compared(prompt=0, scores=rows([3, 2, 1]), ranks=rows([1, 2, 3])),
+        Compared(prompt=1, scores=rows([5, 5]), ranks=rows([1, 2])),
+        Compared(prompt=2, scores=rows([1, 3, 2]), ranks=rows([1, 1, 2])),
+    ]
+    assert share(agreement.pooled_accuracy, compared, 3) == pytest.approx((3 + 0 + 1) / (3 + 1 + 2))
+    assert share(agreement.prompt_accuracy, compared, 3) == pytest.approx((1 + 0 + 1 / 2) / 3)
+    assert share(agreement.inversion_score, compared, 3) == pytest.approx((1 + 1 + 2 / 3) / 3)
+    assert share(agreement.soft_agreement, compared, 3) == pytest.approx((3 + 0.5 + 0.5 + 0 + 1) / 7)
+
+
+def test_rankings_of_ties_alone() -> None:
+    """They have no untied pair: no part of an accuracy, and no inversion."""
+    scores, ranks = rows([1, 2, 3]), rows([1, 1, 1])
+    assert agreement.pooled_accuracy(scores, ranks) == (0, 0)
+    assert agreement.prompt_accuracy(scores, ranks) == (0, 0)
+    assert agreement.inversion_score(scores, ranks) == (1, 1)
+    assert agreement.soft_agreement(scores, ranks) == (1.5, 3)
+    assert agreement.soft_agreement(rows([2, 2, 2]), ranks) == (3, 3)
+
+
+def plain(scores: list[float], ranks: list[float]) -> dict[str, tuple[float, float]]:
+    """The metrics of one ranking, pair by pair."""
+    n = len(scores)
+    pairs = [(i, j) for i in range(n) for j in range(n) if ranks[i] < ranks[j]]
+    right = sum(scores[i] > scores[j] for i, j in pairs)
+    order = sorted(range(n), key=lambda i: -scores[i])
+    inverted = sum(order.index(i) > order.index(j) for i, j in pairs)
+    points = 0.0
+    for j in range(n):
+        for i in range(j):
+            one, other = np.sign(scores[i] - scores[j]), np.sign(ranks[j] - ranks[i])
+            points += 1.0 if one == other else 0.0 if one * other else 0.5
+    return {
+        "accuracy (ImageReward)": (right, len(pairs)),
+        "accuracy per prompt (HPS v2)": (right / len(pairs), 1) if pairs else (0, 0),
+        "inversion score (HPD v2)": (1 - inverted / (n * (n - 1) / 2), 1),
+        "soft agreement": (points, n * (n - 1) / 2),
+    }
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 9])
+def test_against_the_plain_definitions(n: int) -> None:
+    """40 comparisons with ties on both sides at once are the sums of the single ones."""
+    rng = np.random.default_rng(n)
+    scores, ranks = rng.integers(4, size=(2, 40, n)).astype(np.float64)
+    singles = [plain(s, r) for s, r in zip(scores.tolist(), ranks.tolist(), strict=True)]
+    for name, metric in agreement.ACCURACIES.items():
+        assert metric(scores, ranks) == pytest.approx(np.sum([one[name] for one in singles], axis=0)), name
+
+
+def test_recall_filter_and_buckets_by_hand() -> None:
+    """The rater puts the best of four pictures second and the worst third; ties share."""
+    scores, ranks = rows([3, 4, 2, 1]), rows([1, 2, 4, 3])
+    assert agreement.buckets(scores, ranks).tolist() == [0, 1, 0, 0]
+    assert agreement.buckets(scores, ranks, worst=True).tolist() == [0, 0, 1, 0]
+    assert agreement.recall(scores, ranks, 1) == (0, 1)
+    assert agreement.recall(scores, ranks, 2) == (1, 1)
+    assert agreement.filtering(scores, ranks, 1) == (0, 1)
+    assert agreement.filtering(scores, ranks, 2) == (1, 1)
+    assert agreement.recall(scores, ranks, 4) == (0, 0), "of four pictures all four say nothing"
+    tied = rows([2, 2, 2, 1])
+    assert agreement.buckets(tied, ranks) == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
+    assert agreement.buckets(tied, rows([1, 2, 3, 1])) == pytest.approx([1 / 6, 1 / 6, 1 / 6, 1 / 2])
+    constant = np.zeros((1, 8))
+    for k in (1, 2, 4):
+        chance = pytest.approx((k / 8, 1))
+        assert agreement.recall(constant, rows([*range(1, 9)]), k) == chance
+        assert agreement.filtering(constant, rows([*range(1, 9)]), k) == chance
+
+
+def test_the_commonest_buckets() -> None:
+    """Two sets of three and one of two: only those of three are counted."""
+    compared = {
+        "x": [
+            Compared(prompt=0, scores=rows([3, 2, 1]), ranks=rows([1, 2, 3])),
+            Compared(prompt=0, scores=rows([2, 1]), ranks=rows([2, 1])),
+            Compared(prompt=0, scores=rows([3, 2, 1], [3, 2, 1]), ranks=rows([2, 1, 3], [3, 1, 2])),
+        ],
+        "y": [Compared(prompt=0, scores=rows([2, 1]), ranks=rows([2, 1]))],
+    }
+    size, shares = agreement.commonest_buckets(compared, worst=False)
+    assert size == 3
+    assert list(shares) == ["x"]
+    assert shares["x"] == pytest.approx([1 / 3, 2 / 3, 0])
+    assert agreement.commonest_buckets(compared, worst=True)[1]["x"] == pytest.approx([1 / 3, 0, 2 / 3])
+
+
+@pytest.fixture
+def judged() -> list[Judged]:
+    """Two sets: three pictures that three annotators ranked, and two pictures with one annotator."""
+    return [
+        Judged(prompt=0, rows=np.array([0, 1, 2]), ranks=rows([1, 2, 3], [1, 3, 2], [2, 1, 3])),
+        Judged(prompt=1, rows=np.array([3, 4]), ranks=rows([2, 1])),
+    ]
+
+
+def test_references(judged: list[Judged]) -> None:
+    gold = np.array([0.9, 0.5, 0.1, 0.2, 0.6])
+    found = agreement.references(judged, gold)
+    assert list(found) == [ANNOTATORS, MEAN, JUDGE]
+    assert found[MEAN][0] == pytest.approx(rows([4 / 3, 2, 8 / 3]))
+    assert found[MEAN][1].shape == (0, 2), "the mean of one is not a mean"
+    assert found[JUDGE][1].tolist() == [[-0.2, -0.6]]
+    assert list(agreement.references(judged[1:], None)) == [ANNOTATORS]
+    compared = agreement.of_scorer(gold, judged, found[ANNOTATORS])
+    assert [one.scores.shape for one in compared] == [(3, 3), (1, 2)]
+    assert share(agreement.pooled_accuracy, compared, 2) == pytest.approx((3 + 2 + 2 + 1) / 10)
+
+
+def test_what_one_annotator_reaches(judged: list[Judged]) -> None:
+    """Orders of the pairs (0 1), (0 2), (1 2): a says 0 0 1, b 0 0 2, c 1 0 1. So a-b and a-c share 2 of 3, b-c 1 of 3.
+
+    The mean of b and c is 1.5 2 2.5 (a: 3 of 3); of a and c 1.5 1.5 3 (b: 1 of the 2 untied); of a and b 1 2.5 2.5
+    (c: 1 of the 2 untied). The judge says 0 0 1 (3, 2, 2 of 3), and 4 of the other pair, as does its annotator.
+    """
+    found = agreement.references(judged, np.array([0.9, 0.5, 0.1, 0.2, 0.6]))
+    expected = {ANNOTATORS: 2 * (2 + 2 + 1) / 18, MEAN: (3 + 1 + 1) / 7, JUDGE: (3 + 2 + 2 + 1) / 10}
+    for name, value in expected.items():
+        compared = agreement.of_annotator(judged, name, found[name])
+        assert share(agreement.pooled_accuracy, compared, 2) == pytest.approx(value), name
+
+
+def test_the_table(judged: list[Judged]) -> None:
+    """A perfect scorer, the judge, and a view that turns one of the four choices between two pictures."""
+    scores = {
+        "x": rows([3, 2, 1, 0, 1], [2, 3, 1, 0, 1]),
+        "shapes": rows([0.9, 0.5, 0.1, 0.2, 0.6], [np.nan] * 5),
+    }
+    found = {
+        (row.rater, row.reference, row.view, row.metric): row
+        for row in agreement.table(judged, scores, [AS_IS, "crop"], 2)
+    }
+    accuracy = agreement.ACCURACY
+    assert found["x", JUDGE, AS_IS, accuracy].value == 1
+    assert found["x", ANNOTATORS, AS_IS, accuracy].value == pytest.approx(0.8)
+    assert found["x", ANNOTATORS, "crop", accuracy].value == pytest.approx((2 + 1 + 3 + 1) / 10)
+    assert found["x", ANNOTATORS, "crop", agreement.CHANGE].value == pytest.approx(-0.1)
+    assert found["x", ANNOTATORS, "crop", agreement.FLIPPED].value == pytest.approx(1 / 4)
+    assert found[ONE, JUDGE, AS_IS, accuracy].value == pytest.approx(0.8)
+    row = found["x", ANNOTATORS, AS_IS, accuracy]
+    assert (row.prompts, row.total) == (2, 10)
+    assert (row.low, row.high) == pytest.approx((7 / 9, 1)), "resamples are one prompt twice, or both"
+    assert ("shapes", JUDGE, AS_IS, accuracy) not in found, "nobody is measured against himself"
+    assert not any(key[0] == "shapes" and key[2] == "crop" for key in found), "the judge has no views"
+    assert not any(key[3] == "recall@4" for key in found), "there are no sets of more than four"
+
+
+def test_flips() -> None:
+    """Of three choices one is kept, one turns and one becomes a tie."""
+    assert agreement.flips(rows([2, 1, 2]), -rows([3, 2, 1])) == (2, 3)
+
+
+def test_interpolation_by_hand() -> None:
+    """Scorers of equal deviation, one always right and one always wrong: they cancel in the middle, and a tie is wrong."""
+    judged = [Judged(prompt=0, rows=np.array([0, 1]), ranks=rows([1, 2]))]
+    good, bad, flat = np.array([20.0, 10.0]), np.array([1.0, 2.0]), np.array([4.0, 4.0])
+    weights, values = agreement.interpolation(good, bad, judged, [judged[0].ranks], steps=5)
+    assert weights.tolist() == [0, 0.25, 0.5, 0.75, 1]
+    assert values.tolist() == [1, 1, 0, 0, 0]
+    _, values = agreement.interpolation(good, flat, judged, [judged[0].ranks], steps=3)
+    assert values.tolist() == [1, 1, 0], "a scorer that gives all the same only adds a constant"
+
+
+def test_correlation_over_pictures_and_within_prompts() -> None:
+    """Two scorers that agree on prompts and disagree on the pictures of each."""
+    columns = rows([10, 12, 20, 22], [12, 10, 22, 20], [7, 7, 7, 7])
+    prompts = np.array([0, 0, 1, 1])
+    over = agreement.correlation(columns)
+    assert over[0, 1] == pytest.approx((25 - 1) / (25 + 1)), "deviations -6 -4 4 6 and -4 -6 6 4: 96 / 104"
+    assert math.isnan(over[0, 2])
+    within = agreement.correlation(agreement.centred(columns, prompts))
+    assert within[0, 1] == pytest.approx(-1)
+
+
+def test_ratios_resample_prompts() -> None:
+    """Prompts of 1 of 1 and 0 of 3: pooled 1/4, and what resamples give lies in 0, 1/4, 1. A mean is a ratio, too."""
+    hits, totals = rows([1, 0], [0, 0]), rows([1, 3], [0, 0])
+    (pooled, low, high), nothing = ratios(hits, totals).tolist()
+    assert (pooled, low, high) == (0.25, 0, 1)
+    assert np.isnan(nothing).all()
+    values = np.random.default_rng(0).normal(size=(1, 50))
+    mean, low, high = bootstrap(values)
+    assert mean == pytest.approx(values.mean())
+    deviation = values.std() / math.sqrt(50)
+    assert (high - low) / deviation == pytest.approx(2 * 1.96, rel=0.1), "as the normal distribution has it"

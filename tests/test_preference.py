@@ -1,0 +1,249 @@
+"""eval/preference.py: a whole small evaluation with real scorers, damaged pictures, views, and what users get wrong."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+import rewards
+from eval import preference, view_scores
+from preftune import cli
+from preftune.records import read_jsonl, write_jsonl
+from rewards.pixels import from_pil
+from rewards.shapes import SIZE, parse_caption
+from rewards.shapes_drawing import draw, place, to_bytes
+
+PLAIN = "a red circle on a white background"
+LEFT = "a red circle left of a blue square on a grey background"
+RIGHT = "a red circle right of a blue square on a grey background"
+SCORERS = ["--rewards", "imagereward-tiny=1", "shapes=1", "brightness=1"]
+
+
+def ranked(prompt: str, names: list[str], ranks: list[int], source: str) -> dict[str, object]:
+    return {"prompt": prompt, "generations": names, "ranking": ranks, "source": source}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Greys, which two annotators list and rank differently; a scene and its mirror image; four damaged or useless files."""
+    folder = tmp_path_factory.mktemp("data")
+    for level in (0, 100, 200):
+        Image.new("RGB", (SIZE, SIZE), (level,) * 3).save(folder / f"{level}.png")
+    rng = np.random.default_rng(0)
+    scene = parse_caption(LEFT)
+    drawn = Image.fromarray(to_bytes(draw(place(scene, rng), scene.background, rng, {})))
+    drawn.save(folder / "right.png")
+    ImageOps.mirror(drawn).save(folder / "wrong.png")
+    whole = (folder / "right.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "<b>empty.png").touch()
+    (folder / "text.png").write_text("no picture")
+    Image.new("RGB", (32, 32)).save(folder / "small.png")
+    write_jsonl(
+        folder / "rankings.jsonl",
+        [
+            ranked(PLAIN, ["0.png", "100.png", "200.png", "cut.png"], [3, 2, 1, 4], "a"),
+            ranked(PLAIN, ["200.png", "cut.png", "100.png", "0.png"], [1, 4, 3, 2], "b"),
+            ranked(LEFT, ["right.png", "wrong.png", "<b>empty.png"], [1, 2, 3], "a"),
+            ranked(LEFT, ["right.png", "small.png", "text.png"], [3, 2, 1], "a"),
+        ],
+    )
+    return folder
+
+
+def run(data: Path, output: Path, *more: str) -> int:
+    return preference.main(
+        cli.parse(preference.Config, ["--data", str(data), "--output", str(output), *more])
+    )
+
+
+@pytest.fixture(scope="module")
+def report(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("report") / "new"
+    assert run(data, output, *SCORERS, "--crops", "0.9", "0.5", "--batch", "3", "--workers", "1") == 0
+    return output
+
+
+def values(report: Path) -> dict[tuple[str, str, str, str], float]:
+    lines = csv.DictReader((report / "table.csv").open())
+    return {
+        (line["rater"], line["reference"], line["view"], line["metric"]): float(line["value"])
+        for line in lines
+    }
+
+
+def scores(report: Path) -> dict[tuple[str, str], dict[str, str]]:
+    lines = csv.DictReader((report / "scores.csv").open())
+    return {(Path(line["picture"]).name, line["view"]): line for line in lines}
+
+
+def test_the_table_by_hand(report: Path) -> None:
+    """Without the damaged pictures a ranks 200 100 0, b 200 0 100, and a ranks the scene over its mirror image."""
+    found, read = values(report), scores(report)
+    views = ("as it is", "flip + crop 0.9")
+    greys = [("200.png", "100.png"), ("200.png", "0.png"), ("100.png", "0.png")]
+    pairs = [*greys, ("right.png", "wrong.png")]
+    said = [*greys, *greys[:2], ("0.png", "100.png"), pairs[-1]]
+
+    def choice(name: str, view: str, pair: tuple[str, str]) -> float:
+        one, other = (float(read[picture, view][name]) for picture in pair)
+        return np.sign(one - other)
+
+    for name in ("imagereward-tiny", "brightness"):
+        first, cut = (np.mean([choice(name, view, pair) == 1 for pair in said]) for view in views)
+        flipped = np.mean([choice(name, views[0], pair) != choice(name, views[1], pair) for pair in pairs])
+        assert found[name, "annotators", views[0], "accuracy (ImageReward)"] == pytest.approx(first)
+        assert found[name, "annotators", views[1], "accuracy (ImageReward)"] == pytest.approx(cut)
+        assert found[name, "annotators", views[1], "change of accuracy"] == pytest.approx(cut - first)
+        assert found[name, "annotators", views[1], "flipped choices"] == pytest.approx(flipped)
+    assert found["brightness", "annotators", views[0], "recall@1"] >= 2 / 3, "of three rankings"
+    assert found["one annotator", "annotators", views[0], "accuracy (ImageReward)"] == pytest.approx(4 / 6)
+    assert found["one annotator", "annotators' mean", views[0], "recall@1"] == 1, "200 is best for both"
+    judge = [pair for pair in pairs if choice("shapes", views[0], pair)]
+    right = [choice("brightness", views[0], pair) == choice("shapes", views[0], pair) for pair in judge]
+    assert found["brightness", "judge", views[0], "accuracy (ImageReward)"] == pytest.approx(np.mean(right))
+
+
+def test_scores_are_those_of_the_scorers(report: Path, data: Path) -> None:
+    """Prepared as rewards.pixels does, with the caption that is true of the view."""
+    found = scores(report)
+    scorer = rewards.load("imagereward-tiny")
+    with Image.open(data / "right.png") as image:
+        views = list(view_scores.views_of(image, (0.9, 0.5)))
+    for view, name, prompt in zip(
+        views, ("as it is", "flip + crop 0.9", "flip + crop 0.5"), (LEFT, RIGHT, RIGHT), strict=True
+    ):
+        with torch.no_grad():
+            expected = scorer(from_pil(view, scorer.card.preprocess)[None], [prompt]).item()
+        assert float(found["right.png", name]["imagereward-tiny"]) == pytest.approx(expected, abs=1e-5)
+        assert float(found["right.png", name]["brightness"]) == pytest.approx(
+            from_pil(view).mean().item(), abs=1e-6
+        )
+    judge = {name: float(found[name, "as it is"]["shapes"]) for name in ("right.png", "wrong.png")}
+    assert judge["right.png"] > judge["wrong.png"] + 0.05
+    assert found["right.png", "flip + crop 0.9"]["shapes"] == "", "the judge reads whole pictures only"
+    assert found["cut.png", "as it is"]["imagereward-tiny"] == ""
+
+
+def test_damaged_pictures_are_set_aside_and_counted(report: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rejected = {Path(row["picture"]).name: row["reason"] for row in read_jsonl(report / "rejected.jsonl")}
+    assert set(rejected) == {"cut.png", "<b>empty.png", "text.png", "small.png"}
+    assert "64 x 64" in rejected["small.png"]
+    page = (report / "report.html").read_text()
+    assert "5 pictures of 2 prompts, 3 rankings with 7 untied pairs; 4 pictures set aside" in page
+    assert "&lt;b&gt;empty.png" in page
+    assert "<b>" not in page
+    assert "<script" not in page
+    assert page.count("data:image/png;base64,") == 5
+    for name in ("accuracy", "buckets", "robustness", "interpolation", "correlation"):
+        assert (report / f"{name}.png").stat().st_size > 1000
+
+
+def test_one_scorer_without_views(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The least there is: two plots, no robustness, and pictures of any size where nobody minds; then again in one process."""
+    assert run(data, tmp_path, "--rewards", "brightness=1", "--crops", "--workers", "0") == 0
+    assert sorted(path.stem for path in tmp_path.glob("*.png")) == ["accuracy", "buckets"]
+    assert {view for _, _, view, _ in values(tmp_path)} == {"as it is"}
+    assert len(read_jsonl(tmp_path / "rejected.jsonl")) == 3, "small.png is a picture like any other"
+    assert "3 pictures set aside" in capsys.readouterr().out
+
+
+def test_count_takes_the_first_prompts(data: Path) -> None:
+    config = cli.parse(preference.Config, ["--data", str(data), str(data), "--count", "1"])
+    pictures, judged, prompts = preference.read(config)
+    assert prompts == [PLAIN]
+    assert [picture.path.name for picture in pictures] == ["0.png", "100.png", "200.png", "cut.png"]
+    (one,) = judged
+    assert one.ranks.tolist() == [[3, 2, 1, 4], [2, 3, 1, 4]] * 2, "in one order, whatever that of the file"
+    (less,) = preference.without(judged, {1: "damaged"})
+    assert less.rows.tolist() == [0, 2, 3]
+    assert less.ranks.tolist() == [[3, 1, 4], [2, 1, 4]] * 2
+    assert preference.without(judged, {1: "", 2: "", 3: ""}) == []
+
+
+def test_views_are_mirrored_and_cut_in_the_middle() -> None:
+    """Columns 0 to 9, so a crop of 0.8 keeps 1 to 8, from right to left; of an odd margin less is cut at the left."""
+    image = Image.fromarray(np.tile(np.arange(10, dtype=np.uint8), (20, 1)))
+    first, cut, odd = view_scores.views_of(image, (0.8, 0.5))
+    assert first is image
+    assert cut.size == (8, 16)
+    assert np.asarray(cut)[0].tolist() == [8, 7, 6, 5, 4, 3, 2, 1]
+    assert np.asarray(odd)[0].tolist() == [7, 6, 5, 4, 3]
+    palette = image.convert("P")
+    assert [view.mode for view in view_scores.views_of(palette, (0.5,))] == ["P", "P"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "other"), [(LEFT, RIGHT), (RIGHT, LEFT), (PLAIN, PLAIN), ("left of a door", "left of a door")]
+)
+def test_captions_of_mirror_images(prompt: str, other: str) -> None:
+    assert view_scores.mirrored(prompt) == other
+
+
+def test_a_thread_of_pixels_is_set_aside(tmp_path: Path) -> None:
+    Image.new("L", (500, 2)).save(tmp_path / "thread.png")
+    preparing = view_scores.Preparing(
+        pictures=[view_scores.Picture(path=tmp_path / "thread.png", prompt="p")],
+        rules=[None],
+        crops=(),
+        judged=False,
+    )
+    assert "500 x 2 pixels" in preparing[[0]].rejected[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": ()}, "--data needs at least one folder"),
+        ({"count": 0}, "--count must be at least 1, got 0"),
+        ({"batch": 0}, "--batch must be at least 1, got 0"),
+        ({"workers": -1}, "--workers must be at least 0, got -1"),
+        ({"crops": (0.9, 1.2)}, r"--crops must be different shares in \(0, 1\], got \(0.9, 1.2\)"),
+        ({"crops": (0.9, 0.9)}, "--crops must be different shares"),
+        ({"rewards": ("beauty=1",)}, "unknown scorer"),
+        ({"reward_files": ("hpsv2=x.pt",)}, "which --rewards does not use"),
+    ],
+)
+def test_wrong_settings(data: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        preference.Config(**{"data": (data,)} | changes)
+
+
+def test_wrong_inputs_exit_with_code_2(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for name in "ab":
+        (foreign / name).touch()
+    write_jsonl(foreign / "rankings.jsonl", [ranked("a door", ["a", "b"], [1, 2], "")])
+    for folder, output, flags, message in (
+        (tmp_path / "none", tmp_path / "out", [], "cannot read"),
+        (
+            foreign,
+            tmp_path / "out",
+            ["--rewards", "shapes=1"],
+            "captions of the shapes world only, not 'a door'",
+        ),
+        (
+            foreign,
+            tmp_path / "out",
+            ["--rewards", "brightness=1"],
+            "no ranking has two pictures left: 2 of 2",
+        ),
+        (data, tmp_path / "file", ["--rewards", "brightness=1"], "cannot be made"),
+        (
+            data,
+            tmp_path / "out",
+            ["--rewards", "hpsv2=1", "--reward-files", f"hpsv2={tmp_path}/x.pt"],
+            "x.pt",
+        ),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run(folder, output, *flags, "--workers", "0")
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
