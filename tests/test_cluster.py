@@ -18,6 +18,14 @@ from preftune.records import read_jsonl
 from test_diffusiondb import config, contents, members, write_part, write_parts
 
 
+@pytest.fixture(autouse=True)
+def handler() -> Iterator[None]:
+    """Ray puts a handler of SIGTERM of its own in place of the process'."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.fixture
 def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Ray that tells nobody, writes no token home, and whose processes other work does not starve; they have one thread."""
@@ -27,11 +35,10 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_worker_niceness", "0")
-    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGTERM, handler)  # Ray puts its own there
 
 
 def numbered(folder: Path) -> Callable[[], Callable[[int], list[scored.Row]]]:
