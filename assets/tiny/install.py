@@ -1,6 +1,6 @@
 """Put a trained pipeline and scorer into this folder, UNet, autoencoder and scorer in half precision to save space.
 
-    python assets/tiny/install.py --pipeline runs/pretrain_second/pipeline --scorer runs/reward_model/scorer
+    python assets/tiny/install.py --pipeline runs/pretrain_second/pipeline --scorer runs/reward_model_second/scorer
 
 The text encoder stays in float32: transformers loads a model in the precision of its file, diffusers in float32.
 """
