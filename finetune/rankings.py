@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from preftune.images import load_pixels
+from preftune.images import opened
 from preftune.records import Ranking
+from rewards import Preprocess
+from rewards.pixels import from_pil
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +59,15 @@ def split(rankings: list[Ranked], share: float, seed: int) -> tuple[list[Ranked]
     return train, [ranking for ranking in rankings if ranking.prompt in held]
 
 
-def load(rankings: Sequence[Ranked], size: int) -> tuple[Tensor, list[str]]:
-    """Return the pictures of these rankings, (sum of n, 3, size, size) in [0, 1], and their prompts."""
-    paths = [(path, ranking.prompt) for ranking in rankings for path in ranking.paths]
-    return torch.stack([load_pixels(path, size) for path, _ in paths]), [prompt for _, prompt in paths]
+def load(rankings: Sequence[Ranked], preprocess: Preprocess) -> tuple[Tensor, list[str]]:
+    """Return the pictures of these rankings as a scorer prepares files, (sum of n, 3, S, S) in [0, 1], and their prompts."""
+    pictures, prompts = [], []
+    for ranking in rankings:
+        for path in ranking.paths:
+            with opened(path) as image:
+                pictures.append(from_pil(image, preprocess))
+            prompts.append(ranking.prompt)
+    return torch.stack(pictures), prompts
 
 
 def pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:

@@ -51,6 +51,7 @@ from preftune.cli import dump, exit_on_user_error, parse
 from preftune.prompts import items_at
 from preftune.records import read_jsonl, read_rankings
 from preftune.views import shifted, weak_view
+from rewards import Preprocess
 from rewards.trainable import Trainable, check_trainable, freeze, load_trainable
 
 
@@ -214,14 +215,14 @@ def main(config: Config) -> int:
         scorer = prepare(config)
         run = Run(config.run, driver="reward_model", config_text=dump(config))
         module = run.prepare(Ranker(scorer))
-    best = best_so_far(run.folder)
+    best, preprocess = best_so_far(run.folder), preprocess_of(scorer)
 
     for step in run.steps():
         module.train()
         for micro in range(run.accumulation):
             indices = run.image_indices(step, micro)
             chosen = items_at(train, indices, config.run.seed)
-            pixels, prompts = load(chosen, scorer.size)
+            pixels, prompts = load(chosen, preprocess)
             own = [
                 generator
                 for ranking, generator in zip(chosen, map(run.generator, indices), strict=True)
@@ -253,14 +254,21 @@ def best_so_far(folder: Path) -> float:
     return max((row["valid_accuracy"] for row in rows if "valid_accuracy" in row), default=0.0)
 
 
+def preprocess_of(scorer: Trainable) -> Preprocess:
+    """Return how the scorer's files are prepared."""
+    assert scorer.card.preprocess is not None, f"{scorer.card.name} prepares no files"
+    return scorer.card.preprocess
+
+
 @torch.no_grad()
 def validate(scorer: Trainable, held: list[Ranked], device: torch.device) -> float:
     """Return the pooled pair accuracy on held-out rankings, and set the scorer's statistics to theirs."""
     scorer.eval()
+    preprocess = preprocess_of(scorer)
     raws, right, number = [], 0, 0
     for start in range(0, len(held), 16):
         chosen = held[start : start + 16]
-        pixels, prompts = load(chosen, scorer.size)
+        pixels, prompts = load(chosen, preprocess)
         raw = scorer.raw(pixels.to(device), prompts).float().cpu()
         better, worse = raw[untied(chosen)[0]]
         raws.append(raw)

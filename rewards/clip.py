@@ -133,11 +133,6 @@ class ClipScorer(nn.Module):
         places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
         return self.text([*places])[[places[prompt] for prompt in prompts]]
 
-    @property
-    def size(self) -> int:
-        """Return the side in pixels of the square that pictures are prepared to."""
-        return self.vision.preprocess.size
-
     def towers(self) -> tuple[Tower, Tower]:
         """Return the image tower and the text tower."""
         vision, text = self.vision.vision_model, self.text.text_model

@@ -175,11 +175,6 @@ class ImageReward(nn.Module):
             _initialise(self.mlp, self.config.text_width)
         self.set_statistics(0.0, 1.0)
 
-    @property
-    def size(self) -> int:
-        """Return the side in pixels of the square that pictures are prepared to."""
-        return self.config.image_size
-
     def towers(self) -> tuple[Tower, Tower]:
         """Return the image tower and the text tower; the head is on top of the second."""
         vision, text = self.vision_model, self.text_model

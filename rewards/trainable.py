@@ -33,11 +33,6 @@ class Trainable(Protocol):
         """Return the card, whose `preprocess` says how pictures in files are prepared."""
         ...
 
-    @property
-    def size(self) -> int:
-        """Return the side in pixels of the square that pictures are prepared to."""
-        ...
-
     def raw(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return what losses are computed on, (B,) float32, of pixels (B, 3, H, W) in [0, 1]; gradients reach all weights.
 

@@ -67,7 +67,6 @@ def folder(request: pytest.FixtureRequest, folders: dict[str, str]) -> str:
 def test_gradients_reach_every_weight_that_a_score_depends_on(folder: str) -> None:
     scorer = load_trainable(folder)
     assert all(p.requires_grad and p.dtype == torch.float32 for p in scorer.parameters())
-    assert scorer.size == 32
     freeze(scorer)
     scorer.raw(pixels(), PROMPTS).square().sum().backward()
     module: Any = scorer
