@@ -244,7 +244,7 @@ def table(
     for rater, columns in scores.items():
         for view, column in zip(views[1:], columns[1:], strict=True):
             if rater != GOLD:
-                sums |= _robustness(rater, view, columns[0], column, judged, prompts)
+                sums |= robustness(rater, view, columns[0], column, judged, prompts)
     sums = {key: pair for key, pair in sums.items() if pair[1].any()}
     hits, totals = np.stack([*sums.values()], axis=1)
     return [
@@ -258,7 +258,7 @@ def table(
     ]  # fmt: skip
 
 
-def _robustness(
+def robustness(
     rater: str, view: str, original: Floats, changed: Floats, judged: Sequence[Judged], prompts: int
 ) -> Sums:
     """Return a scorer's accuracy on a changed view, its change, and the share of choices between two pictures that flip."""

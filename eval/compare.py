@@ -15,10 +15,8 @@ world `shapes` is the gold score that no method has seen. Writes table.csv, scor
 """
 
 import base64
-import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eval.columns import Column, check_scorers, draw, parse_column, score, write_text
+from eval.trainings import check_commands, check_seeds, split, train
 from eval.win_rates import BASE, Row, heat_maps, scores_csv, table, to_csv, to_text
 from preftune import families
 from preftune.cli import exit_on_user_error, parse
@@ -42,7 +41,6 @@ from rewards.mix import Mix, parse_files, parse_weights
 from rewards.shapes import SIZE
 from rewards.together import load_all
 
-ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
 CHECKPOINT = re.compile(r"([\w-]+)@(\d+)")
 
@@ -84,8 +82,7 @@ class Config:
             raise ValueError(
                 f"--methods needs methods with different names other than {BASE}, got {', '.join(names)}"
             )
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"--seeds needs different numbers of 0 or more, got {self.seeds}")
+        check_seeds(self.seeds)
         for name, value in (("count", self.count), ("grid-rows", self.grid_rows)):
             if value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
@@ -123,66 +120,16 @@ class Config:
         return [name for name, _ in map(split, self.methods)]
 
 
-def split(term: str) -> tuple[str, str]:
-    """Return NAME and TEXT of NAME=TEXT; ValueError where one of them is missing, or the name is no plain word."""
-    name, equals, text = term.partition("=")
-    if not equals or not text.strip() or not name.replace("-", "").replace("_", "").isalnum():
-        raise ValueError(f"{term!r} is not NAME=TEXT with a name of letters, digits, - and _")
-    return name, text
-
-
 def check_inputs(config: Config) -> list[str]:
     """Return the prompts; ValueError for what is wrong before anything is trained."""
     families.check(config.model)
-    for name, command in config.commands().items():
-        if not command[0].endswith(".py") or not Path(command[0]).is_file():
-            raise ValueError(
-                f"method {name}: {command[0]} is no driver; give a file such as finetune/refl.py"
-            )
-        if taken := {"--model", "--seed", "--output", "--overwrite", "--resume"} & {
-            flag.partition("=")[0] for flag in command
-        }:
-            raise ValueError(f"method {name}: {min(taken)} is set by the comparison; leave it out")
+    check_commands(config.commands(), taken=["--model"])
     prompts = read_prompts(config.prompts)[: config.count]
     weights = parse_weights(config.rewards)
     files = parse_files(config.reward_files, weights)
     check_scorers(weights, files, prompts, config.draw, config.prompts)
     config.output.mkdir(parents=True, exist_ok=True)
     return prompts
-
-
-def train(config: Config, name: str, seed: int) -> Path:
-    """Train a method with a seed unless that is done, and return its run's folder; ValueError where the driver fails."""
-    driver, *flags = config.commands()[name]
-    folder = config.output / "runs" / f"{name}-{seed}"
-    log, done = (folder.with_name(f"{folder.name}{suffix}") for suffix in (".log", ".done"))
-    log.parent.mkdir(parents=True, exist_ok=True)
-    told = shlex.join([driver, *flags, "--model", str(config.model)])
-    if done.is_file():
-        if done.read_text() != told:
-            raise ValueError(
-                f"{folder} was trained by {done.read_text()!r}, not {told!r}; name the method otherwise, or remove {done}"
-                " and the folder"
-            )
-        return folder
-    added = ["--model", str(config.model), "--seed", str(seed), "--output", str(folder), "--resume", "auto"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", driver, *flags, "--no-overwrite", *added]
-    print(f"{name}, seed {seed}: {shlex.join(command[3:])}", flush=True)  # noqa: T201
-    with log.open("w") as file:
-        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        code = subprocess.run(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": paths},
-            check=False,
-        ).returncode
-    if code:
-        lines = log.read_text(errors="replace").strip().splitlines()
-        why = [line for line in lines if ": error: " in line] or lines[-1:]
-        raise ValueError(f"method {name}, seed {seed} failed: {' '.join(why)}; see {log}")
-    write_text(done, told)
-    return folder
 
 
 def checkpoint(folder: Path, name: str, updates: int) -> Path:
@@ -217,7 +164,9 @@ def main(config: Config) -> int:
     with exit_on_user_error():
         prompts = check_inputs(config)
         runs = {
-            (name, seed): train(config, name, seed) for name in config.commands() for seed in config.seeds
+            (name, seed): train(name, [*command, "--model", str(config.model)], seed, config.output)
+            for name, command in config.commands().items()
+            for seed in config.seeds
         }
         tuned = dict(runs)
         for name, (other, updates) in config.checkpoints().items():

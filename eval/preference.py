@@ -19,7 +19,7 @@ over pictures here. Hardware: the embedded scorer needs a CPU; published ones wa
 import base64
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import jinja2
@@ -30,10 +30,11 @@ import rewards
 from eval import preference_plots as plots
 from eval.agreement import AS_IS, GOLD, Floats, Judged, Row, choices, table
 from eval.columns import write_text
+from eval.ranked import read, without
 from eval.view_scores import Picture, score
 from eval.win_rates import csv_text
 from preftune.cli import exit_on_user_error, parse
-from preftune.records import Ranking, read_rankings, write_jsonl
+from preftune.records import write_jsonl
 from rewards.mix import parse_files, parse_weights
 from rewards.shapes import in_world
 from rewards.together import load_all
@@ -79,42 +80,13 @@ class Config:
         return [AS_IS, *(f"flip + crop {crop:g}" for crop in self.crops)]
 
 
-def read(config: Config) -> tuple[list[Picture], list[Judged], list[str]]:
-    """Return the pictures, the sets that annotators ranked and the prompts; ValueError for what is wrong with them."""
-    prompts: dict[str, int] = {}
-    pictures: dict[Picture, int] = {}
-    found: dict[tuple[int, tuple[int, ...]], list[list[int]]] = {}
-    for folder in config.data:
-        for ranking in first_prompts(read_rankings(folder), config.count):
-            prompt = prompts.setdefault(ranking.prompt, len(prompts))
-            rows = [
-                pictures.setdefault(Picture(path=path, prompt=ranking.prompt), len(pictures))
-                for path in ranking.paths
-            ]
-            # Annotators may list the same pictures in another order.
-            ordered = sorted(zip(rows, ranking.ranks, strict=True))
-            ranks = [rank for _, rank in ordered]
-            found.setdefault((prompt, tuple(row for row, _ in ordered)), []).append(ranks)
-    judged = [
-        Judged(prompt=prompt, rows=np.array(rows), ranks=np.array(ranks, dtype=np.float64))
-        for (prompt, rows), ranks in found.items()
-    ]
-    return list(pictures), judged, list(prompts)
-
-
-def first_prompts(rankings: Sequence[Ranking], count: int | None) -> list[Ranking]:
-    """Return the rankings of the first `count` prompts."""
-    chosen = set(list(dict.fromkeys(ranking.prompt for ranking in rankings))[:count])
-    return [ranking for ranking in rankings if ranking.prompt in chosen]
-
-
 def check_inputs(config: Config) -> tuple[list[Picture], list[Judged], list[str]]:
     """Return what `read` gives, and make the output folder; ValueError before any weight loads."""
     weights = parse_weights(config.rewards)
     files = parse_files(config.reward_files, weights)
     for name in weights:
         rewards.check(name, files.get(name))
-    pictures, judged, prompts = read(config)
+    pictures, judged, prompts = read(config.data, config.count)
     if GOLD in weights and not in_world(prompts):
         foreign = next(prompt for prompt in prompts if not in_world([prompt]))
         raise ValueError(
@@ -125,16 +97,6 @@ def check_inputs(config: Config) -> tuple[list[Picture], list[Judged], list[str]
     except OSError as error:
         raise ValueError(f"--output {config.output} cannot be made: {error.strerror}") from error
     return pictures, judged, prompts
-
-
-def without(judged: Sequence[Judged], rejected: Mapping[int, str]) -> list[Judged]:
-    """Return the sets without the rejected pictures; sets of fewer than two are gone."""
-    sound = []
-    for one in judged:
-        kept = np.array([row not in rejected for row in one.rows.tolist()])
-        if kept.sum() >= 2:
-            sound.append(replace(one, rows=one.rows[kept], ranks=one.ranks[:, kept]))
-    return sound
 
 
 def scores_csv(pictures: Sequence[Picture], scores: Mapping[str, Floats], views: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 
 import rewards
 from eval import preference, view_scores
+from eval.ranked import read, without
 from preftune import cli
 from preftune.records import read_jsonl, write_jsonl
 from rewards.pixels import from_pil
@@ -153,15 +154,15 @@ def test_one_scorer_without_views(data: Path, tmp_path: Path, capsys: pytest.Cap
 
 def test_count_takes_the_first_prompts(data: Path) -> None:
     config = cli.parse(preference.Config, ["--data", str(data), str(data), "--count", "1"])
-    pictures, judged, prompts = preference.read(config)
+    pictures, judged, prompts = read(config.data, config.count)
     assert prompts == [PLAIN]
     assert [picture.path.name for picture in pictures] == ["0.png", "100.png", "200.png", "cut.png"]
     (one,) = judged
     assert one.ranks.tolist() == [[3, 2, 1, 4], [2, 3, 1, 4]] * 2, "in one order, whatever that of the file"
-    (less,) = preference.without(judged, {1: "damaged"})
+    (less,) = without(judged, {1: "damaged"})
     assert less.rows.tolist() == [0, 2, 3]
     assert less.ranks.tolist() == [[3, 1, 4], [2, 1, 4]] * 2
-    assert preference.without(judged, {1: "", 2: "", 3: ""}) == []
+    assert without(judged, {1: "", 2: "", 3: ""}) == []
 
 
 def test_views_are_mirrored_and_cut_in_the_middle() -> None:
