@@ -245,6 +245,11 @@ def table(
         for view, column in zip(views[1:], columns[1:], strict=True):
             if rater != GOLD:
                 sums |= robustness(rater, view, columns[0], column, judged, prompts)
+    return rows_of(sums)
+
+
+def rows_of(sums: Sums) -> list[Row]:
+    """Return the lines of all sums that count something, with their intervals."""
     sums = {key: pair for key, pair in sums.items() if pair[1].any()}
     hits, totals = np.stack([*sums.values()], axis=1)
     return [

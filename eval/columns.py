@@ -108,6 +108,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def inlined(path: Path) -> str:
+    """Return a file in the letters in which a page holds it."""
+    return base64.b64encode(path.read_bytes()).decode("ascii")
+
+
 def own_side(model: Path) -> int:
     """Return the side in pixels that a pipeline was trained at: its UNet's times the factor of its autoencoder."""
     latents = read_json(model / "unet" / "config.json").get("sample_size")

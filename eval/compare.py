@@ -14,7 +14,6 @@ Win rate is wins / (wins + losses), as there. Intervals are 95 % bootstrap inter
 world `shapes` is the gold score that no method has seen. Writes table.csv, scores.csv, wins.png, grid.png and report.html.
 """
 
-import base64
 import re
 import shlex
 import sys
@@ -28,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eval.columns import Column, check_scorers, draw, parse_column, score, write_text
+from eval.columns import Column, check_scorers, draw, inlined, parse_column, score, write_text
 from eval.trainings import check_commands, check_seeds, split, train
 from eval.win_rates import BASE, Row, heat_maps, scores_csv, table, to_csv, to_text
 from preftune import families
@@ -228,13 +227,15 @@ def report(
     write_text(folder / "scores.csv", scores_csv(scores, scorers, config.seeds, prompts))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    inlined = {
-        name: base64.b64encode((folder / name).read_bytes()).decode("ascii")
-        for name in ("wins.png", "grid.png")
-    }
     write_text(
         folder / "report.html",
-        template.render(rows=rows, config=config, prompts=prompts, base=BASE, inlined=inlined),
+        template.render(
+            rows=rows,
+            config=config,
+            prompts=prompts,
+            base=BASE,
+            inlined={name: inlined(folder / name) for name in ("wins.png", "grid.png")},
+        ),
     )
     print(f"{to_text(rows)}\n{folder / 'report.html'}")  # noqa: T201
 

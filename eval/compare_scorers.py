@@ -15,7 +15,7 @@ the first method. Intervals are 95 % bootstrap intervals over prompts, seeds poo
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -32,21 +32,26 @@ from eval.agreement import (
     GOLD,
     JUDGE,
     ONE,
+    Compared,
     Floats,
     Judged,
+    Row,
+    Sums,
     by_prompt,
     of_annotator,
     of_scorer,
     pooled_accuracy,
     references,
     robustness,
+    rows_of,
 )
 from eval.columns import write_text
 from eval.ranked import read, without
 from eval.trainings import check_commands, check_seeds, split, train
-from eval.view_scores import Picture, score
-from eval.win_rates import csv_text, ratios, save_figure
+from eval.view_scores import Picture, check_crops, score, view_names
+from eval.win_rates import csv_text
 from preftune.cli import exit_on_user_error, parse
+from preftune.images import save_figure
 from rewards.shapes import in_world
 
 OVER = "over the first"
@@ -77,137 +82,116 @@ class Config:
             raise ValueError(f"--methods needs methods with different names, got {', '.join(names)}")
         if not self.data or len({folder.name for folder in self.data}) != len(self.data):
             raise ValueError("--data needs folders of rankings with different names")
-        if not all(0 < crop <= 1 for crop in self.crops) or len(set(self.crops)) != len(self.crops):
-            raise ValueError(f"--crops must be different shares in (0, 1], got {self.crops}")
+        check_crops(self.crops)
         check_seeds(self.seeds)
 
     def commands(self) -> dict[str, list[str]]:
         """Return name -> driver and flags."""
         return {name: shlex.split(text) for name, text in map(split, self.methods)}
 
-    def views(self) -> list[str]:
-        """Return the names of the views, V of them."""
-        return [AS_IS, *(f"flip + crop {crop:g}" for crop in self.crops)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """A line of a table: a method's value by one measure, with its 95 % interval."""
-
-    data: str
-    method: str
-    reference: str
-    view: str
-    metric: str
-    value: float
-    low: float
-    high: float
-
-
-Sums = dict[tuple[str, str, str], Floats]
-"""(reference, view, metric) -> hits and totals of each prompt, (2, P)."""
-
 
 def sums_of(
-    columns: Floats, gold: Floats | None, judged: Sequence[Judged], views: Sequence[str], prompts: int
+    name: str,
+    columns: Floats,
+    gold: Floats | None,
+    judged: Sequence[Judged],
+    views: Sequence[str],
+    prompts: int,
 ) -> Sums:
     """Return what one scorer reaches, its scores being (views, N), against annotators and judge, and on changed views."""
-    said = references(judged, gold)
-    found = {
-        (reference, AS_IS, ACCURACY): by_prompt(
-            pooled_accuracy, of_scorer(columns[0], judged, said[reference]), prompts
-        )
-        for reference in (ANNOTATORS, JUDGE)
-        if reference in said
+    compared = {
+        reference: of_scorer(columns[0], judged, ranks)
+        for reference, ranks in held_against(judged, gold).items()
     }
+    found = accuracies(name, compared, prompts)
     for view, column in zip(views[1:], columns[1:], strict=True):
-        changed = robustness("", view, columns[0], column, judged, prompts)
-        found |= {(reference, view, metric): sums for (_, reference, _, metric), sums in changed.items()}
+        found |= robustness(name, view, columns[0], column, judged, prompts)
     return found
 
 
-def lines_of(data: str, runs: Mapping[str, Sequence[Sums]], one: Sums) -> list[Line]:
-    """Return the table of a folder: each method's seeds pooled, and its difference from the first; `one`: a single annotator's."""
-    pooled = {
-        name: {key: np.sum([run[key] for run in each], axis=0) for key in each[0]}
-        for name, each in runs.items()
+def held_against(judged: Sequence[Judged], gold: Floats | None) -> dict[str, list[Floats]]:
+    """Return the references: every annotator, and the judge where there are its scores (N,)."""
+    said = references(judged, gold)
+    return {name: said[name] for name in (ANNOTATORS, JUDGE) if name in said}
+
+
+def accuracies(name: str, compared: Mapping[str, Sequence[Compared]], prompts: int) -> Sums:
+    """Return a rater's accuracy against each reference."""
+    return {
+        (name, reference, AS_IS, ACCURACY): by_prompt(pooled_accuracy, pairs, prompts)
+        for reference, pairs in compared.items()
     }
-    first = next(iter(pooled.values()))
-    rows: list[tuple[str, tuple[str, str, str], Floats]] = [(ONE, key, sums) for key, sums in one.items()]
-    for name, sums in pooled.items():
-        rows += [(name, key, pair) for key, pair in sums.items()]
-        if sums is not first:
-            rows += [
-                (
-                    name,
-                    (reference, view, OVER),
-                    np.stack([pair[0] - first[reference, view, metric][0], pair[1]]),
-                )
-                for (reference, view, metric), pair in sums.items()
-                if (view, metric) == (AS_IS, ACCURACY)
-            ]
-    hits, totals = np.stack([pair for _, _, pair in rows], axis=1)
-    return [
-        Line(
-            data=data,
-            method=name,
-            reference=reference,
-            view=view,
-            metric=metric,
-            value=value,
-            low=low,
-            high=high,
-        )
-        for (name, (reference, view, metric), _), (value, low, high) in zip(
-            rows, ratios(hits, totals).tolist(), strict=True
-        )
-    ]
 
 
-def to_text(lines: Sequence[Line]) -> str:
+def pooled(runs: Sequence[Sums]) -> Sums:
+    """Return the sums of a method over its seeds."""
+    return {key: np.sum([run[key] for run in runs], axis=0) for key in runs[0]}
+
+
+def with_differences(sums: Sums, first: str) -> Sums:
+    """Return the sums, and behind each accuracy its difference from that of the first method."""
+    found: Sums = {}
+    for (name, reference, view, metric), pair in sums.items():
+        found[name, reference, view, metric] = pair
+        if (view, metric) == (AS_IS, ACCURACY) and name not in (first, ONE):
+            gain = pair[0] - sums[first, reference, view, metric][0]
+            found[name, reference, view, OVER] = np.stack([gain, pair[1]])
+    return found
+
+
+def to_text(tables: Mapping[str, Sequence[Row]]) -> str:
     """Return the tables as printed, in per cent: accuracies, their differences, and how robust they are."""
     text = [
         f"{'data':16s} {'method':20s} {'reference':11s} {'view':17s} {'measure':22s} {'per cent':>8s}  interval"
     ]
-    for line in lines:
-        value, low, high = (100 * number for number in (line.value, line.low, line.high))
-        sign = "+" if line.metric in (OVER, CHANGE) else ""
-        text.append(
-            f"{line.data:16s} {line.method:20s} {line.reference:11s} {line.view:17s} {line.metric:22s} {value:{sign}8.1f}"
-            f"  [{low:{sign}.1f}, {high:{sign}.1f}]"
-        )
+    for data, rows in tables.items():
+        for row in rows:
+            value, low, high = (100 * number for number in (row.value, row.low, row.high))
+            sign = "+" if row.metric in (OVER, CHANGE) else ""
+            text.append(
+                f"{data:16s} {row.rater:20s} {row.reference:11s} {row.view:17s} {row.metric:22s} {value:{sign}8.1f}"
+                f"  [{low:{sign}.1f}, {high:{sign}.1f}]"
+            )
     return "\n".join(text)
 
 
-def draw(lines: Sequence[Line], path: Path) -> None:
-    """Draw accuracies with their intervals, a panel for each folder and reference, and flipped choices by view."""
-    shown = [line for line in lines if (line.view, line.metric) == (AS_IS, ACCURACY)]
-    panels = list(dict.fromkeys((line.data, line.reference) for line in shown))
-    names = list(dict.fromkeys(line.method for line in shown))
-    flipped = [line for line in lines if line.metric == FLIPPED and line.data == panels[0][0]]
-    width, height = 2 + 3.2 * (len(panels) + bool(flipped)), 1.4 + 0.4 * len(names)
+def draw(tables: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """Draw accuracies with their intervals, a panel for each folder and reference, and the flipped choices of the first."""
+    panels: dict[tuple[str, str], list[Row]] = {}
+    for data, rows in tables.items():
+        for row in rows:
+            if (row.view, row.metric) == (AS_IS, ACCURACY):
+                panels.setdefault((data, row.reference), []).append(row)
+    names = list(dict.fromkeys(row.rater for rows in panels.values() for row in rows))
+    flipped = [row for row in next(iter(tables.values())) if row.metric == FLIPPED]
+    number = len(panels) + bool(flipped)
     figure, axes = plt.subplots(
-        1, len(panels) + bool(flipped), figsize=(width, max(height, 3)), squeeze=False, layout="constrained"
+        1,
+        number,
+        figsize=(2 + 3.2 * number, max(1.4 + 0.4 * len(names), 3)),
+        squeeze=False,
+        layout="constrained",
     )
-    for axis, panel in zip(axes[0], panels, strict=False):
-        for line in shown:
-            if (line.data, line.reference) == panel:
-                middle, ends = (
-                    100 * line.value,
-                    [100 * (line.value - line.low), 100 * (line.high - line.value)],
-                )
-                axis.errorbar(
-                    middle, names.index(line.method), xerr=np.reshape(ends, (2, 1)), fmt="o", capsize=3
-                )
+    for axis, ((data, reference), rows) in zip(axes[0], panels.items(), strict=False):
+        for row in rows:
+            ends = [100 * (row.value - row.low), 100 * (row.high - row.value)]
+            place = names.index(row.rater)
+            axis.errorbar(
+                100 * row.value, place, xerr=np.reshape(ends, (2, 1)), color=f"C{place}", fmt="o", capsize=3
+            )
         axis.set_yticks(range(len(names)), names if axis is axes[0, 0] else [])
-        axis.invert_yaxis()
-        axis.set_title(f"{panel[0]}\nagainst: {panel[1]}", fontsize=9)
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.set_title(f"{data}\nagainst: {reference}", fontsize=9)
         axis.set_xlabel("pairs in the right order, per cent")
         axis.grid(axis="x", alpha=0.3)
-    for name in dict.fromkeys(line.method for line in flipped):
-        of = [line for line in flipped if line.method == name]
+    for name in dict.fromkeys(row.rater for row in flipped):
+        of = [row for row in flipped if row.rater == name]
         axes[0, -1].plot(
-            [line.view.split()[-1] for line in of], [100 * line.value for line in of], marker=".", label=name
+            [row.view.split()[-1] for row in of],
+            [100 * row.value for row in of],
+            color=f"C{names.index(name)}",
+            marker=".",
+            label=name,
         )
     if flipped:
         axes[0, -1].set_title(
@@ -234,46 +218,47 @@ def main(config: Config) -> int:
             name: [train(name, command, seed, config.output) for seed in config.seeds]
             for name, command in config.commands().items()
         }
-    views, lines, by_seed = config.views(), list[Line](), list[tuple[object, ...]]()
+    views, tables, by_seed = view_names(config.crops), dict[str, list[Row]](), list[tuple[object, ...]]()
     for data, (pictures, judged, prompts) in held_out.items():
-        found: dict[str, list[Sums]] = {}
         gold = None
         if in_world(prompts):
             scored, rejected = score(
                 pictures, [rewards.load(GOLD)], [], device, batch=config.batch, workers=0
             )
             gold, judged = scored[GOLD][0], without(judged, rejected)
+        found: dict[str, list[Sums]] = {}
         for name, folders in runs.items():
             for seed, folder in zip(config.seeds, folders, strict=True):
-                scorer = rewards.load(str(folder / "scorer"), device=device)
+                scorer = rewards.load(
+                    str(folder / "scorer"), device=device
+                )  # one at a time: they may be large
                 scored, rejected = score(
                     pictures, [scorer], config.crops, device, batch=config.batch, workers=0
                 )
                 judged = without(judged, rejected)
-                sums = sums_of(scored[scorer.card.name], gold, judged, views, len(prompts))
-                found.setdefault(name, []).append(sums)
+                own = sums_of(name, scored[scorer.card.name], gold, judged, views, len(prompts))
+                found.setdefault(name, []).append(own)
                 by_seed += [
-                    (data, name, seed, *key, pair[0].sum() / max(pair[1].sum(), 1))
-                    for key, pair in sums.items()
+                    (data, name, seed, *key[1:], pair[0].sum() / max(pair[1].sum(), 1))
+                    for key, pair in own.items()
                 ]
-        said = references(judged, gold)
-        one = {
-            (reference, AS_IS, ACCURACY): by_prompt(
-                pooled_accuracy, of_annotator(judged, reference, said[reference]), len(prompts)
-            )
-            for reference in (ANNOTATORS, JUDGE)
-            if reference in said
-        }
-        lines += lines_of(data, found, {key: pair for key, pair in one.items() if pair[1].any()})
-    names = [field.name for field in fields(Line)]
-    write_text(
-        config.output / "table.csv",
-        csv_text(names, ([getattr(line, name) for name in names] for line in lines)),
+        said = held_against(judged, gold)
+        one = {reference: of_annotator(judged, reference, ranks) for reference, ranks in said.items()}
+        sums = accuracies(ONE, one, len(prompts))
+        for each in found.values():
+            sums |= pooled(each)
+        tables[data] = rows_of(with_differences(sums, next(iter(runs))))
+    heads = ["data", "method", "reference", "view", "metric", "value", "low", "high"]
+    lines = (
+        (data, row.rater, row.reference, row.view, row.metric, row.value, row.low, row.high)
+        for data, rows in tables.items()
+        for row in rows
     )
+    write_text(config.output / "table.csv", csv_text(heads, lines))
     heads = ["data", "method", "seed", "reference", "view", "metric", "value"]
     write_text(config.output / "seeds.csv", csv_text(heads, by_seed))
-    draw(lines, config.output / "accuracy.png")
-    print(f"{to_text(lines)}\n{config.output / 'accuracy.png'}")  # noqa: T201
+    draw(tables, config.output / "accuracy.png")
+    print(f"{to_text(tables)}\n{config.output / 'accuracy.png'}")  # noqa: T201
     return 0
 
 

@@ -16,7 +16,6 @@ Left out: correlation over generative models (paper 000, Fig. 5), since rankings
 over pictures here. Hardware: the embedded scorer needs a CPU; published ones want a GPU, and use one where there is one.
 """
 
-import base64
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -28,10 +27,10 @@ import torch
 
 import rewards
 from eval import preference_plots as plots
-from eval.agreement import AS_IS, GOLD, Floats, Judged, Row, choices, table
-from eval.columns import write_text
+from eval.agreement import GOLD, Floats, Judged, Row, choices, table
+from eval.columns import inlined, write_text
 from eval.ranked import read, without
-from eval.view_scores import Picture, score
+from eval.view_scores import Picture, check_crops, score, view_names
 from eval.win_rates import csv_text
 from preftune.cli import exit_on_user_error, parse
 from preftune.records import write_jsonl
@@ -71,13 +70,8 @@ class Config:
         ):  # fmt: skip
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
-        if len(set(self.crops)) != len(self.crops) or not all(0 < crop <= 1 for crop in self.crops):
-            raise ValueError(f"--crops must be different shares in (0, 1], got {self.crops}")
+        check_crops(self.crops)
         parse_files(self.reward_files, parse_weights(self.rewards))
-
-    def views(self) -> list[str]:
-        """Return the names of the views, V of them."""
-        return [AS_IS, *(f"flip + crop {crop:g}" for crop in self.crops)]
 
 
 def check_inputs(config: Config) -> tuple[list[Picture], list[Judged], list[str]]:
@@ -133,7 +127,7 @@ def report(
     aside: Sequence[Mapping[str, str]],
 ) -> None:
     """Write the table, the plots and the page, and print the accuracies."""
-    rows = table(judged, scores, config.views(), prompts)
+    rows = table(judged, scores, view_names(config.crops), prompts)
     names = [field.name for field in fields(Row)]
     write_text(config.output / "table.csv", csv_text(names, (list(asdict(row).values()) for row in rows)))
     drawn = plots.draw_all(rows, judged, scores, config.output)
@@ -145,7 +139,7 @@ def report(
         summary=said,
         aside=aside,
         tables=plots.tables(rows),
-        inlined={path.stem: base64.b64encode(path.read_bytes()).decode("ascii") for path in drawn},
+        inlined={path.stem: inlined(path) for path in drawn},
     )
     write_text(config.output / "report.html", page)
     print(f"{plots.to_text(rows)}\n{said}\n{config.output / 'report.html'}")  # noqa: T201
@@ -162,7 +156,7 @@ def main(config: Config) -> int:
     scores, rejected = score(
         pictures, scorers, config.crops, device, batch=config.batch, workers=config.workers
     )
-    write_text(config.output / "scores.csv", scores_csv(pictures, scores, config.views()))
+    write_text(config.output / "scores.csv", scores_csv(pictures, scores, view_names(config.crops)))
     aside = [{"picture": str(pictures[row].path), "reason": why} for row, why in sorted(rejected.items())]
     write_jsonl(config.output / "rejected.jsonl", aside)
     sound = without(judged, rejected)

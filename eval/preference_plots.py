@@ -28,7 +28,7 @@ from eval.agreement import (
     of_annotator,
     of_scorer,
 )
-from eval.win_rates import save_figure
+from preftune.images import save_figure
 
 
 @dataclass(frozen=True, kw_only=True)

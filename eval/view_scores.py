@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from eval.agreement import GOLD, Floats
+from eval.agreement import AS_IS, GOLD, Floats
 from preftune.images import opened
 from rewards import Preprocess, Scorer
 from rewards.pixels import from_pil
@@ -45,6 +45,17 @@ def mirrored(prompt: str) -> str:
     scene = parse_caption(prompt)
     other = {"left of": "right of", "right of": "left of"}
     return replace(scene, relation=other.get(scene.relation or "", scene.relation)).caption()
+
+
+def check_crops(crops: Sequence[float]) -> None:
+    """Raise ValueError unless all are different shares of a picture's side."""
+    if len(set(crops)) != len(crops) or not all(0 < crop <= 1 for crop in crops):
+        raise ValueError(f"--crops must be different shares in (0, 1], got {tuple(crops)}")
+
+
+def view_names(crops: Sequence[float]) -> list[str]:
+    """Return the names of the views, V of them."""
+    return [AS_IS, *(f"flip + crop {crop:g}" for crop in crops)]
 
 
 def views_of(image: Image.Image, crops: Sequence[float]) -> Iterator[Image.Image]:

@@ -5,7 +5,6 @@ Scores are name -> (seeds, prompts, scorers), the base's first. Win rate is wins
 
 import csv
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -13,8 +12,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+from preftune.images import save_figure
 
 BASE = "base"
 """Name of what all methods start from and are compared with."""
@@ -120,14 +120,6 @@ def heat_maps(scores: Mapping[str, NDArray[np.float64]], scorers: Sequence[str],
         for i, j in zip(*np.nonzero(np.isfinite(rates)), strict=True):
             axis.text(j, i, f"{100 * rates[i, j]:.0f} %", ha="center", va="center", fontsize=9)
     save_figure(figure, path)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG, whole or not at all, and close it."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}.png")
-    figure.savefig(temporary, dpi=110)
-    plt.close(figure)
-    temporary.replace(path)
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

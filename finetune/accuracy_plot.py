@@ -1,12 +1,12 @@
 """A picture of a reward model's training: where the held-out accuracy leaves that of the training pairs, it learns by heart."""
 
-import os
 from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 
+from preftune.images import save_figure
 from preftune.records import read_jsonl
 
 
@@ -31,7 +31,4 @@ def plot(folder: Path) -> None:
         axis.set_title(title, fontsize=10)
     axes[0].plot(*zip(*held, strict=True), marker=".", label="held-out pairs")
     axes[0].legend()
-    temporary = folder / f".accuracy.tmp-{os.getpid()}.png"
-    figure.savefig(temporary, dpi=110)
-    plt.close(figure)
-    temporary.replace(folder / "accuracy.png")
+    save_figure(figure, folder / "accuracy.png")

@@ -14,7 +14,6 @@ that is kept in [0, ln 100]. The cross-entropy over captions has one column more
 Left out: BLIP's momentum encoders, and the label smoothing and separate self-attention of its captioner. Output: `OUTPUT/scorer`, which reward_model.py starts from.
 """
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
+from finetune.preference_losses import clamp_scale
 from finetune.run import Run
 from finetune.run_config import RunConfig, check
 from preftune.cli import dump, exit_on_user_error, parse
@@ -268,8 +268,7 @@ def main(config: Config) -> int:
                 )
                 run.update(sum(losses.values()), **losses, matched=right)
         if isinstance(scorer, ClipScorer):
-            with torch.no_grad():
-                scorer.logit_scale.clamp_(0, math.log(100))
+            clamp_scale(scorer.logit_scale)
         if run.due("save_every", step):
             run.save(step, write=write)
     if run.is_main and not run.interrupted:

@@ -153,8 +153,13 @@ class Ranker(nn.Module):
         return raw
 
 
-def loss_of(raw: Tensor, chosen: Sequence[Ranked], config: Config, step: int) -> Tensor:
-    """Return the loss () of raw scores (pictures, 1 + weak views) of these rankings; 0 where they hold nothing to learn from."""
+def loss_of(
+    raw: Tensor, chosen: Sequence[Ranked], listed: tuple[Tensor, Tensor], config: Config, step: int
+) -> Tensor:
+    """Return the loss () of raw scores (pictures, 1 + weak views) of these rankings; 0 where they hold nothing to learn from.
+
+    `listed` is what `untied` gives for them.
+    """
     own = raw[:, 0]
     nothing = raw.sum() * 0
     if config.objective == "choice":
@@ -164,7 +169,7 @@ def loss_of(raw: Tensor, chosen: Sequence[Ranked], config: Config, step: int) ->
     if config.objective == "soft":
         (first, second), shares, weights = (tensor.to(raw.device) for tensor in votes(chosen))
         return weighted_mean(soft_losses(own[first], own[second], shares), weights)
-    (better, worse), weights = (tensor.to(raw.device) for tensor in untied(chosen))
+    (better, worse), weights = (tensor.to(raw.device) for tensor in listed)
     if not len(better):
         return nothing
     losses = pair_losses(own[better], own[worse])
@@ -231,8 +236,9 @@ def main(config: Config) -> int:
             views = views_of(pixels, own, config)
             with run.accumulate():
                 raw = module(views.flatten(0, 1).to(run.device), prompts * len(views)).view(len(views), -1).T
-                better, worse = raw[:, 0][untied(chosen)[0].to(run.device)]
-                loss = loss_of(raw, chosen, config, step)
+                listed = untied(chosen)
+                better, worse = raw[:, 0][listed[0].to(run.device)]
+                loss = loss_of(raw, chosen, listed, config, step)
                 run.update(loss, accuracy=(better > worse).float().mean() if len(better) else 0.5)
         if (step + 1) % config.valid_every == 0 or run.due("save_every", step):
             with run.ema_weights():

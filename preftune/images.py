@@ -8,10 +8,14 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Picture = Image.Image | torch.Tensor
 """A PIL image, or a float tensor (3, H, W) in [0, 1]."""
@@ -67,6 +71,16 @@ def save_image(image: Picture, path: Path) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a matplotlib figure as a PNG, whole or not at all, and close it."""
+    from matplotlib.pyplot import close  # not for everybody who loads pictures
+
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}.png")
+    figure.savefig(temporary, dpi=110)
+    close(figure)
+    temporary.replace(path)
 
 
 def captioned_grid(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from eval import compare_scorers as comparing
-from eval.agreement import ACCURACY, ANNOTATORS, AS_IS, CHANGE, FLIPPED, JUDGE, ONE, Judged
+from eval.agreement import ACCURACY, ANNOTATORS, AS_IS, CHANGE, FLIPPED, JUDGE, ONE, Judged, rows_of
 from preftune import cli
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -22,7 +22,9 @@ GOLD = np.array([0.9, 0.5, 0.7, 0.2, 0.8])
 
 def test_sums_by_hand() -> None:
     as_it_is, cropped = [3.0, 2.0, 1.0, 0.0, 1.0], [3.0, 1.0, 2.0, 0.0, 1.0]
-    sums = comparing.sums_of(np.array([as_it_is, cropped]), GOLD, SETS, [AS_IS, "crop"], 2)
+    found = comparing.sums_of("x", np.array([as_it_is, cropped]), GOLD, SETS, [AS_IS, "crop"], 2)
+    assert {name for name, *_ in found} == {"x"}
+    sums = {key[1:]: pair for key, pair in found.items()}
     assert sums[ANNOTATORS, AS_IS, ACCURACY].tolist() == [[3, 0], [3, 1]]
     assert sums[JUDGE, AS_IS, ACCURACY].tolist() == [[2, 1], [3, 1]]
     assert sums[ANNOTATORS, "crop", ACCURACY].tolist() == [[2, 0], [3, 1]]
@@ -31,23 +33,27 @@ def test_sums_by_hand() -> None:
 
 
 def test_seeds_are_pooled_and_held_against_the_first_method() -> None:
-    key = (ANNOTATORS, AS_IS, ACCURACY)
-    runs = {
-        "plain": [{key: np.array([[2.0, 0.0], [3.0, 1.0]])}, {key: np.array([[1.0, 1.0], [3.0, 1.0]])}],
-        "other": [{key: np.array([[3.0, 1.0], [3.0, 1.0]])}] * 2,
+    rest = (ANNOTATORS, AS_IS, ACCURACY)
+    plain, other = ("plain", *rest), ("other", *rest)
+    sums = {
+        (ONE, *rest): np.array([[2.0, 1.0], [4.0, 2.0]]),
+        **comparing.pooled(
+            [{plain: np.array([[2.0, 0.0], [3.0, 1.0]])}, {plain: np.array([[1.0, 1.0], [3.0, 1.0]])}]
+        ),
+        **comparing.pooled([{other: np.array([[3.0, 1.0], [3.0, 1.0]])}] * 2),
     }
-    lines = comparing.lines_of("x", runs, {key: np.array([[2.0, 1.0], [4.0, 2.0]])})
-    values = {(line.method, line.metric): line.value for line in lines}
+    rows = rows_of(comparing.with_differences(sums, "plain"))
+    values = {(row.rater, row.metric): row.value for row in rows}
     assert values == {
         (ONE, ACCURACY): pytest.approx(0.5),
         ("plain", ACCURACY): pytest.approx(4 / 8),
         ("other", ACCURACY): pytest.approx(1.0),
         ("other", comparing.OVER): pytest.approx(0.5),
     }
-    over = next(line for line in lines if line.metric == comparing.OVER)
+    over = next(row for row in rows if row.metric == comparing.OVER)
     assert over.low == pytest.approx(0.5), "both prompts gain a half: no resample tells them apart"
     assert over.high == pytest.approx(0.5)
-    assert "+50.0" in comparing.to_text(lines)
+    assert "+50.0" in comparing.to_text({"x": rows})
 
 
 def test_a_whole_comparison(root: Path, tmp_path: Path) -> None:

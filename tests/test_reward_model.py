@@ -13,7 +13,7 @@ import rewards
 from finetune import pretrain_scorer, reward_model
 from finetune.optimizer import adamw
 from finetune.rankings import Ranked, by_pictures, choices, pairs, split, untied, votes
-from finetune.reward_model import Config, Stable, loss_of
+from finetune.reward_model import Config, Stable
 from finetune.run_config import RunConfig
 from preftune import cli
 from preftune.records import Ranking, Sample, read_jsonl
@@ -69,6 +69,10 @@ def test_choices_and_votes_by_hand() -> None:
 def settings(**values: object) -> Config:
     stable = {key: values.pop(key) for key in tuple(values) if key in Stable.__dataclass_fields__}
     return Config(model="x", data=(Path("x"),), stable=Stable(**stable), **values)  # type: ignore[arg-type]
+
+
+def loss_of(raw: torch.Tensor, chosen: list[Ranked], config: Config, step: int) -> torch.Tensor:
+    return reward_model.loss_of(raw, chosen, untied(chosen), config, step)
 
 
 PAIRED = by_pictures([ranking("p", "ab", (1, 2)), ranking("q", "cd", (2, 1), weight=3.0)])
