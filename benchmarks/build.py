@@ -32,7 +32,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from benchmarks.hardware import fresh, name_of_machine, peak_mib, seconds
+from benchmarks.hardware import fresh, name_of_machine, peak_mib, seconds, write_json
 from benchmarks.models import PROMPTS, TINY, write_scorer
 from data_build import diffusiondb as program
 from data_build import scoring
@@ -40,7 +40,6 @@ from data_build.filters import Filters
 from data_build.scoring import Batch
 from preftune.cli import exit_on_user_error, parse
 from preftune.prompts import items_at, read_prompts
-from preftune.records import write_lines
 
 FULL_SIZE = "hpsv2.1"
 DIFFERENT = 64
@@ -275,14 +274,14 @@ def main(config: Config) -> int:
     for trial in listed:
         row = run(speed, trial) or {"error": "the process was killed"}
         print(line(trial, row), flush=True)
-        rows.append({key: str(v) if isinstance(v, Path) else v for key, v in (asdict(trial) | row).items()})
+        rows.append(asdict(trial) | row)
     peaks = {number: run(memory, replace(listed[0], parts=number)) or math.nan for number in config.parts}
     growth = max(peaks.values()) / min(peaks.values()) - 1
     shown = ", ".join(f"{peak:.0f} MiB at {number} parts" for number, peak in peaks.items())
     print(f"peak memory: {shown}; they differ by {growth:.1%}, at most {GROWTH:.0%} is right")
     if config.output is not None:
         report = {"hardware": machine, "rows": rows, "peak_mib": peaks, "growth": growth}
-        write_lines(config.output, json.dumps(report, indent=1).splitlines())
+        write_json(config.output, report)
     return 0 if growth <= GROWTH else 1
 
 

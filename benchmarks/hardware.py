@@ -1,11 +1,12 @@
 """What the measuring is done on: fresh processes, the memory they used, the name and the peak of the hardware."""
 
+import json
 import math
 import multiprocessing
 import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -76,3 +77,10 @@ def name_of_machine(cuda: bool) -> str:
     match = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
     gpu = f", {torch.cuda.get_device_name()}" if cuda else ""
     return f"{match[1] if match else platform.processor()}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"
+
+
+def write_json(path: Path, report: Mapping[str, Any]) -> None:
+    """Write a table's figures, whole or not at all; what JSON does not know, such as a path, as text."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -17,7 +17,6 @@ checkpoints, several processes.
 
 import functools
 import itertools
-import json
 import statistics
 import sys
 import tempfile
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import rewards
-from benchmarks.hardware import fresh, name_of_machine, peak_mib, peak_tflops, seconds
+from benchmarks.hardware import fresh, name_of_machine, peak_mib, peak_tflops, seconds, write_json
 from benchmarks.models import PROMPTS, TINY, build_sd1
 from finetune import refl
 from finetune.optimizer import adamw
@@ -357,7 +356,7 @@ def run(config: Config, model: str, workdir: Path) -> list[dict[str, Any]]:
             if (count := flops[trial.train]) is not None:
                 row |= {"flops_per_image": count, "mfu": count * row["images_per_s"] / (peak * 1e12)}
         print(line(trial, row), flush=True)
-        rows.append({name: str(v) if isinstance(v, Path) else v for name, v in (asdict(trial) | row).items()})
+        rows.append(asdict(trial) | row)
     return rows
 
 
@@ -384,9 +383,7 @@ def main(config: Config) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             rows += run(config, model, config.workdir if model == "sd1" and config.workdir else Path(scratch))
     if config.output is not None:
-        partial = config.output.with_name(f"{config.output.name}.partial")
-        partial.write_text(json.dumps({"hardware": machine, "rows": rows}, indent=1) + "\n")
-        partial.replace(config.output)
+        write_json(config.output, {"hardware": machine, "rows": rows})
     return 0
 
 

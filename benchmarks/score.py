@@ -13,7 +13,6 @@ scores mean nothing. On a CUDA device `MFU` is the raw pass' floating-point oper
 Hardware: two CPU cores for the embedded scorer, seconds; ViT-H wants 9 GB of memory, 4 GB of disk, and a GPU or patience.
 """
 
-import json
 import multiprocessing
 import statistics
 import sys
@@ -27,7 +26,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import rewards
-from benchmarks.hardware import fresh, name_of_machine, peak_mib, peak_tflops, seconds
+from benchmarks.hardware import fresh, name_of_machine, peak_mib, peak_tflops, seconds, write_json
 from benchmarks.models import PROMPTS, TINY, write_scorer
 from data_build import score as program
 from preftune.cli import exit_on_user_error, parse
@@ -267,11 +266,9 @@ def main(config: Config) -> int:
         if peak and "error" not in row:
             row["mfu"] = row["flops_per_image"] * row["raw_images_per_s"] / (peak * 1e12)
         print(line(trial, row), flush=True)
-        rows.append({key: str(v) if isinstance(v, Path) else v for key, v in (asdict(trial) | row).items()})
+        rows.append(asdict(trial) | row)
     if config.output is not None:
-        partial = config.output.with_name(f"{config.output.name}.partial")
-        partial.write_text(json.dumps({"hardware": machine, "rows": rows}, indent=1) + "\n")
-        partial.replace(config.output)
+        write_json(config.output, {"hardware": machine, "rows": rows})
     return 0
 
 

@@ -13,8 +13,9 @@ import torch
 import rewards
 import tiny
 from benchmarks import build, full_size, hardware, models, refl_step, score
+from benchmarks import reward_model as training
 from data_build import diffusiondb
-from finetune import refl
+from finetune import refl, reward_model
 from golden_weights import tiny_card
 from preftune import cli
 from rewards import CARDS
@@ -449,3 +450,64 @@ def test_wrong_flags_of_build(name: str, capsys: pytest.CaptureFixture[str]) -> 
         cli.parse(build.Config, [f"--{name}", "0"])
     assert stop.value.code == 2
     assert f"--{name} must be at least 1, got" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- reward_model.py
+
+
+def test_the_recipe_is_that_of_the_configuration(tmp_path: Path) -> None:
+    """What is timed is the published recipe: everything that costs time or memory is as in the YAML of paper 000."""
+    config = training.Config(workdir=tmp_path)
+    (row,) = training.trials(config, {"clipscore": tmp_path}, "cpu")
+    timed = cli.parse(reward_model.Config, training.command(row, tmp_path, tmp_path / "run"))
+    yaml = models.ROOT / "finetune/configs/reward_model/stable_preference_clip_l.yaml"
+    published = cli.parse(reward_model.Config, ["--config", str(yaml)])
+    assert replace(timed.stable, first_stage_updates=3000) == published.stable
+    for name in ("model", "objective", "last_layers", "frozen_share", "shift", "gradient_checkpointing"):
+        assert getattr(timed, name) == getattr(published, name), name
+    for name in ("batch", "accumulation", "lr", "weight_decay", "adam_betas"):
+        assert getattr(timed.run, name) == getattr(published.run, name), name
+
+
+def test_training_table_and_json(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(CARDS, "clipscore", tiny_card("clipscore"))
+    monkeypatch.setattr(training, "fresh", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    flags = [
+        "--workdir",
+        str(tmp_path),
+        "--clip-vocab",
+        str(clips / "merges.txt"),
+        "--output",
+        str(tmp_path / "a.json"),
+    ]
+    flags += "--views 0 1 --last-layers 1 1 --batch 2 --accumulation 2 --updates 2 --threads 1".split()  # noqa: SIM905
+    assert training.main(cli.parse(training.Config, flags)) == 0
+    plain, viewed = json.loads((tmp_path / "a.json").read_text())["rows"]
+    for row, views in ((plain, 0), (viewed, 1)):
+        assert row["s_per_update"] == row["times"][1]
+        assert row["pictures_per_s"] == pytest.approx(2 * 4 * (1 + views) / row["s_per_update"])
+        assert row["ratio"] == pytest.approx(row["s_per_update"] / plain["s_per_update"])
+    assert viewed["losses"][0] > plain["losses"][0], "the anti-interference loss is added"
+    assert "clipscore      1  on             no        4 " in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "clipscore"], "runs leave nothing"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--scorers", "imagereward"], "--scorers imagereward cannot be measured here; one of hpsv1"),
+        (["--views", "-1"], "--views must be 0 or more, got (-1,)"),
+        (["--batch", "0"], "--batch must be at least 1, got 0"),
+        ([], "--scorers clipscore needs --clip-vocab; nothing is no file"),
+    ],
+)
+def test_wrong_flags_of_training(
+    flags: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        training.main(cli.parse(training.Config, ["--workdir", str(tmp_path), *flags]))
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
