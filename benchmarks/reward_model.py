@@ -117,7 +117,7 @@ def command(trial: Trial, data: Path, output: Path) -> list[str]:
         "--valid-share": 0.01,  # one prompt
         "--stable.views": trial.views,
         "--stable.weighting": "two-stage",
-        "--stable.first-stage-updates": 1,
+        "--stable.first-stage-updates": trial.updates // 2,
         "--batch": trial.batch,
         "--accumulation": trial.accumulation,
         "--updates": trial.updates,

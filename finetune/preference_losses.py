@@ -7,8 +7,8 @@
 | `soft_losses` | the share of people who find a picture better, ties being halves | HPS v2 (003) eq. 3; PickScore (arXiv 2305.01569) |
 | `anti_interference_losses` | a better picture stays better in every weak view | Stable Preference eq. 5 and 6 |
 
-Each gives one loss for each of N pairs (or choices); `first_stage_weights` and `second_stage_weights` are what Stable Preference
-multiplies them by. Pairs are (better, worse); scores are raw, float32. 000 prints eq. 2 without its minus sign.
+Each gives one loss for each of N pairs (or choices); `first_stage_weights` and `second_stage_logits` are what Stable Preference
+weighs them by. Pairs are (better, worse); scores are raw, float32. 000 prints eq. 2 without its minus sign.
 """
 
 import math
@@ -58,15 +58,18 @@ def first_stage_weights(margins: Tensor, b: float, tau: float) -> Tensor:
     return torch.sigmoid((b - margins) / tau)
 
 
-def second_stage_weights(margins: Tensor, favour: Favour) -> Tensor:
-    """Return weights (N,) of sum 1: softmax(margin), 1 / N or softmax(-margin) (000, eq. 8 and Table 3)."""
-    sign = {"larger": 1.0, "equal": 0.0, "smaller": -1.0}[favour]
-    return torch.softmax(sign * margins, 0)
+def second_stage_logits(margins: Tensor, favour: Favour) -> Tensor:
+    """Return (N,) whose softmax over all pairs of an update is the weights: margin, 0 or -margin (000, eq. 8 and Table 3)."""
+    return {"larger": 1.0, "equal": 0.0, "smaller": -1.0}[favour] * margins
 
 
-def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
-    """Return sum(w l) / sum(w), (): PickScore's, whose weights are 1 / the number of its prompt's examples."""
-    return (weights * losses).sum() / weights.sum()
+def weighted_mean(losses: Tensor, logits: Tensor, log_total: Tensor) -> Tensor:
+    """Return sum(w l) / W, (), the weights being w = exp(logits), (N,), and W = exp(log_total), ().
+
+    W counts all N' >= N losses of an update, whose other parts other passes and processes compute: the sum over all is the
+    mean. PickScore's weights are 1 / the number of its prompt's examples; those of eq. 8 may be too large to write out.
+    """
+    return ((logits - log_total).exp() * losses).sum()
 
 
 def clamp_scale(logit_scale: Tensor) -> None:

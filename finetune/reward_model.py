@@ -17,7 +17,9 @@ several annotators are read as one: the pictures are scored once, every annotato
 scores become the constants that ImageReward's calls subtract and divide by.
 
 Accuracy, logged, plotted and kept with the best weights: the share of held-out untied pairs, pooled, that are ordered as the
-annotator did; a predicted tie counts as wrong (ImageReward's metric). Left out: HPS v2's sum over the batch where we take the mean.
+annotator did; a predicted tie counts as wrong (ImageReward's metric). A loss is the mean over all pairs (or choices) of an update, however it
+is divided into passes and processes; so are the weights of eq. 8, for which an update in several passes costs one more
+without gradient. Left out: HPS v2's sum over the batch where we take the mean.
 """
 
 import sys
@@ -40,11 +42,11 @@ from finetune.preference_losses import (
     clamp_scale,
     first_stage_weights,
     pair_losses,
-    second_stage_weights,
+    second_stage_logits,
     soft_losses,
     weighted_mean,
 )
-from finetune.rankings import Ranked, by_pictures, choices, load, split, untied, votes
+from finetune.rankings import Ranked, by_pictures, check_split, choices, load, split, untied, votes
 from finetune.run import Run
 from finetune.run_config import RunConfig, check
 from preftune.cli import dump, exit_on_user_error, parse
@@ -92,7 +94,10 @@ class Stable:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Train a scorer on preferences."""
+    """Train a scorer on preferences.
+
+    One image of --batch and of images_per_s is a ranking here: all its pictures, each with its weak views.
+    """
 
     model: str
     """Scorer to start from: a name of the table, such as imagereward, hpsv2 or blipscore, or the folder of a trained one."""
@@ -136,6 +141,16 @@ class Config:
             raise ValueError(f"--valid-every must be at least 1, got {self.valid_every}")
         if self.objective != "pairs" and (self.stable.views or self.stable.weighting != "none"):
             raise ValueError(f"--stable is about pairs, not --objective {self.objective}")
+        stable, run = self.stable, self.run
+        if stable.weighting == "two-stage" and stable.first_stage_updates >= run.updates:
+            raise ValueError(
+                f"--stable.first-stage-updates ({stable.first_stage_updates}) must be below --updates ({run.updates}), or the second"
+                " stage never comes; published: 3000 of 30000"
+            )
+        if stable.through_weights and run.accumulation > 1:
+            raise ValueError(
+                "--stable.through-weights needs all pairs of an update in one pass; give --accumulation 1"
+            )
 
 
 class Ranker(nn.Module):
@@ -153,43 +168,85 @@ class Ranker(nn.Module):
         return raw
 
 
-def loss_of(
-    raw: Tensor, chosen: Sequence[Ranked], listed: tuple[Tensor, Tensor], config: Config, step: int
-) -> Tensor:
-    """Return the loss () of raw scores (pictures, 1 + weak views) of these rankings; 0 where they hold nothing to learn from.
+def losses_of(raw: Tensor, chosen: Sequence[Ranked], config: Config, step: int) -> tuple[Tensor, Tensor]:
+    """Return the losses (N,) of raw scores (pictures, 1 + weak views) of these rankings, and the logarithms of their weights (N,).
 
-    `listed` is what `untied` gives for them.
+    The data's own weights are among them, and those of eq. 8; eq. 7 is a factor of the loss, whose mean is over all pairs.
     """
     own = raw[:, 0]
-    nothing = raw.sum() * 0
     if config.objective == "choice":
         rows, best, weights = (tensor.to(raw.device) for tensor in choices(chosen))
-        scores = own[rows].masked_fill(rows < 0, -torch.inf)
-        return weighted_mean(choice_losses(scores, best), weights) if len(best) else nothing
+        return choice_losses(own[rows].masked_fill(rows < 0, -torch.inf), best), weights.log()
     if config.objective == "soft":
         (first, second), shares, weights = (tensor.to(raw.device) for tensor in votes(chosen))
-        return weighted_mean(soft_losses(own[first], own[second], shares), weights)
-    (better, worse), weights = (tensor.to(raw.device) for tensor in listed)
-    if not len(better):
-        return nothing
-    losses = pair_losses(own[better], own[worse])
-    if config.stable.views:
+        return soft_losses(own[first], own[second], shares), weights.log()
+    (better, worse), weights = (tensor.to(raw.device) for tensor in untied(chosen))
+    losses, margins = pair_losses(own[better], own[worse]), own[better] - own[worse]
+    stable = config.stable
+    if stable.views:
         losses = losses + anti_interference_losses(raw[better], raw[worse])
-    return stable_mean(losses, own[better] - own[worse], weights, config.stable, step)
-
-
-def stable_mean(losses: Tensor, margins: Tensor, weights: Tensor, stable: Stable, step: int) -> Tensor:
-    """Return one loss () of those of N pairs whose scores lie margins (N,) apart; weights (N,) are the data's own.
-
-    First stage: the mean of eq. 7 over pairs. Second: the sum of eq. 8, whose weights sum to 1. Both over the pairs of one pass.
-    """
-    if stable.weighting == "none":
-        return weighted_mean(losses, weights)
     margins = margins if stable.through_weights else margins.detach()
-    if step < stable.first_stage_updates:
-        return weighted_mean(first_stage_weights(margins, stable.b, stable.tau) * losses, weights)
-    favoured = second_stage_weights(margins, stable.favour) * weights
-    return weighted_mean(losses, favoured)
+    if in_second_stage(stable, step):
+        return losses, weights.log() + second_stage_logits(margins, stable.favour)
+    if stable.weighting == "two-stage":
+        losses = first_stage_weights(margins, stable.b, stable.tau) * losses
+    return losses, weights.log()
+
+
+def in_second_stage(stable: Stable, step: int) -> bool:
+    """Return whether an update is weighted by eq. 8."""
+    return stable.weighting == "two-stage" and step >= stable.first_stage_updates
+
+
+def log_total(logits: Sequence[Tensor], run: Run) -> Tensor:
+    """Return the logarithm () of the sum of all weights of an update, of the logarithms (N,) of this process' passes."""
+    return run.gather(torch.cat([*logits]).logsumexp(0)[None]).logsumexp(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one process scores in one pass."""
+
+    chosen: list[Ranked]
+    pixels: Tensor
+    """(1 + views, P, 3, H, W) in [0, 1]: the P pictures of the rankings, and their weak views."""
+    prompts: list[str]
+    """P prompts."""
+
+    def raw(self, module: nn.Module, device: torch.device, views: int) -> Tensor:
+        """Return raw scores (P, 1 + views) of the pictures and so many of their weak views."""
+        pixels = self.pixels[: 1 + views]
+        scores: Tensor = module(pixels.flatten(0, 1).to(device), self.prompts * len(pixels))
+        return scores.view(len(pixels), -1).T
+
+
+def part_of(train: list[Ranked], indices: range, preprocess: Preprocess, config: Config, run: Run) -> Part:
+    """Return the rankings with these global indices, their pictures loaded."""
+    chosen = items_at(train, indices, config.run.seed)
+    pixels, prompts = load(chosen, preprocess)
+    own = [
+        generator
+        for ranking, generator in zip(chosen, map(run.generator, indices), strict=True)
+        for _ in ranking.paths
+    ]
+    return Part(chosen=chosen, pixels=views_of(pixels, own, config), prompts=prompts)
+
+
+@torch.no_grad()
+def total_before(
+    module: nn.Module, parts: Sequence[Part], config: Config, step: int, run: Run
+) -> Tensor | None:
+    """Return the logarithm () of the sum of all weights of an update; None where its only pass says it.
+
+    Only the weights of eq. 8 depend on scores: all passes are made for them once without gradient and weak views.
+    """
+    if not in_second_stage(config.stable, step):
+        labels = {"pairs": untied, "choice": choices, "soft": votes}[config.objective]
+        return log_total([labels(part.chosen)[-1].to(run.device).log() for part in parts], run)
+    if len(parts) == 1:
+        return None
+    logits = [losses_of(part.raw(module, run.device, 0), part.chosen, config, step)[1] for part in parts]
+    return log_total(logits, run)
 
 
 def views_of(pixels: Tensor, generators: Sequence[torch.Generator], config: Config) -> Tensor:
@@ -217,29 +274,31 @@ def main(config: Config) -> int:
         check_trainable(config.model, config.weights)
         rankings = [ranked for folder in config.data for ranked in by_pictures(read_rankings(folder))]
         train, held = split(rankings, config.valid_share, config.run.seed)
+        check_split(train, held, config.objective)
         scorer = prepare(config)
         run = Run(config.run, driver="reward_model", config_text=dump(config))
+        if config.stable.through_weights and run.world > 1:
+            raise ValueError(
+                "--stable.through-weights needs all pairs of an update in one process; start one, or leave it out"
+            )
         module = run.prepare(Ranker(scorer))
     best, preprocess = best_so_far(run.folder), preprocess_of(scorer)
 
     for step in run.steps():
         module.train()
-        for micro in range(run.accumulation):
-            indices = run.image_indices(step, micro)
-            chosen = items_at(train, indices, config.run.seed)
-            pixels, prompts = load(chosen, preprocess)
-            own = [
-                generator
-                for ranking, generator in zip(chosen, map(run.generator, indices), strict=True)
-                for _ in ranking.paths
-            ]
-            views = views_of(pixels, own, config)
+        parts = [
+            part_of(train, run.image_indices(step, micro), preprocess, config, run)
+            for micro in range(run.accumulation)
+        ]
+        total = total_before(module, parts, config, step, run)
+        for part in parts:
             with run.accumulate():
-                raw = module(views.flatten(0, 1).to(run.device), prompts * len(views)).view(len(views), -1).T
-                listed = untied(chosen)
-                better, worse = raw[:, 0][listed[0].to(run.device)]
-                loss = loss_of(raw, chosen, listed, config, step)
-                run.update(loss, accuracy=(better > worse).float().mean() if len(better) else 0.5)
+                raw = part.raw(module, run.device, config.stable.views)
+                losses, logits = losses_of(raw, part.chosen, config, step)
+                mean = weighted_mean(losses, logits, log_total([logits], run) if total is None else total)
+                better, worse = raw[:, 0][untied(part.chosen)[0].to(run.device)]
+                right = (better > worse).float().mean() if len(better) else 0.5
+                run.update(mean * run.accumulation * run.world, accuracy=right)
         if (step + 1) % config.valid_every == 0 or run.due("save_every", step):
             with run.ema_weights():
                 accuracy = validate(scorer, held, run.device)

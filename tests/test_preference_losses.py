@@ -11,7 +11,7 @@ from finetune.preference_losses import (
     clamp_scale,
     first_stage_weights,
     pair_losses,
-    second_stage_weights,
+    second_stage_logits,
     soft_losses,
     weighted_mean,
 )
@@ -85,15 +85,25 @@ def test_first_stage_by_hand() -> None:
 
 def test_second_stage_by_hand() -> None:
     margins = torch.tensor([0.0, math.log(2), math.log(5)])
-    assert close(second_stage_weights(margins, "larger"), [1 / 8, 2 / 8, 5 / 8])
-    assert close(second_stage_weights(margins, "equal"), [1 / 3] * 3)
-    assert close(second_stage_weights(margins, "smaller"), [10 / 17, 5 / 17, 2 / 17])
-    for favour in ("larger", "equal", "smaller"):
-        assert second_stage_weights(torch.randn(50), favour).sum().item() == pytest.approx(1, abs=1e-6)
+    for favour, expected in (
+        ("larger", [1 / 8, 2 / 8, 5 / 8]),
+        ("equal", [1 / 3] * 3),
+        ("smaller", [10 / 17, 5 / 17, 2 / 17]),
+    ):
+        assert close(second_stage_logits(margins, favour).softmax(0), expected)
 
 
 def test_weighted_mean_and_scale() -> None:
-    assert weighted_mean(torch.tensor([1.0, 4.0]), torch.tensor([0.5, 0.25])).item() == pytest.approx(2.0)
+    losses, logits = torch.tensor([1.0, 4.0]), torch.tensor([0.5, 0.25]).log()
+    assert weighted_mean(losses, logits, logits.logsumexp(0)).item() == pytest.approx(2.0)
+    halves = [weighted_mean(losses[i : i + 1], logits[i : i + 1], logits.logsumexp(0)) for i in range(2)]
+    assert sum(halves).item() == pytest.approx(2.0), "parts of an update sum to its mean"
+    large = torch.tensor([300.0, 300.0])
+    assert weighted_mean(losses, large, large.logsumexp(0)).item() == pytest.approx(2.5, rel=1e-5), (
+        "e^300 is not written"
+    )
+    none = torch.empty(0)
+    assert weighted_mean(none, none, none.logsumexp(0)).item() == 0
     scale = torch.nn.Parameter(torch.tensor(7.0))
     clamp_scale(scale)
     assert scale.item() == pytest.approx(math.log(100))

@@ -2,6 +2,9 @@
 
 import json
 import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +15,15 @@ from PIL import Image
 import rewards
 from finetune import pretrain_scorer, reward_model
 from finetune.optimizer import adamw
-from finetune.rankings import Ranked, by_pictures, choices, pairs, split, untied, votes
+from finetune.preference_losses import weighted_mean
+from finetune.rankings import Ranked, by_pictures, check_split, choices, pairs, split, untied, votes
 from finetune.reward_model import Config, Stable
 from finetune.run_config import RunConfig
 from preftune import cli
 from preftune.records import Ranking, Sample, read_jsonl
+from rewards import Preprocess
 from rewards.imagereward import ImageReward
+from rewards.towers import Tower
 
 
 def ranking(
@@ -67,12 +73,15 @@ def test_choices_and_votes_by_hand() -> None:
 
 
 def settings(**values: object) -> Config:
+    """A configuration whose training is long enough for both stages, an update being one pass."""
+    values.setdefault("run", RunConfig(updates=2000, accumulation=1))
     stable = {key: values.pop(key) for key in tuple(values) if key in Stable.__dataclass_fields__}
     return Config(model="x", data=(Path("x"),), stable=Stable(**stable), **values)  # type: ignore[arg-type]
 
 
 def loss_of(raw: torch.Tensor, chosen: list[Ranked], config: Config, step: int) -> torch.Tensor:
-    return reward_model.loss_of(raw, chosen, untied(chosen), config, step)
+    losses, logits = reward_model.losses_of(raw, chosen, config, step)
+    return weighted_mean(losses, logits, logits.logsumexp(0))
 
 
 PAIRED = by_pictures([ranking("p", "ab", (1, 2)), ranking("q", "cd", (2, 1), weight=3.0)])
@@ -109,6 +118,10 @@ def test_stages_of_a_batch_by_hand() -> None:
     e = [math.exp(0.4), math.exp(-2)]
     second = (e[0] * right + e[1] * wrong) / sum(e)
     assert loss_of(own, chosen, config, 5).item() == pytest.approx(second, rel=1e-5)
+    weighed = (e[0] * right + 3 * e[1] * wrong) / (e[0] + 3 * e[1])
+    assert loss_of(own, PAIRED, config, 5).item() == pytest.approx(weighed, rel=1e-5), (
+        "the data's own weights, too"
+    )
     for favour, sign in (("equal", 0), ("smaller", -1)):
         e = [math.exp(sign * 0.4), math.exp(sign * -2)]
         config = settings(weighting="two-stage", first_stage_updates=0, favour=favour)
@@ -155,6 +168,14 @@ def test_a_batch_of_ties_teaches_nothing() -> None:
         ({"views": 3, "objective": "soft"}, "--stable is about pairs, not --objective soft"),
         ({"frozen_share": 0.5, "last_layers": (1, 1)}, "both say what is frozen"),
         ({"frozen_share": 1.5}, "--frozen-share must lie in"),
+        (
+            {"weighting": "two-stage", "first_stage_updates": 2000},
+            "must be below --updates .2000., or the second",
+        ),
+        (
+            {"through_weights": True, "run": RunConfig(accumulation=2)},
+            "needs all pairs of an update in one pass",
+        ),
     ],
 )
 def test_wrong_settings(values: dict[str, object], words: str) -> None:
@@ -173,8 +194,27 @@ def test_no_prompt_is_on_both_sides() -> None:
     assert not {item.prompt for item in held} & {item.prompt for item in train}
     assert sorted(train + held, key=items.index) == items
     assert split(items, 0.1, seed=1)[1] != held
+    more = [*items, replace(items[0], prompt="new")]
+    assert {item.prompt for item in split(more, 0.05, seed=0)[1]} <= {item.prompt for item in held} | {
+        "new"
+    }, "a later training with more data holds out what an earlier one held out"
     with pytest.raises(ValueError, match="all 1 prompts would be held out"):
         split(items[:1], 0.5, seed=0)
+
+
+def test_rankings_that_say_nothing_are_refused() -> None:
+    tied, sound, shared = (
+        Ranked(prompt="p", paths=(Path("a"), Path("b"), Path("c")), ranks=(ranks,), weights=(1.0,))
+        for ranks in ((1, 1, 1), (1, 2, 3), (1, 1, 2))
+    )
+    check_split([sound], [shared], "choice")
+    check_split([tied], [sound], "soft")
+    with pytest.raises(ValueError, match="all 2 held-out rankings are ties"):
+        check_split([sound], [tied, tied], "pairs")
+    with pytest.raises(ValueError, match="all 1 rankings are ties; --objective soft"):
+        check_split([tied], [sound], "pairs")
+    with pytest.raises(ValueError, match="none of 2 rankings puts one picture before all others"):
+        check_split([tied, shared], [sound], "choice")
 
 
 def test_the_best_accuracy_outlives_a_stop(tmp_path: Path) -> None:
@@ -308,3 +348,149 @@ def test_vectors_may_go_undecayed() -> None:
         optimizer.step()
         kept = [weight.flatten()[0].item() for weight in weights]
         assert kept == pytest.approx([0.95, 0.95 if decayed else 1.0, 0.95 if decayed else 1.0])
+
+
+class Brightness(torch.nn.Module):
+    """A scorer whose raw score can be worked out by hand: weight x mean pixel x words of the prompt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(2.0))
+        self.logit_scale = torch.nn.Parameter(torch.tensor(9.0))
+        self.card = replace(rewards.CARDS["imagereward-tiny"], preprocess=Preprocess(size=8))
+        self.saved: list[float] = []
+
+    def raw(self, pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        assert len(pixels) == len(prompts)
+        words = torch.tensor([float(len(prompt.split())) for prompt in prompts])
+        return self.weight * pixels.mean((1, 2, 3)) * words + 0 * self.logit_scale
+
+    def towers(self) -> tuple[Tower, Tower]:
+        return Tower((), (), ()), Tower((), (), ())
+
+    def set_statistics(self, mean: float, std: float) -> None:
+        self.statistics = (mean, std)
+
+    def save(self, folder: Path) -> None:
+        self.saved.append(self.weight.item())
+
+
+GREYS = {"p": (51, 153, 102), "q q q": (0, 255, 204), "r r": (204, 51, 153), "s s": (51, 255, 0)}
+"""Grey values of three pictures for each prompt of one, three, two and two words; the first is the best, the last the worst."""
+
+
+@pytest.fixture
+def grey(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu: None) -> Brightness:
+    """The scorer that the driver will train, and tmp_path/rankings to train it on."""
+    folder, scorer = tmp_path / "rankings", Brightness()
+    folder.mkdir()
+    rows = []
+    for number, (prompt, greys) in enumerate(GREYS.items()):
+        names = [f"{number}_{place}.png" for place in range(3)]
+        for name, value in zip(names, greys, strict=True):
+            Image.new("L", (8, 8), value).save(folder / name)
+        rows.append({"prompt": prompt, "generations": names, "ranking": [1, 2, 3]})
+    (folder / "rankings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(reward_model, "check_trainable", lambda *_: None)
+    monkeypatch.setattr(reward_model, "load_trainable", lambda *_: scorer)
+    return scorer
+
+
+def train_grey(tmp_path: Path, flags: str) -> list[dict[str, float]]:
+    """Train it with a learning rate so small that its weight stays 2, and return the metrics; one of four prompts is held out."""
+    argv = ["--model", "x", "--data", str(tmp_path / "rankings"), "--output", str(tmp_path / "run")]
+    argv += "--valid-share 0.25 --updates 3 --lr 1e-30 --threads 1 --valid-every 1 --save-every 3".split()  # noqa: SIM905
+    config = cli.parse(Config, [*argv, *flags.split()])
+    assert reward_model.main(config) == 0
+    return read_jsonl(tmp_path / "run" / "metrics.jsonl")
+
+
+def by_hand(step: int, first_stage_updates: int) -> tuple[float, float]:
+    """The loss of an update over all training rankings, one view half as bright, and the accuracy on the held-out one."""
+    read = [Ranked(prompt=prompt, paths=(Path(prompt),), ranks=((1,),), weights=(1.0,)) for prompt in GREYS]
+    train, held = split(read, 0.25, 0)
+    losses, weights = [], []
+    for prompt in (ranked.prompt for ranked in train):
+        own = [2 * value / 255 * len(prompt.split()) for value in GREYS[prompt]]
+        for better, worse in ((0, 1), (0, 2), (1, 2)):
+            high, low = own[better], own[worse]
+            inter = min(high, high / 2) - max(low, low / 2)
+            intra = (abs(high / 2) + abs(low / 2)) / 2
+            loss = math.log(1 + math.exp(low - high)) + math.log(1 + math.exp(intra - inter))
+            first = step < first_stage_updates
+            losses.append(loss / (1 + math.exp((high - low - 0.3) / 0.2)) if first else loss)
+            weights.append(1.0 if first else math.exp(high - low))
+    mean = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
+    (kept,) = held
+    greys = GREYS[kept.prompt]
+    return mean, sum(greys[i] > greys[j] for i, j in ((0, 1), (0, 2), (1, 2))) / 3
+
+
+@pytest.mark.parametrize("division", ["--batch 3 --accumulation 1", "--batch 1 --accumulation 3"])
+def test_the_driver_by_hand(
+    division: str, grey: Brightness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two updates of the first stage, one of the second, over all three training rankings at once or one after another."""
+    monkeypatch.setattr(reward_model, "weak_view", lambda pixels, *_: pixels / 2)
+    stable = "--stable.views 1 --stable.weighting two-stage --stable.first-stage-updates 2"
+    rows = train_grey(tmp_path, f"{division} {stable}")
+    for step, row in enumerate(rows):
+        loss, accuracy = by_hand(step, 2)
+        assert row["loss"] == pytest.approx(loss, rel=1e-5), step
+        assert row["valid_accuracy"] == pytest.approx(accuracy)
+    assert rows[2]["loss"] != pytest.approx(rows[1]["loss"], rel=1e-2), "the stages differ"
+    assert grey.logit_scale.item() == pytest.approx(math.log(100)), "brought back before each pass"
+    (held,) = split(by_pictures([ranking(prompt, "abc", (1, 2, 3)) for prompt in GREYS]), 0.25, 0)[1]
+    values = [2 * value / 255 * len(held.prompt.split()) for value in GREYS[held.prompt]]
+    assert grey.statistics[0] == pytest.approx(sum(values) / 3)
+
+
+def test_the_best_scorer_is_kept(grey: Brightness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracies = iter([0.6, 0.7, 0.5])
+    monkeypatch.setattr(reward_model, "validate", lambda *_: next(accuracies))
+    rows = train_grey(tmp_path, "--batch 3 --accumulation 1 --lr 1e-2")
+    assert [row["valid_accuracy"] for row in rows] == [0.6, 0.7, 0.5]
+    assert len(grey.saved) == 2, "the third is worse than the second"
+    assert grey.saved[1] != grey.saved[0]
+    assert grey.saved[1] != grey.weight.item()
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "--objective pairs",
+        "--objective choice",
+        "--objective soft",
+        "--stable.weighting two-stage --stable.views 2 --shift 1",
+    ],
+)
+def test_an_update_does_not_depend_on_its_division(objective: str, root: Path, tmp_path: Path) -> None:
+    """One pass of four rankings, two of two, four of one: rankings weigh differently and hold different numbers of pairs."""
+    data = tmp_path / "data"
+    shutil.copytree(root / "rankings", data)
+    rows = read_jsonl(data / "rankings.jsonl")
+    for number, row in enumerate(rows):
+        row["weight"] = 1.0 + number % 3
+        row["ranking"] = [
+            1 + (place if number % 2 else min(place, 1)) for place in range(len(row["ranking"]))
+        ]
+    (data / "rankings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = []
+    for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
+        output = tmp_path / f"{batch}"
+        argv = [
+            "--model",
+            str(root / "scorer"),
+            "--data",
+            str(data),
+            "--output",
+            str(output),
+            *objective.split(),
+        ]
+        argv += f"--stable.first-stage-updates 1 --updates 2 --batch {batch} --accumulation {accumulation}".split()
+        argv += "--lr 1e-3 --adam-eps 1e-2 --threads 1 --valid-share 0.25 --valid-every 2".split()  # noqa: SIM905
+        assert reward_model.main(cli.parse(Config, argv)) == 0
+        found.append([(row["loss"], row["grad_norm"]) for row in read_jsonl(output / "metrics.jsonl")])
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            assert one == pytest.approx(two, rel=2e-4)

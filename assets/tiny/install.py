@@ -1,6 +1,7 @@
-"""Put a trained pipeline and scorer into this folder, UNet, autoencoder and scorer in half precision to save space.
+"""Put trained models into this folder, UNet, autoencoder and scorers in half precision to save space.
 
-    python assets/tiny/install.py --pipeline runs/pretrain_second/pipeline --scorer runs/reward_model_second/scorer
+    python assets/tiny/install.py --pipeline runs/pretrain_second/pipeline --scorer runs/reward_model_second/scorer \\
+        --blip runs/pretrain_scorer/scorer --clip runs/pretrain_clip/scorer
 
 The text encoder stays in float32: transformers loads a model in the precision of its file, diffusers in float32.
 """
@@ -20,14 +21,18 @@ HALF = ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Install a trained pipeline and scorer as the embedded ones."""
+    """Install what was trained as the embedded models; what is not given stays as it is."""
 
-    pipeline: Path
+    pipeline: Path | None = None
     """Pipeline folder, as pretrain.py wrote it."""
-    scorer: Path
+    scorer: Path | None = None
     """Scorer folder, as reward_model.py wrote it."""
+    blip: Path | None = None
+    """Scorer folder, as pretrain_scorer.py wrote it: what reward models of ImageReward's architecture start from."""
+    clip: Path | None = None
+    """The same of a CLIP."""
     output: Path = HERE
-    """Folder that gets pipeline/ and imagereward/."""
+    """Folder that gets pipeline/, imagereward/, pretrained/blip/ and pretrained/clip/."""
 
 
 def halve(path: Path) -> None:
@@ -38,18 +43,24 @@ def halve(path: Path) -> None:
 
 
 def main(config: Config) -> None:
-    """Copy both folders to temporary names, halve, and rename."""
+    """Copy each folder to a temporary name, halve, and rename."""
+    weights = ("model.safetensors",)
     for source, name, files in (
         (config.pipeline, "pipeline", HALF),
-        (config.scorer, "imagereward", ("model.safetensors",)),
+        (config.scorer, "imagereward", weights),
+        (config.blip, "pretrained/blip", weights),
+        (config.clip, "pretrained/clip", weights),
     ):
-        partial = config.output / f".{name}.tmp"
+        if source is None:
+            continue
+        target = config.output / name
+        partial = target.with_name(f".{target.name}.tmp")
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(source, partial)
         for file in files:
             halve(partial / file)
-        shutil.rmtree(config.output / name, ignore_errors=True)
-        partial.rename(config.output / name)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
 
 
 if __name__ == "__main__":
