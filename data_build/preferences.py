@@ -186,9 +186,12 @@ def find(images: Path, name: str) -> bytes:
         else:
             raise UnusableError("missing", f"there is neither {images / name} nor such a member of {archive}")
     if member:
-        info = members(images / archive).get(member)
-        if info is None:
+        held = members(images / archive)
+        if member not in held:
             raise UnusableError("missing", f"{archive} has no member {member}")
+        info = held[member]
+        if info is None:
+            raise UnusableError("unsafe name", "the name is in the archive more than once")
         if info.file_size > MAX_BYTES:
             raise UnusableError("too large", f"{info.file_size} bytes; at most {MAX_BYTES}")
         member = info.filename
@@ -199,10 +202,18 @@ def find(images: Path, name: str) -> bytes:
 
 
 @functools.lru_cache(maxsize=2)
-def members(archive: Path) -> dict[str, zipfile.ZipInfo]:
-    """What a zip file holds, by the last part of its name, for some hold their folder and some do not."""
+def members(archive: Path) -> dict[str, zipfile.ZipInfo | None]:
+    """What a zip file holds, by the last part of its name, for some hold their folder and some do not.
+
+    None for a name that several have: nothing says which of them is meant.
+    """
+    found: dict[str, zipfile.ZipInfo | None] = {}
     with or_unusable("broken file"), zipfile.ZipFile(archive) as file:
-        return {PurePosixPath(member.filename).name: member for member in file.infolist()}
+        for member in file.infolist():
+            if not member.is_dir():
+                name = PurePosixPath(member.filename).name
+                found[name] = None if name in found else member
+    return found
 
 
 def write(config: Config, folder: Path) -> dict[str, Any]:
@@ -220,6 +231,14 @@ def write(config: Config, folder: Path) -> dict[str, Any]:
     return summary
 
 
+def first(folder: Path) -> str:
+    """What was set aside first, and why; it tells a file whose values are all of another kind."""
+    with (folder / "rejected.jsonl").open(encoding="utf-8") as file:
+        row = json.loads(file.readline())
+    name, detail = row["name"], row["detail"]
+    return " ".join((detail if detail.startswith(name) else f"{name}: {detail}").splitlines())
+
+
 def main(config: Config) -> None:
     """Check, write under a temporary name, rename."""
     with exit_on_user_error():
@@ -230,7 +249,8 @@ def main(config: Config) -> None:
         summary = write(config, partial)
         with exit_on_user_error():
             if not summary["rankings"]:
-                raise ValueError(f"no ranking is left; set aside: {summary['rejected'] or 'nothing'}")
+                aside = f"{summary['rejected']}; first {first(partial)}" if summary["rejected"] else "nothing"
+                raise ValueError(f"no ranking is left; set aside: {aside}")
         partial.rename(config.output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -27,8 +27,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from preftune.published_rows import Row, grouped, of_archive, of_csv, of_json, of_jsonl, of_parquet
-from preftune.records import field, ranking_fields, text_field
+from preftune.published_rows import (
+    Row,
+    SchemaError,
+    field,
+    grouped,
+    grouped_of_parquet,
+    has_column,
+    of_archive,
+    of_csv,
+    of_json,
+    of_jsonl,
+    of_parquet,
+    text_field,
+)
+from preftune.records import ranking_fields
 
 Layout = Literal[
     "imagereward",
@@ -85,8 +98,8 @@ class SetAside:
 def read(layout: Layout, path: Path, aspect: Aspect = "mean") -> Iterator[Judged | SetAside]:
     """The rankings of a file, in its order (grouped rows: in that of their first); aspect is for `aspects` alone.
 
-    Raises ValueError that names the field where the first row does not fit the layout, and the place where the file is
-    broken. Later rows that do not fit are set aside.
+    Raises ValueError that names the field where the first row (or group of rows) lacks one or has another type in it, as a
+    file of another layout does, and the place where the file is broken. A bad value, and what does not fit later, is set aside.
     """
     rows, judge = LAYOUTS[layout]
     if layout == "aspects":
@@ -95,7 +108,7 @@ def read(layout: Layout, path: Path, aspect: Aspect = "mean") -> Iterator[Judged
         try:
             yield from judge(place, row)
         except ValueError as error:
-            if number == 0:
+            if number == 0 and isinstance(error, SchemaError):
                 raise
             yield SetAside(place=place, reason="bad row", detail=str(error))
 
@@ -110,17 +123,32 @@ def dense(values: Sequence[float]) -> tuple[int, ...]:
 
 
 def _ranking(place: str, row: dict[str, Any]) -> list[Judged]:
+    _named(row, "generations", place)  # the types first: ranking_fields does not tell them from values
+    _numbers(row, "ranking", place)
+    field(row, "prompt", str, place)
+    if "source" in row:
+        field(row, "source", str, place)
+    if "weight" in row:
+        _number(row, "weight", place)
     prompt, names, ranks, source, weight = ranking_fields(row, place)
     return [_judged(place, prompt, [Shown(name=name) for name in names], ranks, source, weight)]
 
 
 def _imagerewarddb(place: str, row: dict[str, Any]) -> list[Judged]:
     rows = row["rows"]
+    first = rows[0][1]
+    name = field(first, "prompt_id", int if isinstance(first.get("prompt_id"), int) else str, place)
+    prompt = text_field(first, "prompt", place)
+    for where, one in rows:
+        if (other := text_field(one, "prompt", where)) != prompt:
+            raise ValueError(
+                f"{where}: prompt_id {name!r} must have one prompt, not {prompt!r} and {other!r}"
+            )
     ranks = [field(one, "rank", int, where) for where, one in rows]
     if min(ranks) < 1:
         raise ValueError(f"{place}: rank is {min(ranks)}; it must be 1, the best, or more")
     pictures = [_cell(one, "image" if "image" in one else "image_path", where) for where, one in rows]
-    return [_judged(place, text_field(rows[0][1], "prompt", place), pictures, ranks)]
+    return [_judged(place, prompt, pictures, ranks)]
 
 
 def _imagerewarddb_group(place: str, row: dict[str, Any]) -> list[Judged]:
@@ -234,13 +262,13 @@ def _named(row: dict[str, Any], key: str, place: str) -> list[Shown]:
     """A list of file names."""
     names = field(row, key, list, place)
     if not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{place}: {key} must hold file names")
+        raise SchemaError(f"{place}: {key} must hold file names")
     return [Shown(name=name) for name in names]
 
 
 def _cell(row: dict[str, Any], key: str, place: str) -> Shown:
     """A picture in a table: its file name, or {"bytes", "path"} as the datasets library writes it."""
-    value = row.get(key)
+    value = field(row, key, object, place)
     if isinstance(value, str):
         return Shown(name=value)
     cell = value if isinstance(value, dict) else {}
@@ -249,14 +277,15 @@ def _cell(row: dict[str, Any], key: str, place: str) -> Shown:
         return Shown(name=name or f"{hashlib.sha256(content).hexdigest()}.webp", content=content)
     if isinstance(name, str):
         return Shown(name=name)
-    raise ValueError(f"{place}: {key} is a {type(value).__name__}; it must be a file name, or hold bytes")
+    fault = ValueError if isinstance(value, dict | None) else SchemaError
+    raise fault(f"{place}: {key} is a {type(value).__name__}; it must be a file name, or hold bytes")
 
 
 def _objects(row: dict[str, Any], key: str, place: str) -> list[dict[str, Any]]:
     """A list of objects."""
     values: list[dict[str, Any]] = field(row, key, list, place)
     if not values or not all(isinstance(value, dict) for value in values):
-        raise ValueError(f"{place}: {key} must hold objects")
+        raise (SchemaError if values else ValueError)(f"{place}: {key} must hold objects")
     return values
 
 
@@ -269,7 +298,8 @@ def _numbers(row: dict[str, Any], key: str, place: str) -> list[float]:
     """A list of finite numbers."""
     values: list[float] = field(row, key, list, place)
     if not all(type(value) in (int, float) and abs(value) <= sys.float_info.max for value in values):
-        raise ValueError(f"{place}: {key} is {values}; it must hold finite numbers")
+        fault = ValueError if {type(value) for value in values} <= {int, float, type(None)} else SchemaError
+        raise fault(f"{place}: {key} is {values}; it must hold finite numbers")
     return values
 
 
@@ -292,7 +322,9 @@ def _rows_of_imagerewarddb(path: Path) -> Iterator[Row]:
     if path.suffix in (".zip", ".json"):
         return grouped(of_archive(path) if path.suffix == ".zip" else of_json(path), "prompt_id")
     columns = ("prompt_id", "prompt", "rank")
-    return grouped(of_parquet(path, columns, optional=("image_path", "image")), "prompt_id")
+    if has_column(path, "image"):
+        return grouped_of_parquet(path, columns, "prompt_id", pictures="image")
+    return grouped(of_parquet(path, columns, optional=("image_path",)), "prompt_id")
 
 
 _PICKAPIC = ("caption", "image_0_uid", "image_1_uid", "label_0", "label_1", "has_label", "user_id", "num_example_per_prompt")  # fmt: skip

@@ -1,12 +1,15 @@
 """The rows of published files, read a few at a time: JSON lists, JSON lines, CSV, parquet, and the zip files of ImageRewardDB.
 
 A row is (place for messages, object). Files hold up to millions of rows, so none is read as a whole; where rows have to be
-gathered into groups, those are rows of text. Every fault of a file is a ValueError that names it.
+gathered into groups, those are rows of text, and pictures are read for one group at a time. Every fault of a file is a
+ValueError that names it; that of a row whose shape is not the layout's is a SchemaError.
 """
 
+import bisect
 import contextlib
 import csv
 import io
+import itertools
 import json
 import re
 import zipfile
@@ -18,7 +21,7 @@ from typing import IO, Any
 import pyarrow
 import pyarrow.parquet
 
-from preftune.records import parse_object
+from preftune import records
 
 Row = tuple[str, dict[str, Any]]
 
@@ -34,6 +37,26 @@ BATCH = 16
 _BETWEEN = re.compile(r"[\s,]*")
 
 
+class SchemaError(ValueError):
+    """A row has no such field, or holds a value of another type in it, as all rows of another layout do."""
+
+
+def field(row: dict[str, Any], key: str, kind: type, place: str) -> Any:
+    """A field of the right type. SchemaError where it is missing or of another type; null is a bad value, a ValueError."""
+    try:
+        return records.field(row, key, kind, place)
+    except ValueError as error:
+        if key in row and row[key] is None:
+            raise
+        raise SchemaError(str(error)) from error
+
+
+def text_field(row: dict[str, Any], key: str, place: str) -> str:
+    """A field that holds words; SchemaError as in `field`, ValueError where it is empty."""
+    field(row, key, str, place)
+    return records.text_field(row, key, place)
+
+
 def of_json(path: Path) -> Iterator[Row]:
     """The objects of a JSON list."""
     with _reading(path), path.open(encoding="utf-8-sig") as file:
@@ -45,7 +68,7 @@ def of_jsonl(path: Path) -> Iterator[Row]:
     with _reading(path), path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield f"{path} line {number}", parse_object(line, f"{path} line {number}")
+                yield f"{path} line {number}", records.parse_object(line, f"{path} line {number}")
 
 
 def of_csv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
@@ -59,10 +82,7 @@ def of_csv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
 
 def of_parquet(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Row]:
     """The rows of a table, only these columns of it."""
-    with (
-        _reading(path),
-        pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as table,
-    ):
+    with _reading(path), _table(path) as table:
         names = table.schema_arrow.names
         _check_columns(path, columns, names)
         wanted = [*columns, *(name for name in optional if name in names)]
@@ -88,12 +108,57 @@ def of_archive(path: Path) -> Iterator[Row]:
 
 
 def grouped(rows: Iterable[Row], *keys: str) -> Iterator[Row]:
-    """One row {"rows": [rows]} for all that are equal in these fields, wherever they stand, in the order of the first."""
-    groups: dict[str, tuple[str, list[Row]]] = {}
+    """One row {"rows": [rows]} for all that are equal in these fields, wherever they stand, in the order of the first.
+
+    A row that lacks one of them belongs to no other, and stands alone.
+    """
+    groups: dict[tuple[str, str], tuple[str, list[Row]]] = {}
     for place, row in rows:
-        key = repr([row.get(key) for key in keys])
-        groups.setdefault(key, (place, []))[1].append((place, row))
+        values = [row.get(key) for key in keys]
+        group = (repr(values), place if None in values else "")
+        groups.setdefault(group, (place, []))[1].append((place, row))
     yield from ((place, {"rows": members}) for place, members in groups.values())
+
+
+def grouped_of_parquet(path: Path, columns: Sequence[str], key: str, pictures: str) -> Iterator[Row]:
+    """The rows of a table as `grouped` gives them, with a column of pictures, of which only those of one group are held.
+
+    The table is read twice, first without its pictures. Groups whose rows stand together cost one pass over these; for each
+    step back, or over a row group, reading begins again with the row group of that row, so a shuffled table is slow.
+    """
+    rows = enumerate(of_parquet(path, columns))
+    with _reading(path), _table(path) as table:
+        groups = [*grouped(((place, row | {"number": number}) for number, (place, row) in rows), key)]
+        cells = _cells(table, pictures, (row["number"] for _, group in groups for _, row in group["rows"]))
+        for place, group in groups:
+            yield place, {"rows": [(where, row | {pictures: next(cells)}) for where, row in group["rows"]]}
+
+
+def has_column(path: Path, column: str) -> bool:
+    """Whether a table has this column."""
+    with _reading(path), _table(path) as table:
+        return column in table.schema_arrow.names
+
+
+def _table(path: Path) -> pyarrow.parquet.ParquetFile:
+    """A table, read in pieces."""
+    return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+
+
+def _cells(table: pyarrow.parquet.ParquetFile, column: str, numbers: Iterable[int]) -> Iterator[Any]:
+    """The values of a column in the rows of these numbers, from 0; as long as they grow, no value is read twice."""
+    sizes = [table.metadata.row_group(index).num_rows for index in range(table.num_row_groups)]
+    ends = [*itertools.accumulate(sizes)]
+    ahead: Iterator[Any] = iter(())
+    at = sum(sizes)  # the number of the first value ahead
+    for number in numbers:
+        index = bisect.bisect_right(ends, number)
+        start = ends[index] - sizes[index]
+        if not start <= at <= number:
+            batches = table.iter_batches(BATCH, row_groups=range(index, len(sizes)), columns=[column])
+            ahead, at = (value for batch in batches for value in batch.column(0)), start
+        yield next(itertools.islice(ahead, number - at, None)).as_py()
+        at = number + 1
 
 
 def _elements(file: IO[str], place: str) -> Iterator[Row]:

@@ -246,6 +246,51 @@ def test_pictures_in_zip_files(folder: Path, prefix: str) -> None:
         ]
 
 
+def test_a_name_that_an_archive_has_twice(folder: Path) -> None:
+    """Which picture was judged is not known, so neither is taken; a folder is no second picture."""
+    (folder / "images").mkdir()
+    with zipfile.ZipFile(folder / "images/part.zip", "w") as file:
+        file.mkdir("part")
+        file.mkdir("0.png")
+        for level, name in enumerate(("part/0.png", "part/1.png", "part/2.png", "thumbs/2.png", "3.png")):
+            file.writestr(name, picture(level))
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            file.writestr("3.png", picture(9))
+    names = [f"images/part/{number}.png" for number in range(4)]
+    row = {"prompt": "a", "image_path": names, "rank": [4, 3, 2, 1]}
+    preferences.main(config(folder, [row]))
+    output = folder.parent / "out"
+    (ranking,) = read_rankings(output)
+    assert ranking.ranks == (4, 3)
+    assert [place.read_bytes() for place in ranking.paths] == [picture(0), picture(1)]
+    assert read_jsonl(output / "rejected.jsonl") == [
+        {"name": name, "reason": "unsafe name", "detail": "the name is in the archive more than once"}
+        for name in names[2:]
+    ]
+
+
+def test_shards_that_begin_within_a_prompt(folder: Path) -> None:
+    """The last picture of a prompt whose others are in the file before costs itself alone."""
+    rows = [
+        {"prompt_id": f"{prompt}", "prompt": f"p {prompt}", "rank": rank}
+        | {"image": {"bytes": picture(9 * prompt + rank), "path": f"{prompt}-{rank}.png"}}
+        for prompt in range(2)
+        for rank in (1, 2, 3)
+    ]
+    paths = (folder / "train-0.parquet", folder / "train-1.parquet")
+    for path, part in zip(paths, (rows[:2], rows[2:]), strict=True):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(part), path)
+    output = folder.parent / "out"
+    preferences.main(Config(layout="imagerewarddb", input=paths, output=output))
+    assert [(one.prompt, one.ranks) for one in read_rankings(output)] == [("p 0", (1, 2)), ("p 1", (1, 2, 3))]
+    assert [path.read_bytes() for path in read_rankings(output)[1].paths] == [
+        picture(9 + rank) for rank in (1, 2, 3)
+    ]
+    (lonely,) = read_jsonl(output / "rejected.jsonl")
+    assert lonely["name"] == f"{paths[1]} row 1"
+    assert lonely["reason"] == "bad row"
+
+
 def test_an_archive_outside_is_not_read(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with zipfile.ZipFile(folder.parent / "secret.zip", "w") as file:
         for number in range(2):
@@ -317,7 +362,16 @@ def test_wrong_flags(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "reading: " not in printed  # the progress bar, which the first ranking would draw
     lost = config(folder, [{"prompt": "a", "image_path": ["x", "y"], "rank": [1, 2]}])
     assert "no ranking is left; set aside: {'missing': 2, 'too few pictures': 1}" in refused(lost, capsys)
+    assert "; first x: there is neither" in refused(lost, capsys)
     assert "set aside: nothing" in refused(config(folder, []), capsys)
+    alien = config(folder, [good[0] | {"rank": ["nan"]}, good[0] | {"rank": [1]}])
+    assert "rank is ['nan']; it must hold finite numbers" in refused(alien, capsys)
+    alien = config(folder, [good[0] | {"rank": [1]}] * 3)
+    printed = refused(alien, capsys)
+    assert (
+        f"set aside: {{'bad row': 3}}; first {folder / 'test.json'} element 1: 2 pictures and 1 ranks"
+        in printed
+    )
     (folder.parent / "out").mkdir()
     assert "out exists already" in refused(config(folder, good), capsys)
 

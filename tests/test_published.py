@@ -4,8 +4,10 @@ import csv
 import hashlib
 import io
 import json
+import random
+import tracemalloc
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +19,7 @@ from PIL import Image
 
 from preftune import published_rows
 from preftune.published import ASPECTS, LAYOUTS, Aspect, Judged, Layout, SetAside, Shown, dense, read
+from preftune.published_rows import SchemaError
 
 SHARED = Path(__file__).parents[2] / "shared/data/prompts/imagereward"
 
@@ -63,6 +66,13 @@ def facts(entry: Judged | SetAside) -> tuple[object, ...]:
     assert isinstance(entry, Judged)
     names = [picture.name for picture in entry.pictures]
     return entry.prompt, names, list(entry.ranks), entry.source, entry.weight
+
+
+def set_aside(entry: Judged | SetAside, place: str, words: str) -> None:
+    """Assert that it is a bad row of this place, with these words in its reason."""
+    assert isinstance(entry, SetAside)
+    assert (entry.place.rpartition("/")[2], entry.reason) == (place, "bad row")
+    assert words in entry.detail
 
 
 def facts_of(layout: Layout, path: Path, aspect: Aspect = "mean") -> list[tuple[object, ...]]:
@@ -170,6 +180,86 @@ def test_imagerewarddb(tmp_path: Path) -> None:
     ]
     assert isinstance(entries[0], Judged)
     assert [picture.content for picture in entries[0].pictures] == [webp(0), webp(2)]
+
+
+def pictured(folder: Path, order: Sequence[int], *, group: int, size: int) -> Path:
+    """A table of pictures of so many bytes in this order, four of each prompt and so many in a row group."""
+    rows = [
+        db("x", 1 + number % 4, f"{number // 4}")
+        | {"image": {"bytes": bytes([number]) * size, "path": f"{number}.webp"}}
+        for number in order
+    ]
+    for row in rows:
+        del row["image_path"]
+    schema = pyarrow.Table.from_pylist(rows).schema
+    path = folder / "pictures.parquet"
+    with pyarrow.parquet.ParquetWriter(path, schema, use_dictionary=False) as writer:
+        for start in range(0, len(rows), group):  # pages end with row groups, so that arrow holds little, too
+            writer.write_table(pyarrow.Table.from_pylist(rows[start : start + group], schema=schema))
+    return path
+
+
+@pytest.mark.parametrize("group", [1, 3, 7, 40])
+def test_pictures_of_a_prompt_that_are_scattered(tmp_path: Path, group: int) -> None:
+    """Each picture keeps its name, rank and prompt; prompts come in the order of their first."""
+    order = random.Random(0).sample(range(40), 40)
+    entries = [*read("imagerewarddb", pictured(tmp_path, order, group=group, size=3))]
+    firsts = [*dict.fromkeys(f"p {number // 4}" for number in order)]
+    assert [facts(entry)[0] for entry in entries] == firsts
+    for entry in entries:
+        assert isinstance(entry, Judged)
+        numbers = [int(picture.name.removesuffix(".webp")) for picture in entry.pictures]
+        assert sorted(numbers, key=order.index) == numbers
+        assert {f"p {number // 4}" for number in numbers} == {entry.prompt}
+        assert entry.ranks == tuple(1 + number % 4 for number in numbers)
+        assert [picture.content for picture in entry.pictures] == [bytes([number]) * 3 for number in numbers]
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_only_the_pictures_of_one_prompt_are_held(tmp_path: Path, shuffled: bool) -> None:
+    """Of 120 pictures of 100 kB, which are 12 MB, never more than two prompts' and what arrow unpacks at a time."""
+    size, order = 100_000, random.Random(0).sample(range(120), 120) if shuffled else range(120)
+    path = pictured(tmp_path, order, group=8, size=size)
+    next(read("imagerewarddb", path))  # what is made once
+    elsewhere = pyarrow.total_allocated_bytes()
+    tracemalloc.start()
+    try:
+        count, held = 0, 0
+        for entry in read("imagerewarddb", path):
+            assert isinstance(entry, Judged)
+            count += sum(len(picture.content or b"") for picture in entry.pictures)
+            held = max(held, pyarrow.total_allocated_bytes() - elsewhere)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == 120 * size
+    assert peak < 15 * size
+    assert held < 40 * size
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ([*range(20)], [20]),
+        ([0, 1, 2, *range(4, 13), 3, *range(13, 20)], [3, 1, 20]),  # over two row groups to row 12, and back to 3
+    ],
+)  # fmt: skip
+def test_pictures_are_read_once_unless_the_way_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: list[int], expected: list[int]
+) -> None:
+    passes: list[tuple[str, int]] = []
+    unpack = pyarrow.parquet.ParquetFile.iter_batches
+
+    def counted(table: Any, batch: int, *, columns: list[str], **given: Any) -> Iterator[Any]:
+        passes.append((" ".join(columns), 0))
+        for rows in unpack(table, batch, columns=columns, **given):
+            passes[-1] = (" ".join(columns), passes[-1][1] + rows.num_rows)
+            yield rows
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", counted)
+    monkeypatch.setattr(published_rows, "BATCH", 1)
+    assert len([*read("imagerewarddb", pictured(tmp_path, order, group=4, size=3))]) == 5
+    assert passes == [("prompt_id prompt rank", 20), *(("image", rows) for rows in expected)]
 
 
 def test_imagerewarddb_group_and_pair(tmp_path: Path) -> None:
@@ -313,52 +403,88 @@ V1 = {"prompt": "a", "file_path": ["0", "1"], "human_preference": 0, "user_hash"
 TRAIN = {"prompt": "a", "file_path": ["0", "1"], "human_preference": [1, 0]}
 TEST = {"prompt": "a", "image_path": ["0", "1"], "rank": [1, 2]}
 RATING = {"prompt": "a", "image": "0", "rater": "x", "score": "1"}
+RATED: dict[str, Any] = {
+    "prompt": "a",
+    "images": [{"image_id": f"{number}"} | dict.fromkeys(ASPECTS, number) for number in range(2)],
+}
 
 
 @pytest.mark.parametrize(
-    ("layout", "rows", "words"),
+    ("layout", "row", "words"),
     [
-        ("imagereward", [TRAIN], "element 1 has no generations"),
-        ("imagereward", [IR | {"ranking": [1.5, 2]}], r"ranking is \[1.5, 2\]; it must hold whole numbers"),
-        ("imagereward", [IR | {"ranking": [1]}], "2 generations and 1 ranks"),
-        ("imagereward", [IR | {"generations": ["0", "0"]}], "'0' is there more than once"),
-        ("imagereward", [IR | {"prompt": " "}], "prompt is empty"),
-        ("imagereward", [IR | {"prompt": "\ud83d"}], "half of a surrogate pair"),
-        ("imagereward", ["x"], "element 1 must be an object, not a str"),
-        ("hpdv1", [TRAIN], "human_preference is a list; it must be a int"),
-        ("hpdv1", [V1 | {"human_preference": 2}], "human_preference is 2; .* 0 to 1"),
-        ("hpdv1", [V1 | {"human_preference": -1}], "human_preference is -1"),
-        ("hpdv1", [V1 | {"file_path": [0, 1]}], "file_path must hold file names"),
-        ("hpdv2-train", [V1], "human_preference is a int; it must be a list"),
-        ("hpdv2-train", [TRAIN | {"human_preference": [2, 1]}], r"human_preference is \[2, 1\]"),
-        ("hpdv2-train", [TRAIN | {"human_preference": [1]}], "2 pictures and 1 ranks"),
-        ("hpdv2-test", [TRAIN], "has no image_path"),
-        ("hpdv2-test", [TEST | {"rank": [1, float("nan")]}], "rank is .*finite numbers"),
-        ("hpdv2-test", [TEST | {"rank": ["1", "2"]}], "rank is .*finite numbers"),
-        ("hpdv2-test", [TEST | {"rank": [1, 10**400]}], "rank is .*finite numbers"),
-        ("hpdv2-test", [TEST | {"raw_annotations": [[1, 2]]}], "raw_annotations must hold objects"),
-        ("hpdv2-test", [TEST | {"raw_annotations": [{"rank": [1, 2]}]}], "has no user_hash"),
+        ("imagereward", TRAIN, "element 1 has no generations"),
+        ("imagereward", IR | {"ranking": ["1", "2"]}, r"ranking is \['1', '2'\]; it must hold finite numbers"),
+        ("imagereward", IR | {"generations": [0, 1]}, "generations must hold file names"),
+        ("imagereward", IR | {"prompt": ["a"]}, "prompt is a list; it must be a str"),
+        ("imagereward", IR | {"source": 3}, "source is a int; it must be a str"),
+        ("imagereward", IR | {"weight": "1"}, r"weight is \['1'\]; it must hold finite numbers"),
+        ("imagereward", "x", "element 1 must be an object, not a str"),
+        ("imagerewarddb", IR, "element 1 has no prompt_id"),
+        ("imagerewarddb", db("a", 1, prompt_id=[1]), "prompt_id is a list; it must be a str"),
+        ("hpdv1", TRAIN, "human_preference is a list; it must be a int"),
+        ("hpdv1", V1 | {"file_path": [0, 1]}, "file_path must hold file names"),
+        ("hpdv2-train", V1, "human_preference is a int; it must be a list"),
+        ("hpdv2-train", TRAIN | {"prompt": 3}, "prompt is a int; it must be a str"),
+        ("hpdv2-test", TRAIN, "has no image_path"),
+        ("hpdv2-test", TEST | {"rank": ["1", "2"]}, "rank is .*finite numbers"),
+        ("hpdv2-test", TEST | {"raw_annotations": [[1, 2]]}, "raw_annotations must hold objects"),
+        ("hpdv2-test", TEST | {"raw_annotations": [{"rank": [1, 2]}]}, "has no user_hash"),
     ],
 )  # fmt: skip
-def test_a_wrong_json_list(tmp_path: Path, layout: Layout, rows: list[object], words: str) -> None:
+def test_a_list_of_another_layout(tmp_path: Path, layout: Layout, row: object, words: str) -> None:
+    """The first row says so, whatever the others are."""
+    path = in_json(tmp_path / "x.json", [row, IR, IR, V1, V1, TRAIN, TRAIN, TEST, TEST])
     with pytest.raises(ValueError, match=words):
-        list(read(layout, in_json(tmp_path / "x.json", rows)))
+        next(read(layout, path))
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("layout", "good", "changes", "words"),
     [
-        ({"label_0": 0.7}, r"label_0 and label_1 are \(0.7, 0.0\); they must be"),
-        ({"label_0": None}, "label_0 is .*finite"),
-        ({"num_example_per_prompt": 0}, "num_example_per_prompt is 0"),
-        ({"has_label": "yes"}, "has_label is a str"),
-        ({"caption": None}, "caption is a NoneType"),
-        ({"image_1_uid": "aa-0"}, "'aa/aa-0.jpg' is there more than once"),
+        ("imagereward", IR, {"ranking": [1.5, 2]}, "ranking is [1.5, 2]; it must hold whole numbers"),
+        ("imagereward", IR, {"ranking": [0, 1]}, "ranking is [0, 1]; it must hold whole numbers from 1"),
+        ("imagereward", IR, {"ranking": [1]}, "2 generations and 1 ranks"),
+        ("imagereward", IR, {"generations": ["0", "0"]}, "'0' is there more than once"),
+        ("imagereward", IR, {"generations": None}, "generations is a NoneType"),
+        ("imagereward", IR, {"prompt": " "}, "prompt is empty"),
+        ("imagereward", IR, {"prompt": "\ud83d"}, "half of a surrogate pair"),
+        ("imagereward", IR, {"weight": 0}, "weight is 0; it must be a finite number above 0"),
+        ("hpdv1", V1, {"human_preference": 2}, "human_preference is 2; it must be a place in file_path, 0 to 1"),
+        ("hpdv1", V1, {"human_preference": -1}, "human_preference is -1"),
+        ("hpdv2-train", TRAIN, {"human_preference": [2, 1]}, "human_preference is [2, 1]"),
+        ("hpdv2-train", TRAIN, {"human_preference": [1]}, "2 pictures and 1 ranks"),
+        ("hpdv2-train", TRAIN, {"prompt": ""}, "prompt is empty"),
+        ("hpdv2-test", TEST, {"rank": [1, float("nan")]}, "rank is [1, nan]; it must hold finite numbers"),
+        ("hpdv2-test", TEST, {"rank": [1, None]}, "rank is [1, None]; it must hold finite numbers"),
+        ("hpdv2-test", TEST, {"rank": [1, 10**400]}, "it must hold finite numbers"),
+        ("hpdv2-test", TEST, {"raw_annotations": []}, "raw_annotations must hold objects"),
+        ("pickapic", pickapic(), {"label_0": 0.7}, "label_0 and label_1 are (0.7, 0.0); they must be"),
+        ("pickapic", pickapic(), {"label_0": None}, "label_0 is [None]; it must hold finite"),
+        ("pickapic", pickapic(), {"num_example_per_prompt": 0}, "num_example_per_prompt is 0"),
+        ("pickapic", pickapic(), {"caption": None}, "caption is a NoneType"),
+        ("pickapic", pickapic(), {"image_1_uid": "aa-0"}, "'aa/aa-0.jpg' is there more than once"),
+        ("aspects", RATED, {"images": []}, "images must hold objects"),
+        ("aspects", RATED, {"images": RATED["images"][:1]}, "1 pictures and 1 ranks"),
     ],
-)
-def test_a_wrong_row_of_pickapic(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=f"x.parquet row 1.*{words}"):
-        list(read("pickapic", in_parquet(tmp_path / "x.parquet", [pickapic(**changes)])))
+)  # fmt: skip
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_bad_value_is_set_aside_wherever_it_stands(
+    tmp_path: Path, layout: Layout, good: dict[str, Any], changes: dict[str, Any], words: str, place: int
+) -> None:
+    rows = [good, good]
+    rows[place] = good | changes
+    writers = {"pickapic": in_parquet, "aspects": in_jsonl}
+    kind = {"pickapic": "row", "aspects": "line"}.get(layout, "element")
+    entries = [*read(layout, writers.get(layout, in_json)(tmp_path / "x", rows))]
+    assert len(entries) == 2
+    assert isinstance(entries[1 - place], Judged)
+    set_aside(entries[place], f"x {kind} {place + 1}", words)
+
+
+def test_a_table_of_another_type(tmp_path: Path) -> None:
+    path = in_parquet(tmp_path / "x.parquet", [pickapic(has_label="yes"), pickapic(has_label="no")])
+    with pytest.raises(SchemaError, match=r"x\.parquet row 1: has_label is a str; it must be a bool"):
+        next(read("pickapic", path))
 
 
 @pytest.mark.parametrize(
@@ -382,38 +508,101 @@ def test_a_table_without_a_column(tmp_path: Path, layout: Layout, row: dict[str,
 
 
 def test_wrong_cells(tmp_path: Path) -> None:
+    """A column of another type, or without any, is refused; a cell that holds nothing is set aside."""
     bare = {key: value for key, value in db("a", 1).items() if key != "image_path"}
     for layout, row, words in (
-        ("imagerewarddb", bare, "image_path is a NoneType; it must be a file name, or hold bytes"),
-        ("imagerewarddb", db("a", 0), "rank is 0; it must be 1"),
+        ("imagerewarddb", bare, "row 1 has no image_path"),
+        ("imagerewarddb", db("a", 1, image=3), "image is a int; it must be a file name, or hold bytes"),
         ("imagerewarddb-pair", {"prompt": "a", "img_better": 3, "img_worse": "1"}, "img_better is a int"),
-        ("imagerewarddb-group", {"prompt": "a", "image": [None, None], "rank": [1, 2]}, "image is a NoneType"),
+        ("imagerewarddb-group", {"prompt": "a", "image": [3, 4], "rank": [1, 2]}, "image is a int"),
     ):  # fmt: skip
-        path = in_parquet(tmp_path / "x.parquet", [row])
-        with pytest.raises(ValueError, match=words):
-            list(read(layout, path))
+        path = in_parquet(tmp_path / "x.parquet", [row, row])
+        with pytest.raises(SchemaError, match=words):
+            next(read(layout, path))
+    good = {"prompt": "a", "image": ["0", "1"], "rank": [1, 2]}
+    empty, whole = read("imagerewarddb-group", in_parquet(path, [good | {"image": [None, None]}, good]))
+    set_aside(empty, "x.parquet row 1", "image is a NoneType; it must be a file name, or hold bytes")
+    assert isinstance(whole, Judged)
 
 
 @pytest.mark.parametrize("score", ["", "good", "nan", "1e999"])
 def test_a_rating_that_is_no_number(tmp_path: Path, score: str) -> None:
-    path = in_csv(tmp_path / "r.csv", [RATING, RATING | {"image": "1", "score": score}])
-    with pytest.raises(ValueError, match=f"line 3: score is '{score}'; it must be a finite number"):
-        list(read("ratings", path))
+    other = RATING | {"rater": "y"}
+    rows = [RATING, RATING | {"image": "1", "score": score}, other, other | {"image": "1"}]
+    bad, good = read("ratings", in_csv(tmp_path / "r.csv", rows))
+    set_aside(bad, "r.csv line 2", f"line 3: score is '{score}'; it must be a finite number")
+    assert facts(good)[3] == "y"
+
+
+@pytest.mark.parametrize(
+    ("firsts", "words"),
+    [
+        (["a,0,x,1"], "1 pictures and 1 ranks; there must be one rank each, and two or more"),
+        (["a,0,x,1", "a,1,x,2", "a,0,x,3"], "'0' is there more than once"),
+        ([",0,x,1", ",1,x,2"], "prompt is empty"),
+        (["a,0"], "score is None; it must be a finite number"),
+    ],
+)
+def test_the_first_rater_is_judged_as_the_others_are(tmp_path: Path, firsts: list[str], words: str) -> None:
+    lines = [*firsts, "a,0,y,3", "a,1,y,4", *(line.replace("x", "z") for line in firsts)]
+    (tmp_path / "r.csv").write_text("\n".join(["prompt,image,rater,score", *lines]) + "\n")
+    first, good, last = read("ratings", tmp_path / "r.csv")
+    assert facts(good)[1:4] == (["0", "1"], [2, 1], "y")
+    set_aside(first, "r.csv line 2", words)
+    set_aside(last, f"r.csv line {4 + len(firsts)}", words)
+
+
+def test_bad_groups_of_imagerewarddb_are_set_aside(tmp_path: Path) -> None:
+    """The first prompt, too: shards begin with the last picture of one; and an id has one prompt, or says nothing."""
+    good = [db(name, 1) | {"prompt_id": 1, "prompt": "p 1"} for name in "ab"]  # a number will do
+    other = db("d", 2, "2") | {"prompt": "q"}
+    for bad, words in (
+        ([db("c", 1, "2")], "1 pictures and 1 ranks"),
+        ([db("c", 0, "2"), db("d", 1, "2")], "rank is 0; it must be 1, the best, or more"),
+        ([db("c", 1, "2"), db("c", 2, "2")], "c.webp' is there more than once"),
+        ([db("c", 1, "2"), other], "element 2: prompt_id '2' must have one prompt, not 'p 2' and 'q'"),
+    ):
+        path = in_json(tmp_path / "x.json", bad + good)
+        first, whole = read("imagerewarddb", path)
+        set_aside(first, "x.json element 1", words)
+        assert facts(whole)[0] == "p 1"
+        whole, last = read("imagerewarddb", in_json(path, good + bad))
+        set_aside(last, "x.json element 3", words.replace("element 2", "element 4"))
+        assert facts(whole)[0] == "p 1"
+
+
+def test_rows_without_a_prompt_id_are_no_group(tmp_path: Path) -> None:
+    """In the first row it is a fault of the file, in others of the row: nothing says whose pictures those are."""
+    good = [db("a", 1), db("b", 2)]
+    bare = [{key: value for key, value in db(name, 1).items() if key != "prompt_id"} for name in "cd"]
+    for path in (in_json(tmp_path / "x.json", bare + good), in_zip(tmp_path / "x.zip", bare + good, {})):
+        with pytest.raises(SchemaError, match=r"x\.json element 1 has no prompt_id"):
+            next(read("imagerewarddb", path))
+    judged, *others = read("imagerewarddb", in_json(tmp_path / "x.json", good + bare))
+    assert facts(judged)[2] == [1, 2]
+    for number, entry in enumerate(others, 3):
+        set_aside(entry, f"x.json element {number}", "has no prompt_id")
+    assert len(others) == 2
+    nulls = [db(name, 1, prompt_id=None) for name in "cd"]
+    first, second, judged = read("imagerewarddb", in_parquet(tmp_path / "x.parquet", nulls + good))
+    assert facts(judged)[2] == [1, 2]
+    set_aside(first, "x.parquet row 1", "prompt_id is a NoneType; it must be a str")
+    set_aside(second, "x.parquet row 2", "prompt_id is a NoneType; it must be a str")
 
 
 @pytest.mark.parametrize(
     ("images", "words"),
     [
-        ([], "images must hold objects"),
+        ([1, 2], "images must hold objects"),
         ([{"image_id": "0", "fidelity": 1}, {"image_id": "1"}], "has no fidelity"),
         ([{"image_id": "0", "fidelity": "5"}, {"image_id": "1", "fidelity": 1}], "fidelity is .*finite"),
         ([{"fidelity": 2}, {"image_id": "1", "fidelity": 1}], "has no image_id"),
     ],
 )
-def test_wrong_aspects(tmp_path: Path, images: list[object], words: str) -> None:
-    path = in_jsonl(tmp_path / "v.jsonl", [{"prompt": "a", "images": images}])
-    with pytest.raises(ValueError, match=words):
-        list(read("aspects", path, "fidelity"))
+def test_aspects_of_another_layout(tmp_path: Path, images: list[object], words: str) -> None:
+    path = in_jsonl(tmp_path / "v.jsonl", [{"prompt": "a", "images": images}, RATED])
+    with pytest.raises(SchemaError, match=words):
+        next(read("aspects", path, "fidelity"))
 
 
 def test_later_rows_that_do_not_fit_are_set_aside(tmp_path: Path) -> None:
@@ -421,14 +610,8 @@ def test_later_rows_that_do_not_fit_are_set_aside(tmp_path: Path) -> None:
     path = in_json(tmp_path / "x.json", rows)
     first, short, bare, last = read("imagereward", path)
     assert facts(first) == facts(last)
-    for entry, place, words in ((short, "element 2", "1 ranks"), (bare, "element 3", "has no generations")):
-        assert isinstance(entry, SetAside)
-        assert (entry.place, entry.reason) == (f"{path} {place}", "bad row")
-        assert words in entry.detail
-    rated = [RATING, RATING | {"image": "1"}, RATING | {"rater": "y"}]  # y saw one picture
-    _, lonely = read("ratings", in_csv(tmp_path / "r.csv", rated))
-    assert isinstance(lonely, SetAside)
-    assert "1 pictures" in lonely.detail
+    set_aside(short, "x.json element 2", "1 ranks")
+    set_aside(bare, "x.json element 3", "has no generations")
 
 
 # ---------------------------------------------------------------- broken files
