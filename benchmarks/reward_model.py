@@ -11,7 +11,7 @@ updates after the first, where there are others; `ratio` divides it by that of t
 the views cost.
 
 Weights are random, of the published size, written once to --workdir, so nothing is downloaded; losses mean nothing. Hardware: ViT-L in
-float32 on a CPU takes 9 GiB of memory and 6 GB of disk; ViT-H wants a GPU.
+float32 on a CPU takes 7 GiB of memory and 6 GB of disk; ViT-H wants a GPU.
 """
 
 import contextlib

@@ -3,7 +3,11 @@
 A rater is a scorer or an annotator, a reference somebody's ranks. A metric takes both for one set of pictures and returns
 (hits, total), so that its value over prompts is sum(hits) / sum(totals) and a bootstrap can resample prompts.
 
-Letters: n pictures of a set, K comparisons of a rater with a reference on it, N pictures in all, P prompts, S scorers.
+What one annotator reaches stands beside the scorers only where both are held against the same, and a set of pictures weighs
+alike for both whatever the number of its annotators.
+
+Letters: n pictures of a set, A annotators of it, K comparisons of a rater with a reference on it, N pictures in all, V views
+of them, P prompts, S scorers.
 `scores` (K, n): higher is better. `ranks` (K, n): lower is better, ties allowed; only their order counts.
 """
 
@@ -21,8 +25,9 @@ Floats = NDArray[np.float64]
 Metric = Callable[[Floats, Floats], tuple[float, float]]
 """scores (K, n) and ranks (K, n) -> hits and total."""
 
-ANNOTATORS, MEAN, JUDGE = "annotators", "annotators' mean", "judge"
-"""The references: every annotator's own ranking; the mean of their places; the judge of the shapes world."""
+ANNOTATORS, MEAN, OTHERS, JUDGE = "annotators", "annotators' mean", "mean of the others", "judge"
+"""The references: every annotator's own ranking; the mean of all annotators' places, which HPD v2 publishes; that of all but
+one, for each of them; the judge of the shapes world."""
 GOLD = "shapes"
 """The scorer that is this judge."""
 ONE = "one annotator"
@@ -50,6 +55,8 @@ class Compared:
     prompt: int
     scores: Floats
     ranks: Floats
+    weight: float = 1.0
+    """How much a comparison counts, > 0."""
 
 
 # ---------------------------------------------------------------- metrics
@@ -133,15 +140,17 @@ def flips(scores: Floats, ranks: Floats) -> tuple[float, float]:
     return float(changed.sum()), float(changed.size)
 
 
-ACCURACY = "accuracy (ImageReward)"
-CHANGE, FLIPPED = "change of accuracy", "flipped choices"
-"""Beside the accuracy of a view: against the view that changes nothing (paper 000, Table 1)."""
-ACCURACIES: dict[str, Metric] = {
+ACCURACY, INVERSION = "accuracy (ImageReward)", "inversion score (HPD v2)"
+PUBLISHED: dict[str, Metric] = {
     ACCURACY: pooled_accuracy,
     "accuracy per prompt (HPS v2)": prompt_accuracy,
-    "inversion score (HPD v2)": inversion_score,
-    "soft agreement": soft_agreement,
+    INVERSION: inversion_score,
 }
+"""The three accuracies that papers report."""
+ACCURACIES: dict[str, Metric] = PUBLISHED | {"soft agreement": soft_agreement}
+CHANGES = {name: f"change of {name}" for name in PUBLISHED}
+FLIPPED = "flipped choices"
+"""Beside the accuracies of a view: against the view that changes nothing (paper 000, Table 1)."""
 SELECTION: dict[str, Metric] = {
     **{f"recall@{k}": partial(recall, k=k) for k in (1, 2, 4)},
     **{f"filter@{k}": partial(filtering, k=k) for k in (1, 2, 4)},
@@ -149,26 +158,36 @@ SELECTION: dict[str, Metric] = {
 
 
 def by_prompt(metric: Metric, compared: Sequence[Compared], prompts: int) -> Floats:
-    """Return hits and totals of each prompt, (2, P)."""
+    """Return hits and totals of each prompt, (2, P), each comparison times its weight."""
     sums = np.zeros((2, prompts))
     for one in compared:
-        sums[:, one.prompt] += metric(one.scores, one.ranks)
+        sums[:, one.prompt] += np.multiply(metric(one.scores, one.ranks), one.weight)
     return sums
 
 
 # ---------------------------------------------------------------- raters and references
 
 
+def places(ranks: Floats) -> Floats:
+    """Return mid-ranks (K, n): equal pictures share the mean of the places that they take together.
+
+    Whether somebody wrote 1 1 1 2, 1 1 1 4 or 3 3 3 9, it is 2 2 2 4: places of several people can only be averaged so.
+    """
+    own, others = ranks[:, :, None], ranks[:, None, :]
+    found: Floats = (others < own).sum(2) + ((others == own).sum(2) + 1) / 2
+    return found
+
+
 def references(judged: Sequence[Judged], gold: Floats | None) -> dict[str, list[Floats]]:
     """Return name -> for each set the ranks (Q, n) of the reference; `gold` (N,): the judge's scores, where there is one.
 
-    Mean places need two annotators: sets of one have none (Q = 0), and the reference is left out where no set has two.
+    Means are of mid-ranks. They need two annotators: sets of one have none (Q = 0), and both are left out where no set has two.
     """
     found = {ANNOTATORS: [one.ranks for one in judged]}
-    if any(len(one.ranks) > 1 for one in judged):
-        found[MEAN] = [
-            one.ranks.mean(0, keepdims=True) if len(one.ranks) > 1 else one.ranks[:0] for one in judged
-        ]
+    several = [places(one.ranks) if len(one.ranks) > 1 else one.ranks[:0] for one in judged]
+    if any(len(ranks) for ranks in several):
+        found[MEAN] = [ranks.mean(0, keepdims=True) if len(ranks) else ranks for ranks in several]
+        found[OTHERS] = [(ranks.sum(0) - ranks) / max(len(ranks) - 1, 1) for ranks in several]
     if gold is not None:
         found[JUDGE] = [-gold[one.rows][None] for one in judged]
     return found
@@ -184,20 +203,23 @@ def of_scorer(scores: Floats, judged: Sequence[Judged], reference: Sequence[Floa
 
 
 def of_annotator(judged: Sequence[Judged], name: str, reference: Sequence[Floats]) -> list[Compared]:
-    """Return what one annotator reaches: each beside every other, beside the mean of all others, or beside the judge."""
+    """Return what one annotator reaches: each beside every other, beside the mean of the others, or beside the judge.
+
+    Weights are such that a set counts as much as it does for a scorer beside the same reference: A rankings, or once for the
+    judge. A set of one annotator has nobody else, and only the judge. Nobody is held against a mean that he is part of.
+    """
+    assert name in (ANNOTATORS, OTHERS, JUDGE), f"no single annotator is comparable to a scorer beside {name}"
     found = []
     for one, ranks in zip(judged, reference, strict=True):
-        number = len(one.ranks)
+        number, scores, weight = len(one.ranks), -one.ranks, 1.0
         if name == JUDGE:
-            scores, ranks = -one.ranks, np.broadcast_to(ranks, one.ranks.shape)
+            ranks, weight = np.broadcast_to(ranks, scores.shape), 1 / number
         elif number < 2:
             continue
-        elif name == MEAN:
-            scores, ranks = -one.ranks, (one.ranks.sum(0) - one.ranks) / (number - 1)
-        else:
+        elif name == ANNOTATORS:
             pairs = np.array([*permutations(range(number), 2)])
-            scores, ranks = -one.ranks[pairs[:, 0]], one.ranks[pairs[:, 1]]
-        found.append(Compared(prompt=one.prompt, scores=scores, ranks=ranks))
+            scores, ranks, weight = scores[pairs[:, 0]], ranks[pairs[:, 1]], 1 / (number - 1)
+        found.append(Compared(prompt=one.prompt, scores=scores, ranks=ranks, weight=weight))
     return found
 
 
@@ -206,7 +228,10 @@ def of_annotator(judged: Sequence[Judged], name: str, reference: Sequence[Floats
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A line of the table: what a rater reaches against a reference by one metric, with its 95 % interval."""
+    """A line of the table: what a rater reaches against a reference by one metric, with its 95 % interval.
+
+    The bounds are NaN where fewer than two prompts count.
+    """
 
     rater: str
     reference: str
@@ -218,7 +243,7 @@ class Row:
     prompts: int
     """Those that have something to count."""
     total: float
-    """What is counted: pairs or rankings."""
+    """What is counted: pairs or rankings, those of one annotator by their weights."""
 
 
 Sums = dict[tuple[str, str, str, str], Floats]
@@ -228,24 +253,72 @@ Sums = dict[tuple[str, str, str, str], Floats]
 def table(
     judged: Sequence[Judged], scores: Mapping[str, Floats], views: Sequence[str], prompts: int
 ) -> list[Row]:
-    """Return every rater against every reference by every metric, then robustness; scores are name -> (views, N)."""
+    """Return every rater against every reference by every metric, then robustness; scores are name -> (V, N)."""
     said = references(judged, scores[GOLD][0] if GOLD in scores else None)
+    metrics = ACCURACIES | SELECTION
     sums: Sums = {}
     for reference, ranks in said.items():
-        raters = {
-            name: of_scorer(columns[0], judged, ranks)
-            for name, columns in scores.items()
-            if (name, reference) != (GOLD, JUDGE)
-        }
-        raters[ONE] = of_annotator(judged, reference, ranks)
-        for rater, compared in raters.items():
-            for name, metric in (ACCURACIES | SELECTION).items():
-                sums[rater, reference, AS_IS, name] = by_prompt(metric, compared, prompts)
+        for rater, columns in scores.items():
+            if (rater, reference) != (GOLD, JUDGE):
+                sums |= reached(
+                    rater, AS_IS, {reference: of_scorer(columns[0], judged, ranks)}, metrics, prompts
+                )
+        if reference != MEAN:
+            sums |= reached(ONE, AS_IS, {reference: of_annotator(judged, reference, ranks)}, metrics, prompts)
     for rater, columns in scores.items():
-        for view, column in zip(views[1:], columns[1:], strict=True):
-            if rater != GOLD:
-                sums |= robustness(rater, view, columns[0], column, judged, prompts)
+        if rater != GOLD:
+            sums |= robustness(rater, columns, views, judged, said, prompts)
     return rows_of(sums)
+
+
+def reached(
+    rater: str,
+    view: str,
+    compared: Mapping[str, Sequence[Compared]],
+    metrics: Mapping[str, Metric],
+    prompts: int,
+) -> Sums:
+    """Return what a rater reaches by each metric; `compared` is reference -> the rater beside it."""
+    return {
+        (rater, reference, view, name): by_prompt(metric, beside, prompts)
+        for reference, beside in compared.items()
+        for name, metric in metrics.items()
+    }
+
+
+def robustness(
+    rater: str,
+    columns: Floats,
+    views: Sequence[str],
+    judged: Sequence[Judged],
+    said: Mapping[str, Sequence[Floats]],
+    prompts: int,
+) -> Sums:
+    """Return a scorer's accuracies on all views but the first, their changes from it, and the share of choices that flip.
+
+    Scores are (V, N), `said` is name -> ranks of the reference. Choices between two pictures are the scorer's own: who they
+    are held against says nothing there, and stands as the annotators.
+    """
+    before, *changed = (
+        reached(
+            rater,
+            view,
+            {name: of_scorer(column, judged, ranks) for name, ranks in said.items()},
+            PUBLISHED,
+            prompts,
+        )
+        for view, column in zip(views, columns, strict=True)
+    )
+    own = [-columns[0][one.rows][None] for one in judged]
+    found: Sums = {}
+    for view, column, after in zip(views[1:], columns[1:], changed, strict=True):
+        found |= after
+        for (_, reference, _, name), (hits, totals) in after.items():
+            gain = hits - before[rater, reference, views[0], name][0]
+            found[rater, reference, view, CHANGES[name]] = np.stack([gain, totals])
+        flipped = by_prompt(flips, of_scorer(column, judged, own), prompts)
+        found[rater, ANNOTATORS, view, FLIPPED] = flipped
+    return found
 
 
 def rows_of(sums: Sums) -> list[Row]:
@@ -263,60 +336,6 @@ def rows_of(sums: Sums) -> list[Row]:
     ]  # fmt: skip
 
 
-def robustness(
-    rater: str, view: str, original: Floats, changed: Floats, judged: Sequence[Judged], prompts: int
-) -> Sums:
-    """Return a scorer's accuracy on a changed view, its change, and the share of choices between two pictures that flip."""
-    ranks = [one.ranks for one in judged]
-    before, after = (
-        by_prompt(pooled_accuracy, of_scorer(scores, judged, ranks), prompts)
-        for scores in (original, changed)
-    )
-    own = [-original[one.rows][None] for one in judged]
-    found = {
-        ACCURACY: after,
-        CHANGE: np.stack([after[0] - before[0], after[1]]),
-        FLIPPED: by_prompt(flips, of_scorer(changed, judged, own), prompts),
-    }
-    return {(rater, ANNOTATORS, view, metric): sums for metric, sums in found.items()}
-
-
-# ---------------------------------------------------------------- between scorers
-
-
-def interpolation(
-    first: Floats, second: Floats, judged: Sequence[Judged], reference: Sequence[Floats], steps: int = 21
-) -> tuple[Floats, Floats]:
-    """Return weights w (steps,) and the pooled accuracies of (1 - w) first + w second, of scores (N,): paper 002, Fig. 17.
-
-    Each is first divided by its deviation over the ranked pictures, since units differ; the paper does not say how it does it.
-    """
-    weights = np.linspace(0, 1, steps)
-    rows = np.unique(np.concatenate([one.rows for one in judged]))
-    first, second = (scores / (scores[rows].std() or 1.0) for scores in (first, second))
-    found = []
-    for weight in weights:
-        compared = of_scorer((1 - weight) * first + weight * second, judged, reference)
-        hits, totals = np.sum([pooled_accuracy(one.scores, one.ranks) for one in compared], axis=0)
-        found.append(hits / totals if totals else np.nan)
-    return weights, np.array(found)
-
-
-def centred(columns: Floats, prompts: NDArray[np.intp]) -> Floats:
-    """Return scores (S, N) less the mean of the pictures of the same prompt; `prompts` (N,) says whose each picture is."""
-    counts = np.maximum(np.bincount(prompts), 1)
-    return np.stack([column - (np.bincount(prompts, column) / counts)[prompts] for column in columns])
-
-
-def correlation(columns: Floats) -> Floats:
-    """Return the correlations (S, S) of scores (S, N); NaN where a scorer gives all pictures the same.
-
-    Paper 000, Fig. 5, correlates scorers over generative models, paper 001, Fig. 6, over pictures, as here.
-    """
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.atleast_2d(np.corrcoef(columns))
-
-
 def commonest_buckets(
     compared: Mapping[str, Sequence[Compared]], *, worst: bool
 ) -> tuple[int, dict[str, Floats]]:
@@ -327,6 +346,8 @@ def commonest_buckets(
     for name, sets in compared.items():
         chosen = [one for one in sets if one.scores.shape[1] == size]
         if chosen:
-            sums = np.sum([buckets(one.scores, one.ranks, worst=worst) for one in chosen], axis=0)
-            shares[name] = sums / sum(len(one.ranks) for one in chosen)
+            sums = np.sum(
+                [one.weight * buckets(one.scores, one.ranks, worst=worst) for one in chosen], axis=0
+            )
+            shares[name] = sums / sum(one.weight * len(one.ranks) for one in chosen)
     return size, shares

@@ -10,8 +10,8 @@ training of its own but another method's checkpoint after so many updates, as RA
     python eval/compare.py --methods "refl=finetune/refl.py --config refl.yaml" "weird=finetune/weird_lora.py --config weird.yaml" \
         --negatives "weird=Weird image. " --model SD_FOLDER --prompts held_out.txt --rewards imagereward=1 hpsv2.1=1
 
-Win rate is wins / (wins + losses), as there. Intervals are 95 % bootstrap intervals over prompts, seeds pooled. In the shapes
-world `shapes` is the gold score that no method has seen. Writes table.csv, scores.csv, wins.png, grid.png and report.html.
+Win rate is wins / (wins + losses), as there. Intervals are 95 % bootstrap intervals over prompts, seeds pooled; a single prompt has none.
+In the shapes world `shapes` is the gold score that no method has seen. Writes table.csv, scores.csv, wins.png, grid.png and report.html.
 """
 
 import re
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from eval.columns import Column, check_scorers, draw, inlined, parse_column, score, write_text
 from eval.trainings import check_commands, check_seeds, split, train
-from eval.win_rates import BASE, Row, heat_maps, scores_csv, table, to_csv, to_text
+from eval.win_rates import BASE, Row, heat_maps, interval, scores_csv, table, to_csv, to_text
 from preftune import families
 from preftune.cli import exit_on_user_error, parse
 from preftune.images import captioned_grid, save_image
@@ -60,7 +60,7 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
     """A training run of each method for each; prompt i is drawn with seed i whatever the run's."""
     rewards: tuple[str, ...] = ("imagereward-tiny=1.0", "shapes=1.0")
-    """Scorers that judge, a column each; the weights only say which there are."""
+    """Scorers that judge, a column each: NAME=WEIGHT, as hpsv2=1; the folder of a trained scorer is a name, too. Weights do nothing here."""
     reward_files: tuple[str, ...] = ()
     """Weights of scorers on disk, as imagereward=PATH."""
     negatives: tuple[str, ...] = ()
@@ -164,8 +164,8 @@ def main(config: Config) -> int:
         prompts = check_inputs(config)
         runs = {
             (name, seed): train(name, [*command, "--model", str(config.model)], seed, config.output)
+            for seed in config.seeds  # outside: each command is tried within the first seed
             for name, command in config.commands().items()
-            for seed in config.seeds
         }
         tuned = dict(runs)
         for name, (other, updates) in config.checkpoints().items():
@@ -234,6 +234,7 @@ def report(
             config=config,
             prompts=prompts,
             base=BASE,
+            interval=interval,
             inlined={name: inlined(folder / name) for name in ("wins.png", "grid.png")},
         ),
     )

@@ -7,15 +7,20 @@ Tables 2 and 3 are such comparisons, from the first method's plain loss to all t
     python eval/compare_scorers.py --methods "plain=finetune/reward_model.py --config a.yaml" \\
         "stable=finetune/reward_model.py --config a.yaml --stable.views 3 --stable.weighting two-stage" --data data/held_out
 
-Accuracy is ImageReward's (pooled pairs, a predicted tie is wrong), against the annotators and, in the shapes world, against the
-noiseless judge, which is the measure that matters; what one annotator reaches stands beside it. `over` is the difference from
-the first method. Intervals are 95 % bootstrap intervals over prompts, seeds pooled. Writes table.csv, seeds.csv and accuracy.png.
+Printed and drawn are ImageReward's accuracy (pooled pairs, a predicted tie is wrong) against the annotators and, in the shapes
+world, against the noiseless judge, which is the measure that matters; and HPD v2's inversion score against the annotators' mean,
+where sets have several. What one annotator reaches stands beside the accuracies. `over the first` is the difference from the
+first method. Intervals are 95 % bootstrap intervals over prompts, where there are two or more, seeds pooled.
+
+Held-out pictures are read, and judged in the shapes world, before anything is trained; a damaged one is set aside and counted, and
+its rankings keep the others. Writes table.csv with all three published accuracies against every reference of agreement.py,
+seeds.csv, rejected.jsonl and accuracy.png.
 """
 
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -27,34 +32,40 @@ from eval.agreement import (
     ACCURACY,
     ANNOTATORS,
     AS_IS,
-    CHANGE,
+    CHANGES,
     FLIPPED,
     GOLD,
+    INVERSION,
     JUDGE,
+    MEAN,
     ONE,
-    Compared,
+    PUBLISHED,
     Floats,
     Judged,
     Row,
     Sums,
-    by_prompt,
     of_annotator,
     of_scorer,
-    pooled_accuracy,
+    reached,
     references,
     robustness,
     rows_of,
 )
 from eval.columns import write_text
-from eval.ranked import read, without
+from eval.ranked import Ranked, check_folders, read, set_aside, sound_sets, summary, without
 from eval.trainings import check_commands, check_seeds, split, train
-from eval.view_scores import Picture, check_crops, score, view_names
-from eval.win_rates import csv_text
+from eval.view_scores import check_crops, score, view_names
+from eval.win_rates import csv_text, interval
 from preftune.cli import exit_on_user_error, parse
 from preftune.images import save_figure
+from preftune.records import write_jsonl
 from rewards.shapes import in_world
 
-OVER = "over the first"
+SHOWN = {ANNOTATORS: ACCURACY, MEAN: INVERSION, JUDGE: ACCURACY}
+"""The references that are printed and drawn, and by which metric: the first two are those of paper 000's Tables 1 to 3."""
+OVER = {name: f"{name} over the first" for name in PUBLISHED}
+SIGNED = {*OVER.values(), *CHANGES.values()}
+"""Metrics that are differences."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +91,14 @@ class Config:
         names = [name for name, _ in map(split, self.methods)]
         if not names or len(set(names)) != len(names) or ONE in names:
             raise ValueError(f"--methods needs methods with different names, got {', '.join(names)}")
-        if not self.data or len({folder.name for folder in self.data}) != len(self.data):
-            raise ValueError("--data needs folders of rankings with different names")
+        check_folders(self.data)
+        if len({folder.name for folder in self.data}) != len(self.data):
+            raise ValueError(
+                f"--data needs folders with different names, got {', '.join(map(str, self.data))}"
+            )
+        for name, value in (("count", self.count), ("batch", self.batch)):
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
         check_crops(self.crops)
         check_seeds(self.seeds)
 
@@ -90,37 +107,39 @@ class Config:
         return {name: shlex.split(text) for name, text in map(split, self.methods)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """A folder of held-out rankings, all of its pictures read once."""
+
+    ranked: Ranked
+    rejected: dict[int, str]
+    """Place of a picture that was set aside -> why."""
+    gold: Floats | None
+    """(N,): the judge's scores, in the shapes world."""
+
+
 def sums_of(
     name: str,
     columns: Floats,
-    gold: Floats | None,
     judged: Sequence[Judged],
+    said: Mapping[str, Sequence[Floats]],
     views: Sequence[str],
     prompts: int,
 ) -> Sums:
-    """Return what one scorer reaches, its scores being (views, N), against annotators and judge, and on changed views."""
+    """Return what one scorer reaches, its scores being (V, N), against each reference, and on changed views."""
+    compared = {reference: of_scorer(columns[0], judged, ranks) for reference, ranks in said.items()}
+    found = reached(name, AS_IS, compared, PUBLISHED, prompts)
+    return found | robustness(name, columns, views, judged, said, prompts)
+
+
+def one_annotator(judged: Sequence[Judged], said: Mapping[str, Sequence[Floats]], prompts: int) -> Sums:
+    """Return what one annotator reaches against each reference that he is no part of."""
     compared = {
-        reference: of_scorer(columns[0], judged, ranks)
-        for reference, ranks in held_against(judged, gold).items()
+        reference: of_annotator(judged, reference, ranks)
+        for reference, ranks in said.items()
+        if reference != MEAN
     }
-    found = accuracies(name, compared, prompts)
-    for view, column in zip(views[1:], columns[1:], strict=True):
-        found |= robustness(name, view, columns[0], column, judged, prompts)
-    return found
-
-
-def held_against(judged: Sequence[Judged], gold: Floats | None) -> dict[str, list[Floats]]:
-    """Return the references: every annotator, and the judge where there are its scores (N,)."""
-    said = references(judged, gold)
-    return {name: said[name] for name in (ANNOTATORS, JUDGE) if name in said}
-
-
-def accuracies(name: str, compared: Mapping[str, Sequence[Compared]], prompts: int) -> Sums:
-    """Return a rater's accuracy against each reference."""
-    return {
-        (name, reference, AS_IS, ACCURACY): by_prompt(pooled_accuracy, pairs, prompts)
-        for reference, pairs in compared.items()
-    }
+    return reached(ONE, AS_IS, compared, PUBLISHED, prompts)
 
 
 def pooled(runs: Sequence[Sums]) -> Sums:
@@ -133,25 +152,29 @@ def with_differences(sums: Sums, first: str) -> Sums:
     found: Sums = {}
     for (name, reference, view, metric), pair in sums.items():
         found[name, reference, view, metric] = pair
-        if (view, metric) == (AS_IS, ACCURACY) and name not in (first, ONE):
+        if view == AS_IS and name not in (first, ONE):
             gain = pair[0] - sums[first, reference, view, metric][0]
-            found[name, reference, view, OVER] = np.stack([gain, pair[1]])
+            found[name, reference, view, OVER[metric]] = np.stack([gain, pair[1]])
     return found
+
+
+def is_shown(row: Row) -> bool:
+    """Return whether a line is printed: the metric of its reference, its differences, and flipped choices."""
+    metric = SHOWN.get(row.reference, "")
+    return row.metric == FLIPPED or row.metric in (metric, OVER.get(metric), CHANGES.get(metric))
 
 
 def to_text(tables: Mapping[str, Sequence[Row]]) -> str:
     """Return the tables as printed, in per cent: accuracies, their differences, and how robust they are."""
     text = [
-        f"{'data':16s} {'method':20s} {'reference':11s} {'view':17s} {'measure':22s} {'per cent':>8s}  interval"
+        f"{'data':16s} {'method':20s} {'reference':16s} {'view':17s} {'measure':38s} {'per cent':>8s}  interval"
     ]
     for data, rows in tables.items():
-        for row in rows:
-            value, low, high = (100 * number for number in (row.value, row.low, row.high))
-            sign = "+" if row.metric in (OVER, CHANGE) else ""
-            text.append(
-                f"{data:16s} {row.rater:20s} {row.reference:11s} {row.view:17s} {row.metric:22s} {value:{sign}8.1f}"
-                f"  [{low:{sign}.1f}, {high:{sign}.1f}]"
-            )
+        for row in filter(is_shown, rows):
+            sign = "+" if row.metric in SIGNED else ""
+            bounds = interval(100 * row.low, 100 * row.high, f"{sign}.1f")
+            line = f"{data:16s} {row.rater:20s} {row.reference:16s} {row.view:17s} {row.metric:38s} {100 * row.value:{sign}8.1f}  {bounds}"
+            text.append(line.rstrip())
     return "\n".join(text)
 
 
@@ -160,11 +183,11 @@ def draw(tables: Mapping[str, Sequence[Row]], path: Path) -> None:
     panels: dict[tuple[str, str], list[Row]] = {}
     for data, rows in tables.items():
         for row in rows:
-            if (row.view, row.metric) == (AS_IS, ACCURACY):
+            if row.view == AS_IS and row.metric == SHOWN.get(row.reference):
                 panels.setdefault((data, row.reference), []).append(row)
-    names = list(dict.fromkeys(row.rater for rows in panels.values() for row in rows))
+    names = list(dict.fromkeys(row.rater for rows in tables.values() for row in rows))
     flipped = [row for row in next(iter(tables.values())) if row.metric == FLIPPED]
-    number = len(panels) + bool(flipped)
+    number = max(len(panels) + bool(flipped), 1)  # rankings of ties alone have no pair to draw
     figure, axes = plt.subplots(
         1,
         number,
@@ -182,7 +205,7 @@ def draw(tables: Mapping[str, Sequence[Row]], path: Path) -> None:
         axis.set_yticks(range(len(names)), names if axis is axes[0, 0] else [])
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set_title(f"{data}\nagainst: {reference}", fontsize=9)
-        axis.set_xlabel("pairs in the right order, per cent")
+        axis.set_xlabel(f"{SHOWN[reference]}, per cent")
         axis.grid(axis="x", alpha=0.3)
     for name in dict.fromkeys(row.rater for row in flipped):
         of = [row for row in flipped if row.rater == name]
@@ -201,65 +224,124 @@ def draw(tables: Mapping[str, Sequence[Row]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def check_inputs(config: Config) -> dict[str, tuple[list[Picture], list[Judged], list[str]]]:
-    """Return the held-out rankings of each folder; ValueError for what is wrong before anything is trained."""
+def check_inputs(config: Config) -> dict[str, HeldOut]:
+    """Return the held-out rankings of each folder, and say what of them is measured.
+
+    ValueError for what is wrong before anything is trained.
+    """
     check_commands(config.commands())
-    found = {folder.name: read([folder], config.count) for folder in config.data}
+    ranked = {folder.name: read([folder], config.count) for folder in config.data}
     config.output.mkdir(parents=True, exist_ok=True)
-    return found
+    held_out = {data: look(one, config.batch) for data, one in ranked.items()}
+    write_rejected(held_out, config.output)
+    for data, held in held_out.items():
+        print(f"{data}: {said(held)}", flush=True)  # noqa: T201
+    return held_out
+
+
+def look(ranked: Ranked, batch: int) -> HeldOut:
+    """Read all pictures, judge them in the shapes world, and set aside what cannot be read; ValueError where no set is left."""
+    judges = [rewards.load(GOLD)] if in_world(ranked.prompts) else []
+    scored, rejected = score(ranked.pictures, judges, (), torch.device("cpu"), batch=batch, workers=0)
+    sound_sets(ranked, rejected)
+    return HeldOut(ranked=ranked, rejected=rejected, gold=scored[GOLD][0] if judges else None)
+
+
+def said(held: HeldOut) -> str:
+    """Return a sentence on what is measured."""
+    return summary(without(held.ranked.judged, held.rejected), len(held.rejected), held.ranked.repeated)
+
+
+def write_rejected(held_out: Mapping[str, HeldOut], output: Path) -> None:
+    """Write which pictures were set aside, and why."""
+    rows = (
+        {"data": data, **row}
+        for data, held in held_out.items()
+        for row in set_aside(held.ranked.pictures, held.rejected)
+    )
+    write_jsonl(output / "rejected.jsonl", rows)
+
+
+def train_all(config: Config) -> dict[tuple[str, int], Path]:
+    """Return (method, seed) -> the folder of its scorer; ValueError for a driver that fails or leaves none.
+
+    All methods are trained with the first seed before any is with the second, so that a wrong command is found early.
+    """
+    scorers = {}
+    for seed in config.seeds:
+        for name, command in config.commands().items():
+            folder = train(name, command, seed, config.output) / "scorer"
+            try:
+                rewards.check(str(folder))
+            except ValueError as error:
+                raise ValueError(f"method {name}, seed {seed} left no scorer to measure: {error}") from error
+            scorers[name, seed] = folder
+    return scorers
+
+
+def score_all(
+    held: HeldOut, scorers: Mapping[tuple[str, int], Path], config: Config
+) -> tuple[dict[tuple[str, int], Floats], HeldOut]:
+    """Return (method, seed) -> scores (V, N), and the rankings without pictures that any of the scorers cannot read.
+
+    FloatingPointError names scorer and picture for a score that is no finite number.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    columns, rejected = {}, held.rejected
+    for run, folder in scorers.items():
+        scorer = rewards.load(str(folder), device=device)  # one at a time: they may be large
+        scored, aside = score(
+            held.ranked.pictures, [scorer], config.crops, device, batch=config.batch, workers=0
+        )
+        columns[run] = scored[scorer.card.name]
+        rejected = aside | rejected
+    return columns, replace(held, rejected=rejected)
 
 
 def main(config: Config) -> int:
     """Train, score, compare."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with exit_on_user_error():
         held_out = check_inputs(config)
-        runs = {
-            name: [train(name, command, seed, config.output) for seed in config.seeds]
-            for name, command in config.commands().items()
-        }
+        scorers = train_all(config)
     views, tables, by_seed = view_names(config.crops), dict[str, list[Row]](), list[tuple[object, ...]]()
-    for data, (pictures, judged, prompts) in held_out.items():
-        gold = None
-        if in_world(prompts):
-            scored, rejected = score(
-                pictures, [rewards.load(GOLD)], [], device, batch=config.batch, workers=0
-            )
-            gold, judged = scored[GOLD][0], without(judged, rejected)
+    for data in held_out:
+        columns, held_out[data] = score_all(held_out[data], scorers, config)
+        held = held_out[data]
+        with exit_on_user_error():
+            judged = sound_sets(held.ranked, held.rejected)
+        prompts, ranks = len(held.ranked.prompts), references(judged, held.gold)
         found: dict[str, list[Sums]] = {}
-        for name, folders in runs.items():
-            for seed, folder in zip(config.seeds, folders, strict=True):
-                scorer = rewards.load(
-                    str(folder / "scorer"), device=device
-                )  # one at a time: they may be large
-                scored, rejected = score(
-                    pictures, [scorer], config.crops, device, batch=config.batch, workers=0
-                )
-                judged = without(judged, rejected)
-                own = sums_of(name, scored[scorer.card.name], gold, judged, views, len(prompts))
-                found.setdefault(name, []).append(own)
-                by_seed += [
-                    (data, name, seed, *key[1:], pair[0].sum() / max(pair[1].sum(), 1))
-                    for key, pair in own.items()
-                ]
-        said = held_against(judged, gold)
-        one = {reference: of_annotator(judged, reference, ranks) for reference, ranks in said.items()}
-        sums = accuracies(ONE, one, len(prompts))
+        for (name, seed), scores in columns.items():
+            own = sums_of(name, scores, judged, ranks, views, prompts)
+            found.setdefault(name, []).append(own)
+            by_seed += [
+                (data, name, seed, *key[1:], pair[0].sum() / pair[1].sum())
+                for key, pair in own.items()
+                if pair[1].any()
+            ]
+        sums = one_annotator(judged, ranks, prompts)
         for each in found.values():
             sums |= pooled(each)
-        tables[data] = rows_of(with_differences(sums, next(iter(runs))))
+        tables[data] = rows_of(with_differences(sums, next(iter(found))))
+    write_rejected(held_out, config.output)
+    report(tables, by_seed, config.output)
+    ends = [*(f"{data}: {said(held)}" for data, held in held_out.items()), config.output / "accuracy.png"]
+    print(to_text(tables), *ends, sep="\n")  # noqa: T201
+    return 0
+
+
+def report(tables: Mapping[str, Sequence[Row]], by_seed: Sequence[tuple[object, ...]], output: Path) -> None:
+    """Write the tables and the plot."""
     heads = ["data", "method", "reference", "view", "metric", "value", "low", "high"]
     lines = (
         (data, row.rater, row.reference, row.view, row.metric, row.value, row.low, row.high)
         for data, rows in tables.items()
         for row in rows
     )
-    write_text(config.output / "table.csv", csv_text(heads, lines))
+    write_text(output / "table.csv", csv_text(heads, lines))
     heads = ["data", "method", "seed", "reference", "view", "metric", "value"]
-    write_text(config.output / "seeds.csv", csv_text(heads, by_seed))
-    draw(tables, config.output / "accuracy.png")
-    print(f"{to_text(tables)}\n{config.output / 'accuracy.png'}")  # noqa: T201
-    return 0
+    write_text(output / "seeds.csv", csv_text(heads, by_seed))
+    draw(tables, output / "accuracy.png")
 
 
 if __name__ == "__main__":

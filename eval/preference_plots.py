@@ -14,20 +14,21 @@ from eval.agreement import (
     ACCURACY,
     ANNOTATORS,
     AS_IS,
-    CHANGE,
+    CHANGES,
     FLIPPED,
+    INVERSION,
+    MEAN,
     ONE,
     SELECTION,
     Floats,
     Judged,
     Row,
-    centred,
     commonest_buckets,
-    correlation,
-    interpolation,
     of_annotator,
     of_scorer,
 )
+from eval.between_scorers import centred, correlation, interpolation
+from eval.win_rates import interval
 from preftune.images import save_figure
 
 
@@ -36,15 +37,16 @@ class Table:
     """A table of the page; empty cells where nothing was measured."""
 
     title: str
+    keys: int
+    """So many first columns say what a line is about."""
     heads: tuple[str, ...]
     lines: list[tuple[str, ...]]
 
 
 def percent(row: Row) -> str:
-    """Return a value and its interval in per cent."""
-    sign = "+" if row.metric == CHANGE else ""
-    value, low, high = (f"{100 * value:{sign}.1f}" for value in (row.value, row.low, row.high))
-    return f"{value} [{low}, {high}]"
+    """Return a value in per cent, and its interval where there is one."""
+    form = f"{'+' if row.metric in CHANGES.values() else ''}.1f"
+    return f"{100 * row.value:{form}} {interval(100 * row.low, 100 * row.high, form)}".rstrip()
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
@@ -56,26 +58,26 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         _pivot(
             "Robustness",
             [row for row in rows if row.view != AS_IS],
-            [ACCURACY, CHANGE, FLIPPED],
-            ("rater", "view"),
+            [*CHANGES.values(), FLIPPED],
+            ("reference", "rater", "view"),
         ),
     ]
     return [table for table in measured if table.lines]
 
 
-def _pivot(title: str, rows: Sequence[Row], metrics: Sequence[str], keys: tuple[str, str]) -> Table:
+def _pivot(title: str, rows: Sequence[Row], metrics: Sequence[str], keys: tuple[str, ...]) -> Table:
     """Return a line for each value of the keys and a column for each metric that occurs."""
     cells = {
         (*(getattr(row, key) for key in keys), row.metric): percent(row)
         for row in rows
         if row.metric in metrics
     }
-    columns = [metric for metric in metrics if any(cell[2] == metric for cell in cells)]
+    columns = [metric for metric in metrics if any(cell[-1] == metric for cell in cells)]
     lines = [
         (*names, *(cells.get((*names, metric), "") for metric in columns))
-        for names in dict.fromkeys(cell[:2] for cell in cells)
+        for names in dict.fromkeys(cell[:-1] for cell in cells)
     ]
-    return Table(title=title, heads=(*keys, *columns), lines=lines)
+    return Table(title=title, keys=len(keys), heads=(*keys, *columns), lines=lines)
 
 
 def to_text(rows: Sequence[Row]) -> str:
@@ -136,25 +138,37 @@ def draw_accuracies(rows: Sequence[Row], path: Path) -> None:
 
 
 def draw_robustness(rows: Sequence[Row], path: Path) -> None:
-    """Draw the change of accuracy and the flipped choices of each scorer over the views."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    """Draw changes of accuracy and flipped choices of each scorer over the views, with what paper 000's Table 1 has of each data set.
+
+    That is ImageReward's accuracy against rankings, and HPD v2's score against their mean. What nothing was counted for is left out.
+    """
     changed = [row for row in rows if row.view != AS_IS]
     views = list(dict.fromkeys(row.view for row in changed))
     raters = list(dict.fromkeys(row.rater for row in changed))
-    for axis, metric in zip(axes, (CHANGE, FLIPPED), strict=True):
+    wanted = ((ANNOTATORS, CHANGES[ACCURACY]), (MEAN, CHANGES[INVERSION]), (ANNOTATORS, FLIPPED))
+    measured = {(row.reference, row.metric) for row in changed}
+    panels = [panel for panel in wanted if panel in measured]
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False, layout="constrained"
+    )
+    for axis, (reference, metric) in zip(axes[0], panels, strict=True):
         for number, rater in enumerate(raters):
-            chosen = [row for row in changed if (row.rater, row.metric) == (rater, metric)]
-            values = np.array([(row.value, row.low, row.high) for row in chosen]).T * 100
-            at = np.arange(len(views)) + 0.08 * (number - (len(raters) - 1) / 2)
+            chosen = [
+                row for row in changed if (row.rater, row.reference, row.metric) == (rater, reference, metric)
+            ]
+            values = np.array([(row.value, row.low, row.high) for row in chosen]).reshape(-1, 3).T * 100
+            shift = 0.08 * (number - (len(raters) - 1) / 2)
             axis.errorbar(
-                at, values[0], yerr=np.abs(values[1:] - values[0]), marker="o", capsize=3, label=rater
-            )
+                [views.index(row.view) + shift for row in chosen], values[0],
+                yerr=np.abs(values[1:] - values[0]), marker="o", capsize=3, label=rater,
+            )  # fmt: skip
         axis.set_xticks(range(len(views)), views, fontsize=8)
-        axis.set_title(f"{metric}, per cent", fontsize=10)
+        against = "" if metric == FLIPPED else f"\nagainst: {reference}"
+        axis.set_title(f"{metric}, per cent{against}", fontsize=10)
+        axis.axhline(0, color="grey", linewidth=1)
         axis.grid(alpha=0.3)
-    axes[0].axhline(0, color="grey", linewidth=1)
-    axes[1].set_ylim(bottom=0)
-    axes[1].legend(fontsize=8)
+    axes[0, -1].set_ylim(bottom=0)
+    axes[0, -1].legend(fontsize=8)
     save_figure(figure, path)
 
 

@@ -1,40 +1,75 @@
 """Ranked pictures as agreement is measured on them: every picture once, and the sets that annotators ranked."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from eval.agreement import Judged
+from eval.agreement import Judged, choices
 from eval.view_scores import Picture
 from preftune.records import Ranking, read_rankings
 
 
-def read(folders: Sequence[Path], count: int | None) -> tuple[list[Picture], list[Judged], list[str]]:
-    """Return the pictures, the sets that annotators ranked and the prompts, at most `count` of each folder.
+@dataclass(frozen=True, kw_only=True)
+class Ranked:
+    """What folders of rankings hold."""
 
-    ValueError for what is wrong with them.
+    pictures: list[Picture]
+    """N pictures, each once."""
+    judged: list[Judged]
+    """Sets of them that annotators ranked."""
+    prompts: list[str]
+    """P prompts."""
+    repeated: int
+    """Rankings that were skipped, since the same source had ranked the same pictures before."""
+
+
+def check_folders(folders: Sequence[Path]) -> None:
+    """Raise ValueError unless there are folders, each once, by whatever path."""
+    if not folders:
+        raise ValueError("--data needs at least one folder with rankings.jsonl")
+    resolved = [folder.resolve() for folder in folders]
+    for number, folder in enumerate(folders):
+        if resolved[number] in resolved[:number]:
+            first = folders[resolved.index(resolved[number])]
+            raise ValueError(
+                f"--data names {folder} twice{'' if first == folder else f', first as {first}'}; its annotators would be"
+                " held against themselves"
+            )
+
+
+def read(folders: Sequence[Path], count: int | None) -> Ranked:
+    """Return the rankings of the folders, at most `count` prompts of each; ValueError for what is wrong with them.
+
+    A second ranking of the same pictures by the same source is skipped, also from another folder. Rankings without a source
+    are by somebody else each.
     """
     prompts: dict[str, int] = {}
     pictures: dict[Picture, int] = {}
     found: dict[tuple[int, tuple[int, ...]], list[list[int]]] = {}
+    seen: set[tuple[int, tuple[int, ...], str]] = set()
+    repeated = 0
     for folder in folders:
         for ranking in first_prompts(read_rankings(folder), count):
             prompt = prompts.setdefault(ranking.prompt, len(prompts))
-            rows = [
+            numbers = [
                 pictures.setdefault(Picture(path=path, prompt=ranking.prompt), len(pictures))
                 for path in ranking.paths
             ]
             # Annotators may list the same pictures in another order.
-            ordered = sorted(zip(rows, ranking.ranks, strict=True))
-            ranks = [rank for _, rank in ordered]
-            found.setdefault((prompt, tuple(row for row, _ in ordered)), []).append(ranks)
+            ordered = sorted(zip(numbers, ranking.ranks, strict=True))
+            rows = tuple(row for row, _ in ordered)
+            if ranking.source and (prompt, rows, ranking.source) in seen:
+                repeated += 1
+                continue
+            seen.add((prompt, rows, ranking.source))
+            found.setdefault((prompt, rows), []).append([rank for _, rank in ordered])
     judged = [
         Judged(prompt=prompt, rows=np.array(rows), ranks=np.array(ranks, dtype=np.float64))
         for (prompt, rows), ranks in found.items()
     ]
-    return list(pictures), judged, list(prompts)
+    return Ranked(pictures=list(pictures), judged=judged, prompts=list(prompts), repeated=repeated)
 
 
 def first_prompts(rankings: Sequence[Ranking], count: int | None) -> list[Ranking]:
@@ -51,3 +86,39 @@ def without(judged: Sequence[Judged], rejected: Mapping[int, str]) -> list[Judge
         if kept.sum() >= 2:
             sound.append(replace(one, rows=one.rows[kept], ranks=one.ranks[:, kept]))
     return sound
+
+
+def sound_sets(ranked: Ranked, rejected: Mapping[int, str]) -> list[Judged]:
+    """Return the sets without the rejected pictures; ValueError where none is left."""
+    sound = without(ranked.judged, rejected)
+    if not sound:
+        raise ValueError(
+            f"no ranking has two pictures left: {len(rejected)} of {len(ranked.pictures)} were set aside, the first because"
+            f" {rejected[min(rejected)]}"
+        )
+    return sound
+
+
+def set_aside(pictures: Sequence[Picture], rejected: Mapping[int, str]) -> list[dict[str, str]]:
+    """Return the rejected pictures and why, as rejected.jsonl has them."""
+    return [{"picture": str(pictures[row].path), "reason": why} for row, why in sorted(rejected.items())]
+
+
+def summary(judged: Sequence[Judged], rejected: int, repeated: int) -> str:
+    """Return a sentence on what is measured: what is left, what was set aside, and what was skipped."""
+    pictures = len({row for one in judged for row in one.rows.tolist()})
+    rankings = sum(len(one.ranks) for one in judged)
+    pairs = sum(int((choices(one.ranks) != 0).sum()) for one in judged)
+    prompts = len({one.prompt for one in judged})
+    alone = sum(len(one.ranks) == 1 for one in judged)
+    said = [
+        f"{pictures} pictures of {prompts} prompts, {rankings} rankings with {pairs} untied pairs",
+        f"{rejected} pictures set aside",
+    ]
+    if repeated:
+        said.append(f"{repeated} rankings skipped, whose source had ranked the same pictures before")
+    if alone:
+        said.append(
+            f"{alone} of {len(judged)} sets have a single annotator, who is held against no other and no mean"
+        )
+    return "; ".join(said)

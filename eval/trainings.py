@@ -2,8 +2,12 @@
 
 A method is NAME=DRIVER FLAGS, a command as one would type it. Programs of eval/ import no driver: they start it by `accelerate
 launch`, and read the folder that it leaves.
+
+Beside the folder NAME-SEED lie NAME-SEED.log, NAME-SEED.command, which says what the training was told before it began, and
+NAME-SEED.done once it has ended well. A folder is never used for another command than that one.
 """
 
+import hashlib
 import os
 import shlex
 import subprocess
@@ -33,7 +37,7 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 
 def check_commands(commands: Mapping[str, Sequence[str]], taken: Sequence[str] = ()) -> None:
-    """Raise ValueError for a command that is no driver, or that has a flag which the comparison sets."""
+    """Raise ValueError for a command that is no driver, that has a flag which the comparison sets, or no readable --config."""
     for name, command in commands.items():
         if not command[0].endswith(".py") or not Path(command[0]).is_file():
             raise ValueError(
@@ -41,6 +45,29 @@ def check_commands(commands: Mapping[str, Sequence[str]], taken: Sequence[str] =
             )
         if both := {*SET_HERE, *taken} & {flag.partition("=")[0] for flag in command}:
             raise ValueError(f"method {name}: {min(both)} is set by the comparison; leave it out")
+        try:
+            told(command)
+        except ValueError as error:
+            raise ValueError(f"method {name}: {error}") from error
+
+
+def told(command: Sequence[str]) -> str:
+    """Return what a training is told: the command, and the SHA-256 of the content of each --config file, which may be edited.
+
+    Not looked into are data, prompts and models that it names. ValueError for a --config file that cannot be read.
+    """
+    said, tokens = [shlex.join(command)], iter(command)
+    for token in tokens:
+        flag, equals, file = token.partition("=")
+        if flag != "--config":
+            continue
+        file = file if equals else next(tokens, "")
+        try:
+            content = Path(file).read_bytes()
+        except OSError as error:
+            raise ValueError(f"cannot read the config file {file}: {error.strerror}") from error
+        said.append(f"{file} with SHA-256 {hashlib.sha256(content).hexdigest()}")
+    return "; ".join(said)
 
 
 def train(name: str, command: Sequence[str], seed: int, output: Path) -> Path:
@@ -49,16 +76,14 @@ def train(name: str, command: Sequence[str], seed: int, output: Path) -> Path:
     A training that was stopped goes on. ValueError where the driver fails, or where the folder is another command's.
     """
     folder = output / "runs" / f"{name}-{seed}"
-    log, done = (folder.with_name(f"{folder.name}{suffix}") for suffix in (".log", ".done"))
+    log, begun, done = (folder.with_name(f"{folder.name}.{end}") for end in ("log", "command", "done"))
     log.parent.mkdir(parents=True, exist_ok=True)
-    told = shlex.join(command)
-    if done.is_file():
-        if done.read_text() != told:
-            raise ValueError(
-                f"{folder} was trained by {done.read_text()!r}, not {told!r}; name the method otherwise, or remove {done}"
-                " and the folder"
-            )
+    now = told(command)
+    check_same(now, folder, begun, done)
+    if done.is_file() and folder.is_dir():
         return folder
+    done.unlink(missing_ok=True)
+    write_text(begun, now)
     added = ["--no-overwrite", "--seed", str(seed), "--output", str(folder), "--resume", "auto"]
     launched = [sys.executable, "-m", "accelerate.commands.launch", *command, *added]
     print(f"{name}, seed {seed}: {shlex.join(launched[3:])}", flush=True)  # noqa: T201
@@ -72,8 +97,30 @@ def train(name: str, command: Sequence[str], seed: int, output: Path) -> Path:
             check=False,
         ).returncode
     if code:
+        if not holds_work(folder):  # a flag was wrong, say: nothing to remember
+            begun.unlink()
         lines = log.read_text(errors="replace").strip().splitlines()
         why = [line for line in lines if ": error: " in line] or lines[-1:]
         raise ValueError(f"method {name}, seed {seed} failed: {' '.join(why)}; see {log}")
-    write_text(done, told)
+    write_text(done, "")
     return folder
+
+
+def check_same(now: str, folder: Path, begun: Path, done: Path) -> None:
+    """Raise ValueError where the folder's training was told something else than `now`, or nobody knows what."""
+    if begun.is_file():
+        before = begun.read_text(encoding="utf-8")
+        if before == now:
+            return
+        said = f"{folder} was begun by {before!r}, not {now!r}; name the method otherwise"
+    elif done.exists() or holds_work(folder):
+        said = f"there is no {begun} that says by which command {folder} was begun; name the method otherwise"
+    else:
+        return
+    there = [str(path) for path in (folder, begun, done) if path.exists()]
+    raise ValueError(f"{said}, or remove {', '.join(there)}")
+
+
+def holds_work(folder: Path) -> bool:
+    """Return whether a driver has written anything into its folder; it makes the folder before it checks the rest."""
+    return folder.is_dir() and any(folder.iterdir())

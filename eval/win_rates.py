@@ -43,7 +43,7 @@ class Row:
 
 
 def bootstrap(differences: NDArray[np.float64], seed: int = 0) -> tuple[float, float, float]:
-    """Return the mean of (seeds, prompts) differences and its 95 % percentile interval over prompts."""
+    """Return the mean of (seeds, prompts) differences and its 95 % percentile interval over prompts, NaN for a single prompt."""
     by_prompt = differences.mean(0)
     mean, low, high = ratios(by_prompt[None], np.ones((1, len(by_prompt))), seed)[0].tolist()
     return mean, low, high
@@ -52,7 +52,8 @@ def bootstrap(differences: NDArray[np.float64], seed: int = 0) -> tuple[float, f
 def ratios(hits: NDArray[np.float64], totals: NDArray[np.float64], seed: int = 0) -> NDArray[np.float64]:
     """Return (M, 3): sum(hits) / sum(totals) over prompts, both (M, prompts), and its 95 % percentile interval over prompts.
 
-    All M are resampled alike. NaN where the totals are 0; resamples whose totals are 0 do not count.
+    All M are resampled alike. NaN where the totals are 0; resamples whose totals are 0 do not count. The bounds are NaN, too,
+    where fewer than two prompts have a total: all resamples are equal then, and an interval without width would read as certainty.
     """
     rng, prompts = np.random.default_rng(seed), hits.shape[1]
     resampled = np.full((RESAMPLES, len(hits)), np.nan)
@@ -61,10 +62,17 @@ def ratios(hits: NDArray[np.float64], totals: NDArray[np.float64], seed: int = 0
         below = totals @ counts
         np.divide(hits @ counts, below, out=row, where=below > 0)
     found = np.full((len(hits), 3), np.nan)
-    some = totals.sum(1) > 0
+    counting = (totals > 0).sum(1)
+    some, several = counting > 0, counting > 1
     found[some, 0] = hits[some].sum(1) / totals[some].sum(1)
-    found[some, 1:] = np.nanpercentile(resampled[:, some], [2.5, 97.5], axis=0).T
+    if several.any():
+        found[several, 1:] = np.nanpercentile(resampled[:, several], [2.5, 97.5], axis=0).T
     return found
+
+
+def interval(low: float, high: float, form: str) -> str:
+    """Return "[low, high]", each in a format such as "+.3f"; empty for bounds of NaN, where there is no interval."""
+    return "" if math.isnan(low) else f"[{low:{form}}, {high:{form}}]"
 
 
 def wins_of(one: NDArray[np.float64], other: NDArray[np.float64]) -> tuple[int, int, int]:
@@ -123,11 +131,12 @@ def heat_maps(scores: Mapping[str, NDArray[np.float64]], scorers: Sequence[str],
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return lines of CSV."""
+    """Return lines of CSV; a number that there is none for, NaN, is an empty cell."""
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows(rows)
+    for row in rows:
+        writer.writerow(["" if isinstance(value, float) and math.isnan(value) else value for value in row])
     return text.getvalue()
 
 
@@ -171,9 +180,9 @@ def to_text(rows: Sequence[Row]) -> str:
         f"{'method':16s} {'scorer':18s} {'mean':>8s} {'change':>8s} {'95 % interval':>18s} {'wins':>6s} {'ties':>6s} {'win rate':>8s} {'images':>8s}"
     ]
     for row in rows:
-        interval = f"[{row.low:+.3f}, {row.high:+.3f}]"
+        bounds = interval(row.low, row.high, "+.3f")
         against = (
-            f"{row.change:+8.3f} {interval:>18s} {row.wins:6d} {row.ties:6d} {100 * row.win_rate:7.1f}%"
+            f"{row.change:+8.3f} {bounds:>18s} {row.wins:6d} {row.ties:6d} {100 * row.win_rate:7.1f}%"
             if row.method != BASE
             else " " * 50
         )

@@ -29,7 +29,7 @@ class Ranking:
 
     prompt: str
     paths: tuple[Path, ...]
-    """Two pictures or more."""
+    """Two pictures or more, each once."""
     ranks: tuple[int, ...]
     """One for each path; 1 is best, equal ranks are ties."""
     source: str
@@ -68,7 +68,7 @@ def read_rankings(folder: Path) -> list[Ranking]:
 
 
 def ranking_fields(row: dict[str, Any], place: str) -> tuple[str, list[str], tuple[int, ...], str, float]:
-    """The prompt, file names (unchecked), ranks, source and weight of a ranking; the last two may be left out."""
+    """The prompt, file names (unchecked, each once), ranks, source and weight of a ranking; the last two may be left out."""
     names, ranks = field(row, "generations", list, place), field(row, "ranking", list, place)
     if not all(isinstance(name, str) for name in names):
         raise ValueError(f"{place}: generations must be file names")
@@ -78,6 +78,10 @@ def ranking_fields(row: dict[str, Any], place: str) -> tuple[str, list[str], tup
         raise ValueError(
             f"{place}: {len(names)} generations and {len(ranks)} ranks; there must be one rank each, and two or more"
         )
+    paths = [PurePosixPath(name) for name in names]  # a.png and ./a.png are one picture
+    if len(set(paths)) < len(paths):
+        twice = max(paths, key=paths.count)
+        raise ValueError(f"{place}: {str(twice)!r} is there more than once among the generations")
     source = field(row, "source", str, place) if "source" in row else ""
     weight = row.get("weight", 1.0)
     if type(weight) not in (int, float) or not 0 < weight <= sys.float_info.max:

@@ -2,12 +2,14 @@
 
 import csv
 import math
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from eval import compare, win_rates
+from eval import compare, trainings, win_rates
 from preftune import cli
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -35,6 +37,20 @@ def test_wins_and_bootstrap_by_hand() -> None:
 def test_a_constant_change_has_no_width() -> None:
     change, low, high = win_rates.bootstrap(np.full((3, 20), 0.25))
     assert change == low == high == 0.25
+
+
+def test_one_prompt_has_no_interval() -> None:
+    """However many seeds: an interval over prompts of width 0 would read as certainty."""
+    change, low, high = win_rates.bootstrap(np.array([[1.0], [2.0]]))
+    assert change == 1.5
+    assert math.isnan(low)
+    assert math.isnan(high)
+    assert win_rates.interval(low, high, "+.3f") == ""
+    assert win_rates.interval(-0.5, 1, "+.1f") == "[-0.5, +1.0]"
+    scores = {"base": np.zeros((2, 1, 1)), "x": np.array([[[1.0]], [[2.0]]])}
+    rows = win_rates.table(scores, ["gold"], {"base": 0, "x": 64})
+    assert "nan" not in win_rates.to_text(rows)
+    assert win_rates.to_csv(rows).splitlines()[-1] == "x,gold,1.5,1.5,,,2,0,0,1.0,64"
 
 
 @pytest.fixture(scope="module")
@@ -184,4 +200,88 @@ def test_other_flags_are_not_the_same_run(
     with pytest.raises(SystemExit) as stop:
         compare.main(cli.parse(compare.Config, [*argv, "--output", str(report)]))
     assert stop.value.code == 2
-    assert "refl-0 was trained by" in capsys.readouterr().err
+    assert "refl-0 was begun by" in capsys.readouterr().err
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that were launched, without what is added. --stop leaves work and fails, --wrong fails before any."""
+    found: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        folder = Path(command[command.index("--output") + 1])
+        folder.mkdir(parents=True, exist_ok=True)
+        own = command[command.index("d.py") : command.index("--no-overwrite")]
+        found.append(own)
+        stopped = "--stop" in own and not (folder / "work").exists()
+        if "--wrong" not in own:
+            (folder / "work").touch()
+        return subprocess.CompletedProcess(command, 2 * ("--wrong" in own or stopped))
+
+    monkeypatch.setattr(trainings.subprocess, "run", run)
+    return found
+
+
+def test_a_stopped_run_is_no_other_commands(tmp_path: Path, launched: list[list[str]]) -> None:
+    stopped, other = ["d.py", "--stop"], ["d.py", "--lr", "1"]
+    with pytest.raises(ValueError, match="method m, seed 0 failed"):
+        trainings.train("m", stopped, 0, tmp_path)
+    folder = tmp_path / "runs" / "m-0"
+    with pytest.raises(
+        ValueError,
+        match=rf"was begun by 'd.py --stop', not 'd.py --lr 1'; .* remove {folder}, {folder}.command$",
+    ):
+        trainings.train("m", other, 0, tmp_path)
+    assert launched == [stopped], "the other was not started"
+    assert trainings.train("m", stopped, 0, tmp_path) == folder
+    assert trainings.train("m", stopped, 0, tmp_path) == folder
+    assert launched == [stopped, stopped], "it goes on, and is then finished"
+    with pytest.raises(ValueError, match=rf"remove {folder}, {folder}.command, {folder}.done$"):
+        trainings.train("m", other, 0, tmp_path)
+    trainings.train("m", other, 1, tmp_path)
+
+
+def test_an_edited_config_is_another_command(tmp_path: Path, launched: list[list[str]]) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text("lr: 1\n")
+    for command in (["d.py", "--config", str(config)], ["d.py", f"--config={config}"]):
+        output = tmp_path / str(len(launched))
+        trainings.train("m", command, 0, output)
+        config.write_text("lr: 2\n")
+        with pytest.raises(ValueError, match=r"was begun by .* with SHA-256 "):
+            trainings.train("m", command, 0, output)
+        config.write_text("lr: 1\n")
+        trainings.train("m", command, 0, output)
+    assert len(launched) == 2
+    config.unlink()
+    with pytest.raises(ValueError, match=f"cannot read the config file {config}: No such file"):
+        trainings.train("m", command, 0, output)
+
+
+def test_work_of_nobody_knows_whom(tmp_path: Path, launched: list[list[str]]) -> None:
+    folder = tmp_path / "runs" / "m-0"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match=rf"there is no {folder}.command that says .* remove {folder}$"):
+        trainings.train("m", ["d.py"], 0, tmp_path)
+    assert not launched
+
+
+def test_a_wrong_flag_may_be_mended(tmp_path: Path, launched: list[list[str]]) -> None:
+    """Drivers make their folder before they look at the rest: an empty one holds nobody's work."""
+    with pytest.raises(ValueError, match="method m, seed 0 failed"):
+        trainings.train("m", ["d.py", "--wrong"], 0, tmp_path)
+    trainings.train("m", ["d.py"], 0, tmp_path)
+    assert len(launched) == 2
+
+
+def test_a_run_that_was_removed_is_trained_again(tmp_path: Path, launched: list[list[str]]) -> None:
+    """Where only the folder is gone; and where it then stops, it is not finished, whatever it was before."""
+    command = ["d.py", "--stop"]
+    folder = tmp_path / "runs" / "m-0"
+    for _ in range(2):
+        with pytest.raises(ValueError, match="failed"):
+            trainings.train("m", command, 0, tmp_path)
+        assert trainings.train("m", command, 0, tmp_path) == folder
+        shutil.rmtree(folder)
+    assert len(launched) == 4

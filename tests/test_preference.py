@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 
 import rewards
 from eval import preference, view_scores
+from eval.agreement import ACCURACY, CHANGES, INVERSION, MEAN, OTHERS
 from eval.ranked import read, without
 from preftune import cli
 from preftune.records import read_jsonl, write_jsonl
@@ -98,11 +99,19 @@ def test_the_table_by_hand(report: Path) -> None:
         flipped = np.mean([choice(name, views[0], pair) != choice(name, views[1], pair) for pair in pairs])
         assert found[name, "annotators", views[0], "accuracy (ImageReward)"] == pytest.approx(first)
         assert found[name, "annotators", views[1], "accuracy (ImageReward)"] == pytest.approx(cut)
-        assert found[name, "annotators", views[1], "change of accuracy"] == pytest.approx(cut - first)
+        assert found[name, "annotators", views[1], CHANGES[ACCURACY]] == pytest.approx(cut - first)
         assert found[name, "annotators", views[1], "flipped choices"] == pytest.approx(flipped)
     assert found["brightness", "annotators", views[0], "recall@1"] >= 2 / 3, "of three rankings"
     assert found["one annotator", "annotators", views[0], "accuracy (ImageReward)"] == pytest.approx(4 / 6)
-    assert found["one annotator", "annotators' mean", views[0], "recall@1"] == 1, "200 is best for both"
+    assert found["one annotator", OTHERS, views[0], "recall@1"] == 1, "200 is best for both"
+    assert found["one annotator", OTHERS, views[0], ACCURACY] == pytest.approx(4 / 6)
+    assert ("one annotator", MEAN, views[0], ACCURACY) not in found
+    choices = [choice("brightness", view, pair) for view in views for pair in greys[:2]]
+    inversions = [np.mean([*(one < 0 for one in choices[start : start + 2]), 0]) for start in (0, 2)]
+    assert found["brightness", MEAN, views[0], INVERSION] == pytest.approx(1 - inversions[0])
+    assert found["brightness", MEAN, views[1], CHANGES[INVERSION]] == pytest.approx(
+        inversions[0] - inversions[1]
+    )
     judge = [pair for pair in pairs if choice("shapes", views[0], pair)]
     right = [choice("brightness", views[0], pair) == choice("shapes", views[0], pair) for pair in judge]
     assert found["brightness", "judge", views[0], "accuracy (ImageReward)"] == pytest.approx(np.mean(right))
@@ -134,7 +143,10 @@ def test_damaged_pictures_are_set_aside_and_counted(report: Path, capsys: pytest
     assert set(rejected) == {"cut.png", "<b>empty.png", "text.png", "small.png"}
     assert "64 x 64" in rejected["small.png"]
     page = (report / "report.html").read_text()
-    assert "5 pictures of 2 prompts, 3 rankings with 7 untied pairs; 4 pictures set aside" in page
+    assert (
+        "5 pictures of 2 prompts, 3 rankings with 7 untied pairs; 4 pictures set aside; 1 of 2 sets have a single annotator"
+        in page
+    )
     assert "&lt;b&gt;empty.png" in page
     assert "<b>" not in page
     assert "<script" not in page
@@ -153,16 +165,78 @@ def test_one_scorer_without_views(data: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_count_takes_the_first_prompts(data: Path) -> None:
-    config = cli.parse(preference.Config, ["--data", str(data), str(data), "--count", "1"])
-    pictures, judged, prompts = read(config.data, config.count)
-    assert prompts == [PLAIN]
-    assert [picture.path.name for picture in pictures] == ["0.png", "100.png", "200.png", "cut.png"]
-    (one,) = judged
-    assert one.ranks.tolist() == [[3, 2, 1, 4], [2, 3, 1, 4]] * 2, "in one order, whatever that of the file"
-    (less,) = without(judged, {1: "damaged"})
+    config = cli.parse(preference.Config, ["--data", str(data), "--count", "1"])
+    ranked = read(config.data, config.count)
+    assert ranked.prompts == [PLAIN]
+    assert [picture.path.name for picture in ranked.pictures] == ["0.png", "100.png", "200.png", "cut.png"]
+    (one,) = ranked.judged
+    assert one.ranks.tolist() == [[3, 2, 1, 4], [2, 3, 1, 4]], "in one order, whatever that of the file"
+    (less,) = without(ranked.judged, {1: "damaged"})
     assert less.rows.tolist() == [0, 2, 3]
-    assert less.ranks.tolist() == [[3, 1, 4], [2, 1, 4]] * 2
-    assert without(judged, {1: "", 2: "", 3: ""}) == []
+    assert less.ranks.tolist() == [[3, 1, 4], [2, 1, 4]]
+    assert without(ranked.judged, {1: "", 2: "", 3: ""}) == []
+
+
+def test_a_source_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """a ranks the same pictures again, in another order and otherwise: skipped. Other pictures, prompts and nameless ones count."""
+    for level in (0, 100, 200):
+        Image.new("RGB", (8, 8), (level,) * 3).save(tmp_path / f"{level}.png")
+    pair = ["0.png", "100.png"]
+    lines = [
+        ranked("p", pair, [1, 2], "a"),
+        ranked("p", pair[::-1], [1, 2], "a"),
+        ranked("p", pair, [1, 2], "b"),
+        ranked("p", pair, [2, 1], ""),
+        ranked("p", pair, [2, 1], ""),
+        ranked("p", [*pair, "200.png"], [1, 2, 3], "a"),
+        ranked("q", pair, [1, 2], "a"),
+    ]
+    write_jsonl(tmp_path / "rankings.jsonl", lines)
+    found = read([tmp_path], None)
+    assert found.repeated == 1
+    assert [one.ranks.tolist() for one in found.judged] == [
+        [[1, 2], [1, 2], [2, 1], [2, 1]],
+        [[1, 2, 3]],
+        [[1, 2]],
+    ]
+    assert run(tmp_path, tmp_path / "out", "--rewards", "brightness=1", "--crops", "--workers", "0") == 0
+    said = "1 rankings skipped, whose source had ranked the same pictures before; 2 of 3 sets have a single annotator"
+    assert said in capsys.readouterr().out
+    assert said in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_folder_counts_once(data: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(data)
+    for other, words in ((data, f"names {data} twice;"), (link, f"names {link} twice, first as {data};")):
+        with pytest.raises(ValueError, match=words):
+            preference.Config(data=(data, other))
+
+
+def test_rankings_of_ties_alone_have_a_report(tmp_path: Path) -> None:
+    """No pair, so no accuracy and no change of it; one prompt, so no interval."""
+    for name in "ab":
+        Image.new("RGB", (8, 8), (ord(name),) * 3).save(tmp_path / f"{name}.png")
+    write_jsonl(tmp_path / "rankings.jsonl", [ranked("p", ["a.png", "b.png"], [1, 1], "a")])
+    output = tmp_path / "out"
+    flags = ["--rewards", "brightness=1", "--crops", "0.9", "0.5", "--workers", "0"]
+    assert run(tmp_path, output, *flags) == 0
+    page = (output / "report.html").read_text()
+    assert (output / "robustness.png").stat().st_size > 1000
+    found = list(csv.DictReader((output / "table.csv").open()))
+    assert ACCURACY not in {row["metric"] for row in found}
+    assert {row["value"] for row in found if row["metric"] == INVERSION} == {"1.0"}
+    assert {(row["low"], row["high"]) for row in found} == {("", "")}
+    assert "<td>100.0</td>" in page, "a value without an interval"
+    assert "nan" not in page.split("<body>")[1].split("base64")[0]
+
+
+def test_help_says_what_rewards_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse(preference.Config, ["--help"])
+    said = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    assert "NAME=WEIGHT each, as hpsv2=1; the folder of a trained scorer is a name, too." in said
+    assert "Weights do nothing here: write 1, even for one scorer." in said
 
 
 def test_views_are_mirrored_and_cut_in_the_middle() -> None:
