@@ -35,6 +35,7 @@ from preftune.records import Sample, read_samples
 from rewards import Clip, Preprocess
 from rewards.clip import ClipScorer
 from rewards.clip_tokenizer import vocab_size
+from rewards.head import apply_head
 from rewards.imagereward import ImageReward, ImageRewardConfig
 from rewards.trained import clip_card
 
@@ -139,10 +140,8 @@ class Pretraining(nn.Module):
         images = F.normalize(scorer.vision_proj(tokens[:, 0]), dim=1)
         texts = scorer.text_embedding(captions)
         wrong = negatives(misses, images, texts, captions)
-        both = scorer.mlp(scorer.read(captions + wrong, torch.cat([tokens, tokens]), pixels.device)).squeeze(
-            1
-        )
-        fit, miss = both.chunk(2)
+        read = scorer.read(captions + wrong, torch.cat([tokens, tokens]), pixels.device)
+        fit, miss = apply_head(scorer.mlp, read).chunk(2)
         losses = {
             "contrast": contrastive_loss(images, texts, self.temperature),
             "matching": matching_loss(fit, miss),

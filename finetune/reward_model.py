@@ -54,7 +54,7 @@ from preftune.prompts import items_at
 from preftune.records import read_jsonl, read_rankings
 from preftune.views import shifted, weak_view
 from rewards import Preprocess
-from rewards.trainable import Trainable, check_trainable, freeze, load_trainable
+from rewards.trainable import Head, Trainable, check_trainable, freeze, load_trainable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +108,10 @@ class Config:
     objective: Literal["pairs", "choice", "soft"] = "pairs"
     """What the loss compares: pairs, the chosen one among all, or shares of votes."""
     stable: Stable = field(default_factory=Stable)
+    head: Head = "own"
+    """What makes the score: own = what the model has; mlp = a new MLP of ImageReward's shape on a CLIP (002, Table 2b)."""
+    dropout: float | None = None
+    """Dropout of an MLP head, in [0, 1); None = the architecture's own, 0.2, 0.2 and 0.1 as published."""
     valid_share: float = 0.1
     """Share of prompts held out, in (0, 1)."""
     shift: int = 0
@@ -259,7 +263,9 @@ def views_of(pixels: Tensor, generators: Sequence[torch.Generator], config: Conf
 
 def prepare(config: Config) -> Trainable:
     """Return the scorer to train, frozen as configured."""
-    scorer = load_trainable(config.model, config.weights, config.run.seed)
+    scorer = load_trainable(
+        config.model, config.weights, config.run.seed, head=config.head, dropout=config.dropout
+    )
     freeze(scorer, config.frozen_share, config.last_layers)
     if config.gradient_checkpointing:  # by hand: transformers' BLIP text tower cannot
         for layer in (layer for tower in scorer.towers() for layer in tower.layers):
@@ -271,7 +277,7 @@ def main(config: Config) -> int:
     """Train, validate, keep the best."""
     with exit_on_user_error():
         check(config.run)
-        check_trainable(config.model, config.weights)
+        check_trainable(config.model, config.weights, head=config.head, dropout=config.dropout)
         rankings = [ranked for folder in config.data for ranked in by_pictures(read_rankings(folder))]
         train, held = split(rankings, config.valid_share, config.run.seed)
         check_split(train, held, config.objective)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rewards.card import Card, Clip, Preprocess, Scorer
+from rewards.swap import left_behind
 from rewards.trained import card_of
 
 if TYPE_CHECKING:
@@ -218,6 +219,10 @@ def find_card(name: str) -> Card:
     if name in CARDS:
         return CARDS[name]
     if not name or not Path(name).is_dir():
+        if name and (previous := left_behind(Path(name))) is not None:
+            raise ValueError(
+                f"{name} is not there, because a write of it was cut short; its last state is {previous}: rename it to {name}"
+            )
         raise ValueError(
             f"unknown scorer {name!r}; one of {', '.join(CARDS)}, or the folder of one that was trained here"
         )

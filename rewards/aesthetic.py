@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rewards import CARDS
 from rewards.card import Card
 from rewards.clip import ClipVision, fill, to_transformers
+from rewards.head import apply_head, new_head
 from rewards.pixels import check_prompts
 from rewards.weights import check, find, find_file, read
 
@@ -31,16 +32,7 @@ class Aesthetic(nn.Module):
         assert card.preprocess is not None, f"{card.name} has no preprocessing"
         self.card = card
         self.vision = ClipVision(card.clip, card.preprocess)
-        self.layers = nn.Sequential(  # dropout keeps the published numbering and does nothing in eval mode
-            nn.Linear(card.clip.embed, 1024),
-            nn.Dropout(0.2),
-            nn.Linear(1024, 128),
-            nn.Dropout(0.2),
-            nn.Linear(128, 64),
-            nn.Dropout(0.1),
-            nn.Linear(64, 16),
-            nn.Linear(16, 1),
-        )
+        self.layers = new_head(card.clip.embed)  # its dropout does nothing in eval mode
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the scores (B,) float32 of B pictures; the B prompts are not read."""
@@ -49,7 +41,7 @@ class Aesthetic(nn.Module):
 
     def of_vectors(self, vectors: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the scores (B,) float32 of B pictures of which the image tower made these vectors (B, E)."""
-        return self.layers(vectors).squeeze(1).float()
+        return apply_head(self.layers, vectors).float()
 
 
 def load_scorer(

@@ -18,6 +18,7 @@ from rewards.card import Card
 from rewards.imagereward import FULL_SIZE, ImageReward, ImageRewardConfig, find_parts
 from rewards.pixels import check_prompts
 from rewards.text_cache import TextCache
+from rewards.trained import with_statistics
 from rewards.weights import check, find_file, read
 
 _PASSED_OVER = (
@@ -66,7 +67,7 @@ def start(card: Card, weights: Path | None, seed: int, config: ImageRewardConfig
     """Return an ImageReward before its training: these towers, and a new head whose weights depend on seed alone."""
     scorer = load(card, find_files(card, weights)[0], config).blip
     scorer.renew_head(seed)
-    scorer.card = card
+    scorer.card = with_statistics(card, 0.0, 1.0)  # no cosine any more
     return scorer
 
 

@@ -34,7 +34,7 @@ class Preprocess:
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """The sizes of a CLIP's two towers, and what no checkpoint says: activation, epsilon, heads, tokeniser."""
+    """The sizes of a CLIP's two towers, and what no checkpoint says: activation, epsilon, heads, tokeniser, the score."""
 
     embed: int
     """Width of the common space of pictures and texts."""
@@ -54,7 +54,17 @@ class Clip:
     """Tokens of a text, start and end included; a longer one is cut and keeps its end token."""
     vocab_size: int = 49408
     scaled: bool = False
-    """The score is exp(logit_scale) times the cosine instead of the cosine."""
+    """The score is what losses are computed on, exp(logit_scale) times the cosine or a head's output, instead of the cosine."""
+    head_dropout: tuple[float, float, float] | None = None
+    """There is an MLP head (rewards.head) on the two vectors, with dropout of these probabilities; None = there is none."""
+
+    def __post_init__(self) -> None:
+        if self.head_dropout is None:
+            return
+        if len(self.head_dropout) != 3 or not all(0 <= probability < 1 for probability in self.head_dropout):
+            raise ValueError(f"head_dropout must be three numbers in [0, 1), got {self.head_dropout}")
+        if not self.scaled:
+            raise ValueError("the output of a head is no cosine: with head_dropout, scaled must be true")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ Shapes: B batch, L = config.max_length text tokens, D = config.text_width, P = c
 S = config.image_size.
 """
 
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -25,8 +24,10 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 
 from rewards.blip_names import to_authors, to_transformers
 from rewards.card import CLIP_MEAN, CLIP_STD, Card, Preprocess
+from rewards.head import DROPOUT, WIDTHS, apply_head, draw_head, initialise, new_head, set_dropout
 from rewards.pixels import at_least_float32, check_prompts, prepare
 from rewards.towers import Tower
+from rewards.trained import CARD_FILE, card_of, facts_to_json, imagereward_card
 from rewards.weights import FOLDER_FILE, LOOSE, cached, check, find, loose, read, verify, write_folder
 
 VOCAB_REPO = "google-bert/bert-base-uncased"
@@ -55,8 +56,8 @@ class ImageRewardConfig:
     text_intermediate: int = 3072
     text_dropout: float = 0.1
     projection: int = 256
-    head: tuple[int, int, int, int] = (1024, 128, 64, 16)
-    head_dropout: tuple[float, float, float] = (0.2, 0.2, 0.1)
+    head: tuple[int, int, int, int] = WIDTHS
+    head_dropout: tuple[float, float, float] = DROPOUT
     mean: float = 0.16717362830052426
     std: float = 1.0333394966054072
 
@@ -76,6 +77,8 @@ class ImageRewardConfig:
             )
         if self.std <= 0:
             raise ValueError(f"std must be > 0, got {self.std}")
+        if not all(0 <= probability < 1 for probability in self.head_dropout):
+            raise ValueError(f"head_dropout must lie in [0, 1), got {self.head_dropout}")
 
     @property
     def preprocess(self) -> Preprocess:
@@ -108,10 +111,12 @@ class ImageReward(nn.Module):
     """
 
     card: Card
+    """Of a model that was built: random weights. `load_scorer` gives it the scorer's, `load` what is known of the file."""
 
     def __init__(self, config: ImageRewardConfig, vocab: str) -> None:
         super().__init__()
         self.config = config
+        self.card = imagereward_card("random weights", config.preprocess, licence="Apache-2.0")
         self.vocab = vocab
         self.tokenizer = BertTokenizer(
             vocab={token: index for index, token in enumerate(vocab.removesuffix("\n").split("\n"))},
@@ -129,7 +134,7 @@ class ImageReward(nn.Module):
         )
         self.vision_proj = nn.Linear(config.vision_width, config.projection)
         self.text_proj = nn.Linear(config.text_width, config.projection)
-        self.mlp = _head(config)
+        self.mlp = new_head(config.text_width, config.head, config.head_dropout)
 
     @classmethod
     def build(cls, config: ImageRewardConfig, vocab_path: Path, seed: int) -> "ImageReward":
@@ -137,7 +142,7 @@ class ImageReward(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             model = cls(config, vocab_path.read_text(encoding="utf-8"))
-            _initialise(model.mlp, config.text_width)
+            initialise(model.mlp)
         return model
 
     @classmethod
@@ -153,6 +158,7 @@ class ImageReward(nn.Module):
         state = to_transformers(read(file))
         check(model.state_dict(), state, file, "this ImageReward")
         model.fill(state)
+        model.card = card_of(str(path)) if path.is_dir() else imagereward_card(str(path), config.preprocess)
         return model
 
     def fill(self, state: Mapping[str, Tensor]) -> None:
@@ -162,18 +168,21 @@ class ImageReward(nn.Module):
         self.text_model.embeddings.position_ids = positions
 
     def save(self, folder: Path) -> None:
-        """Write config.json, vocab.txt and model.safetensors (authors' names, float32), each atomically."""
+        """Write config.json, vocab.txt, card.json (licence, origin) and model.safetensors (authors' names, float32) as one."""
         state = {key: value.float() for key, value in self.state_dict().items()}
         config = json.dumps(asdict(self.config), indent=2) + "\n"
-        write_folder(folder, to_authors(state), {"config.json": config, "vocab.txt": self.vocab})
+        texts = {"config.json": config, "vocab.txt": self.vocab, CARD_FILE: facts_to_json(self.card)}
+        write_folder(folder, to_authors(state), texts)
 
     def renew_head(self, seed: int) -> None:
         """Put a head with random weights that depend on seed alone on the towers; its scores are not standardised."""
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            self.mlp = _head(self.config)
-            _initialise(self.mlp, self.config.text_width)
+        self.mlp = draw_head(self.config.text_width, seed, self.config.head, self.config.head_dropout)
         self.set_statistics(0.0, 1.0)
+
+    def set_dropout(self, probability: float) -> None:
+        """Let all dropout of the head act with this probability, in [0, 1); the towers keep theirs."""
+        self.config = replace(self.config, head_dropout=(probability,) * 3)
+        set_dropout(self.mlp, probability)
 
     def towers(self) -> tuple[Tower, Tower]:
         """Return the image tower and the text tower; the head is on top of the second."""
@@ -209,7 +218,7 @@ class ImageReward(nn.Module):
 
     def raw(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the head's output before mean and deviation, (B,) float32: what the ranking loss is computed on."""
-        return self.mlp(self.features(pixels, prompts)).squeeze(1)
+        return apply_head(self.mlp, self.features(pixels, prompts))
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the scores (B,) float32 of B pictures for B prompts, in the paper's units."""
@@ -328,19 +337,3 @@ def _text_config(config: ImageRewardConfig, pad_token: int, sep_token: int) -> B
         bos_token_id=config.vocab_size - 2,  # [DEC]
         is_decoder=True,  # makes the cross-attention exist; calls still attend in both directions
     )
-
-
-def _initialise(head: nn.Sequential, width: int) -> None:
-    """Give the head the authors' random weights, std 1 / (width + 1): the paper writes N(0, 1 / (d + 1))."""
-    for layer in head:
-        if isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, std=1 / (width + 1))
-            nn.init.zeros_(layer.bias)
-
-
-def _head(config: ImageRewardConfig) -> nn.Sequential:
-    """Five linear layers without activations: 0, 2, 4, 6 and 7 of a sequence, dropout between."""
-    widths = (config.text_width, *config.head, 1)
-    linear = [nn.Linear(before, after) for before, after in itertools.pairwise(widths)]
-    first, second, third = (nn.Dropout(p) for p in config.head_dropout)
-    return nn.Sequential(linear[0], first, linear[1], second, linear[2], third, linear[3], linear[4])

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rewards.card import Card
+from rewards.swap import replace_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 """The repository root, to which the folders of embedded weights are relative."""
@@ -158,15 +158,17 @@ def check(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], file: Pat
 
 
 def write_folder(folder: Path, state: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
-    """Write model.safetensors and text files, name -> content, into a folder, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{FOLDER_FILE}.partial"
-    save_file({key: value.cpu().contiguous() for key, value in state.items()}, partial)
-    os.replace(partial, folder / FOLDER_FILE)
-    for name, text in texts.items():
-        partial = folder / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(partial, folder / name)
+    """Write model.safetensors and text files, name -> content, into a folder: all together or, after a kill, none of them.
+
+    Other files of the folder stay there. ValueError for a folder that is a file.
+    """
+
+    def write(unfinished: Path) -> None:
+        save_file({key: value.cpu().contiguous() for key, value in state.items()}, unfinished / FOLDER_FILE)
+        for name, text in texts.items():
+            (unfinished / name).write_text(text, encoding="utf-8", newline="\n")
+
+    replace_folder(folder, {FOLDER_FILE, *texts}, write)
 
 
 def _remedy(card: Card) -> str:

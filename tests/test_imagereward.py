@@ -165,6 +165,7 @@ def test_save_and_load_give_the_same_scores(small: ImageReward, tmp_path: Path) 
     small.set_statistics(mean=0.25, std=2.0)
     small.save(tmp_path / "saved")
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
+        "card.json",
         "config.json",
         "model.safetensors",
         "vocab.txt",
@@ -208,6 +209,22 @@ def test_embeddings_are_unit_vectors(small: ImageReward) -> None:
     assert (texts[0] - texts[1]).abs().max() > 1e-5
 
 
+def test_the_head_runs_in_float32_under_autocast(small: ImageReward) -> None:
+    """In bfloat16, of 8 bits, scores that differ by less than 1/256 of their size would tie."""
+    small.eval()
+    with torch.no_grad():
+        for weight in small.mlp.parameters():
+            weight *= 8
+    pixels = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    prompts = ["a red circle", "a blue square"] * 4
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        raw, features = small.raw(pixels, prompts), small.features(pixels, prompts)
+    assert raw.dtype == torch.float32
+    assert torch.equal(raw, small.mlp(features).squeeze(1))
+    assert (raw != raw.bfloat16().float()).all()
+    assert not torch.equal(features, small.features(pixels, prompts)), "the towers do run in bfloat16"
+
+
 def test_padding_is_not_read(small: ImageReward) -> None:
     """A longer maximum adds padding only, and padding must not change a score."""
     small.eval()
@@ -216,6 +233,75 @@ def test_padding_is_not_read(small: ImageReward) -> None:
         short = small.features(pixels, ["a red circle"])
         small.config = replace(SMALL, max_length=16)
         torch.testing.assert_close(small.features(pixels, ["a red circle"]), short, atol=1e-6, rtol=0)
+
+
+# ---------------------------------------------------------------- where it comes from
+
+
+def test_a_folder_says_where_it_comes_from(small: ImageReward, tmp_path: Path) -> None:
+    """Built from nothing; trained from a scorer of the table; trained from a folder, which hands on its licence."""
+    small.save(tmp_path / "built")
+    built = rewards.find_card(str(tmp_path / "built"))
+    assert built.summary == "ImageReward's architecture, trained here, from random weights"
+    assert built.licence == "Apache-2.0"
+    small.card = replace(rewards.CARDS["blipscore"], typical_range=(-2.5, 2.5))
+    small.save(tmp_path / "trained")
+    card = rewards.find_card(str(tmp_path / "trained"))
+    assert card == replace(
+        built,
+        name=str(tmp_path / "trained"),
+        folder=str(tmp_path / "trained"),
+        summary="ImageReward's architecture, trained here, from blipscore",
+        licence="BSD-3-Clause",
+        typical_range=(-2.5, 2.5),
+    )
+    for again in (ImageReward.load(tmp_path / "trained"), rewards.load(card.name)):
+        assert again.card == card
+        again.save(tmp_path / "further")  # type: ignore[attr-defined]
+        further = rewards.find_card(str(tmp_path / "further"))
+        assert further.summary.endswith(f"from {tmp_path / 'trained'}")
+        assert (further.licence, further.typical_range) == ("BSD-3-Clause", (-2.5, 2.5))
+
+
+def test_a_folder_from_before_there_were_cards(tmp_path: Path) -> None:
+    """The embedded one: the card that it always had, and nothing is written beside it."""
+    folder = Path(__file__).parents[1] / "assets" / "tiny" / "imagereward"
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "vocab.txt"]
+    card = rewards.find_card(str(folder))
+    assert card == replace(
+        rewards.CARDS["imagereward-tiny"],
+        name=str(folder),
+        folder=str(folder),
+        summary="ImageReward's architecture, trained here",
+        licence="that of what it started from",
+    )
+    embedded = ImageReward.load(folder)
+    assert embedded.card == card
+    embedded.save(tmp_path / "again")
+    for name in ("config.json", "vocab.txt"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+    again = rewards.find_card(str(tmp_path / "again"))
+    assert again.summary == f"{card.summary}, from {folder}"
+    assert again.licence == card.licence
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", r"card\.json is not JSON"),
+        ("[]", r"card\.json must hold an object"),
+        ('{"licence": "MIT"}', "card.json must have exactly the fields started_from, licence, typical_range"),
+        (
+            '{"started_from": "x", "licence": "MIT", "typical_range": 3}',
+            r"card\.json: typical_range must be two numbers, got 3",
+        ),
+    ],
+)
+def test_a_wrong_card_is_a_clear_error(text: str, words: str, small: ImageReward, tmp_path: Path) -> None:
+    small.save(tmp_path / "model")
+    (tmp_path / "model" / "card.json").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        rewards.load(str(tmp_path / "model"))
 
 
 # ---------------------------------------------------------------- files of others
@@ -303,6 +389,8 @@ def test_code_in_a_file_is_not_executed(
 def test_config_and_vocabulary_must_fit(folder: Path, vocab: Path) -> None:
     with pytest.raises(ValueError, match=r"vocab_size is 99, but .* has 15 tokens"):
         ImageReward.build(replace(SMALL, vocab_size=99), vocab, seed=0)
+    with pytest.raises(ValueError, match=r"head_dropout must lie in \[0, 1\), got \(0.2, 1.0, 0.1\)"):
+        replace(SMALL, head_dropout=(0.2, 1.0, 0.1))
     with pytest.raises(ValueError, match="text_width 13 is not a multiple of text_heads 2"):
         replace(SMALL, text_width=13)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -22,8 +22,10 @@ from finetune.run_config import RunConfig
 from preftune import cli
 from preftune.records import Ranking, Sample, read_jsonl
 from rewards import Preprocess
+from rewards.clip import ClipScorer
 from rewards.imagereward import ImageReward
 from rewards.towers import Tower
+from rewards.trainable import load_trainable
 
 
 def ranking(
@@ -316,6 +318,21 @@ def test_every_objective_trains(flags: str, root: Path, tmp_path: Path) -> None:
     assert score(torch.rand(1, 3, 32, 32), ["a red circle"]).isfinite().all()
 
 
+def test_a_clip_with_an_mlp_head_trains(root: Path, tmp_path: Path) -> None:
+    clip = Path(__file__).parents[1] / "assets/tiny/pretrained/clip"
+    argv = ["--model", str(clip), "--data", str(root / "rankings"), "--output", str(tmp_path)]
+    flags = [*SHORT.split(), "--head", "mlp", "--dropout", "0.3"]
+    assert reward_model.main(cli.parse(Config, [*argv, *flags])) == 0
+    scorer = load_trainable(str(tmp_path / "scorer"))
+    assert isinstance(scorer, ClipScorer)
+    assert scorer.mlp is not None, "the head is saved"
+    assert [layer.p for layer in scorer.mlp if isinstance(layer, torch.nn.Dropout)] == [0.3] * 3
+    start = load_trainable(str(clip), head="mlp")
+    assert isinstance(start, ClipScorer)
+    assert start.mlp is not None
+    assert (scorer.mlp[0].weight - start.mlp[0].weight).abs().max() > 1e-3, "and has been trained"
+
+
 def test_checkpointing_changes_no_gradient(root: Path) -> None:
     def gradient(checkpointing: bool) -> torch.Tensor:
         config = Config(
@@ -391,8 +408,8 @@ def grey(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu: None) -> Brightne
             Image.new("L", (8, 8), value).save(folder / name)
         rows.append({"prompt": prompt, "generations": names, "ranking": [1, 2, 3]})
     (folder / "rankings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(reward_model, "check_trainable", lambda *_: None)
-    monkeypatch.setattr(reward_model, "load_trainable", lambda *_: scorer)
+    monkeypatch.setattr(reward_model, "check_trainable", lambda *_, **__: None)
+    monkeypatch.setattr(reward_model, "load_trainable", lambda *_, **__: scorer)
     return scorer
 
 

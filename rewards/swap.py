@@ -1,0 +1,89 @@
+"""A folder is replaced in one piece, so that nobody reads new weights with old statistics; needs no torch.
+
+The new folder is written whole beside the old one, as `.NAME.unfinished`, and takes its place by two renames, between which
+the old one is called `.NAME.previous`. A kill at any moment leaves one of the two, complete; or none, between the renames:
+then the old one is `.NAME.previous`, which the next write puts back, and `left_behind` finds.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+
+def replace_folder(folder: Path, names: Collection[str], write: Callable[[Path], None]) -> None:
+    """Let `write` put files of these names into an empty folder, which then is `folder`; one that was there goes.
+
+    What is there under other names, such as a user's notes, is there afterwards too. Of a link the target is replaced.
+    What an earlier, killed call left behind is removed. ValueError for a folder that is a file.
+    """
+    place = Path(os.path.realpath(folder))
+    if place.exists() and not place.is_dir():
+        raise ValueError(f"{folder} is a file, where a folder is to be written; move it away")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    _tidy(place)
+    unfinished, previous = _unfinished(place), _previous(place)
+    unfinished.mkdir()
+    write(unfinished)
+    for name in names:  # the content must reach the disk before the folder's name does
+        _fsync(unfinished / name)
+    _fsync(unfinished)
+    if place.is_dir():
+        _link_others(place, unfinished, names)
+        os.rename(place, previous)
+    os.rename(unfinished, place)
+    _fsync(place.parent)
+    _tidy(place)
+
+
+def left_behind(folder: Path) -> Path | None:
+    """Return the old folder where a kill between the two renames left it, and none in its place; None where all is well."""
+    place = Path(os.path.realpath(folder))
+    return _previous(place) if _previous(place).is_dir() and not place.exists() else None
+
+
+def _unfinished(place: Path) -> Path:
+    return place.with_name(f".{place.name}.unfinished")
+
+
+def _previous(place: Path) -> Path:
+    return place.with_name(f".{place.name}.previous")
+
+
+def _tidy(place: Path) -> None:
+    """Put the previous folder back where there is no other, and remove what is of no use any more."""
+    unfinished, previous = _unfinished(place), _previous(place)
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    if previous.exists() and not place.exists():
+        os.rename(previous, place)
+    elif previous.exists():
+        os.rename(previous, unfinished)  # half removed, it must not look like a complete one
+        shutil.rmtree(unfinished)
+
+
+def _link_others(place: Path, unfinished: Path, names: Collection[str]) -> None:
+    """Give the unfinished folder all files of the present one but these: second names, which take neither time nor space."""
+    shutil.copytree(
+        place,
+        unfinished,
+        symlinks=True,
+        ignore=lambda inside, _: names if Path(inside) == place else (),
+        copy_function=_link,
+        dirs_exist_ok=True,
+    )
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system that knows no second names
+        shutil.copy2(source, target)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
