@@ -18,6 +18,15 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu: None) -> Path:
+    """A folder to work in, the present one, from which the repository looks as from its own root."""
+    for name in ("assets", "eval", "finetune"):
+        (tmp_path / name).symlink_to(Path(__file__).parents[1] / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with sound inputs for every driver; see `record_trajectories.write_inputs`."""

@@ -23,16 +23,6 @@ FILTERED = "--data data/parts --rewards imagereward-tiny --scale 3 --output data
 SCORED = "--data data/parts --rewards imagereward-tiny --rule threshold --high -1000 --output data/scored"
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu: None) -> Path:
-    """A folder to work in from which the repository looks like the one that it is."""
-    for name in ("assets", "eval", "finetune"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    return tmp_path
-
-
 def build(*flags: str) -> None:
     """What the README builds for it: drawn parts, the filtered set, and everything scored."""
     draw_parts.main(cli.parse(draw_parts.Config, [*PARTS.split(), *flags]))
@@ -46,7 +36,7 @@ def read_table(path: Path) -> dict[str, dict[str, str]]:
         return {row["method"]: row for row in csv.DictReader(file) if row["scorer"] == "shapes"}
 
 
-def test_the_table_in_small(folder: Path) -> None:
+def test_the_table_in_small(checkout: Path) -> None:
     build("--count", "8", "--pictures", "8", "--draw.num-steps", "4")
     settings = yaml.safe_load(CONFIG.read_text())
     less = {
@@ -75,7 +65,7 @@ def test_the_table_in_small(folder: Path) -> None:
         "3",
     ]
     assert compare.main(cli.parse(compare.Config, argv)) == 0
-    rows = read_table(folder / "runs/compare/table.csv")
+    rows = read_table(checkout / "runs/compare/table.csv")
     assert list(rows) == ["base", "refl", "weird", "reward_weighted", "raft_1", "raft_2", "raft_3"]
     images = {name: int(row["images"]) for name, row in rows.items()}
     trained = dict.fromkeys(("refl", "weird", "reward_weighted", "raft_3"), 12)
@@ -86,12 +76,12 @@ def test_the_table_in_small(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_table_in_full(folder: Path) -> None:
+def test_the_table_in_full(checkout: Path) -> None:
     """Under an hour on two cores: the numbers are in LOG.md. Started as a user would."""
     build("--count", "500", "--pictures", "8")
     command = [sys.executable, "eval/compare.py", "--config", str(CONFIG)]
     subprocess.run(command, check=True)
-    rows = read_table(folder / "runs/compare/table.csv")
+    rows = read_table(checkout / "runs/compare/table.csv")
     assert len(rows) == 7
     assert all(math.isfinite(float(row["win_rate"])) for name, row in rows.items() if name != "base")
     rates = {name: float(row["win_rate"]) for name, row in rows.items() if name != "base"}
