@@ -4,7 +4,9 @@ A picture's *row* is its place among all pictures of a batch of rankings, in the
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,13 +83,14 @@ def check_split(train: list[Ranked], held: list[Ranked], objective: str) -> None
 
 def load(rankings: Sequence[Ranked], preprocess: Preprocess) -> tuple[Tensor, list[str]]:
     """Return the pictures of these rankings as a scorer prepares files, (sum of n, 3, S, S) in [0, 1], and their prompts."""
-    pictures, prompts = [], []
-    for ranking in rankings:
-        for path in ranking.paths:
-            with opened(path) as image:
-                pictures.append(from_pil(image, preprocess))
-            prompts.append(ranking.prompt)
-    return torch.stack(pictures), prompts
+
+    def read(path: Path) -> Tensor:
+        with opened(path) as image:
+            return from_pil(image, preprocess)
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as threads:  # decoding and resizing let others run
+        pictures = [*threads.map(read, (path for ranking in rankings for path in ranking.paths))]
+    return torch.stack(pictures), [ranking.prompt for ranking in rankings for _ in ranking.paths]
 
 
 def pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
