@@ -163,6 +163,7 @@ def draw_robustness(rows: Sequence[Row], path: Path) -> None:
                 yerr=np.abs(values[1:] - values[0]), marker="o", capsize=3, label=rater,
             )  # fmt: skip
         axis.set_xticks(range(len(views)), views, fontsize=8)
+        axis.set_xlim(-0.5, len(views) - 0.5)
         against = "" if metric == FLIPPED else f"\nagainst: {reference}"
         axis.set_title(f"{metric}, per cent{against}", fontsize=10)
         axis.axhline(0, color="grey", linewidth=1)
@@ -195,16 +196,17 @@ def draw_buckets(judged: Sequence[Judged], scores: Mapping[str, Floats], path: P
 
 def draw_interpolation(judged: Sequence[Judged], scores: Mapping[str, Floats], path: Path) -> None:
     """Draw the accuracy of mixtures of any two scorers (paper 002, Fig. 17)."""
-    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    couples = [*combinations(scores, 2)]
+    figure, axis = plt.subplots(figsize=(6.5, 4 + 0.18 * len(couples)), layout="constrained")
     ranks = [one.ranks for one in judged]
-    for first, second in combinations(scores, 2):
+    for first, second in couples:
         weights, values = interpolation(scores[first], scores[second], judged, ranks)
         axis.plot(weights, 100 * values, marker=".", label=f"{first} (0) to {second} (1)")
     axis.set_xlabel("weight of the second scorer, both divided by their deviations")
     axis.set_ylabel(f"{ACCURACY}, per cent")
     axis.set_title("mixtures of two scorers against the annotators", fontsize=10)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", fontsize=8)
     save_figure(figure, path)
 
 
