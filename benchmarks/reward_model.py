@@ -69,7 +69,7 @@ class Config:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
         if min(self.views, default=-1) < 0:
             raise ValueError(f"--views must be 0 or more, got {self.views}")
-        usable = [card.name for card in CARDS.values() if card.clip is not None and card.folder is None]
+        usable = [card.name for card in CARDS.values() if card.module == "rewards.clip"]
         for name in self.scorers:
             if name not in usable:
                 raise ValueError(f"--scorers {name} cannot be measured here; one of {', '.join(usable)}")

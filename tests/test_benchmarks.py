@@ -499,6 +499,7 @@ def test_training_table_and_json(
     ("flags", "words"),
     [
         (["--scorers", "imagereward"], "--scorers imagereward cannot be measured here; one of hpsv1"),
+        (["--scorers", "aesthetic"], "--scorers aesthetic cannot be measured here; one of hpsv1"),
         (["--views", "-1"], "--views must be 0 or more, got (-1,)"),
         (["--batch", "0"], "--batch must be at least 1, got 0"),
         ([], "--scorers clipscore needs --clip-vocab; nothing is no file"),
