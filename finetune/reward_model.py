@@ -244,11 +244,11 @@ def total_before(
 
     Only the weights of eq. 8 depend on scores: all passes are made for them once without gradient and weak views.
     """
+    if len(parts) == 1:
+        return None
     if not in_second_stage(config.stable, step):
         labels = {"pairs": untied, "choice": choices, "soft": votes}[config.objective]
         return log_total([labels(part.chosen)[-1].to(run.device).log() for part in parts], run)
-    if len(parts) == 1:
-        return None
     logits = [losses_of(part.raw(module, run.device, 0), part.chosen, config, step)[1] for part in parts]
     return log_total(logits, run)
 
