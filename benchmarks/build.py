@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 
 from benchmarks.hardware import fresh, name_of_machine, peak_mib, seconds, write_json
-from benchmarks.models import PROMPTS, TINY, write_scorer
+from benchmarks.models import PROMPTS, TINY, fresh_scorer
 from data_build import diffusiondb as program
 from data_build import scoring
 from data_build.filters import Filters
@@ -238,11 +238,7 @@ def trials(config: Config, cuda: bool) -> list[Trial]:
     """Return the scorers to measure; ValueError where ViT-H's vocabulary is missing."""
     weights: dict[str, Path | None] = {"imagereward-tiny": None}
     if cuda and config.workdir is not None:
-        weights[FULL_SIZE] = fresh(write_scorer, FULL_SIZE, config.workdir, config.clip_vocab, None)
-        if weights[FULL_SIZE] is None:
-            raise ValueError(
-                f"--workdir: the process that wrote the weights of {FULL_SIZE} was killed; it needs 9 GB"
-            )
+        weights[FULL_SIZE] = fresh_scorer(FULL_SIZE, config.workdir, config.clip_vocab, None)
     names = ("pictures", "side", "repeats", "batch", "workers", "threads", "precision")
     same = {name: getattr(config, name) for name in names} | {"device": "cuda" if cuda else "cpu"}
     return [Trial(scorer=name, weights=path, parts=config.parts[0], **same) for name, path in weights.items()]

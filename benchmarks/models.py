@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from benchmarks.hardware import fresh
 from preftune.families import tiny
 from preftune.families.sd import SD
 from rewards import CARDS
@@ -172,6 +173,16 @@ def write_scorer(name: str, folder: Path, clip_vocab: Path | None, bert_vocab: P
     shutil.rmtree(home, ignore_errors=True)
     partial.rename(home)
     return home / "weights.safetensors"
+
+
+def fresh_scorer(name: str, folder: Path, clip_vocab: Path | None, bert_vocab: Path | None) -> Path:
+    """Do what `write_scorer` does in a process of its own, which takes its memory with it; ValueError where it was killed, too."""
+    path: Path | None = fresh(write_scorer, name, folder, clip_vocab, bert_vocab)
+    if path is None:
+        raise ValueError(
+            f"the process that wrote the weights of {name} was killed; it needs more memory, 9 GB for ViT-H"
+        )
+    return path
 
 
 def random_states(name: str, folder: Path) -> dict[str, dict[str, torch.Tensor]]:

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.hardware import fresh, name_of_machine, peak_mib, write_json
-from benchmarks.models import write_scorer
+from benchmarks.models import fresh_scorer
 from benchmarks.score import write_pictures
 from finetune import reward_model
 from preftune.cli import exit_on_user_error, parse
@@ -202,14 +202,9 @@ def main(config: Config) -> int:
     """Measure, print, write JSON."""
     cuda = torch.cuda.is_available()
     with exit_on_user_error():
-        weights: dict[str, Path] = {}
-        for name in config.scorers:
-            path = fresh(write_scorer, name, config.workdir, config.clip_vocab, None)
-            if path is None:
-                raise ValueError(
-                    f"--scorers {name}: the process that wrote its weights was killed; it needs more memory"
-                )
-            weights[name] = path
+        weights = {
+            name: fresh_scorer(name, config.workdir, config.clip_vocab, None) for name in config.scorers
+        }
         if config.output is not None:
             config.output.parent.mkdir(parents=True, exist_ok=True)
     if config.threads:

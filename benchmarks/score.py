@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rewards
 from benchmarks.hardware import fresh, name_of_machine, peak_mib, peak_tflops, seconds, write_json
-from benchmarks.models import PROMPTS, TINY, write_scorer
+from benchmarks.models import PROMPTS, TINY, fresh_scorer
 from data_build import score as program
 from preftune.cli import exit_on_user_error, parse
 from preftune.prompts import items_at, read_prompts
@@ -226,12 +226,7 @@ def weights_of(config: Config, name: str) -> Path | None:
         return None
     if config.workdir is None:
         raise ValueError(f"--scorers {name} needs --workdir, a folder for random weights of its size")
-    path: Path | None = fresh(write_scorer, name, config.workdir, config.clip_vocab, config.bert_vocab)
-    if path is None:
-        raise ValueError(
-            f"--scorers {name}: the process that wrote its weights was killed; it needs more memory"
-        )
-    return path
+    return fresh_scorer(name, config.workdir, config.clip_vocab, config.bert_vocab)
 
 
 def trials(config: Config, weights: dict[str, Path | None], device: str) -> list[Trial]:

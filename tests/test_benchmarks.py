@@ -473,7 +473,8 @@ def test_training_table_and_json(
     clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(CARDS, "clipscore", tiny_card("clipscore"))
-    monkeypatch.setattr(training, "fresh", lambda function, *arguments: function(*arguments))
+    for module in (training, models):
+        monkeypatch.setattr(module, "fresh", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     flags = [
         "--workdir",
