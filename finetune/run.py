@@ -14,7 +14,7 @@
     sys.exit(run.finish())
 
 Steps count updates from 0; checkpoint `step_000500` holds the weights after 500 updates and resumes at step 500.
-Everything random derives from (seed, rank, step) or (seed, image index): on the same hardware a resumed run equals, bit
+Everything random derives from (seed, step), (seed, rank, step) or (seed, image index): on the same hardware a resumed run equals, bit
 for bit, one that was never stopped. Ctrl-C or SIGTERM lets the update finish, makes `due("save_every", step)` true and
 ends `steps()`; `finish()` then returns the exit code 128 + signal (130, 143). A second one, a second
 later or more, kills at once.
@@ -196,8 +196,12 @@ class Run:
         return torch.Generator().manual_seed(int(words[0]))
 
     def rng(self, step: int, micro: int = 0) -> np.random.Generator:
-        """Generator from (seed, rank, step, micro) for the draws of a micro batch, such as the late step of ReFL."""
-        return np.random.default_rng((self.config.seed, _DRAW, self.rank, step, micro))
+        """Generator from (seed, step, micro) for draws that all processes must make alike, such as the late step of ReFL.
+
+        What belongs to one image comes from `generator` instead, so neither depends on the number of processes. The seed
+        is numpy's SeedSequence((seed, 3, 0, step, micro)).
+        """
+        return np.random.default_rng((self.config.seed, _DRAW, 0, step, micro))
 
     def _seed_all(self, *key: int) -> None:
         word = int(np.random.SeedSequence((self.config.seed, *key)).generate_state(1)[0])

@@ -14,31 +14,43 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 ROOT = Path(__file__).parents[1]
+UPDATES = 3  # of record_trajectories, which must not be imported before the settings of conftest.py
 
 # Without a GPU `accelerate launch --cpu` starts a single process whatever it is asked for; `--multi_gpu` goes the way of
 # several processes, and ACCELERATE_USE_CPU then makes them a gloo group on the CPU.
 TWO = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
 
 
-FLAGS = {  # what makes both runs do the same
-    "refl": [
-        "--pretraining",
-        "sum",
-        "--window",
-        "2",
-        "2",
-    ],  # one late step for both ranks, which otherwise draw their own
+CASES = {  # driver, flags, metrics that must agree
+    # Its defaults: no guidance, a late step from a window, an update on captions before each one on rewards.
+    "refl": (
+        "refl",
+        "--guidance 1 --window 0 3",
+        ("pretrain_loss", "pretrain_grad_norm", "loss", "reward", "late_step", "grad_norm"),
+    ),
+    "guided refl": (
+        "refl",
+        "--guidance 2 --window 0 3 --pretraining sum",
+        ("loss", "reward", "late_step", "grad_norm"),
+    ),
     # the weights of all pairs sum to one over both processes, in each of the two stages
-    "reward_model": "--stable.views 2 --stable.weighting two-stage --stable.first-stage-updates 1 --shift 1".split(),  # noqa: SIM905
+    "reward_model": (
+        "reward_model",
+        "--stable.views 2 --stable.weighting two-stage --stable.first-stage-updates 1 --shift 1",
+        ("loss", "accuracy", "grad_norm"),
+    ),
 }
-NOTED = {"refl": ("loss", "reward", "grad_norm"), "reward_model": ("loss", "accuracy", "grad_norm")}
 
 
-def run_driver(driver: str, arguments: list[str], notes: Path) -> None:
-    """Run the driver, and write the gradients of every optimizer step to notes/rank0.pt."""
+def run_case(case: str, inputs: Path, notes: Path, *flags: str) -> None:
+    """Run the driver of a case, and write the gradients of every optimizer step to notes/rank0.pt."""
+    import record_trajectories
+
+    driver, own, _ = CASES[case]
     seen: list[list[torch.Tensor]] = []
 
     def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -46,7 +58,8 @@ def run_driver(driver: str, arguments: list[str], notes: Path) -> None:
         seen.append([weight.grad.clone() for weight in weights])
 
     handle = register_optimizer_step_pre_hook(note)
-    sys.argv = [str(ROOT / "finetune" / f"{driver}.py"), *arguments]
+    command = [*record_trajectories.arguments(driver, inputs, notes), *own.split(), *flags]
+    sys.argv = [str(ROOT / "finetune" / f"{driver}.py"), *command]
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(sys.argv[0], run_name="__main__")
     handle.remove()
@@ -58,26 +71,18 @@ def rows(output: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("driver", list(FLAGS))
-def test_two_processes_equal_one_with_twice_the_batch(
-    driver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import record_trajectories
-
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    record_trajectories.write_inputs(tmp_path)
-    command = [*record_trajectories.arguments(driver, tmp_path, tmp_path), *FLAGS[driver]]
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    one = [*command, "--output", str(tmp_path / "one"), "--batch", "2"]
-    two = [*command, "--output", str(tmp_path / "two"), "--batch", "1"]
+@pytest.fixture(scope="module")
+def two(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a run of two processes for every case, all made by one launch."""
+    folder = tmp_path_factory.mktemp("two")
     env = os.environ | {
         "PYTHONPATH": str(ROOT),
-        "HF_HOME": str(tmp_path / "no_config"),
+        "HF_HOME": str(folder / "no_config"),
         "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
     }
     done = subprocess.run(
-        [sys.executable, *TWO.split(), __file__, driver, str(tmp_path / "two"), *two],
+        [sys.executable, *TWO.split(), __file__, str(root), str(folder)],
         env=env,
         capture_output=True,
         text=True,
@@ -85,23 +90,42 @@ def test_two_processes_equal_one_with_twice_the_batch(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    monkeypatch.setattr(sys, "argv", sys.argv)
-    run_driver(driver, one, tmp_path / "one")
+    return folder
 
-    assert "processes 2" in (tmp_path / "two" / "config.yaml").read_text().splitlines()[0]
-    ranks = [torch.load(tmp_path / "two" / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    alone = torch.load(tmp_path / "one" / "rank0.pt", weights_only=True)
-    assert len(alone) == len(ranks[0]) == record_trajectories.UPDATES
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_two_processes_equal_one_with_twice_the_batch(
+    case: str, root: Path, two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    run_case(case, root, tmp_path, "--batch", "2")
+
+    assert "processes 2" in (two / case / "config.yaml").read_text().splitlines()[0]
+    ranks = [torch.load(two / case / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    alone = torch.load(tmp_path / "rank0.pt", weights_only=True)
+    assert len(alone) == len(ranks[0]) == UPDATES * (2 if case == "refl" else 1)
     for first, second, single in zip(*ranks, alone, strict=True):
         largest = max(float(gradient.abs().max()) for gradient in single)
         assert largest > 0
         for a, b, c in zip(first, second, single, strict=True):
             assert torch.equal(a, b), "the ranks stepped by different gradients"
             torch.testing.assert_close(a, c, atol=1e-4 * largest, rtol=1e-3)
-    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
-        for name in NOTED[driver]:
-            assert b[name] == pytest.approx(a[name], rel=1e-4), name
+    for a, b in zip(rows(tmp_path), rows(two / case), strict=True):
+        for name in CASES[case][2]:
+            assert b[name] == pytest.approx(a[name], rel=1e-5), name
+    if case != "reward_model":
+        assert len({row["late_step"] for row in rows(tmp_path)}) > 1, (
+            "choose a seed that draws different steps"
+        )
 
 
 if __name__ == "__main__":
-    run_driver(sys.argv[1], sys.argv[3:], Path(sys.argv[2]))
+    inputs, folder = (Path(word) for word in sys.argv[1:])
+    store, rank, world = next(distributed.rendezvous("env://"))
+    for name in CASES:  # each run has a process group of its own, which ends with the run
+        distributed.init_process_group(
+            "gloo", store=distributed.PrefixStore(name, store), rank=rank, world_size=world
+        )
+        (folder / name).mkdir(exist_ok=True)
+        run_case(name, inputs, folder / name, "--batch", "1")
