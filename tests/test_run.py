@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -325,6 +326,50 @@ def test_skipped_updates_stop_the_run_when_they_do_not_end(
     monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", True)
     with pytest.raises(FloatingPointError, match=f"{MAX_SKIPPED} gradients overflowed fp16, up to step 49"):
         train(tmp_path, updates=60)
+
+
+def train_with_scaler(output: Path, *, bad: set[int], **changes: Any) -> Run:
+    """Train a weight under a loss scaler on the CPU, as fp16 has it on a GPU; `bad` steps have infinite gradients."""
+    run = Run(
+        run_config(output, accumulation=1, save_every=1, keep=0, **changes), driver="toy", config_text=""
+    )
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=3)
+    run.config = dataclasses.replace(
+        run.config, mixed_precision="fp16"
+    )  # `check` lets it through on a GPU only
+    run._accelerator.scaler, run._accelerator.native_amp = scaler, True
+    run._accelerator.state._mixed_precision = "fp16"
+    torch.manual_seed(0)
+    module = nn.Linear(3, 1)
+    run.prepare(module)
+    for step in run.steps():
+        with run.accumulate():
+            x = torch.stack([torch.randn(3, generator=run.generator(i)) for i in run.image_indices(step, 0)])
+            loss = (nn.functional.linear(x, module.weight, module.bias) - 1).square().mean()
+            run.update(loss + 0 * torch.sqrt(0 * loss) if step in bad else loss)
+        run.save(step)
+    run.finish()
+    return run
+
+
+def test_resume_restores_the_loss_scaler_and_the_count_of_skipped_updates(tmp_path: Path) -> None:
+    # Three good updates double the scale, a bad one halves it: at 5 updates the scale is 256 and one good update is
+    # counted, at 7 it is 128 and one of the two bad ones in a row at the end is behind.
+    bad = {3, 6, 7}
+    train_with_scaler(tmp_path / "straight", bad=bad)
+    assert [row["skipped_updates"] for row in rows(tmp_path / "straight")] == [0, 0, 0, 1, 1, 1, 2, 3]
+    assert state(tmp_path / "straight", 8)["skipped"] == (3, 2)
+    scales = [state(tmp_path / "straight", updates)["scaler"]["scale"] for updates in range(1, 9)]
+    assert scales == [256, 256, 512, 256, 256, 256, 128, 64]
+    for updates in (5, 7):
+        broken = tmp_path / f"broken_{updates}"
+        shutil.copytree(tmp_path / "straight", broken)
+        for later in range(updates + 1, 9):
+            shutil.rmtree(broken / f"step_{later:06d}")
+        run = train_with_scaler(broken, bad=bad, resume="auto")
+        assert run.start == updates
+        assert rows(broken) == rows(tmp_path / "straight")
+        assert_same_state(state(broken, 8), state(tmp_path / "straight", 8))
 
 
 @pytest.mark.gpu
