@@ -73,13 +73,23 @@ def test_published_settings_are_the_defaults(root: Path, tmp_path: Path) -> None
 
 
 def test_the_prefix_reaches_the_model(root: Path, tmp_path: Path) -> None:
-    """Another prefix changes the training, and nothing else does."""
+    """Another prefix changes the training, and nothing else does; also where captions are dropped."""
     found = {}
-    for name, prefix in (("a", "Weird image. "), ("b", "Weird image. "), ("c", "Odd. ")):
-        recorded.train("weird_lora", arguments("weird_lora", root, tmp_path / name, "--prefix", prefix))
+    weird = "Weird image. "
+    for name, prefix, dropout in (
+        ("a", weird, 0),
+        ("b", weird, 0),
+        ("c", "Odd. ", 0),
+        ("d", weird, 0.999),
+        ("e", "Odd. ", 0.999),
+    ):
+        flags = ["--prefix", prefix, "--caption-dropout", str(dropout), "--updates", "2"]
+        recorded.train("weird_lora", arguments("weird_lora", root, tmp_path / name, *flags))
         found[name] = [row["loss"] for row in read_jsonl(tmp_path / name / "metrics.jsonl")]
     assert found["a"] == found["b"]
     assert found["a"] != found["c"]
+    assert found["d"] != found["a"], "captions are dropped"
+    assert found["d"] != found["e"], "but the prefix of non-preferred images stays"
     shown = {path.name for path in (tmp_path / "a" / "samples").iterdir() if path.is_dir()}
     assert shown == {"base", "base_negative", "tuned", "tuned_negative"}
     assert (tmp_path / "a" / "before_after.png").is_file()
@@ -195,9 +205,24 @@ def test_each_prompt_keeps_its_best_picture(root: Path, tmp_path: Path) -> None:
             assert sample.extra["reward"] > sample.extra["mean_reward"]
     assert sorted(seen[:12]) == sorted(prompts), "iterations go on through the prompts"
     first = load_pixels(tmp_path / "iteration_01" / "000000.png")
-    recorded.train("raft", arguments("raft", root, tmp_path / "again", *RAFT, "--draw.batch", "15"))
+    same = ["--draw.batch", "15", "--prompts-per-iteration", "12", "--lr", "1e-30"]
+    recorded.train("raft", arguments("raft", root, tmp_path / "again", *RAFT, *same))
     again = load_pixels(tmp_path / "again" / "iteration_01" / "000000.png")
     torch.testing.assert_close(first, again, atol=1.01 / 255, rtol=0)
+    # All prompts in each iteration, and weights that do not move: what differs between iterations are the seeds.
+    iterations = [
+        {
+            sample.text: load_pixels(sample.path)
+            for sample in read_samples(tmp_path / "again" / f"iteration_{k:02d}")
+        }
+        for k in (1, 2, 3)
+    ]
+    for one, other in ((0, 1), (1, 2), (0, 2)):
+        assert iterations[one].keys() == set(prompts)
+        for text, image in iterations[one].items():
+            assert not torch.equal(image, iterations[other][text]), (
+                f"{text} was generated twice from one seed"
+            )
 
 
 def test_raft_resumed_equals_straight(root: Path, tmp_path: Path) -> None:
