@@ -83,7 +83,8 @@ def main(config: Config) -> int:
         return torch.stack([load_pixels(path, config.size) for path in chosen]).to(run.device) * 2 - 1
 
     def write(folder: Path) -> None:
-        vae.save_pretrained(folder / "vae")
+        with run.ema_weights():
+            vae.save_pretrained(folder / "vae")
 
     latent = (4, config.size // 8, config.size // 8)
     for step in run.steps():
@@ -100,7 +101,8 @@ def main(config: Config) -> int:
         if run.due("save_every", step):
             run.save(step, write=write)
     if run.is_main and not run.interrupted:
-        finish(vae, load(paths[:256]), run.folder)
+        with run.ema_weights():
+            finish(vae, load(paths[:256]), run.folder)
     return run.finish()
 
 

@@ -152,9 +152,9 @@ def train(driver: str, argv: list[str]) -> int:
     return code
 
 
-def trajectory(driver: str, root: Path, output: Path) -> dict[str, list[float]]:
-    """Train a driver and describe what it did."""
-    assert train(driver, arguments(driver, root, output)) == 0
+def trajectory(driver: str, root: Path, output: Path, *flags: str) -> dict[str, list[float]]:
+    """Train a driver, with flags that do not change its updates, and describe what it did."""
+    assert train(driver, [*arguments(driver, root, output), *flags]) == 0
     rows: list[dict[str, Any]] = [
         json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()
     ]

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import record_trajectories as recorded
+from finetune.checkpoint import find_checkpoints, read
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -26,6 +28,8 @@ DRIVERS = [
 # Relative, or absolute in units of the largest number of its row: sums of float32 are ordered differently by each
 # processor and thread count, and three updates multiply that by about a thousand. A changed formula moves numbers by more.
 TOLERANCE = 2e-3
+
+EMA = ["--ema-decay", "0.9"]  # changes what is saved, not the updates
 
 
 @pytest.fixture(scope="module")
@@ -213,18 +217,41 @@ def test_three_updates_are_the_recorded_ones(
 ) -> None:
     golden = json.loads(recorded.GOLDEN.read_text())["trajectories"]
     assert driver in golden, f"add finetune/{driver}.py to tests/record_trajectories.py and record it"
-    found = recorded.trajectory(driver, root, tmp_path)
+    found = recorded.trajectory(driver, root, tmp_path, *EMA)
+    assert_saved_weights_are_the_ema(tmp_path)
     with pytest.raises(SystemExit) as stop:  # the folder now holds a run of another seed
         recorded.train(
-            driver, [*recorded.arguments(driver, root, tmp_path), "--resume", "auto", "--seed", "1"]
+            driver, [*recorded.arguments(driver, root, tmp_path), *EMA, "--resume", "auto", "--seed", "1"]
         )
     assert stop.value.code == 2
-    assert "cannot resume from" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "cannot resume from" in error
+    assert "seed was 0, is 1" in error
     assert found.keys() == golden[driver].keys()
     for name, values in golden[driver].items():
         assert len(values) == (6 if name in ("weights", "moved") else recorded.UPDATES)
         slack = TOLERANCE * max(map(abs, values))
         np.testing.assert_allclose(found[name], values, rtol=0, atol=slack, err_msg=f"{driver}: {name}")
+
+
+def assert_saved_weights_are_the_ema(output: Path) -> None:
+    """Every folder of weights that a run saved, its own and those of checkpoints, holds the EMA of one checkpoint."""
+    states = {path.name: read(path) for path in find_checkpoints(output)}
+    last = states[f"step_{recorded.UPDATES:06d}"]
+    pairs = list(zip(last["parameters"].values(), last["average"], strict=True))
+    assert any(not torch.equal(weight, average) for weight, average in pairs), "the two can be told apart"
+    folders = [
+        path for path in output.glob("**/*") if path.name in ("lora", "unet", "pipeline", "scorer", "vae")
+    ]
+    folders = [path for path in folders if not any(parent in folders for parent in path.parents)]
+    assert any(path.parent == output for path in folders), "the run saved its weights"
+    for folder in folders:
+        saved = [tensor for path in folder.glob("**/*.safetensors") for tensor in load_file(path).values()]
+        candidates = [states[folder.parent.name]] if folder.parent != output else states.values()
+        assert any(
+            all(any(torch.equal(average, tensor) for tensor in saved) for average in state["average"])
+            for state in candidates
+        ), f"{folder} does not hold the EMA"
 
 
 def test_a_digest_sees_one_weight_move() -> None:
