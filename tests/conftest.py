@@ -1,8 +1,14 @@
 """Settings that hold for every test. Python finds `import tiny` because pytest puts this folder on sys.path."""
 
 import os
+import runpy
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -25,6 +31,27 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu: None) -> Path
         (tmp_path / name).symlink_to(Path(__file__).parents[1] / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def run_here(command: list[str], *, stdout: Any, env: dict[str, str], **_: Any) -> Any:
+    """Do what `accelerate launch DRIVER FLAGS` does, in this process: no time goes into importing everything again."""
+    launcher, driver, flags = command[:3], command[3], command[4:]
+    assert launcher == [sys.executable, "-m", "accelerate.commands.launch"]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stdout):
+        patch.setattr(sys, "argv", [driver, *flags])
+        for name, value in env.items():
+            patch.setenv(name, value)
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(driver, run_name="__main__")
+    return subprocess.CompletedProcess(command, int(stop.value.code or 0))
+
+
+@pytest.fixture
+def trained_here(monkeypatch: pytest.MonkeyPatch, cpu: None) -> None:
+    """Comparisons train in this process; that they launch drivers as commands is tested in test_compare.py."""
+    from eval import trainings
+
+    monkeypatch.setattr(trainings, "subprocess", SimpleNamespace(run=run_here, STDOUT=subprocess.STDOUT))
 
 
 @pytest.fixture(scope="session")

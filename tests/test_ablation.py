@@ -37,6 +37,7 @@ def read_table(path: Path) -> dict[tuple[str, str, str, str, str], float]:
         }
 
 
+@pytest.mark.usefixtures("trained_here")
 @pytest.mark.parametrize("architecture", ["blip", "clip"])
 def test_the_ablation_in_small(architecture: str, checkout: Path) -> None:
     """Every objective of Tables 2 and 3 trains a scorer of its own from the pre-trained one, and all are measured."""
@@ -45,7 +46,8 @@ def test_the_ablation_in_small(architecture: str, checkout: Path) -> None:
         rankings.main(cli.parse(rankings.Config, [*flags.split(), "--count", count]))
     config = configuration(architecture)
     short = (
-        "--updates 10 --batch 4 --stable.first-stage-updates 3 --valid-every 10 --save-every 10 --threads 1"
+        "--updates 3 --batch 4 --stable.first-stage-updates 1 --valid-every 3 --save-every 3 --threads 1"
+        " --mixed-precision no"
     )
     methods = [f"{method} {short}" for method in yaml.safe_load(config.read_text())["methods"]]
     argv = ["--config", str(config), "--methods", *methods, "--data", "data/held_rendered"]

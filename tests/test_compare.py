@@ -5,10 +5,12 @@ import math
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from conftest import run_here
 from eval import compare, trainings, win_rates
 from preftune import cli
 
@@ -55,7 +57,7 @@ def test_one_prompt_has_no_interval() -> None:
 
 @pytest.fixture(scope="module")
 def report(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two methods, two seeds, from the command line."""
+    """Two methods, two seeds, from the command line; the first training is launched, the others run in this process."""
     output = tmp_path_factory.mktemp("compare") / "out"
     common = "--size 32 --updates 2 --batch 2 --accumulation 2 --lr 1e-2 --threads 1 --draw.num-steps 2 --draw.height 32 --draw.width 32"
     methods = [
@@ -79,6 +81,9 @@ def report(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     argv += ["--draw.num-steps", "2", "--draw.height", "32", "--draw.width", "32", "--output", str(output)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
+        first = iter([subprocess.run])
+        launch = SimpleNamespace(run=lambda *a, **k: next(first, run_here)(*a, **k), STDOUT=subprocess.STDOUT)
+        patch.setattr(trainings, "subprocess", launch)
         assert compare.main(cli.parse(compare.Config, argv)) == 0
         before = (output / "table.csv").read_bytes()
         times = {path: path.stat().st_mtime_ns for path in (output / "runs").rglob("*.safetensors")}

@@ -34,7 +34,7 @@ CASES = {  # driver, flags, metrics that must agree
     ),
     "guided refl": (
         "refl",
-        "--guidance 2 --window 0 3 --pretraining sum",
+        "--guidance 2 --window 0 3 --pretraining off",
         ("loss", "reward", "late_step", "grad_norm"),
     ),
     # the weights of all pairs sum to one over both processes, in each of the two stages

@@ -36,6 +36,7 @@ def read_table(path: Path) -> dict[str, dict[str, str]]:
         return {row["method"]: row for row in csv.DictReader(file) if row["scorer"] == "shapes"}
 
 
+@pytest.mark.usefixtures("trained_here")
 def test_the_table_in_small(checkout: Path) -> None:
     build("--count", "8", "--pictures", "8", "--draw.num-steps", "4")
     settings = yaml.safe_load(CONFIG.read_text())
