@@ -96,6 +96,7 @@ def test_ties_alone_can_be_drawn(tmp_path: Path) -> None:
         comparing.draw({"d": rows_of(found)}, tmp_path / "accuracy.png")
 
 
+@pytest.mark.usefixtures("trained_here")
 def test_a_whole_comparison(root: Path, tmp_path: Path) -> None:
     common = (
         f"finetune/reward_model.py --model {root}/scorer --data {root}/rankings --valid-share 0.25 --updates 2 --batch 2"
