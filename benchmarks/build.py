@@ -5,7 +5,7 @@
 
 Four figures for each scorer, from one process: `build` is data_build/diffusiondb.py from the checks to the written data set
 without loading the scorer, `scoring` its part until the last chunk is written, `decode` what worker processes do for it alone
-(list, read, decode, prepare), and `forward` the scorer alone on pictures that are ready; they take turns, and every turn reads
+(list, read, decode, prepare), and `forward` the scorer alone on images that are ready; they take turns, and every turn reads
 all prompts anew. The bottleneck is the slower of the last two; where they share cores, scoring can be no faster than
 1 / (1 / decode + 1 / forward). `of raw` is scoring against forward. HPS v2.1 (ViT-H) joins on a CUDA device where --workdir has
 room for random weights of its size (4 GB).
@@ -43,7 +43,7 @@ from preftune.prompts import items_at, read_prompts
 
 FULL_SIZE = "hpsv2.1"
 DIFFERENT = 64
-"""Pictures that are not the same bytes."""
+"""Images that are not the same bytes."""
 GROWTH = 0.1
 """Greatest share by which the memory of the runs may differ."""
 
@@ -52,16 +52,16 @@ GROWTH = 0.1
 class Config:
     """Measure how fast a data set is built, and how much memory that takes."""
 
-    pictures: int = 20
-    """Pictures of a part."""
+    images: int = 20
+    """Images of a part."""
     side: int = 512
-    """Pixels of a picture's side."""
+    """Pixels of an image's side."""
     parts: tuple[int, ...] = (10, 100)
     """Numbers of parts of the memory runs; the first is that of the speed runs, too."""
     repeats: int = 3
     """Turns; the figures are medians."""
-    batch: int = 32
-    """Pictures in one pass."""
+    batch_size: int = 32
+    """Images in one pass."""
     workers: int = 2
     """Processes that read and decode."""
     threads: int = 0
@@ -77,10 +77,12 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, least in (
-            ("pictures", 1), ("side", 1), ("repeats", 1), ("batch", 1), ("workers", 0), ("threads", 0),
+            ("images", 1), ("side", 1), ("repeats", 1), ("batch_size", 1), ("workers", 0), ("threads", 0),
         ):  # fmt: skip
             if getattr(self, name) < least:
-                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}"
+                )
         if min(self.parts, default=0) < 1:
             raise ValueError(f"--parts must be at least 1, got {self.parts}")
 
@@ -92,10 +94,10 @@ class Trial:
     scorer: str
     weights: Path | None
     parts: int
-    pictures: int
+    images: int
     side: int
     repeats: int
-    batch: int
+    batch_size: int
     workers: int
     threads: int
     precision: Literal["fp32", "bf16", "fp16"]
@@ -105,25 +107,25 @@ class Trial:
         """Return the builder's settings."""
         files = () if self.weights is None else (f"{self.scorer}={self.weights}",)
         return program.Config(
-            data=(str(data),), rewards=self.scorer, output=output, reward_files=files,
-            batch=self.batch, workers=self.workers, precision=self.precision,
+            data=(str(data),), rewards=self.scorer, output_dir=output, reward_files=files,
+            batch_size=self.batch_size, workers=self.workers, precision=self.precision,
         )  # fmt: skip
 
 
-def write_parts(folder: Path, parts: int, pictures: int, side: int) -> Path:
-    """Write parts of the embedded pictures, enlarged, four of a prompt."""
+def write_parts(folder: Path, parts: int, images: int, side: int) -> Path:
+    """Write parts of the embedded images, enlarged, four of a prompt."""
     folder.mkdir(parents=True)
     encoded = []
-    for path in sorted((TINY / "pictures").rglob("*.png"))[: min(DIFFERENT, parts * pictures)]:
+    for path in sorted((TINY / "images").rglob("*.png"))[: min(DIFFERENT, parts * images)]:
         content = io.BytesIO()
         Image.open(path).resize((side, side), Image.Resampling.BICUBIC).save(content, "PNG")
         encoded.append(content.getvalue())
     contents = itertools.cycle(encoded)
-    prompts = items_at(read_prompts(PROMPTS), range(-(-parts * pictures // 4)), seed=0)
+    prompts = items_at(read_prompts(PROMPTS), range(-(-parts * images // 4)), seed=0)
     for part in range(parts):
         notes = {}
         with zipfile.ZipFile(folder / f"part-{part + 1:06d}.zip", "w") as archive:
-            for number in range(part * pictures, (part + 1) * pictures):
+            for number in range(part * images, (part + 1) * images):
                 name = f"{number:08d}.png"
                 archive.writestr(name, next(contents))
                 notes[name] = {"p": prompts[number // 4], "se": number, "c": 7.0, "st": 50, "sa": "k_lms"}
@@ -132,11 +134,11 @@ def write_parts(folder: Path, parts: int, pictures: int, side: int) -> Path:
 
 
 class Bench:
-    """A scorer, and pictures both in parts and ready for it."""
+    """A scorer, and images both in parts and ready for it."""
 
     def __init__(self, trial: Trial, scratch: Path) -> None:
         self.trial, self.scratch, self.device = trial, scratch, torch.device(trial.device)
-        self.data = write_parts(scratch / "data", trial.parts, trial.pictures, trial.side)
+        self.data = write_parts(scratch / "data", trial.parts, trial.images, trial.side)
         config, job = self.begin("ready")
         self.source = job.data
         self.scorers, self.preparing = program.load(config, job, self.device)
@@ -156,16 +158,16 @@ class Bench:
     def batches(self) -> Iterator[Batch]:
         """All batches of all parts, as the builder lists them."""
         for part in range(self.trial.parts):
-            yield from program.batches(self.source, part, self.trial.batch, Filters(), None)
+            yield from program.batches(self.source, part, self.trial.batch_size, Filters(), None)
 
     def forward(self, _: int) -> None:
-        """Score as many pictures as there are, a batch that is ready again and again, with all prompts."""
+        """Score as many images as there are, a batch that is ready again and again, with all prompts."""
         for start in range(0, len(self.prompts), len(self.ready)):
             prompts = self.prompts[start : start + len(self.ready)]
             self.scorers[0](self.ready[: len(prompts)], prompts)
 
     def decode(self, _: int) -> None:
-        """List, read, decode and prepare all pictures as the builder does, for no scorer."""
+        """List, read, decode and prepare all images as the builder does, for no scorer."""
         workers = self.trial.workers
         for _done in scoring.score_batches(self.preparing, self.batches(), [], self.device, workers=workers):
             pass
@@ -191,7 +193,7 @@ class Bench:
 
 @torch.no_grad()
 def speed(trial: Trial, scratch: Path) -> dict[str, Any]:
-    """Return the figures of a scorer, in pictures a second."""
+    """Return the figures of a scorer, in images a second."""
     multiprocessing.set_start_method(None, force=True)  # the platform's own, not that of this fresh process
     if trial.threads:
         torch.set_num_threads(trial.threads)
@@ -203,7 +205,7 @@ def speed(trial: Trial, scratch: Path) -> dict[str, Any]:
             bench.scorers[0].to(bench.device)  # empties the cache of texts
             taken.append(seconds(getattr(bench, name), turn, trial.device))
     times["scoring"] = bench.scoring
-    total = trial.parts * trial.pictures
+    total = trial.parts * trial.images
     row = {f"{name}_per_s": total / statistics.median(taken) for name, taken in times.items()}
     return row | {
         "of_raw": row["scoring_per_s"] / row["forward_per_s"],
@@ -216,7 +218,7 @@ def memory(trial: Trial, scratch: Path) -> float:
     multiprocessing.set_start_method(None, force=True)
     if trial.threads:
         torch.set_num_threads(trial.threads)
-    data = write_parts(scratch / "data", trial.parts, trial.pictures, trial.side)
+    data = write_parts(scratch / "data", trial.parts, trial.images, trial.side)
     with contextlib.redirect_stdout(io.StringIO()):
         program.main(trial.config(data, scratch / "built"))
     return peak_mib("cpu")
@@ -227,7 +229,7 @@ HEADER = "scorer            prec batch parts  build/s  scoring/s  decode/s  forw
 
 def line(trial: Trial, row: dict[str, Any]) -> str:
     """Return a row of the table."""
-    name = f"{trial.scorer:17s} {trial.precision:4s} {trial.batch:5d} {trial.parts:5d}"
+    name = f"{trial.scorer:17s} {trial.precision:4s} {trial.batch_size:5d} {trial.parts:5d}"
     if "error" in row:
         return f"{name}  {row['error']}"
     rates = f"{row['build_per_s']:8.1f} {row['scoring_per_s']:10.1f} {row['decode_per_s']:9.1f} {row['forward_per_s']:10.1f}"
@@ -239,7 +241,7 @@ def trials(config: Config, cuda: bool) -> list[Trial]:
     weights: dict[str, Path | None] = {"imagereward-tiny": None}
     if cuda and config.workdir is not None:
         weights[FULL_SIZE] = fresh_scorer(FULL_SIZE, config.workdir, config.clip_vocab, None)
-    names = ("pictures", "side", "repeats", "batch", "workers", "threads", "precision")
+    names = ("images", "side", "repeats", "batch_size", "workers", "threads", "precision")
     same = {name: getattr(config, name) for name in names} | {"device": "cuda" if cuda else "cpu"}
     return [Trial(scorer=name, weights=path, parts=config.parts[0], **same) for name, path in weights.items()]
 
@@ -261,7 +263,7 @@ def main(config: Config) -> int:
             config.output.parent.mkdir(parents=True, exist_ok=True)
     machine = name_of_machine(cuda)
     print(
-        f"{machine}; parts of {config.pictures} PNG of {config.side} x {config.side}, medians of {config.repeats}"
+        f"{machine}; parts of {config.images} PNG of {config.side} x {config.side}, medians of {config.repeats}"
     )
     if len(listed) == 1:
         print(f"left out: {FULL_SIZE}, which wants a CUDA device, --workdir and --clip-vocab")

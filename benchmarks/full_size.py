@@ -1,7 +1,7 @@
 """Does ReFL at real size fit: two LoRA updates of Stable Diffusion 1.x at 512 px, judged by a full-size ImageReward.
 
 Both models have the published configurations and random weights, so nothing is downloaded: memory and time are those of the
-real thing, pictures and scores are noise. The driver is started as a user would, `accelerate launch finetune/refl.py`, in
+real thing, images and scores are noise. The driver is started as a user would, `accelerate launch finetune/refl.py`, in
 processes of its own, and watched from outside.
 
     python benchmarks/full_size.py --workdir /tmp/full_size --prompts refl_data.json --clip-vocab bpe_simple_vocab_16e6.txt.gz --bert-vocab vocab.txt
@@ -42,7 +42,7 @@ class Config:
     """vocab.txt of bert-base-uncased; None = made-up words: the shapes are the same."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Arithmetic of the model; the scorer computes in float32, as is the driver's default."""
-    updates: int = 2
+    max_train_steps: int = 2
     """ReFL updates."""
     threads: int = 0
     """CPU threads of the driver; 0 = all."""
@@ -50,36 +50,43 @@ class Config:
     """4 denoising steps instead of 40: to see that it works."""
 
     def __post_init__(self) -> None:
-        if self.updates < 1:
-            raise ValueError(f"--updates must be at least 1, got {self.updates}")
+        if self.max_train_steps < 1:
+            raise ValueError(f"--max-train-steps must be at least 1, got {self.max_train_steps}")
 
 
 def command(config: Config) -> list[str]:
-    """Return the driver's command line: published T and window, memory savers on, next to nothing drawn."""
+    """Return the driver's command line: published T and window, memory savers on, next to nothing sampled."""
     parts, steps = config.workdir, ("4", "3", "3") if config.fast else ("40", "30", "39")
     flags = {
         "--model": parts / "pipeline",
         "--prompts": config.prompts,
-        "--held-out": config.prompts,
-        "--held-out-count": 1,
+        "--validation-prompts": config.prompts,
+        "--num-validation-prompts": 1,
         "--rewards": "imagereward=1.0",
         "--reward-files": f"imagereward={parts / 'scorer'}",
         "--pretraining": "off",
-        "--num-steps": steps[0],
-        "--size": 512,
-        "--draw.num-steps": 1,
-        "--batch": 1,
-        "--accumulation": 1,
-        "--updates": config.updates,
+        "--num-inference-steps": steps[0],
+        "--resolution": 512,
+        "--sample.num-inference-steps": 1,
+        "--train-batch-size": 1,
+        "--gradient-accumulation-steps": 1,
+        "--max-train-steps": config.max_train_steps,
         "--mixed-precision": config.mixed_precision,
         "--threads": config.threads,
-        "--output": parts / "run",
+        "--output-dir": parts / "run",
     }
     options = [str(word) for pair in flags.items() for word in pair]
     return [
         *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"),
         *("--mixed_precision", config.mixed_precision, str(ROOT / "finetune" / "refl.py")),
-        *(*options, "--window", *steps[1:], "--gradient-checkpointing", "--vae-checkpointing", "--overwrite"),
+        *(
+            *options,
+            "--window",
+            *steps[1:],
+            "--gradient-checkpointing",
+            "--vae-checkpointing",
+            "--overwrite-output-dir",
+        ),
     ]
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/refl_step.py                                        # the tiny model on the CPU; SD 1.x too where CUDA is
     python benchmarks/refl_step.py --models sd1 --cross --output sd1.json # all combinations instead of one change at a time
-    python benchmarks/refl_step.py --threads 2 --batch 16                 # what the README's demo does
+    python benchmarks/refl_step.py --threads 2 --train-batch-size 16                 # what the README's demo does
 
 The first value of --precision, --train, --checkpointing and --compile is the base; by default every other value is tried
 alone. Every setting runs in a fresh process, or its peak of memory would be its predecessor's. Times are medians of
@@ -34,12 +34,12 @@ import rewards
 from benchmarks.hardware import fresh, name_of_machine, peak_mib, peak_tflops, seconds, write_json
 from benchmarks.models import PROMPTS, TINY, build_sd1
 from finetune import refl
-from finetune.optimizer import adamw
-from finetune.run_config import RunConfig
 from preftune import families
 from preftune.cli import exit_on_user_error, parse
 from preftune.lora import LoRA
 from preftune.prompts import items_at, read_prompts
+from preftune.training.optimizer import adamw
+from preftune.training.run_config import RunConfig
 
 WARMUP = 2
 """Updates before time counts: libraries choose kernels, compilers compile, AdamW makes its moments."""
@@ -65,11 +65,11 @@ class Config:
     """Gradient checkpointing of UNet and decoder."""
     compile: tuple[Switch, ...] = ("off", "on")
     """torch.compile of the UNet."""
-    batch: tuple[int, ...] | None = None
-    """Pictures in an update; None = 4 on the CPU, 1 2 4 8 on CUDA."""
+    train_batch_size: tuple[int, ...] | None = None
+    """Images in an update; None = 4 on the CPU, 1 2 4 8 on CUDA."""
     cross: bool = False
     """All combinations instead of one change at a time."""
-    num_steps: int = 40
+    num_inference_steps: int = 40
     """T, as in refl.py."""
     late: int = 35
     """The denoising step with gradient, counted from 0."""
@@ -85,13 +85,15 @@ class Config:
     """JSON file with everything measured."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.late < self.num_steps:
-            raise ValueError(f"--late {self.late} must lie in 0..{self.num_steps - 1} (--num-steps - 1)")
+        if not 0 <= self.late < self.num_inference_steps:
+            raise ValueError(
+                f"--late {self.late} must lie in 0..{self.num_inference_steps - 1} (--num-inference-steps - 1)"
+            )
         if self.repeats < 1:
             raise ValueError(f"--repeats must be at least 1, got {self.repeats}")
-        if any(batch < 1 for batch in self.batch or ()):
-            raise ValueError(f"--batch must be at least 1, got {self.batch}")
-        for name in ("models", "precision", "train", "checkpointing", "compile", "batch"):
+        if any(batch < 1 for batch in self.train_batch_size or ()):
+            raise ValueError(f"--train-batch-size must be at least 1, got {self.train_batch_size}")
+        for name in ("models", "precision", "train", "checkpointing", "compile", "train_batch_size"):
             if self.__dict__[name] == ():
                 raise ValueError(f"--{name} needs at least one value")
 
@@ -110,8 +112,8 @@ class Trial:
     train: str
     checkpointing: Switch
     compile: Switch
-    batch: int
-    num_steps: int
+    train_batch_size: int
+    num_inference_steps: int
     late: int
     repeats: int
     threads: int
@@ -125,20 +127,20 @@ class Trial:
             rewards=(f"{self.scorer}=1.0",),
             reward_files=(f"{self.scorer}={self.scorer_files}",),
             reward_precision="fp32" if self.precision == "no" else self.precision,
-            num_steps=self.num_steps,
+            num_inference_steps=self.num_inference_steps,
             window=(self.late, self.late),
             pretraining="off",
-            size=64 if self.model == "tiny" else 512,
+            resolution=64 if self.model == "tiny" else 512,
             gradient_checkpointing=checkpointing,
             vae_checkpointing=checkpointing,
             lora=LoRA(rank=4 if self.train == "lora" else 0),
-            run=RunConfig(batch=self.batch, mixed_precision=self.precision),
+            run=RunConfig(train_batch_size=self.train_batch_size, mixed_precision=self.precision),
         )
 
     def prompts(self, index: int) -> list[str]:
         """Return the prompts of update `index`."""
-        first = index * self.batch
-        return items_at(read_once(PROMPTS), range(first, first + self.batch), seed=0)
+        first = index * self.train_batch_size
+        return items_at(read_once(PROMPTS), range(first, first + self.train_batch_size), seed=0)
 
 
 def optimised(trial: Trial, denoiser: nn.Module, loss: Update) -> Update:
@@ -148,7 +150,7 @@ def optimised(trial: Trial, denoiser: nn.Module, loss: Update) -> Update:
     """
     config = trial.refl().run
     weights = [weight for weight in denoiser.parameters() if weight.requires_grad]
-    optimizer = adamw(config, weights, config.lr)
+    optimizer = adamw(config, weights, config.learning_rate)
     scaler = torch.amp.GradScaler(trial.device, enabled=trial.precision == "fp16")
 
     def update(index: int) -> Tensor:
@@ -183,8 +185,8 @@ def ours(trial: Trial) -> Update:
 
     def loss(index: int) -> Tensor:
         texts = trial.prompts(index)
-        first = index * trial.batch
-        generators = [torch.Generator().manual_seed(first + i) for i in range(trial.batch)]
+        first = index * trial.train_batch_size
+        generators = [torch.Generator().manual_seed(first + i) for i in range(trial.train_batch_size)]
         pixels = refl.late_pixels(family, texts, generators, trial.late, config)
         return refl.reward_loss(mix(pixels, texts).rewards, config.margin, config.reward_scale)
 
@@ -205,7 +207,7 @@ def plain(trial: Trial) -> Update:
     scorer = rewards.load(trial.scorer, weights=trial.scorer_files, device=device, dtype=half)
     scheduler = DDPMScheduler.from_config({**parts.scheduler_config, "steps_offset": 0, "clip_sample": False})
     autocast(trial, unet)
-    side, length = config.size // 8, tokenizer.model_max_length
+    side, length = config.resolution // 8, tokenizer.model_max_length
 
     def loss(index: int) -> Tensor:
         texts = trial.prompts(index)
@@ -213,8 +215,8 @@ def plain(trial: Trial) -> Update:
             texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         )
         states = text_encoder(tokens.input_ids.to(device))[0]
-        scheduler.set_timesteps(trial.num_steps, device=device)
-        x = torch.randn(trial.batch, 4, side, side, device=device)
+        scheduler.set_timesteps(trial.num_inference_steps, device=device)
+        x = torch.randn(trial.train_batch_size, 4, side, side, device=device)
         with torch.no_grad():
             for t in scheduler.timesteps[: trial.late]:
                 x = scheduler.step(unet(x, t, states).sample.float(), t, x).prev_sample
@@ -254,7 +256,7 @@ def measure(trial: Trial, compare: bool) -> dict[str, Any]:
     except FloatingPointError as error:
         return row | {"error": str(error)}
     medians = [statistics.median(column) for column in zip(*row["times"], strict=True)]
-    row |= {"s_per_update": medians[0], "images_per_s": trial.batch / medians[0]}
+    row |= {"s_per_update": medians[0], "images_per_s": trial.train_batch_size / medians[0]}
     if compare:
         row |= {"plain_s_per_update": medians[1], "speed_up": medians[1] / medians[0]}
     return row
@@ -271,12 +273,12 @@ def _warm(trial: Trial) -> Update:
 
 
 def count_flops(trial: Trial) -> int | None:
-    """Return the floating-point operations of one picture's update, forward and backward, without recomputation.
+    """Return the floating-point operations of one image's update, forward and backward, without recomputation.
 
     None where it does not fit. CUDA only: torch's counter does not know the CPU's attention kernel.
     """
     try:
-        update = ours(replace(trial, batch=1, checkpointing="off", compile="off"))
+        update = ours(replace(trial, train_batch_size=1, checkpointing="off", compile="off"))
         with FlopCounterMode(display=False) as counter:
             update(0)
     except torch.OutOfMemoryError:
@@ -299,7 +301,7 @@ def trials(config: Config, model: str, pipeline: Path, scorer: str, scorer_files
     else:
         settings = [base] + [base | {name: value} for name, values in axes.items() for value in values[1:]]
     found = []
-    for batch in config.batch or ((1, 2, 4, 8) if cuda else (4,)):
+    for batch in config.train_batch_size or ((1, 2, 4, 8) if cuda else (4,)):
         mine = [
             Trial(
                 loop="ours",
@@ -308,8 +310,11 @@ def trials(config: Config, model: str, pipeline: Path, scorer: str, scorer_files
                 scorer=scorer,
                 scorer_files=scorer_files,
                 device="cuda" if cuda else "cpu",
-                batch=batch,
-                **{name: config.__dict__[name] for name in ("num_steps", "late", "repeats", "threads")},
+                train_batch_size=batch,
+                **{
+                    name: config.__dict__[name]
+                    for name in ("num_inference_steps", "late", "repeats", "threads")
+                },
                 **setting,
             )
             for setting in settings
@@ -323,7 +328,7 @@ HEADER = "model loop  prec train ckpt compile batch  s/update images/s  peak MiB
 
 def line(trial: Trial, row: dict[str, Any]) -> str:
     """Return a row of the table."""
-    name = f"{trial.model:5s} {trial.loop:5s} {trial.precision:4s} {trial.train:5s} {trial.checkpointing:4s} {trial.compile:7s} {trial.batch:5d}"
+    name = f"{trial.model:5s} {trial.loop:5s} {trial.precision:4s} {trial.train:5s} {trial.checkpointing:4s} {trial.compile:7s} {trial.train_batch_size:5d}"
     if "error" in row:
         return f"{name}  {row['error']}"
     formats = {
@@ -376,7 +381,7 @@ def main(config: Config) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     machine = name_of_machine("sd1" in models)
-    print(f"{machine}; late step {config.late} of {config.num_steps}; medians of {config.repeats}")
+    print(f"{machine}; late step {config.late} of {config.num_inference_steps}; medians of {config.repeats}")
     print(HEADER, flush=True)
     rows = []
     for model in models:

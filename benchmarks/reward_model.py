@@ -1,12 +1,12 @@
 """What an update of a reward model costs at published size: Stable Preference on CLIP ViT-L/14, and on ViT-H/14 with a GPU.
 
     python benchmarks/reward_model.py --workdir /tmp/scorers --clip-vocab bpe_simple_vocab_16e6.txt.gz
-    python benchmarks/reward_model.py --workdir /tmp/scorers --clip-vocab bpe_simple_vocab_16e6.txt.gz --scorers hpsv2 --batch 8 \\
-        --accumulation 8 --precision bf16                                 # a CUDA device: the paper's 64 pairs
+    python benchmarks/reward_model.py --workdir /tmp/scorers --clip-vocab bpe_simple_vocab_16e6.txt.gz --scorers hpsv2 --train-batch-size 8 \\
+        --gradient-accumulation-steps 8 --precision bf16                                 # a CUDA device: the paper's 64 pairs
 
 A row is `finetune/reward_model.py` itself, in a fresh process, with the recipe of stable_preference_clip_l.yaml: pairs, weak views,
-the last 18 layers of the image tower and 8 of the text tower, two stages. A pair is a ranking of two pictures, each of
-which passes the image tower with all its views: `pictures/s` counts all of these passes. `s/update` is the median over the
+the last 18 layers of the image tower and 8 of the text tower, two stages. A pair is a ranking of two images, each of
+which passes the image tower with all its views: `images/s` counts all of these passes. `s/update` is the median over the
 updates after the first, where there are others; `ratio` divides it by that of the first row, so that `--views 0 3` says what
 the views cost.
 
@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.hardware import fresh, name_of_machine, peak_mib, write_json
 from benchmarks.models import fresh_scorer
-from benchmarks.score import write_pictures
+from benchmarks.score import write_images
 from finetune import reward_model
 from preftune.cli import exit_on_user_error, parse
 from preftune.records import read_jsonl, write_jsonl
@@ -45,18 +45,18 @@ class Config:
     scorers: tuple[str, ...] = ("clipscore",)
     """CLIP scorers to start from: clipscore and hpsv1 are ViT-L/14; hpsv2, hpsv2.1 and pickscore ViT-H/14."""
     views: tuple[int, ...] = (3,)
-    """Weak views of each picture; 0 = the plain pair loss."""
+    """Weak views of each image; 0 = the plain pair loss."""
     checkpointing: tuple[Literal["on", "off"], ...] = ("on",)
     """Whether activations are computed again in the backward pass."""
     precision: tuple[Literal["no", "bf16", "fp16"], ...] = ("no",)
     """Arithmetic of the towers."""
     last_layers: tuple[int, int] = (18, 8)
     """Trained layers of the image tower and of the text tower."""
-    batch: int = 4
+    train_batch_size: int = 4
     """Pairs in one pass."""
-    accumulation: int = 1
+    gradient_accumulation_steps: int = 1
     """Passes in one update."""
-    updates: int = 2
+    max_train_steps: int = 2
     """Updates of each row."""
     threads: int = 0
     """CPU threads; 0 = torch's own choice."""
@@ -64,9 +64,16 @@ class Config:
     """JSON file to write."""
 
     def __post_init__(self) -> None:
-        for name, least in (("batch", 1), ("accumulation", 1), ("updates", 1), ("threads", 0)):
+        for name, least in (
+            ("train_batch_size", 1),
+            ("gradient_accumulation_steps", 1),
+            ("max_train_steps", 1),
+            ("threads", 0),
+        ):
             if getattr(self, name) < least:
-                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}"
+                )
         if min(self.views, default=-1) < 0:
             raise ValueError(f"--views must be 0 or more, got {self.views}")
         usable = [card.name for card in CARDS.values() if card.module == "rewards.clip"]
@@ -85,16 +92,16 @@ class Trial:
     checkpointing: Literal["on", "off"]
     precision: Literal["no", "bf16", "fp16"]
     last_layers: tuple[int, int]
-    batch: int
-    accumulation: int
-    updates: int
+    train_batch_size: int
+    gradient_accumulation_steps: int
+    max_train_steps: int
     threads: int
     device: str
 
 
 def write_pairs(folder: Path, number: int) -> Path:
-    """Write rankings of two pictures each, with different prompts as far as there are so many."""
-    write_pictures(folder, 2 * number)
+    """Write rankings of two images each, with different prompts as far as there are so many."""
+    write_images(folder, 2 * number)
     rows = read_jsonl(folder / "metadata.jsonl")
     pairs = [
         {
@@ -114,20 +121,20 @@ def command(trial: Trial, data: Path, output: Path) -> list[str]:
         "--model": trial.scorer,
         "--weights": trial.weights,
         "--data": data,
-        "--valid-share": 0.01,  # one prompt
+        "--validation-share": 0.01,  # one prompt
         "--stable.views": trial.views,
         "--stable.weighting": "two-stage",
-        "--stable.first-stage-updates": trial.updates // 2,
-        "--batch": trial.batch,
-        "--accumulation": trial.accumulation,
-        "--updates": trial.updates,
-        "--valid-every": trial.updates,
-        "--save-every": trial.updates,
-        "--lr": 2e-6,
-        "--weight-decay": 0.2,
+        "--stable.first-stage-steps": trial.max_train_steps // 2,
+        "--train-batch-size": trial.train_batch_size,
+        "--gradient-accumulation-steps": trial.gradient_accumulation_steps,
+        "--max-train-steps": trial.max_train_steps,
+        "--validation-steps": trial.max_train_steps,
+        "--checkpointing-steps": trial.max_train_steps,
+        "--learning-rate": 2e-6,
+        "--adam-weight-decay": 0.2,
         "--mixed-precision": trial.precision,
         "--threads": trial.threads,
-        "--output": output,
+        "--output-dir": output,
     }
     words = [str(word) for pair in flags.items() for word in pair]
     saver = ["--gradient-checkpointing"] if trial.checkpointing == "on" else []
@@ -136,8 +143,8 @@ def command(trial: Trial, data: Path, output: Path) -> list[str]:
 
 def measure(trial: Trial, scratch: Path) -> dict[str, Any]:
     """Return the figures of a row: the driver's own, and the memory of this process."""
-    pairs = trial.batch * trial.accumulation
-    data = write_pairs(scratch / "data", pairs * trial.updates + 1)
+    pairs = trial.train_batch_size * trial.gradient_accumulation_steps
+    data = write_pairs(scratch / "data", pairs * trial.max_train_steps + 1)
     config = parse(reward_model.Config, command(trial, data, scratch / "run"))
     if trial.threads:
         torch.set_num_threads(trial.threads)
@@ -151,7 +158,7 @@ def measure(trial: Trial, scratch: Path) -> dict[str, Any]:
     update = statistics.median(times[1:] or times)
     return {
         "s_per_update": update,
-        "pictures_per_s": 2 * pairs * (1 + trial.views) / update,
+        "images_per_s": 2 * pairs * (1 + trial.views) / update,
         "peak_mib": peak_mib(trial.device),
         "before_mib": before,
         "times": times,
@@ -159,19 +166,19 @@ def measure(trial: Trial, scratch: Path) -> dict[str, Any]:
     }
 
 
-HEADER = "scorer     views  checkpointing  prec  pairs  s/update  pictures/s  peak MiB  before MiB  ratio"
+HEADER = "scorer     views  checkpointing  prec  pairs  s/update  images/s  peak MiB  before MiB  ratio"
 
 
 def line(trial: Trial, row: dict[str, Any]) -> str:
     """Return a row of the table."""
     name = (
         f"{trial.scorer:9s}  {trial.views:5d}  {trial.checkpointing:13s}  {trial.precision:4s}"
-        f"  {trial.batch * trial.accumulation:5d}"
+        f"  {trial.train_batch_size * trial.gradient_accumulation_steps:5d}"
     )
     if "error" in row:
         return f"{name}  {row['error']}"
     return (
-        f"{name}  {row['s_per_update']:8.2f}  {row['pictures_per_s']:10.2f}  {row['peak_mib']:8.0f}"
+        f"{name}  {row['s_per_update']:8.2f}  {row['images_per_s']:10.2f}  {row['peak_mib']:8.0f}"
         f"  {row['before_mib']:10.0f}  {row['ratio']:5.2f}"
     )
 
@@ -179,7 +186,14 @@ def line(trial: Trial, row: dict[str, Any]) -> str:
 def trials(config: Config, weights: dict[str, Path], device: str) -> list[Trial]:
     """Return the rows of the table."""
     same = {
-        name: getattr(config, name) for name in ("last_layers", "batch", "accumulation", "updates", "threads")
+        name: getattr(config, name)
+        for name in (
+            "last_layers",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "max_train_steps",
+            "threads",
+        )
     }
     return [
         Trial(
@@ -210,7 +224,9 @@ def main(config: Config) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     machine = name_of_machine(cuda)
-    print(f"{machine}; {config.updates} updates of {config.batch} x {config.accumulation} pairs")
+    print(
+        f"{machine}; {config.max_train_steps} updates of {config.train_batch_size} x {config.gradient_accumulation_steps} pairs"
+    )
     print(HEADER, flush=True)
     rows: list[dict[str, Any]] = []
     for trial in trials(config, weights, "cuda" if cuda else "cpu"):

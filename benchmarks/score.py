@@ -1,12 +1,12 @@
-"""How fast pictures on the disk are scored: against the scorer's own forward pass, and against loading it for each picture.
+"""How fast images on the disk are scored: against the scorer's own forward pass, and against loading it for each image.
 
     python benchmarks/score.py                                            # the embedded scorer
     python benchmarks/score.py --scorers hpsv2.1 pickscore --workdir /tmp/scorers --clip-vocab bpe_simple_vocab_16e6.txt.gz
     python benchmarks/score.py --scorers imagereward blipscore --workdir /tmp/scorers --bert-vocab vocab.txt --images 16
 
 Three figures for each scorer, from one process: `files` is data_build/score.py from the first file to the last written
-chunk; `raw` is the forward pass alone on the same pictures, prepared and on the device; both read every prompt anew, and
-take turns. `reload` loads checkpoint and vocabulary for each picture, as `hpsv2.score` does, on `--reload-images` of them.
+chunk; `raw` is the forward pass alone on the same images, prepared and on the device; both read every prompt anew, and
+take turns. `reload` loads checkpoint and vocabulary for each image, as `hpsv2.score` does, on `--reload-images` of them.
 Published scorers get random weights of their published size, written once to --workdir, so nothing is downloaded and
 scores mean nothing. On a CUDA device `MFU` is the raw pass' floating-point operations against the dense bf16 peak.
 
@@ -35,7 +35,7 @@ from preftune.records import write_jsonl
 from rewards.pixels import from_pil
 
 SIDE = 512
-"""Pixels of a picture file's side."""
+"""Pixels of an image file's side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +46,12 @@ class Config:
     """Names of `python -m rewards`; published ones need --workdir and a vocabulary."""
     precision: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32",)
     """Arithmetic of the towers."""
-    batch: tuple[int, ...] = (32,)
-    """Pictures in one pass."""
+    batch_size: tuple[int, ...] = (32,)
+    """Images in one pass."""
     images: int = 64
-    """Picture files, 512 x 512 PNG."""
+    """ImageEntry files, 512 x 512 PNG."""
     reload_images: int = 8
-    """Pictures of the loop that loads the checkpoint for each; 0 leaves it out."""
+    """Images of the loop that loads the checkpoint for each; 0 leaves it out."""
     repeats: int = 3
     """Turns of files and raw; the figures are medians."""
     workers: int = 2
@@ -81,8 +81,8 @@ class Config:
                 raise ValueError(
                     f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}"
                 )
-        if min(self.batch, default=0) < 1:
-            raise ValueError(f"--batch must be at least 1, got {self.batch}")
+        if min(self.batch_size, default=0) < 1:
+            raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class Trial:
     scorer: str
     weights: Path | None
     precision: Literal["fp32", "bf16", "fp16"]
-    batch: int
+    batch_size: int
     images: int
     reload_images: int
     repeats: int
@@ -101,9 +101,9 @@ class Trial:
     device: str
 
 
-def write_pictures(folder: Path, number: int) -> Path:
-    """Write an imagefolder of the embedded pictures, enlarged, with a prompt each."""
-    files = sorted((TINY / "pictures").rglob("*.png"))
+def write_images(folder: Path, number: int) -> Path:
+    """Write an imagefolder of the embedded images, enlarged, with a prompt each."""
+    files = sorted((TINY / "images").rglob("*.png"))
     prompts = items_at(read_prompts(PROMPTS), range(number), seed=0)
     folder.mkdir(parents=True)
     rows = []
@@ -118,12 +118,12 @@ def write_pictures(folder: Path, number: int) -> Path:
 
 
 class Bench:
-    """A scorer, and pictures both as files and ready for it."""
+    """A scorer, and images both as files and ready for it."""
 
     def __init__(self, trial: Trial, scratch: Path) -> None:
         self.trial, self.scratch = trial, scratch
         self.device, self.dtype = torch.device(trial.device), program.DTYPES[trial.precision]
-        self.data = write_pictures(scratch / "data", trial.images)
+        self.data = write_images(scratch / "data", trial.images)
         self.paths = sorted(self.data.glob("*.png"))
         self.prompts = items_at(read_prompts(PROMPTS), range(trial.images), seed=0)
         self.scorer = self.load()
@@ -142,9 +142,9 @@ class Bench:
         self.scorer.to(self.device)
 
     def raw(self, _: int) -> None:
-        """Score the pictures that are ready."""
-        for start in range(0, self.trial.images, self.trial.batch):
-            part = slice(start, start + self.trial.batch)
+        """Score the images that are ready."""
+        for start in range(0, self.trial.images, self.trial.batch_size):
+            part = slice(start, start + self.trial.batch_size)
             self.scorer(self.ready[part], self.prompts[part])
 
     def files(self, turn: int) -> None:
@@ -154,8 +154,8 @@ class Bench:
             data=self.data,
             rewards=(trial.scorer,),
             reward_files=() if trial.weights is None else (f"{trial.scorer}={trial.weights}",),
-            output=self.scratch / f"scored{turn}",
-            batch=trial.batch,
+            output_dir=self.scratch / f"scored{turn}",
+            batch_size=trial.batch_size,
             workers=trial.workers,
         )
         source = program.find(self.data, prompted=True, prompt="", image_column="image", text_column="text")
@@ -201,7 +201,7 @@ HEADER = "scorer            prec batch  files/s    raw/s  files:raw  reload/s  f
 
 def line(trial: Trial, row: dict[str, Any]) -> str:
     """Return a row of the table."""
-    name = f"{trial.scorer:17s} {trial.precision:4s} {trial.batch:5d}"
+    name = f"{trial.scorer:17s} {trial.precision:4s} {trial.batch_size:5d}"
     if "error" in row:
         return f"{name}  {row['error']}"
     formats = {
@@ -234,10 +234,10 @@ def trials(config: Config, weights: dict[str, Path | None], device: str) -> list
     names = ("images", "reload_images", "repeats", "workers", "threads")
     same = {name: getattr(config, name) for name in names}
     return [
-        Trial(scorer=scorer, weights=path, precision=precision, batch=batch, device=device, **same)
+        Trial(scorer=scorer, weights=path, precision=precision, batch_size=batch, device=device, **same)
         for scorer, path in weights.items()
         for precision in config.precision
-        for batch in config.batch
+        for batch in config.batch_size
     ]
 
 

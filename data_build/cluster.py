@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_build import scored
+from data_build import score_folder
 
 
 def check() -> None:
@@ -29,7 +29,7 @@ def check() -> None:
 class Worker:
     """What a process of the cluster does: the number of a part to its rows, as JSON."""
 
-    def __init__(self, make: Callable[[], Callable[[int], list[scored.Row]]]) -> None:
+    def __init__(self, make: Callable[[], Callable[[int], list[score_folder.Row]]]) -> None:
         self.rows_of = make()
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
@@ -40,7 +40,7 @@ class Worker:
 def score_parts(
     folder: Path,
     parts: range,
-    make: Callable[[], Callable[[int], list[scored.Row]]],
+    make: Callable[[], Callable[[int], list[score_folder.Row]]],
     *,
     address: str,
     workers: int,
@@ -61,13 +61,13 @@ def score_parts(
 
 
 def _written(
-    folder: Path, parts: range, make: Callable[[], Callable[[int], list[scored.Row]]], workers: int
+    folder: Path, parts: range, make: Callable[[], Callable[[int], list[score_folder.Row]]], workers: int
 ) -> Iterator[int]:
     """Score and write on the cluster that this process is connected to, and leave it."""
     import ray.data
 
     worker: Any = Worker  # Ray makes one in each process
-    done, _ = scored.progress(folder)
+    done, _ = score_folder.progress(folder)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
@@ -82,7 +82,7 @@ def _written(
         for answer in answers.iter_rows():
             rows = json.loads(answer["rows"])
             if rows:
-                scored.write_chunk(folder, done, rows, (answer["part"] + 1, 0))
+                score_folder.write_chunk(folder, done, rows, (answer["part"] + 1, 0))
                 done += 1
             yield len(rows)
     finally:

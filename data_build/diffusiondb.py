@@ -1,21 +1,21 @@
-"""DiffusionDB to a data set of preferred and non-preferred pictures: what finetune/weird_lora.py learns from (paper 001).
+"""DiffusionDB to a data set of preferred and non-preferred images: what finetune/weird_lora.py learns from (paper 001).
 
-Reads the zip files as published (2M: PNG, Large: WebP, each with its JSON), scores every picture that passes the filters,
-groups by prompt over all parts, and takes the best and the worst picture of a prompt where they stand out (selection.py).
-Nothing is unzipped to the disk, and what is in memory grows by at most 100 bytes a scored picture (and nine for each in the NSFW
+Reads the zip files as published (2M: PNG, Large: WebP, each with its JSON), scores every image that passes the filters,
+groups by prompt over all parts, and takes the best and the worst image of a prompt where they stand out (selection.py).
+Nothing is unzipped to the disk, and what is in memory grows by at most 100 bytes a scored image (and nine for each in the NSFW
 metadata). What is broken is set aside with the reason. Killed and started again with the same flags, it goes on at the part
-where it was and ends in the same bytes. What is written: see filtered.py.
+where it was and ends in the same bytes. What is written: see selected_folder.py.
 
-    python data_build/diffusiondb.py --data images/ --rewards hpsv1 --output data/filtered
+    python data_build/diffusiondb.py --data images/ --rewards hpsv1 --output-dir data/filtered
     python data_build/diffusiondb.py --data large-1/ large-2/ --rewards hpsv2.1 --metadata metadata-large.parquet --max-image-nsfw 0.9
 
 With --ray the processes of a Ray cluster score the parts, and the data set is the same (cluster.py):
 
-    python data_build/diffusiondb.py --data /shared/images/ --rewards hpsv2.1 --output data/filtered --ray auto --ray-workers 8
+    python data_build/diffusiondb.py --data /shared/images/ --rewards hpsv2.1 --output-dir data/filtered --ray auto --ray-workers 8
 
-2M has nearly always one picture a prompt; groups of four are in Large. The released code scored with another activation than
+2M has nearly always one image a prompt; groups of four are in Large. The released code scored with another activation than
 the one HPS v1 was trained with; rewards/ scores as its README does. Captions stay free of the "Weird image. " prefix, and ordinary
-pictures join when a driver starts (--regularisation): both are finetune/weird_lora.py's.
+images join when a driver starts (--regularisation): both are finetune/weird_lora.py's.
 Hardware: as score.py. Left out: several GPUs without Ray; prompts that are too rare to be selected are scored all the same.
 """
 
@@ -34,15 +34,15 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from data_build import cluster, filtered, scored, scoring
+from data_build import cluster, score_folder, scoring, selected_folder
 from data_build.filters import Filters, Nsfw
+from data_build.readers import DataSet, entries, survey
 from data_build.scoring import DTYPES, Batch, Preparing
 from data_build.selection import Selection
-from data_build.sources import DataSet, entries, survey
 from preftune.cli import exit_on_user_error, parse
 from rewards import CARDS, Scorer, find_card
 from rewards.mix import parse_files
-from rewards.together import load_all
+from rewards.shared_towers import load_all
 from rewards.weights import sha256_of
 
 COSINES = ("hpsv1", "hpsv2", "hpsv2.1", "clipscore", "blipscore")
@@ -51,13 +51,13 @@ COSINES = ("hpsv1", "hpsv2", "hpsv2.1", "clipscore", "blipscore")
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Select preferred and non-preferred pictures of DiffusionDB; gives an imagefolder whose rows have a kind."""
+    """Select preferred and non-preferred images of DiffusionDB; gives an imagefolder whose rows have a kind."""
 
     data: tuple[str, ...]
     """Folders of part-NNNNNN.zip, such files, or quoted patterns such as 'images/part-0000*.zip'."""
     rewards: str
     """The scorer; `python -m rewards` lists them."""
-    output: Path
+    output_dir: Path
     """Folder to create; until it is complete, what is done lies beside it in OUTPUT.building."""
     reward_files: tuple[str, ...] = ()
     """The scorer's weights on disk, as hpsv1=PATH."""
@@ -65,8 +65,8 @@ class Config:
     filters: Annotated[Filters, tyro.conf.arg(name="")] = field(default_factory=Filters)
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Arithmetic of the scorer's towers; scores are float32."""
-    batch: int = 32
-    """Pictures in one pass."""
+    batch_size: int = 32
+    """Images in one pass."""
     workers: int = 2
     """Processes that read and decode, for each that scores; 0 = the one that scores does it."""
     ray: str | None = None
@@ -75,14 +75,14 @@ class Config:
     ray_workers: int = 2
     """With --ray: processes that score, each with its own scorer, and its own GPU where the cluster has any."""
     shown: int = 12
-    """Prompts whose pictures the report shows."""
+    """Prompts whose images the report shows."""
 
     def __post_init__(self) -> None:
         if not self.data:
             raise ValueError("--data needs a folder of part-NNNNNN.zip, or such files")
         find_card(self.rewards)
         for name, value, least in (
-            ("batch", self.batch, 1), ("workers", self.workers, 0), ("ray-workers", self.ray_workers, 1),
+            ("batch-size", self.batch_size, 1), ("workers", self.workers, 0), ("ray-workers", self.ray_workers, 1),
             ("shown", self.shown, 1),
         ):  # fmt: skip
             if value < least:
@@ -137,7 +137,7 @@ class Job:
 
     data: DataSet
     total: int
-    """About how many pictures it has."""
+    """About how many images it has."""
     files: dict[str, Path]
     """Weights that are not in their place."""
     building: Path
@@ -169,21 +169,21 @@ def check_inputs(config: Config) -> Job | None:
         "selection": rule,
         "shown": config.shown,
     }
-    building = config.output.with_name(f"{config.output.name}.building")
-    if config.output.exists():
-        if not filtered.is_of(config.output, record):
-            raise ValueError(f"{config.output} exists already; remove it or choose another --output")
+    building = config.output_dir.with_name(f"{config.output_dir.name}.building")
+    if config.output_dir.exists():
+        if not selected_folder.is_of(config.output_dir, record):
+            raise ValueError(f"{config.output_dir} exists already; remove it or choose another --output-dir")
         shutil.rmtree(building, ignore_errors=True)
         return None
     nsfw = Nsfw(config.filters, data.sources) if config.filters.metadata is not None else None
     if config.ray is not None:
         cluster.check()
-    scored.begin(building, scores)  # another rule may be tried on the same scores
+    score_folder.begin(building, scores)  # another rule may be tried on the same scores
     return Job(data=data, total=total, files=files, building=building, nsfw=nsfw, record=record)
 
 
 def load(config: Config, job: Job, device: torch.device) -> tuple[list[Scorer], Preparing]:
-    """Return the scorer, alone in a list, and what prepares pictures for it."""
+    """Return the scorer, alone in a list, and what prepares images for it."""
     scorers = load_all([config.rewards], files=job.files, device=device, dtype=DTYPES[config.precision])
     return scorers, Preparing(job.data, list(scoring.by_rule(scorers)), config.filters)
 
@@ -193,19 +193,21 @@ def score_here(config: Config, job: Job, parts: range, device: torch.device) -> 
     with exit_on_user_error():
         scorers, preparing = load(config, job, device)
     listed = (
-        batch for part in parts for batch in batches(job.data, part, config.batch, config.filters, job.nsfw)
+        batch
+        for part in parts
+        for batch in batches(job.data, part, config.batch_size, config.filters, job.nsfw)
     )
     return scoring.score_chunks(job.building, preparing, listed, scorers, device, workers=config.workers)
 
 
-def part_scorer(config: Config, job: Job) -> Callable[[int], list[scored.Row]]:
+def part_scorer(config: Config, job: Job) -> Callable[[int], list[score_folder.Row]]:
     """Return what gives the rows of a part, with a scorer of its own: for the processes of a cluster."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scorers, preparing = load(config, job, device)
 
     @torch.no_grad()
-    def rows_of(part: int) -> list[scored.Row]:
-        listed = batches(job.data, part, config.batch, config.filters, job.nsfw)
+    def rows_of(part: int) -> list[score_folder.Row]:
+        listed = batches(job.data, part, config.batch_size, config.filters, job.nsfw)
         found = scoring.score_batches(preparing, listed, scorers, device, workers=config.workers)
         return [row for _, rows in found for row in rows]
 
@@ -214,7 +216,7 @@ def part_scorer(config: Config, job: Job) -> Callable[[int], list[scored.Row]]:
 
 def score(config: Config, job: Job, device: torch.device) -> None:
     """Score the parts that are left, and write a chunk for each."""
-    _, (first, _) = scored.progress(job.building)
+    _, (first, _) = score_folder.progress(job.building)
     parts = range(first, len(job.data.sources))
     if not parts:
         return
@@ -226,20 +228,18 @@ def score(config: Config, job: Job, device: torch.device) -> None:
             counts = cluster.score_parts(
                 job.building, parts, make, address=config.ray, workers=config.ray_workers
             )
-    with tqdm(
-        total=job.total, initial=job.total * first // parts.stop, desc="scoring", unit="picture"
-    ) as bar:
+    with tqdm(total=job.total, initial=job.total * first // parts.stop, desc="scoring", unit="image") as bar:
         for count in counts:
             bar.update(count)
 
 
 def conclude(config: Config, job: Job) -> None:
     """Select, write the data set under a temporary name, and rename it."""
-    filtered.write(
+    selected_folder.write(
         job.building, job.data, config.selection, config.scale,
         keep_duplicates=config.filters.keep_duplicates, name=config.rewards, shown=config.shown, record=job.record,
     )  # fmt: skip
-    (job.building / filtered.FOLDER).rename(config.output)
+    (job.building / selected_folder.FOLDER).rename(config.output_dir)
     shutil.rmtree(job.building)
 
 
@@ -251,7 +251,7 @@ def main(config: Config) -> None:
     if job is not None:
         score(config, job, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         conclude(config, job)
-    print(f"{filtered.report(config.output)}\n{config.output}")  # noqa: T201
+    print(f"{selected_folder.report(config.output_dir)}\n{config.output_dir}")  # noqa: T201
 
 
 if __name__ == "__main__":

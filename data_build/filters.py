@@ -1,6 +1,6 @@
-"""Which pictures of DiffusionDB are wanted: by its JSON and its metadata before they are read, by their pixels after.
+"""Which images of DiffusionDB are wanted: by its JSON and its metadata before they are read, by their pixels after.
 
-A filter that is asked for never passes what it knows nothing about: a picture without an NSFW figure, or whose sampler is not
+A filter that is asked for never passes what it knows nothing about: an image without an NSFW figure, or whose sampler is not
 said, is filtered.
 """
 
@@ -16,10 +16,10 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_build.pictures import BROKEN, Entry, Filtered, Picture
+from data_build.decode import BROKEN, Entry, Filtered, ImageEntry
 
 BLURRED = 10
-"""Of 255: a picture whose neighbours in a row never rise by as much is one that Stable Diffusion's safety filter blurred."""
+"""Of 255: an image whose neighbours in a row never rise by as much is one that Stable Diffusion's safety filter blurred."""
 ROWS = 1 << 16
 """Rows of the metadata that are in memory at a time."""
 PART = re.compile(r"part-(\d+)\.zip")
@@ -27,10 +27,10 @@ PART = re.compile(r"part-(\d+)\.zip")
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
-    """What a picture must be like; by default neither blurred nor a duplicate."""
+    """What an image must be like; by default neither blurred nor a duplicate."""
 
     keep_blurred: bool = False
-    """Keep blurred pictures, too. The published test: no pixel is 10 of 255 above its left neighbour."""
+    """Keep blurred images, too. The published test: no pixel is 10 of 255 above its left neighbour."""
     sizes: tuple[str, ...] = ()
     """Widths and heights to keep, such as 512x512; none = all."""
     samplers: tuple[str, ...] = ()
@@ -44,7 +44,7 @@ class Filters:
     normalise_prompts: bool = False
     """Strip prompts and make one space of several, before they are scored and grouped."""
     keep_duplicates: bool = False
-    """Keep pictures of the same prompt, seed, guidance, steps, sampler and size, too; else the first is kept."""
+    """Keep images of the same prompt, seed, guidance, steps, sampler and size, too; else the first is kept."""
 
     def __post_init__(self) -> None:
         for size in self.sizes:
@@ -62,14 +62,14 @@ class Filters:
             )
 
     def __call__(self, image: Image.Image) -> str | None:
-        """Return the name of the filter that a decoded picture does not pass, or None."""
+        """Return the name of the filter that a decoded image does not pass, or None."""
         if self.sizes and f"{image.width}x{image.height}" not in self.sizes:
             return "size"
         return "blurred" if not self.keep_blurred and is_blurred(image) else None
 
     def listed(self, entry: Entry, nsfw: "Nsfw | None") -> Entry:
         """Return an entry with its prompt normalised, or filtered by what is known before it is read."""
-        if not isinstance(entry, Picture):
+        if not isinstance(entry, ImageEntry):
             return entry
         if self.normalise_prompts:
             entry = replace(entry, text=" ".join(entry.text.split()))
@@ -100,7 +100,7 @@ def number(value: object) -> int:
 
 
 class Nsfw:
-    """What the metadata says about the pictures of some parts: nine bytes for each."""
+    """What the metadata says about the images of some parts: nine bytes for each."""
 
     REASONS = (None, "image_nsfw", "prompt_nsfw")
 
@@ -133,16 +133,16 @@ class Nsfw:
         for source, part in parts.items():
             if part not in seen:
                 raise ValueError(
-                    f"--metadata {path} knows no picture of {source}; the 2M and Large sets have one each"
+                    f"--metadata {path} knows no image of {source}; the 2M and Large sets have one each"
                 )
         self.parts = parts
         joined = np.concatenate(keys)
         order = np.argsort(joined, kind="stable")
         self.keys, self.codes = joined[order], np.concatenate(codes)[order]
 
-    def reason(self, picture: Picture) -> str | None:
-        """Return the name of the filter that a picture does not pass, or None."""
-        key = np.uint64(number((self.parts[picture.file], PurePosixPath(picture.member).name)))
+    def reason(self, image: ImageEntry) -> str | None:
+        """Return the name of the filter that an image does not pass, or None."""
+        key = np.uint64(number((self.parts[image.file], PurePosixPath(image.member).name)))
         place = int(np.searchsorted(self.keys, key))
         if place == len(self.keys) or self.keys[place] != key:
             return "not in the metadata"

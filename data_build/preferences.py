@@ -1,20 +1,20 @@
-"""Published preference data to a folder that finetune/reward_model.py trains on: pictures, and rankings with ties.
+"""Published preference data to a folder that finetune/reward_model.py trains on: images, and rankings with ties.
 
-Reads every layout of preftune/published.py, a few rows at a time; zip files and tables are not unpacked. Each picture is decoded
-once to check it: one that is missing, empty, cut off or too large is set aside, and its rankings keep their other pictures.
+Reads every layout of data_build/published.py, a few rows at a time; zip files and tables are not unpacked. Each image is decoded
+once to check it: one that is missing, empty, cut off or too large is set aside, and its rankings keep their other images.
 
-    python data_build/preferences.py --layout hpdv2-test --input HPD/test.json --images HPD/test --output data/hpd
-    python data_build/preferences.py --layout pickapic --input pickapic_v2/data/train-*.parquet --output data/pickapic
-    python data_build/preferences.py --layout imagerewarddb --input DB/images/train/*.zip --images DB --output data/imagereward
+    python data_build/preferences.py --layout hpdv2-test --input HPD/test.json --images HPD/test --output-dir data/hpd
+    python data_build/preferences.py --layout pickapic --input pickapic_v2/data/train-*.parquet --output-dir data/pickapic
+    python data_build/preferences.py --layout imagerewarddb --input DB/images/train/*.zip --images DB --output-dir data/imagereward
 
     rankings.jsonl   prompt, generations (file names), ranking (1 = best), source (who ranked) and, unless it is 1, weight
-    pictures/        under their published names, each once: the same bytes, as hard links where that is possible
-    rejected.jsonl   name (of a picture, or the place of a ranking), reason, detail
+    images/        under their published names, each once: the same bytes, as hard links where that is possible
+    rejected.jsonl   name (of an image, or the place of a ranking), reason, detail
     summary.json     counts
 
-A ranking is set aside where fewer than two pictures are left, or only ties of what was no tie: of a choice whose chosen
-picture is lost, nothing is known. Pictures of such a ranking may stay behind.
-Hardware: on one CPU core 840 smooth JPEG pictures of 512 x 512 pixels a second, 190 WebP. Left out: several processes, and
+A ranking is set aside where fewer than two images are left, or only ties of what was no tie: of a choice whose chosen
+image is lost, nothing is known. Images of such a ranking may stay behind.
+Hardware: on one CPU core 840 smooth JPEG images of 512 x 512 pixels a second, 190 WebP. Left out: several processes, and
 going on after a kill: the folder has its name only when it is complete.
 """
 
@@ -32,28 +32,28 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from data_build.pictures import MAX_BYTES, Picture, UnusableError, decode, or_unusable
-from data_build.sources import DataSet
-from data_build.sources import read as read_bytes
+from data_build.decode import MAX_BYTES, ImageEntry, UnusableError, decode, or_unusable
+from data_build.published import Aspect, Judged, Layout, SetAside, Shown, read
+from data_build.readers import DataSet
+from data_build.readers import read as read_bytes
 from preftune.cli import exit_on_user_error, parse
-from preftune.published import Aspect, Judged, Layout, SetAside, Shown, read
 from preftune.records import check_name, inside, write_jsonl, write_lines
 
-PICTURES = "pictures"
+IMAGES = "images"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Write rankings and their pictures from published preference data."""
+    """Write rankings and their images from published preference data."""
 
     layout: Layout
-    """What the files hold; preftune/published.py describes each."""
+    """What the files hold; data_build/published.py describes each."""
     input: tuple[Path, ...]
     """Files of that layout."""
-    output: Path
+    output_dir: Path
     """Folder to create; it must not exist yet."""
     images: Path | None = None
-    """Folder that names of pictures are relative to; a.zip in it serves as a folder a. None = that of the first input."""
+    """Folder that names of images are relative to; a.zip in it serves as a folder a. None = that of the first input."""
     aspect: Aspect | None = None
     """What the ranks of the layout `aspects` go by; None = the mean of the four."""
 
@@ -81,8 +81,8 @@ class Work:
 
 def check(config: Config) -> None:
     """Raise ValueError for an output that exists, a missing folder, or a file that does not begin as its layout does."""
-    if config.output.exists():
-        raise ValueError(f"{config.output} exists already; remove it or choose another --output")
+    if config.output_dir.exists():
+        raise ValueError(f"{config.output_dir} exists already; remove it or choose another --output-dir")
     if config.images is not None and not config.images.is_dir():
         raise ValueError(f"--images {config.images} is no folder")
     for path in config.input:
@@ -97,25 +97,25 @@ def entries(config: Config) -> Iterator[Judged | SetAside]:
 
 
 def rows(config: Config, work: Work) -> Iterator[dict[str, Any]]:
-    """The lines of rankings.jsonl; their pictures are stored on the way."""
+    """The lines of rankings.jsonl; their images are stored on the way."""
     for entry in tqdm(entries(config), desc="reading", unit="ranking", mininterval=1):
         if isinstance(entry, SetAside):
             reject(work, entry.place, entry.reason, entry.detail)
             continue
-        kept = [(one, rank) for one, rank in zip(entry.pictures, entry.ranks, strict=True) if keep(work, one)]
+        kept = [(one, rank) for one, rank in zip(entry.images, entry.ranks, strict=True) if keep(work, one)]
         ranks = [rank for _, rank in kept]
         if len(kept) < 2:
-            detail = f"{len(kept)} of {len(entry.pictures)} pictures are left"
-            reject(work, entry.place, "too few pictures", detail)
+            detail = f"{len(kept)} of {len(entry.images)} images are left"
+            reject(work, entry.place, "too few images", detail)
             continue
         if len(set(ranks)) == 1 < len(set(entry.ranks)):
-            reject(work, entry.place, "only ties left", "the pictures that differed in rank are lost")
+            reject(work, entry.place, "only ties left", "the images that differed in rank are lost")
             continue
         untied = sum(a != b for a, b in itertools.combinations(ranks, 2))
         work.counts.update(rankings=1, untied_pairs=untied, ties=len(ranks) * (len(ranks) - 1) // 2 - untied)
         row: dict[str, Any] = {
             "prompt": entry.prompt,
-            "generations": [f"{PICTURES}/{one.name}" for one, _ in kept],
+            "generations": [f"{IMAGES}/{one.name}" for one, _ in kept],
             "ranking": ranks,
             "source": entry.source,
         }
@@ -128,41 +128,41 @@ def reject(work: Work, name: str, reason: str, detail: str) -> None:
     work.rejected.write(json.dumps({"name": name[:500], "reason": reason, "detail": detail[:500]}) + "\n")
 
 
-def keep(work: Work, picture: Shown) -> bool:
-    """Store a picture; False where it cannot be used, which is noted: once for a file, for bytes in a row each time."""
-    if picture.name in work.unusable:
+def keep(work: Work, image: Shown) -> bool:
+    """Store an image; False where it cannot be used, which is noted: once for a file, for bytes in a row each time."""
+    if image.name in work.unusable:
         return False
     try:
-        store(work, picture)
+        store(work, image)
     except UnusableError as unusable:
-        reject(work, picture.name, unusable.reason, str(unusable))
-        if picture.content is None:
-            work.unusable.add(picture.name)
+        reject(work, image.name, unusable.reason, str(unusable))
+        if image.content is None:
+            work.unusable.add(image.name)
         return False
     return True
 
 
-def store(work: Work, picture: Shown) -> None:
-    """Put a picture into its place, unless it is there."""
-    target = work.folder / PICTURES / picture.name
+def store(work: Work, image: Shown) -> None:
+    """Put an image into its place, unless it is there."""
+    target = work.folder / IMAGES / image.name
     with or_unusable("unsafe name"):
-        check_name(picture.name, "the data")
+        check_name(image.name, "the data")
         there = target.is_file()  # fails for a name that is too long
     if there:
-        if picture.content is not None and target.read_bytes() != picture.content:
-            raise UnusableError("bad metadata", "another picture has this name")
+        if image.content is not None and target.read_bytes() != image.content:
+            raise UnusableError("bad metadata", "another image has this name")
         return
-    content = picture.content if picture.content is not None else find(work.images, picture.name)
+    content = image.content if image.content is not None else find(work.images, image.name)
     decode(content)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if picture.content is None and (work.images / picture.name).is_file():
-            link(work.images / picture.name, target, content)
+        if image.content is None and (work.images / image.name).is_file():
+            link(work.images / image.name, target, content)
         else:
             target.write_bytes(content)
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        raise UnusableError("unsafe name", "it is both a picture and a folder of pictures") from error
-    work.counts["pictures"] += 1
+        raise UnusableError("unsafe name", "it is both an image and a folder of images") from error
+    work.counts["images"] += 1
 
 
 def link(source: Path, target: Path, content: bytes) -> None:
@@ -174,7 +174,7 @@ def link(source: Path, target: Path, content: bytes) -> None:
 
 
 def find(images: Path, name: str) -> bytes:
-    """The bytes of a picture of that name: of a file, or of a member of FOLDER.zip where FOLDER would be."""
+    """The bytes of an image of that name: of a file, or of a member of FOLDER.zip where FOLDER would be."""
     archive, member = f"{PurePosixPath(name).parent}.zip", ""
     with or_unusable("unsafe name"):
         if (images / name).is_file():
@@ -198,7 +198,7 @@ def find(images: Path, name: str) -> bytes:
     data = DataSet(
         root=images, kind="zip", sources=(), prompted=False, prompt="", image_column="", text_column=None
     )
-    return read_bytes(data, Picture(file=archive, member=member, text=""))
+    return read_bytes(data, ImageEntry(file=archive, member=member, text=""))
 
 
 @functools.lru_cache(maxsize=2)
@@ -224,7 +224,7 @@ def write(config: Config, folder: Path) -> dict[str, Any]:
             folder=folder, images=images, rejected=rejected, reasons=Counter(), counts=Counter(), unusable=set()
         )  # fmt: skip
         write_jsonl(folder / "rankings.jsonl", rows(config, work))
-    names = ("rankings", "pictures", "untied_pairs", "ties")
+    names = ("rankings", "images", "untied_pairs", "ties")
     counts = {name: work.counts[name] for name in names}
     summary = {"layout": config.layout, **counts, "rejected": dict(sorted(work.reasons.items()))}
     write_lines(folder / "summary.json", json.dumps(summary, indent=2).splitlines())
@@ -243,7 +243,7 @@ def main(config: Config) -> None:
     """Check, write under a temporary name, rename."""
     with exit_on_user_error():
         check(config)
-    partial = config.output.with_name(f"{config.output.name}.tmp-{os.getpid()}")
+    partial = config.output_dir.with_name(f"{config.output_dir.name}.tmp-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
         summary = write(config, partial)
@@ -251,7 +251,7 @@ def main(config: Config) -> None:
             if not summary["rankings"]:
                 aside = f"{summary['rejected']}; first {first(partial)}" if summary["rejected"] else "nothing"
                 raise ValueError(f"no ranking is left; set aside: {aside}")
-        partial.rename(config.output)
+        partial.rename(config.output_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(json.dumps(summary))  # noqa: T201

@@ -1,16 +1,16 @@
-"""Score the pictures of a data set with several scorers in one pass: columns, statistics, the best and the worst.
+"""Score the images of a data set with several scorers in one pass: columns, statistics, the best and the worst.
 
-The data is recognised: an imagefolder (metadata.jsonl with file_name and text), a folder of pictures without captions, a
+The data is recognised: an imagefolder (metadata.jsonl with file_name and text), a folder of images without captions, a
 parquet table or a folder of them, a zip file of DiffusionDB or a folder of them. Worker processes read and decode each
-picture once and prepare it once for all scorers that want it alike; scorers with the same image tower share it, too.
+image once and prepare it once for all scorers that want it alike; scorers with the same image tower share it, too.
 What cannot be scored is set aside with the reason and counted. Killed and started again with the same flags, a job goes
-on where it was and ends in the same files. What is written where: see scored.py.
+on where it was and ends in the same files. What is written where: see score_folder.py.
 
-    python data_build/score.py --data data/shapes --rewards imagereward-tiny shapes --output scored/shapes
-    python data_build/score.py --data images/part-000001.zip --rewards hpsv2.1 clipscore aesthetic --output scored/part-1
+    python data_build/score.py --data data/shapes --rewards imagereward-tiny shapes --output-dir scored/shapes
+    python data_build/score.py --data images/part-000001.zip --rewards hpsv2.1 clipscore aesthetic --output-dir scored/part-1
 
 Hardware: the embedded scorer needs a CPU; published ones want a GPU, and use one where there is one.
-Left out: several GPUs; a scorer that is asked for later, which is a job of its own with another --output.
+Left out: several GPUs; a scorer that is asked for later, which is a job of its own with another --output-dir.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,44 +21,44 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from data_build import scored, scoring
-from data_build.pictures import Entry
+from data_build import score_folder, scoring
+from data_build.decode import Entry
+from data_build.readers import DataSet, entries, find, survey
 from data_build.scoring import DTYPES, Batch, Preparing, by_rule, digests
-from data_build.sources import DataSet, entries, find, survey
 from preftune.cli import exit_on_user_error, parse
 from rewards import CARDS, Scorer, find_card
 from rewards.mix import parse_files
-from rewards.together import load_all
+from rewards.shared_towers import load_all
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Score the pictures of a data set; gives a table, statistics, and a picture of the best and the worst."""
+    """Score the images of a data set; gives a table, statistics, and an image of the best and the worst."""
 
     data: Path
-    """Imagefolder, folder of pictures, parquet table, DiffusionDB zip, or a folder of tables or zips."""
+    """Imagefolder, folder of images, parquet table, DiffusionDB zip, or a folder of tables or zips."""
     rewards: tuple[str, ...]
     """Scorers, a column each; `python -m rewards` lists them."""
-    output: Path
+    output_dir: Path
     """Folder to create, or one that this job began."""
     reward_files: tuple[str, ...] = ()
     """Weights of scorers on disk, as imagereward=PATH; others come from this repository or the hub's cache."""
     prompt: str = ""
-    """The prompt of all pictures of a folder without captions."""
+    """The prompt of all images of a folder without captions."""
     image_column: str = "image"
-    """Column of parquet tables: encoded pictures, or structs of bytes and path."""
+    """Column of parquet tables: encoded images, or structs of bytes and path."""
     text_column: str = "text"
     """Column of parquet tables: the prompts."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Arithmetic of the scorers' towers; scores are float32."""
-    batch: int = 32
-    """Pictures in one pass."""
+    batch_size: int = 32
+    """Images in one pass."""
     workers: int = 2
     """Processes that read and decode; 0 = this one does it."""
     chunk: int = 1000
-    """Pictures between two savings."""
+    """Images between two savings."""
     best: int = 4
-    """Pictures of each end that best_worst.png shows for each scorer; 0 = no best_worst.png."""
+    """Images of each end that best_worst.png shows for each scorer; 0 = no best_worst.png."""
     add_to_metadata: bool = False
     """Write the scores into the imagefolder's metadata.jsonl, too."""
 
@@ -66,7 +66,7 @@ class Config:
         if not self.rewards or len(set(self.rewards)) != len(self.rewards):
             raise ValueError(f"--rewards must name scorers, each once; one of {', '.join(CARDS)}")
         for name, value, least in (
-            ("batch", self.batch, 1), ("chunk", self.chunk, 1), ("workers", self.workers, 0), ("best", self.best, 0),
+            ("batch-size", self.batch_size, 1), ("chunk", self.chunk, 1), ("workers", self.workers, 0), ("best", self.best, 0),
         ):  # fmt: skip
             if value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
@@ -89,7 +89,7 @@ def batches(data: DataSet, place: tuple[int, int], size: int, chunk: int) -> Ite
 
 
 def check_inputs(config: Config) -> tuple[DataSet, int, dict[str, Path]]:
-    """Return the data, about how many pictures it has, and weights that are not in their place; begins the output folder.
+    """Return the data, about how many images it has, and weights that are not in their place; begins the output folder.
 
     ValueError before any weight loads.
     """
@@ -102,17 +102,17 @@ def check_inputs(config: Config) -> tuple[DataSet, int, dict[str, Path]]:
         image_column=config.image_column,
         text_column=config.text_column,
     )
-    if config.data.is_dir() and config.output.resolve().is_relative_to(config.data.resolve()):
-        raise ValueError(f"--output {config.output} lies in the data set; choose a folder beside it")
+    if config.data.is_dir() and config.output_dir.resolve().is_relative_to(config.data.resolve()):
+        raise ValueError(f"--output-dir {config.output_dir} lies in the data set; choose a folder beside it")
     if config.add_to_metadata and data.kind != "imagefolder":
         raise ValueError(f"--add-to-metadata needs a metadata.jsonl, and {config.data} has none")
     digest, total = survey(data)
     if not total:
-        raise ValueError(f"{config.data} holds no pictures")
+        raise ValueError(f"{config.data} holds no images")
     names = ("precision", "prompt", "image_column", "text_column", "chunk")
     settings = {name: getattr(config, name) for name in names}
-    scored.begin(
-        config.output, {"rewards": list(config.rewards), "data": digest, **settings, "weights": weights}
+    score_folder.begin(
+        config.output_dir, {"rewards": list(config.rewards), "data": digest, **settings, "weights": weights}
     )
     return data, total, files
 
@@ -121,11 +121,13 @@ def score_chunks(
     config: Config, data: DataSet, total: int, scorers: Sequence[Scorer], device: torch.device
 ) -> None:
     """Score what is left to do and write it chunk by chunk."""
-    done, place = scored.progress(config.output)
+    done, place = score_folder.progress(config.output_dir)
     preparing = Preparing(data, list(by_rule(scorers)))
-    listed = batches(data, place, config.batch, config.chunk)
-    counts = scoring.score_chunks(config.output, preparing, listed, scorers, device, workers=config.workers)
-    with tqdm(total=total, initial=min(done * config.chunk, total), desc="scoring", unit="picture") as bar:
+    listed = batches(data, place, config.batch_size, config.chunk)
+    counts = scoring.score_chunks(
+        config.output_dir, preparing, listed, scorers, device, workers=config.workers
+    )
+    with tqdm(total=total, initial=min(done * config.chunk, total), desc="scoring", unit="image") as bar:
         for count in counts:
             bar.update(count)
 
@@ -136,16 +138,16 @@ def main(config: Config) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with exit_on_user_error():
         data, total, files = check_inputs(config)
-    if not scored.is_complete(config.output):
+    if not score_folder.is_complete(config.output_dir):
         with exit_on_user_error():
             dtype = DTYPES[config.precision]
             scorers = load_all(config.rewards, files=files, device=device, dtype=dtype)
         score_chunks(config, data, total, scorers, device)
-        scored.conclude(config.output, data, config.rewards, config.best)
-    scored.clean(config.output)
+        score_folder.conclude(config.output_dir, data, config.rewards, config.best)
+    score_folder.clean(config.output_dir)
     if config.add_to_metadata:
-        scored.add_to_metadata(config.output, data, config.rewards)
-    print(f"{scored.report(config.output)}\n{config.output}")  # noqa: T201
+        score_folder.add_to_metadata(config.output_dir, data, config.rewards)
+    print(f"{score_folder.report(config.output_dir)}\n{config.output_dir}")  # noqa: T201
 
 
 if __name__ == "__main__":

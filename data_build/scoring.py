@@ -1,4 +1,4 @@
-"""Pictures to scores: worker processes read, decode and prepare each picture once, this process runs the scorers.
+"""Images to scores: worker processes read, decode and prepare each image once, this process runs the scorers.
 
 What goes in is batches of entries of a data set, what comes out a row for each entry, in order: its scores, or why it was
 set aside or filtered. What is in a batch is the caller's business.
@@ -20,18 +20,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import rewards
-from data_build import scored
-from data_build.pictures import Entry, Filtered, Picture, Rejected, UnusableError, decode, or_unusable
-from data_build.sources import DataSet, read
+from data_build import score_folder
+from data_build.decode import Entry, Filtered, ImageEntry, Rejected, UnusableError, decode, or_unusable
+from data_build.readers import DataSet, read
 from rewards import Preprocess, Scorer
 from rewards.pixels import from_pil
-from rewards.together import score_all
+from rewards.shared_towers import score_all
 from rewards.weights import sha256_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 Unwanted = Callable[[Image.Image], str | None]
-"""What filters decoded pictures in the worker processes: the name of the filter that one does not pass, or None."""
+"""What filters decoded images in the worker processes: the name of the filter that one does not pass, or None."""
 
 
 def digests(names: Sequence[str], files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
@@ -53,17 +53,17 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A batch with its P pictures decoded; those that failed are among the rejected now."""
+    """A batch with its P images decoded; those that failed are among the rejected now."""
 
     batch: Batch
     inputs: dict[Preprocess, Tensor]
-    """(P, 3, S, S), one for each way to prepare a picture."""
+    """(P, 3, S, S), one for each way to prepare an image."""
     natives: list[NDArray[np.float32]]
-    """(3, H, W) each, P of them where a scorer takes pictures as they are."""
+    """(3, H, W) each, P of them where a scorer takes images as they are."""
 
 
 class Preparing(Dataset[Prepared]):
-    """What worker processes do: a batch of entries to a batch of inputs, each picture read and decoded once."""
+    """What worker processes do: a batch of entries to a batch of inputs, each image read and decoded once."""
 
     def __init__(
         self, data: DataSet, rules: Sequence[Preprocess | None], unwanted: Unwanted | None = None
@@ -75,9 +75,9 @@ class Preparing(Dataset[Prepared]):
     def __getitem__(self, batch: Batch) -> Prepared:
         """Return the prepared batch; the loader's sampler yields batches in place of numbers."""
         listed: list[Entry] = []
-        prepared: list[list[Tensor]] = []  # a picture, its ways
+        prepared: list[list[Tensor]] = []  # an image, its ways
         for entry in batch.entries:
-            if isinstance(entry, Picture):
+            if isinstance(entry, ImageEntry):
                 try:
                     image = decode(read(self.data, entry))
                     with or_unusable("undecodable"):
@@ -111,57 +111,61 @@ def end_with_parent(_: int) -> None:
 
 
 def by_rule(scorers: Sequence[Scorer]) -> dict[Preprocess | None, list[Scorer]]:
-    """Return the scorers by how they want pictures prepared; None = as they are."""
+    """Return the scorers by how they want images prepared; None = as they are."""
     groups: dict[Preprocess | None, list[Scorer]] = {}
     for scorer in scorers:
         groups.setdefault(scorer.card.preprocess, []).append(scorer)
     return groups
 
 
-def score_batch(scorers: Sequence[Scorer], prepared: Prepared, device: torch.device) -> list[scored.Row]:
+def score_batch(
+    scorers: Sequence[Scorer], prepared: Prepared, device: torch.device
+) -> list[score_folder.Row]:
     """Return the rows of a batch, one for each entry: scores, or why it was set aside or filtered.
 
-    A scorer that takes pictures as they are may refuse some: the judge of the shapes world reads its own sizes and captions.
+    A scorer that takes images as they are may refuse some: the judge of the shapes world reads its own sizes and captions.
     """
-    pictures = [entry for entry in prepared.batch.entries if isinstance(entry, Picture)]
-    prompts = [picture.text for picture in pictures]
-    found: list[dict[str, float]] = [{} for _ in pictures]
+    images = [entry for entry in prepared.batch.entries if isinstance(entry, ImageEntry)]
+    prompts = [image.text for image in images]
+    found: list[dict[str, float]] = [{} for _ in images]
     refused: dict[int, Rejected] = {}
     for rule, group in by_rule(scorers).items():
         names = [scorer.card.name for scorer in group]
-        if rule is not None and pictures:
+        if rule is not None and images:
             columns = score_all(group, prepared.inputs[rule].to(device), prompts)
             for scores, row in zip(found, torch.stack(columns, dim=1).tolist(), strict=True):
                 scores.update(zip(names, row, strict=True))
         for index, native in enumerate(prepared.natives if rule is None else ()):
-            picture, pixels = (
-                pictures[index],
+            image, pixels = (
+                images[index],
                 torch.from_numpy(native)[None].to(device),
             )  # each of its own size
             try:
-                columns = score_all(group, pixels, [picture.text])
+                columns = score_all(group, pixels, [image.text])
             except ValueError as error:
-                refused[index] = UnusableError("refused", error).of(picture.file, picture.member)
+                refused[index] = UnusableError("refused", error).of(image.file, image.member)
             else:
                 found[index].update(zip(names, torch.stack(columns, dim=1)[0].tolist(), strict=True))
     rows = (
-        asdict(refused[index]) if index in refused else scored_row(picture, scores, scorers)
-        for index, (picture, scores) in enumerate(zip(pictures, found, strict=True))
+        asdict(refused[index]) if index in refused else scored_row(image, scores, scorers)
+        for index, (image, scores) in enumerate(zip(images, found, strict=True))
     )
-    return [next(rows) if isinstance(entry, Picture) else asdict(entry) for entry in prepared.batch.entries]
+    return [
+        next(rows) if isinstance(entry, ImageEntry) else asdict(entry) for entry in prepared.batch.entries
+    ]
 
 
-def scored_row(picture: Picture, scores: dict[str, float], scorers: Sequence[Scorer]) -> scored.Row:
-    """Return a picture's row; FloatingPointError names scorer and picture for a score that is no finite number."""
+def scored_row(image: ImageEntry, scores: dict[str, float], scorers: Sequence[Scorer]) -> score_folder.Row:
+    """Return an image's row; FloatingPointError names scorer and image for a score that is no finite number."""
     for name, value in scores.items():
         if not math.isfinite(value):
             raise FloatingPointError(
-                f"{name} gave {value} for {picture.file} {picture.member} with the prompt {picture.text!r}; look at the"
-                " picture, and at --precision"
+                f"{name} gave {value} for {image.file} {image.member} with the prompt {image.text!r}; look at the"
+                " image, and at --precision"
             )
     ordered = [scores[scorer.card.name] for scorer in scorers]
-    row = {"file": picture.file, "member": picture.member, "text": picture.text, "scores": ordered}
-    return row | ({"made": [*picture.made, *(picture.size or ())]} if picture.made else {})
+    row = {"file": image.file, "member": image.member, "text": image.text, "scores": ordered}
+    return row | ({"made": [*image.made, *(image.size or ())]} if image.made else {})
 
 
 def score_batches(
@@ -171,7 +175,7 @@ def score_batches(
     device: torch.device,
     *,
     workers: int,
-) -> Iterator[tuple[Batch, list[scored.Row]]]:
+) -> Iterator[tuple[Batch, list[score_folder.Row]]]:
     """Yield each batch with its rows."""
     loader = DataLoader(
         preparing,
@@ -194,12 +198,12 @@ def score_chunks(
     workers: int,
 ) -> Iterator[int]:
     """Write the chunks of these batches after those that the folder has; yields how many entries are done, batch by batch."""
-    done, rows = scored.progress(folder)[0], list[scored.Row]()
+    done, rows = score_folder.progress(folder)[0], list[score_folder.Row]()
     for batch, more in score_batches(preparing, batches, scorers, device, workers=workers):
         rows += more
         if batch.ends_chunk:
-            scored.write_chunk(folder, done, rows, batch.next)
+            score_folder.write_chunk(folder, done, rows, batch.next)
             done, rows = done + 1, []
         yield len(batch.entries)
     if rows:
-        scored.write_chunk(folder, done, rows, (len(preparing.data.sources), 0))
+        score_folder.write_chunk(folder, done, rows, (len(preparing.data.sources), 0))

@@ -1,6 +1,6 @@
-"""Which pictures of a prompt are taken as preferred and as non-preferred, from their scores alone.
+"""Which images of a prompt are taken as preferred and as non-preferred, from their scores alone.
 
-The published rule (HPS v1, paper 001, section 6): of the n pictures B of a prompt T, the best one I* is preferred if
+The published rule (HPS v1, paper 001, section 6): of the n images B of a prompt T, the best one I* is preferred if
 
     p = exp(s(I*, T)) / sum over I in B of exp(s(I, T)) > alpha / n,
 
@@ -9,7 +9,7 @@ released code looks only at groups of four or more, which the paper does not say
 vectors of HPS v1: rewards that are plain cosines, as ours, are multiplied by `scale` = 100 first. With cosines themselves p
 would hardly differ from 1 / n, and nothing would be taken.
 
-What the formula leaves open is decided here. A picture is never both: where the best score equals the worst (n = 1, all
+What the formula leaves open is decided here. An image is never both: where the best score equals the worst (n = 1, all
 equal) nothing is taken. Among equal scores the first in the order of the data stands for all. Nothing passes where
 alpha >= n, as p is at most 1 and must be greater. A score that is not finite is an error.
 """
@@ -31,20 +31,20 @@ class Selection:
     """A rule and its numbers."""
 
     rule: Literal["softmax", "top-k", "threshold"] = "softmax"
-    """softmax: the published one, at most the best and the worst picture of a prompt; top-k: the k best and the k worst;
+    """softmax: the published one, at most the best and the worst image of a prompt; top-k: the k best and the k worst;
     threshold: all from --high up, and all from --low down."""
     min_group: int = 4
-    """Pictures that a prompt must have."""
+    """Images that a prompt must have."""
     alpha: float = 2.0
     """softmax: p must be greater than alpha / n."""
     scale: float | None = None
     """What scores are multiplied by before exp; None = 100 for cosines (HPS, CLIP and BLIP score), 1 for others."""
     k: int = 1
-    """top-k: pictures of each kind; fewer of a prompt that has not twice as many."""
+    """top-k: images of each kind; fewer of a prompt that has not twice as many."""
     high: float | None = None
-    """threshold: the least score of a preferred picture, in the scorer's own units; None = no preferred ones."""
+    """threshold: the least score of a preferred image, in the scorer's own units; None = no preferred ones."""
     low: float | None = None
-    """threshold: the greatest score of a non-preferred picture; None = no non-preferred ones."""
+    """threshold: the greatest score of a non-preferred image; None = no non-preferred ones."""
 
     def __post_init__(self) -> None:
         for name, least in (("min_group", self.min_group), ("k", self.k)):
@@ -66,7 +66,7 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """A picture that was taken."""
+    """An image that was taken."""
 
     index: int
     """Its place among all scores."""
@@ -79,7 +79,7 @@ class Chosen:
 def select(
     prompts: NDArray[np.uint64], scores: NDArray[np.float64], rule: Selection, scale: float
 ) -> Iterator[Chosen]:
-    """Yield what a rule takes of N pictures; prompts (N,) are equal where prompts are, scores (N,) in the data's order.
+    """Yield what a rule takes of N images; prompts (N,) are equal where prompts are, scores (N,) in the data's order.
 
     `scale` is that of the rule, or what its None stands for. ValueError for a score that is not finite.
     """
@@ -115,7 +115,7 @@ def softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 Shares = dict[Kind, NDArray[np.float64]]
-"""p of each picture of a group, as a preferred one and as a non-preferred one."""
+"""p of each image of a group, as a preferred one and as a non-preferred one."""
 
 
 def published(scores: NDArray[np.float64], shares: Shares, rule: Selection) -> list[tuple[Kind, int]]:

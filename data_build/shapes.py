@@ -1,14 +1,14 @@
-"""Draw captioned pictures of the shapes world: an imagefolder with metadata.jsonl, seeded, deliberately imperfect.
+"""Render captioned images of the shapes world: an imagefolder with metadata.jsonl, seeded, deliberately imperfect.
 
-A stated share of the captions is wrong (one word of the scene was changed after drawing) and a stated share of the drawings
+A stated share of the captions is wrong (one word of the scene was changed after rendering) and a stated share of the rendering
 is weird (specks, noise, blur, colours off the palette, wobbly outlines), so that a model trained on the folder has
-something left to learn. `metadata.jsonl` rows: file_name, text, drawn (the caption of what was really drawn), defects
-({name: strength}), near_misses (captions that differ from `drawn` in one word: hard negatives for image-text matching).
+something left to learn. `metadata.jsonl` rows: file_name, text, rendered (the caption of what was really rendered), defects
+({name: strength}), near_misses (captions that differ from `rendered` in one word: hard negatives for image-text matching).
 With `--name-defects` the captions say what is weird and how much, as alt texts of the web say "blurry" ("a red circle on a
 white background, with strong blur"), and half the near misses are wrong about that: whoever learns to match them sees
 defects, too.
 
-    python data_build/shapes.py --output data/shapes --count 20000          # hardware: one CPU core; > 500 pictures/s
+    python data_build/shapes.py --output-dir data/shapes --count 20000          # hardware: one CPU core; > 500 images/s
 
 Left out: outlines, textures, overlap and rotation; the world is kept so small that a judge can read it from pixels alone.
 """
@@ -28,13 +28,13 @@ from tqdm import tqdm
 from preftune.cli import exit_on_user_error, parse
 from preftune.records import write_jsonl
 from rewards.shapes import Scene
-from rewards.shapes_drawing import (
+from rewards.shapes_rendering import (
     DEFECTS,
     change_one_word,
-    draw,
     place,
     random_defects,
     random_scene,
+    render,
     to_bytes,
 )
 
@@ -43,20 +43,20 @@ DEFECT_WORDS = dict(zip(DEFECTS, DEFECTS, strict=True)) | {"off_palette": "tint"
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Draw captioned pictures of the shapes world into an imagefolder."""
+    """Render captioned images of the shapes world into an imagefolder."""
 
-    output: Path
+    output_dir: Path
     """Folder to create; it must not exist yet."""
     count: int = 20_000
-    """Number of pictures."""
+    """Number of images."""
     wrong_share: float = 0.15
     """Share of captions with one wrong word, in [0, 1]."""
     weird_share: float = 0.35
-    """Share of drawings with one or two defects, in [0, 1]."""
+    """Share of rendering with one or two defects, in [0, 1]."""
     name_defects: bool = False
-    """Let captions and near misses speak of the drawing's defects."""
+    """Let captions and near misses speak of the rendering's defects."""
     seed: int = 0
-    """Picture i is a function of (seed, i) alone."""
+    """Image i is a function of (seed, i) alone."""
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -66,17 +66,17 @@ class Config:
                 raise ValueError(f"--{name} must lie in [0, 1], got {share}")
 
 
-def picture(index: int, config: Config) -> tuple[NDArray[np.uint8], dict[str, object]]:
-    """Return picture `index` (SIZE, SIZE, 3) uint8 and its metadata row without file_name."""
+def render_image(index: int, config: Config) -> tuple[NDArray[np.uint8], dict[str, object]]:
+    """Return image `index` (SIZE, SIZE, 3) uint8 and its metadata row without file_name."""
     rng = np.random.default_rng((config.seed, index))
     scene = random_scene(rng)
     defects = random_defects(rng, config.weird_share)
-    image = draw(place(scene, rng), scene.background, rng, defects)
+    image = render(place(scene, rng), scene.background, rng, defects)
     text = change_one_word(scene, rng) if rng.random() < config.wrong_share else scene
     misses = [near_miss(scene, defects, rng, config.name_defects) for _ in range(2)]
     return to_bytes(image), {
         "text": text.caption() + (with_defects(defects) if config.name_defects else ""),
-        "drawn": scene.caption(),
+        "rendered": scene.caption(),
         "defects": {name: round(strength, 3) for name, strength in defects.items()},
         "near_misses": misses,
     }
@@ -116,21 +116,21 @@ def near_miss(scene: Scene, defects: Mapping[str, float], rng: Generator, name_d
 def main(config: Config) -> None:
     """Write the folder under a temporary name, then rename it."""
     with exit_on_user_error():
-        if config.output.exists():
-            raise ValueError(f"{config.output} exists already; remove it or choose another --output")
-    partial = config.output.with_name(config.output.name + f".tmp-{os.getpid()}")
+        if config.output_dir.exists():
+            raise ValueError(f"{config.output_dir} exists already; remove it or choose another --output-dir")
+    partial = config.output_dir.with_name(config.output_dir.name + f".tmp-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     rows = []
-    for index in tqdm(range(config.count), desc="drawing", unit="picture"):
-        image, row = picture(index, config)
+    for index in tqdm(range(config.count), desc="rendering", unit="image"):
+        image, row = render_image(index, config)
         name = f"{index // 1000:03d}/{index:06d}.png"
         if index % 1000 == 0:
             (partial / name).parent.mkdir()
         Image.fromarray(image).save(partial / name, compress_level=1)
         rows.append({"file_name": name, **row})
     write_jsonl(partial / "metadata.jsonl", rows)
-    partial.rename(config.output)
+    partial.rename(config.output_dir)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""How a rater agrees with a reference about pictures of the same prompt: plain arithmetic on scores and ranks.
+"""How a rater agrees with a reference about images of the same prompt: plain arithmetic on scores and ranks.
 
-A rater is a scorer or an annotator, a reference somebody's ranks. A metric takes both for one set of pictures and returns
+A rater is a scorer or an annotator, a reference somebody's ranks. A metric takes both for one set of images and returns
 (hits, total), so that its value over prompts is sum(hits) / sum(totals) and a bootstrap can resample prompts.
 
-What one annotator reaches stands beside the scorers only where both are held against the same, and a set of pictures weighs
+What one annotator reaches stands beside the scorers only where both are held against the same, and a set of images weighs
 alike for both whatever the number of its annotators.
 
-Letters: n pictures of a set, A annotators of it, K comparisons of a rater with a reference on it, N pictures in all, V views
+Letters: n images of a set, A annotators of it, K comparisons of a rater with a reference on it, N images in all, V views
 of them, P prompts, S scorers.
 `scores` (K, n): higher is better. `ranks` (K, n): lower is better, ties allowed; only their order counts.
 """
@@ -33,24 +33,24 @@ GOLD = "shapes"
 ONE = "one annotator"
 """The rater beside the scorers."""
 AS_IS = "as it is"
-"""The view of the pictures that changes nothing."""
+"""The view of the images that changes nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """Pictures of one prompt that A annotators ranked."""
+    """Images of one prompt that A annotators ranked."""
 
     prompt: int
     """Place of its prompt among the P."""
     rows: NDArray[np.intp]
-    """(n,): places of its pictures among the N."""
+    """(n,): places of its images among the N."""
     ranks: Floats
     """(A, n)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """A rater's scores (K, n) and a reference's ranks (K, n) of one set of pictures."""
+    """A rater's scores (K, n) and a reference's ranks (K, n) of one set of images."""
 
     prompt: int
     scores: Floats
@@ -63,7 +63,7 @@ class Compared:
 
 
 def choices(values: Floats) -> Floats:
-    """Return which of two pictures has the higher value, (K, n (n - 1) / 2): 1 the first, -1 the second, 0 a tie."""
+    """Return which of two images has the higher value, (K, n (n - 1) / 2): 1 the first, -1 the second, 0 a tie."""
     i, j = np.triu_indices(values.shape[1], 1)
     return np.sign(values[:, i] - values[:, j])
 
@@ -91,7 +91,7 @@ def inversion_score(scores: Floats, ranks: Floats) -> tuple[float, float]:
     """HPD v2's score (HPS v2's evaluation.py, "test"): 1 - inversions / (n (n - 1) / 2), the mean over rankings.
 
     A pair that the reference ties is never an inversion, so ties lift the score. Predicted ties are given an order, there
-    by an unstable sort and here by the order of the pictures.
+    by an unstable sort and here by the order of the images.
     """
     places = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)
     inverted = choices(-places.astype(np.float64)) * choices(-ranks) < 0
@@ -109,33 +109,33 @@ def soft_agreement(scores: Floats, ranks: Floats) -> tuple[float, float]:
 
 
 def buckets(scores: Floats, ranks: Floats, *, worst: bool = False) -> Floats:
-    """Return (n,): how often the rater puts the reference's best (or worst) picture in each place, summed over K.
+    """Return (n,): how often the rater puts the reference's best (or worst) image in each place, summed over K.
 
-    Paper 002, Fig. 16. Where the rater ties, a picture is spread evenly over the places of the tie; where the reference ties
+    Paper 002, Fig. 16. Where the rater ties, an image is spread evenly over the places of the tie; where the reference ties
     several as best, each has its part of the 1.
     """
     marked = ranks == (ranks.max(1) if worst else ranks.min(1))[:, None]
     higher = (scores[:, None, :] > scores[:, :, None]).sum(2)[..., None]
     equal = (scores[:, None, :] == scores[:, :, None]).sum(2)[..., None]
     place = np.arange(scores.shape[1])
-    spread = ((higher <= place) & (place < higher + equal)) / equal  # (K, n pictures, n places)
+    spread = ((higher <= place) & (place < higher + equal)) / equal  # (K, n images, n places)
     counted: Floats = np.einsum("kip,ki->p", spread, marked / marked.sum(1, keepdims=True))
     return counted
 
 
 def recall(scores: Floats, ranks: Floats, k: int) -> tuple[float, float]:
-    """Recall@k: how often the best picture is among the rater's k best (paper 002, Table 3 and C.2); for more than k pictures."""
+    """Recall@k: how often the best image is among the rater's k best (paper 002, Table 3 and C.2); for more than k images."""
     return (float(buckets(scores, ranks)[:k].sum()), float(len(ranks))) if scores.shape[1] > k else (0.0, 0.0)
 
 
 def filtering(scores: Floats, ranks: Floats, k: int) -> tuple[float, float]:
-    """Filter@k: how often the worst picture is among the rater's k worst (paper 002, Table 3 and C.2)."""
+    """Filter@k: how often the worst image is among the rater's k worst (paper 002, Table 3 and C.2)."""
     found = buckets(scores, ranks, worst=True)[-k:].sum()
     return (float(found), float(len(ranks))) if scores.shape[1] > k else (0.0, 0.0)
 
 
 def flips(scores: Floats, ranks: Floats) -> tuple[float, float]:
-    """The share of choices between two pictures that differ; a choice that becomes a tie, or ceases to be one, differs."""
+    """The share of choices between two images that differ; a choice that becomes a tie, or ceases to be one, differs."""
     changed = choices(scores) != choices(-ranks)
     return float(changed.sum()), float(changed.size)
 
@@ -169,7 +169,7 @@ def by_prompt(metric: Metric, compared: Sequence[Compared], prompts: int) -> Flo
 
 
 def places(ranks: Floats) -> Floats:
-    """Return mid-ranks (K, n): equal pictures share the mean of the places that they take together.
+    """Return mid-ranks (K, n): equal images share the mean of the places that they take together.
 
     Whether somebody wrote 1 1 1 2, 1 1 1 4 or 3 3 3 9, it is 2 2 2 4: places of several people can only be averaged so.
     """
@@ -296,7 +296,7 @@ def robustness(
 ) -> Sums:
     """Return a scorer's accuracies on all views but the first, their changes from it, and the share of choices that flip.
 
-    Scores are (V, N), `said` is name -> ranks of the reference. Choices between two pictures are the scorer's own: who they
+    Scores are (V, N), `said` is name -> ranks of the reference. Choices between two images are the scorer's own: who they
     are held against says nothing there, and stands as the annotators.
     """
     before, *changed = (
@@ -339,7 +339,7 @@ def rows_of(sums: Sums) -> list[Row]:
 def commonest_buckets(
     compared: Mapping[str, Sequence[Compared]], *, worst: bool
 ) -> tuple[int, dict[str, Floats]]:
-    """Return the first rater's commonest number of pictures n in a set, and each rater's shares (n,) of the best or worst by place."""
+    """Return the first rater's commonest number of images n in a set, and each rater's shares (n,) of the best or worst by place."""
     sizes = [one.scores.shape[1] for one in next(iter(compared.values()))]
     size = max(set(sizes), key=lambda n: (sizes.count(n), n))
     shares = {}

@@ -1,4 +1,4 @@
-"""The tables and plots of eval/preference.py: accuracies, robustness, buckets, interpolation and correlation."""
+"""The tables and plots of eval/preference_accuracy.py: accuracies, robustness, buckets, interpolation and correlation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from eval.agreement import (
     of_annotator,
     of_scorer,
 )
-from eval.between_scorers import centred, correlation, interpolation
+from eval.correlation import centred, correlation, interpolation
 from eval.win_rates import interval
 from preftune.images import save_figure
 
@@ -92,7 +92,7 @@ def to_text(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def draw_all(
+def plot_all(
     rows: Sequence[Row], judged: Sequence[Judged], scores: Mapping[str, Floats], folder: Path
 ) -> list[Path]:
     """Write the plots and return their files; scores are name -> (views, N). No robustness without views, no pairs of one scorer."""
@@ -174,7 +174,7 @@ def draw_robustness(rows: Sequence[Row], path: Path) -> None:
 
 
 def draw_buckets(judged: Sequence[Judged], scores: Mapping[str, Floats], path: Path) -> None:
-    """Draw in which places the raters put the annotators' best and worst pictures (paper 002, Fig. 16)."""
+    """Draw in which places the raters put the annotators' best and worst images (paper 002, Fig. 16)."""
     ranks = [one.ranks for one in judged]
     compared = {name: of_scorer(columns, judged, ranks) for name, columns in scores.items()}
     if any(len(one) > 1 for one in ranks):
@@ -189,7 +189,7 @@ def draw_buckets(judged: Sequence[Judged], scores: Mapping[str, Floats], path: P
         axis.axhline(100 / size, color="black", linestyle=":", linewidth=1)
         axis.set_xticks(range(1, size + 1))
         axis.set_xlabel(f"place of {size} that the rater gives")
-        axis.set_title(f"the annotators' {'worst' if worst else 'best'} picture, per cent", fontsize=10)
+        axis.set_title(f"the annotators' {'worst' if worst else 'best'} image, per cent", fontsize=10)
     axes[0].legend(fontsize=8)
     save_figure(figure, path)
 
@@ -211,13 +211,13 @@ def draw_interpolation(judged: Sequence[Judged], scores: Mapping[str, Floats], p
 
 
 def draw_correlation(judged: Sequence[Judged], scores: Mapping[str, Floats], path: Path) -> None:
-    """Draw how the scorers correlate over all pictures, and over those of the same prompt."""
+    """Draw how the scorers correlate over all images, and over those of the same prompt."""
     prompt_of = {row: one.prompt for one in judged for row in one.rows.tolist()}
     columns = np.stack([scores[name][list(prompt_of)] for name in scores])
     within = centred(columns, np.array(list(prompt_of.values())))
     side = 1.0 * len(scores) + 2
     figure, axes = plt.subplots(1, 2, figsize=(2 * side, side), layout="constrained")
-    _heat_map(axes[0], correlation(columns), list(scores), "over all pictures")
+    _heat_map(axes[0], correlation(columns), list(scores), "over all images")
     _heat_map(axes[1], correlation(within), list(scores), "less the mean of the same prompt")
     save_figure(figure, path)
 

@@ -15,10 +15,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from eval.columns import write_text
+from eval.models import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
-SET_HERE = ("--seed", "--output", "--overwrite", "--resume")
+SET_HERE = ("--seed", "--output-dir", "--overwrite-output-dir", "--resume-from-checkpoint")
 """Flags that the comparison gives a driver."""
 
 
@@ -84,7 +84,15 @@ def train(name: str, command: Sequence[str], seed: int, output: Path) -> Path:
         return folder
     done.unlink(missing_ok=True)
     write_text(begun, now)
-    added = ["--no-overwrite", "--seed", str(seed), "--output", str(folder), "--resume", "auto"]
+    added = [
+        "--no-overwrite-output-dir",
+        "--seed",
+        str(seed),
+        "--output-dir",
+        str(folder),
+        "--resume-from-checkpoint",
+        "latest",
+    ]
     launched = [sys.executable, "-m", "accelerate.commands.launch", *command, *added]
     print(f"{name}, seed {seed}: {shlex.join(launched[3:])}", flush=True)  # noqa: T201
     with log.open("w") as file:

@@ -1,10 +1,10 @@
-"""Pictures to scores, view by view: as they are, and mirrored with the centre cut out (paper 000, Table 1).
+"""Images to scores, view by view: as they are, and mirrored with the centre cut out (paper 000, Table 1).
 
-Each picture is read and decoded once, in worker processes; each view is prepared as the scorers' authors do and scored once.
-The judge of the shapes world takes whole pictures only and scores the first view. In captions of that world left and right
-change sides with the picture; other prompts stay as they are, as in the paper.
+Each image is read and decoded once, in worker processes; each view is prepared as the scorers' authors do and scored once.
+The judge of the shapes world takes whole images only and scores the first view. In captions of that world left and right
+change sides with the image; other prompts stay as they are, as in the paper.
 
-Letters: N pictures, V views, B pictures of a batch, H W pixels of any size, S those that a scorer wants.
+Letters: N images, V views, B images of a batch, H W pixels of any size, S those that a scorer wants.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,22 +24,22 @@ from preftune.images import opened
 from rewards import Preprocess, Scorer
 from rewards.pixels import from_pil
 from rewards.shapes import SIZE, in_world, parse_caption
-from rewards.together import score_all
+from rewards.shared_towers import score_all
 
 MAX_ASPECT = 100
-"""Long to short side of a picture: scorers resize the short one, so a thread of pixels would grow without bound."""
+"""Long to short side of an image: scorers resize the short one, so a thread of pixels would grow without bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
-    """A ranked picture and the prompt that it was ranked for."""
+class RankedImage:
+    """A ranked image and the prompt that it was ranked for."""
 
     path: Path
     prompt: str
 
 
 def mirrored(prompt: str) -> str:
-    """Return what the mirrored picture of a caption shows: in the shapes world left and right change sides."""
+    """Return what the mirrored image of a caption shows: in the shapes world left and right change sides."""
     if not in_world([prompt]):
         return prompt
     scene = parse_caption(prompt)
@@ -48,7 +48,7 @@ def mirrored(prompt: str) -> str:
 
 
 def check_crops(crops: Sequence[float]) -> None:
-    """Raise ValueError unless all are different shares of a picture's side."""
+    """Raise ValueError unless all are different shares of an image's side."""
     if len(set(crops)) != len(crops) or not all(0 < crop <= 1 for crop in crops):
         raise ValueError(f"--crops must be different shares in (0, 1], got {tuple(crops)}")
 
@@ -59,7 +59,7 @@ def view_names(crops: Sequence[float]) -> list[str]:
 
 
 def views_of(image: Image.Image, crops: Sequence[float]) -> Iterator[Image.Image]:
-    """Yield a picture as it is, then mirrored and cut to the middle share of each side (paper 000, Table 1)."""
+    """Yield an image as it is, then mirrored and cut to the middle share of each side (paper 000, Table 1)."""
     yield image
     for crop in crops:
         width, height = (max(round(crop * side), 1) for side in image.size)
@@ -69,23 +69,23 @@ def views_of(image: Image.Image, crops: Sequence[float]) -> Iterator[Image.Image
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A batch of B pictures, each with V views, ready for the scorers."""
+    """A batch of B images, each with V views, ready for the scorers."""
 
     numbers: list[int]
-    """Places of the B pictures."""
+    """Places of the B images."""
     inputs: dict[Preprocess, Tensor]
-    """(B, V, 3, S, S) for each way to prepare a picture."""
+    """(B, V, 3, S, S) for each way to prepare an image."""
     natives: list[list[NDArray[np.float32]]]
-    """B of V of (3, H, W), where a scorer takes pictures as they are."""
+    """B of V of (3, H, W), where a scorer takes images as they are."""
     rejected: dict[int, str]
     """Place -> why it could not be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preparing(Dataset[Prepared]):
-    """What worker processes do: read and decode each picture once, and prepare its views."""
+    """What worker processes do: read and decode each image once, and prepare its views."""
 
-    pictures: Sequence[Picture]
+    images: Sequence[RankedImage]
     rules: Sequence[Preprocess | None]
     crops: Sequence[float]
     judged: bool
@@ -97,7 +97,7 @@ class Preparing(Dataset[Prepared]):
         rejected = {}
         for number in numbers:
             try:
-                sound[number] = self.prepare(self.pictures[number].path)
+                sound[number] = self.prepare(self.images[number].path)
             except ValueError as error:
                 rejected[number] = str(error)
         ways = [rule for rule in self.rules if rule is not None and sound]
@@ -111,7 +111,7 @@ class Preparing(Dataset[Prepared]):
         )
 
     def prepare(self, path: Path) -> dict[Preprocess | None, list[Tensor]]:
-        """Return V views for each way to prepare them; ValueError for a picture that is damaged or of no use."""
+        """Return V views for each way to prepare them; ValueError for an image that is damaged or of no use."""
         with opened(path) as image:
             if max(image.size) > MAX_ASPECT * min(image.size):
                 raise ValueError(f"{image.width} x {image.height} pixels; at most {MAX_ASPECT} : 1")
@@ -144,38 +144,38 @@ def score_batch(
 
 @torch.no_grad()
 def score(
-    pictures: Sequence[Picture],
+    images: Sequence[RankedImage],
     scorers: Sequence[Scorer],
     crops: Sequence[float],
     device: torch.device,
     *,
-    batch: int,
+    batch_size: int,
     workers: int,
 ) -> tuple[dict[str, Floats], dict[int, str]]:
-    """Return name -> scores (V, N), NaN for pictures that were set aside, and why those were.
+    """Return name -> scores (V, N), NaN for images that were set aside, and why those were.
 
-    FloatingPointError names scorer and picture for a score that is no finite number.
+    FloatingPointError names scorer and image for a score that is no finite number.
     """
     names = [scorer.card.name for scorer in scorers]
     rules = list(dict.fromkeys(scorer.card.preprocess for scorer in scorers))
-    preparing = Preparing(pictures=pictures, rules=rules, crops=crops, judged=GOLD in names)
-    numbers = range(len(pictures))
-    batches = [list(numbers[start : start + batch]) for start in numbers[::batch]]
+    preparing = Preparing(images=images, rules=rules, crops=crops, judged=GOLD in names)
+    numbers = range(len(images))
+    batches = [list(numbers[start : start + batch_size]) for start in numbers[::batch_size]]
     loader = DataLoader(preparing, sampler=batches, batch_size=None, num_workers=workers)
     views = 1 + len(crops)
-    scores = {name: np.full((views, len(pictures)), np.nan) for name in names}
+    scores = {name: np.full((views, len(images)), np.nan) for name in names}
     rejected: dict[int, str] = {}
-    with tqdm(total=len(pictures), desc="scoring", unit="picture", mininterval=1) as bar:
+    with tqdm(total=len(images), desc="scoring", unit="image", mininterval=1) as bar:
         for prepared in loader:
             rejected |= prepared.rejected
-            prompts = [pictures[number].prompt for number in prepared.numbers]
+            prompts = [images[number].prompt for number in prepared.numbers]
             for name, found in score_batch(scorers, prepared, prompts, views, device).items():
                 scores[name][:, prepared.numbers] = found.T
                 expected = found[:, :1] if name == GOLD else found
                 for row in np.flatnonzero(~np.isfinite(expected).all(1))[:1]:
-                    picture = pictures[prepared.numbers[row]]
+                    image = images[prepared.numbers[row]]
                     raise FloatingPointError(
-                        f"{name} gave {found[row]} for {picture.path} with the prompt {picture.prompt!r}; look at the picture"
+                        f"{name} gave {found[row]} for {image.path} with the prompt {image.prompt!r}; look at the image"
                     )
             bar.update(len(prepared.numbers) + len(prepared.rejected))
     return scores, rejected

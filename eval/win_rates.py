@@ -113,7 +113,7 @@ def win_rates(scores: Mapping[str, NDArray[np.float64]], column: int) -> NDArray
 
 
 def heat_maps(scores: Mapping[str, NDArray[np.float64]], scorers: Sequence[str], path: Path) -> None:
-    """Write the win rates between all methods as a picture, a map for each scorer."""
+    """Write the win rates between all methods as an image, a map for each scorer."""
     names = list(scores)
     side = 1.1 * len(names) + 1.6
     figure, axes = plt.subplots(

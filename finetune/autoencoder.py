@@ -2,8 +2,8 @@
 
 Loss: weighted mean of |error| + error^2 of the reconstruction + kl_weight x mean KL(q(z|x) || N(0, 1)) per latent element
 (Rombach et al. 2022, appendix G, without the adversarial and perceptual terms: flat shapes need neither, and both need a
-second network). Pixels unlike the picture's median colour weigh 1 + foreground_weight: most of a picture is background,
-and with equal weights small things lose their colour for the first thousands of updates. At the end `scaling_factor` is set to 1 / std of the latents of the first pictures, as Stable Diffusion's is.
+second network). Pixels unlike the image's median colour weigh 1 + foreground_weight: most of an image is background,
+and with equal weights small things lose their colour for the first thousands of updates. At the end `scaling_factor` is set to 1 / std of the latents of the first images, as Stable Diffusion's is.
 
     accelerate launch finetune/autoencoder.py --config finetune/configs/autoencoder/tiny.yaml
 
@@ -20,13 +20,13 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from finetune.run import Run
-from finetune.run_config import RunConfig, check
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.families.tiny import build_autoencoder
 from preftune.images import captioned_grid, load_pixels, save_image
 from preftune.prompts import items_at
-from preftune.records import read_samples
+from preftune.records import read_imagefolder
+from preftune.training.run import Run
+from preftune.training.run_config import RunConfig, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,21 +35,21 @@ class Config:
 
     data: Path
     """Imagefolder with metadata.jsonl; captions are not read."""
-    size: int = 64
-    """Side of the square pictures, pixels; a multiple of 8."""
+    resolution: int = 64
+    """Side of the square images, pixels; a multiple of 8."""
     widths: tuple[int, ...] = (16, 32, 64, 64)
     """Channels of the four levels, each a multiple of 8."""
     foreground_weight: float = 4.0
-    """Extra weight of pixels that are unlike the picture's median colour."""
+    """Extra weight of pixels that are unlike the image's median colour."""
     kl_weight: float = 1e-5
     """Weight of the KL term, per latent element."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: RunConfig(output=Path("runs/autoencoder"))
+        default_factory=lambda: RunConfig(output_dir=Path("runs/autoencoder"))
     )
 
     def __post_init__(self) -> None:
-        if self.size < 8 or self.size % 8:
-            raise ValueError(f"--size must be a positive multiple of 8, got {self.size}")
+        if self.resolution < 8 or self.resolution % 8:
+            raise ValueError(f"--resolution must be a positive multiple of 8, got {self.resolution}")
         if len(self.widths) != 4 or any(width < 8 or width % 8 for width in self.widths):
             raise ValueError(f"--widths must be four multiples of 8, got {self.widths}")
 
@@ -70,25 +70,25 @@ class Reconstruct(nn.Module):
 
 
 def main(config: Config) -> int:
-    """Train, save, and draw a grid of originals and reconstructions."""
+    """Train, save, and write a grid of originals and reconstructions."""
     with exit_on_user_error():
         check(config.run)
-        samples = read_samples(config.data)
+        samples = read_imagefolder(config.data)
         run = Run(config.run, driver="autoencoder", config_text=dump(config))
-        vae = build_autoencoder(config.widths, config.size, seed=config.run.seed)
+        vae = build_autoencoder(config.widths, config.resolution, seed=config.run.seed)
         module = run.prepare(Reconstruct(vae))
     paths = [sample.path for sample in samples]
 
     def load(chosen: list[Path]) -> Tensor:
-        return torch.stack([load_pixels(path, config.size) for path in chosen]).to(run.device) * 2 - 1
+        return torch.stack([load_pixels(path, config.resolution) for path in chosen]).to(run.device) * 2 - 1
 
     def write(folder: Path) -> None:
         with run.ema_weights():
             vae.save_pretrained(folder / "vae")
 
-    latent = (4, config.size // 8, config.size // 8)
+    latent = (4, config.resolution // 8, config.resolution // 8)
     for step in run.steps():
-        for micro in range(run.accumulation):
+        for micro in range(run.gradient_accumulation_steps):
             indices = run.image_indices(step, micro)
             with run.accumulate():
                 images = load(items_at(paths, indices, config.run.seed))
@@ -98,7 +98,7 @@ def main(config: Config) -> int:
                 reconstruction, kl = module(images, noise)
                 error = reconstruction_error(reconstruction.float(), images, config.foreground_weight)
                 run.update(error + config.kl_weight * kl, error=error, kl=kl)
-        if run.due("save_every", step):
+        if run.due("checkpointing_steps", step):
             run.save(step, write=write)
     if run.is_main and not run.interrupted:
         with run.ema_weights():
@@ -109,7 +109,7 @@ def main(config: Config) -> int:
 def reconstruction_error(reconstruction: Tensor, images: Tensor, foreground_weight: float) -> Tensor:
     """Return the weighted mean of |error| + error^2; both images are (B, 3, H, W) in [-1, 1].
 
-    Foreground is what lies more than 0.1 (mean over channels) from the picture's median colour.
+    Foreground is what lies more than 0.1 (mean over channels) from the image's median colour.
     """
     median = images.flatten(2).median(-1).values[..., None, None]
     foreground = (images - median).abs().mean(1, keepdim=True) > 0.1

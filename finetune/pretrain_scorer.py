@@ -1,12 +1,12 @@
-"""Pre-train a scorer on pictures and captions before it sees a single preference, as BLIP or CLIP was.
+"""Pre-train a scorer on images and captions before it sees a single preference, as BLIP or CLIP was.
 
 `--architecture imagereward`: the losses of BLIP (Li et al. 2022, arXiv 2201.12086, section 3.2): image-text contrast between the two towers, image-text
-matching by the text tower that reads the picture, and captioning by the same tower reading from left to right. Matching is
+matching by the text tower that reads the image, and captioning by the same tower reading from left to right. Matching is
 read off the reward head, so that the head already means "this caption fits" when the rankings come. A negative caption is a near miss of the data set's `near_misses` column where
 there is one, otherwise the caption in the batch that contrast finds most alike (BLIP's hard negative, without sampling).
 
 `--architecture clip`: the contrast alone (Radford et al. 2021, arXiv 2103.00020, section 2.3), with a learned logit_scale
-that is kept in [0, ln 100]. The cross-entropy over captions has one column more for each picture, its own near miss.
+that is kept in [0, ln 100]. The cross-entropy over captions has one column more for each image, its own near miss.
 
     accelerate launch finetune/pretrain_scorer.py --config finetune/configs/pretrain_scorer/tiny.yaml
     accelerate launch finetune/pretrain_scorer.py --config finetune/configs/pretrain_scorer/tiny_clip.yaml
@@ -25,22 +25,22 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from finetune.preference_losses import clamp_scale
-from finetune.run import Run
-from finetune.run_config import RunConfig, check
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.images import load_pixels
 from preftune.prompts import items_at
-from preftune.records import Sample, read_samples
+from preftune.records import CaptionedImage, read_imagefolder
+from preftune.training.preference_losses import clamp_scale
+from preftune.training.run import Run
+from preftune.training.run_config import RunConfig, check
 from rewards import Clip, Preprocess
 from rewards.clip import ClipScorer
 from rewards.clip_tokenizer import vocab_size
 from rewards.head import apply_head
 from rewards.imagereward import ImageReward, ImageRewardConfig
-from rewards.trained import clip_card
+from rewards.trained_cards import clip_card
 
 EMBED = 64
-"""Width of the space that pictures and captions are compared in."""
+"""Width of the space that images and captions are compared in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Sizes:
     """Sizes of the scorer that is built; both towers have heads of 32 channels."""
 
     image: int = 64
-    """Side of the pictures, pixels."""
+    """Side of the images, pixels."""
     patch: int = 8
     """Side of a patch, pixels."""
     width: int = 128
@@ -56,7 +56,7 @@ class Sizes:
     vision_layers: int = 4
     """Layers of the image tower."""
     text_layers: int = 3
-    """Layers of the text tower; those of an ImageReward also read the picture."""
+    """Layers of the text tower; those of an ImageReward also read the image."""
     max_length: int = 22
     """Tokens of a caption, the first and the last one, which are special, included."""
     head: tuple[int, int, int, int] = (128, 64, 32, 16)
@@ -78,12 +78,12 @@ class Config:
     vocab: Path
     """ImageReward: WordPiece vocab.txt, as bert-base-uncased's. CLIP: merges.txt, or the tokenizer.json of a pipeline."""
     architecture: Literal["imagereward", "clip"] = "imagereward"
-    """The picture is read by the text tower, or the two towers meet in a cosine."""
+    """The image is read by the text tower, or the two towers meet in a cosine."""
     sizes: Sizes = field(default_factory=Sizes)
     temperature: float = 0.07
     """Of the contrast: fixed, or where CLIP begins to learn it."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: RunConfig(output=Path("runs/pretrain_scorer"))
+        default_factory=lambda: RunConfig(output_dir=Path("runs/pretrain_scorer"))
     )
 
     def __post_init__(self) -> None:
@@ -93,9 +93,9 @@ class Config:
             raise ValueError(
                 f"--sizes.head {self.sizes.head} is of an ImageReward; leave it out with --architecture clip"
             )
-        if self.run.batch < 2:
+        if self.run.train_batch_size < 2:
             raise ValueError(
-                f"--batch must be at least 2, for captions to be told apart, got {self.run.batch}"
+                f"--train-batch-size must be at least 2, for captions to be told apart, got {self.run.train_batch_size}"
             )
 
 
@@ -105,9 +105,9 @@ def contrastive_loss(images: Tensor, texts: Tensor, temperature: float) -> Tenso
 
 
 def by_row_and_column(logits: Tensor, misses: Tensor | None = None) -> Tensor:
-    """Return the mean of the two cross-entropies of logits (B, B), pictures by captions, whose diagonal is the truth.
+    """Return the mean of the two cross-entropies of logits (B, B), images by captions, whose diagonal is the truth.
 
-    `misses` (B,) are the logits of each picture with its own near miss, one more column of its row; -inf where it has none.
+    `misses` (B,) are the logits of each image with its own near miss, one more column of its row; -inf where it has none.
     """
     truth = torch.arange(len(logits), device=logits.device)
     rows = logits if misses is None else torch.cat([logits, misses[:, None]], dim=1)
@@ -134,7 +134,7 @@ class Pretraining(nn.Module):
     def forward(
         self, pixels: Tensor, captions: list[str], misses: list[str | None]
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the losses, and the share of pictures whose caption beats its near miss."""
+        """Return the losses, and the share of images whose caption beats its near miss."""
         scorer = self.scorer
         tokens = scorer.image_tokens(pixels)
         images = F.normalize(scorer.vision_proj(tokens[:, 0]), dim=1)
@@ -160,7 +160,7 @@ class Contrast(nn.Module):
     def forward(
         self, pixels: Tensor, captions: list[str], misses: list[str | None]
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the loss, and the share of pictures whose caption beats its near miss."""
+        """Return the loss, and the share of images whose caption beats its near miss."""
         scorer = self.scorer
         scale, images, texts = scorer.logit_scale.exp(), scorer.vision(pixels), scorer.texts(captions)
         logits = scale * images @ texts.T
@@ -173,7 +173,7 @@ class Contrast(nn.Module):
 def negatives(
     misses: Sequence[str | None], images: Tensor, texts: Tensor, captions: Sequence[str]
 ) -> list[str]:
-    """Return a wrong caption for each picture: its near miss, or else the most similar other one in the batch."""
+    """Return a wrong caption for each image: its near miss, or else the most similar other one in the batch."""
     return [
         miss or captions[other] for miss, other in zip(misses, hardest(images, texts, captions), strict=True)
     ]
@@ -181,7 +181,7 @@ def negatives(
 
 @torch.no_grad()
 def hardest(images: Tensor, texts: Tensor, captions: Sequence[str]) -> list[int]:
-    """Return for each picture the row of the most similar caption with other words than its own."""
+    """Return for each image the row of the most similar caption with other words than its own."""
     same = torch.tensor([[one == other for other in captions] for one in captions], device=images.device)
     return (images @ texts.T).masked_fill(same, -torch.inf).argmax(1).tolist()
 
@@ -242,7 +242,7 @@ def main(config: Config) -> int:
                 f"--vocab: there is no file {config.vocab}; python assets/tiny/vocab.py writes the tiny ImageReward's, and"
                 " the tiny CLIP's is assets/tiny/pipeline/tokenizer/tokenizer.json"
             )
-        samples = read_samples(config.data)
+        samples = read_imagefolder(config.data)
         run = Run(config.run, driver="pretrain_scorer", config_text=dump(config))
         scorer: ImageReward | ClipScorer
         if config.architecture == "clip":
@@ -257,7 +257,7 @@ def main(config: Config) -> int:
             scorer.save(folder / "scorer")
 
     for step in run.steps():
-        for micro in range(run.accumulation):
+        for micro in range(run.gradient_accumulation_steps):
             indices = run.image_indices(step, micro)
             rows = items_at(samples, indices, config.run.seed)
             misses = [near_miss(row, run.generator(i)) for row, i in zip(rows, indices, strict=True)]
@@ -268,19 +268,19 @@ def main(config: Config) -> int:
                 run.update(sum(losses.values()), **losses, matched=right)
         if isinstance(scorer, ClipScorer):
             clamp_scale(scorer.logit_scale)
-        if run.due("save_every", step):
+        if run.due("checkpointing_steps", step):
             run.save(step, write=write)
     if run.is_main and not run.interrupted:
         write(run.folder)
     return run.finish()
 
 
-def load(rows: Sequence[Sample], size: int) -> Tensor:
-    """Return the pictures (B, 3, size, size) in [0, 1]."""
+def load(rows: Sequence[CaptionedImage], size: int) -> Tensor:
+    """Return the images (B, 3, size, size) in [0, 1]."""
     return torch.stack([load_pixels(row.path, size) for row in rows])
 
 
-def near_miss(row: Sample, generator: torch.Generator) -> str | None:
+def near_miss(row: CaptionedImage, generator: torch.Generator) -> str | None:
     """Return one of the row's near misses, or None where it has none."""
     misses = row.extra.get("near_misses", [])
     return misses[int(torch.randint(len(misses), (), generator=generator))] if misses else None

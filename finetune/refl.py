@@ -2,7 +2,7 @@
 
 Algorithm 1 with its choices as flags: denoise without gradient from x_T to a random late step, take that step with
 gradient, predict x_0, decode it, and descend on eq. 2, lambda phi(r(y, x_0)) with phi = relu(margin - r). The loss of
-eq. 3, plain noise prediction on captioned pictures, keeps the model from drifting: `--pretraining alternate` makes an
+eq. 3, plain noise prediction on captioned images, keeps the model from drifting: `--pretraining alternate` makes an
 update of it before each reward update (Algorithm 1), `sum` adds the two (the text's "final loss"), `off` leaves it out (the
 released script). Defaults are the paper's (T = 40, steps 30..39, lambda 1e-3, lr 1e-5) where the paper gives them.
 
@@ -25,21 +25,21 @@ import tyro
 from torch import Generator, Tensor, nn
 
 import rewards
-from finetune import showcase, tuning
-from finetune.run import Run
-from finetune.run_config import RunConfig, check
 from preftune import families
+from preftune.augment import shifted
 from preftune.cli import dump, exit_on_user_error, parse
+from preftune.diffusion_loss import captioned_error
 from preftune.families.base import Family
 from preftune.lora import LoRA
 from preftune.noise import x0_from
-from preftune.objective import captioned_error
 from preftune.prompts import items_at, read_prompts
-from preftune.records import Sample, read_samples
-from preftune.sampling import Drawing, make_scheduler, noise_like_seeds, step
-from preftune.views import shifted
+from preftune.records import CaptionedImage, read_imagefolder
+from preftune.sampling import Sampling, make_scheduler, noise_like_seeds, step
+from preftune.training import validation, workspace
+from preftune.training.run import Run
+from preftune.training.run_config import RunConfig, check
 from rewards.mix import Mix, parse_files, parse_weights, units
-from rewards.together import load_all
+from rewards.shared_towers import load_all
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TINY = Path(__file__).parent / "configs" / "refl" / "tiny.yaml"
@@ -57,35 +57,35 @@ class Config:
     """Scorers with weights; `python -m rewards` lists them."""
     reward_files: tuple[str, ...] = ()
     """Weights of scorers on disk, as imagereward=PATH; others come from this repository or the hub's cache."""
-    reward_units: Literal["raw", "card", "sample"] = "raw"
+    reward_normalization: Literal["raw", "card", "sample"] = "raw"
     """raw adds the scores as they are; card and sample first bring each scorer to mean 0 and deviation 1."""
-    reward_sample: Path | None = None
-    """summary.json of data_build/score.py, whose means and deviations --reward-units sample uses."""
+    reward_stats: Path | None = None
+    """summary.json of data_build/score.py, whose means and deviations --reward-normalization sample uses."""
     reward_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Arithmetic of the scorers."""
-    num_steps: int = 40
+    num_inference_steps: int = 40
     """T, denoising steps of a trajectory."""
     window: tuple[int, int] = (30, 39)
     """First and last index of the step with gradient, both included; indices count denoising steps from 0."""
-    scheduler: Literal["ddpm", "ddim"] = "ddpm"
+    solver: Literal["ddpm", "ddim"] = "ddpm"
     """Sampler of the trajectory; ddpm is what the released script uses."""
-    guidance: float = 1.0
+    guidance_scale: float = 1.0
     """Guidance scale while training; 1 = none, as published."""
-    shift: int = 0
-    """Scorers see each picture moved at random by up to so many pixels along each axis, its border repeated; 0 = published.
-    A gradient that must hold wherever the picture lies changes shapes, not single pixels: less reward hacking."""
-    views: int = 1
-    """Shifted copies of each picture that are scored; the reward is their mean."""
+    jitter: int = 0
+    """Scorers see each image moved at random by up to so many pixels along each axis, its border repeated; 0 = published.
+    A gradient that must hold wherever the image lies changes shapes, not single pixels: less reward hacking."""
+    jitter_copies: int = 1
+    """Shifted copies of each image that are scored; the reward is their mean."""
     margin: float = 2.0
-    """phi(r) = relu(margin - r): pictures that score higher give no gradient."""
+    """phi(r) = relu(margin - r): images that score higher give no gradient."""
     reward_scale: float = 1e-3
     """lambda, the weight of the reward loss."""
     pretraining: Literal["alternate", "sum", "off"] = "alternate"
     """How the pre-training loss on --data joins in."""
     data: Path | None = None
     """Imagefolder with metadata.jsonl for the pre-training loss."""
-    size: int = 512
-    """Side of the pictures, pixels, in training."""
+    resolution: int = 512
+    """Side of the images, pixels, in training."""
     caption_dropout: float = 0.0
     """Share of captions left empty in the pre-training loss, in [0, 1)."""
     gradient_checkpointing: bool = False
@@ -94,35 +94,39 @@ class Config:
     """Recompute the decoder's activations in the backward pass: at 512 px they are the largest part of the memory."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Attention kernel of the denoiser."""
-    held_out: Path | None = None
-    """Prompt file that is drawn and scored before and after; None = the first eight of --prompts."""
-    held_out_count: int = 256
-    """At most so many prompts of --held-out."""
+    validation_prompts: Path | None = None
+    """Prompt file that is generated and scored before and after; None = the first eight of --prompts."""
+    num_validation_prompts: int = 256
+    """At most so many prompts of --validation-prompts."""
     lora: LoRA = field(default_factory=LoRA)
-    draw: Drawing = field(default_factory=Drawing)
+    sample: Sampling = field(default_factory=Sampling)
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: RunConfig(output=Path("runs/refl"))
+        default_factory=lambda: RunConfig(output_dir=Path("runs/refl"))
     )
 
     def __post_init__(self) -> None:
         first, last = self.window
         demands = {
-            f"--num-steps must be at least 1, got {self.num_steps}": self.num_steps >= 1,
-            f"--window {first} {last} must lie in 0..{self.num_steps - 1}, first no later than last": (
-                0 <= first <= last < self.num_steps
+            f"--num-inference-steps must be at least 1, got {self.num_inference_steps}": self.num_inference_steps
+            >= 1,
+            f"--window {first} {last} must lie in 0..{self.num_inference_steps - 1}, first no later than last": (
+                0 <= first <= last < self.num_inference_steps
             ),
-            f"--size must be a positive multiple of 8, got {self.size}": self.size >= 8
-            and self.size % 8 == 0,
-            f"--shift must lie in 0..{self.size - 1}, got {self.shift}": 0 <= self.shift < self.size,
-            f"--views must be 1, or more with a --shift, got {self.views}": (
-                self.views == 1 or (self.views > 1 and self.shift > 0)
+            f"--resolution must be a positive multiple of 8, got {self.resolution}": self.resolution >= 8
+            and self.resolution % 8 == 0,
+            f"--jitter must lie in 0..{self.resolution - 1}, got {self.jitter}": 0
+            <= self.jitter
+            < self.resolution,
+            f"--jitter-copies must be 1, or more with a --jitter, got {self.jitter_copies}": (
+                self.jitter_copies == 1 or (self.jitter_copies > 1 and self.jitter > 0)
             ),
             f"--reward-scale must be positive, got {self.reward_scale}": self.reward_scale > 0,
-            f"--guidance must be at least 0, got {self.guidance}": self.guidance >= 0,
+            f"--guidance-scale must be at least 0, got {self.guidance_scale}": self.guidance_scale >= 0,
             f"--caption-dropout must lie in [0, 1), got {self.caption_dropout}": 0
             <= self.caption_dropout
             < 1,
-            f"--held-out-count must be at least 1, got {self.held_out_count}": self.held_out_count >= 1,
+            f"--num-validation-prompts must be at least 1, got {self.num_validation_prompts}": self.num_validation_prompts
+            >= 1,
             f"--pretraining {self.pretraining} needs --data IMAGEFOLDER; or choose --pretraining off": (
                 self.pretraining == "off" or self.data is not None
             ),
@@ -145,9 +149,9 @@ def reward_loss(reward: Tensor, margin: float, scale: float) -> Tensor:
 def mean_reward(
     mix: Mix, pixels: Tensor, prompts: Sequence[str], generators: Sequence[Generator], config: Config
 ) -> Tensor:
-    """Return the rewards (B,) of pictures (B, 3, H, W), each the mean over `views` copies moved by up to `shift` pixels."""
-    views = torch.cat([shifted(pixels, generators, config.shift) for _ in range(config.views)])
-    return mix(views, list(prompts) * config.views).rewards.view(config.views, -1).mean(0)
+    """Return the rewards (B,) of images (B, 3, H, W), each the mean over `views` copies moved by up to `shift` pixels."""
+    views = torch.cat([shifted(pixels, generators, config.jitter) for _ in range(config.jitter_copies)])
+    return mix(views, list(prompts) * config.jitter_copies).rewards.view(config.jitter_copies, -1).mean(0)
 
 
 def late_pixels(
@@ -158,38 +162,38 @@ def late_pixels(
     Algorithm 1, lines 9 to 15.
     """
     cond = family.encode(prompts)
-    scheduler = make_scheduler(family.scheduler_config, config.scheduler, config.num_steps)
-    x = noise_like_seeds(family.latent_shape(config.size, config.size), generators, family.device)
+    scheduler = make_scheduler(family.scheduler_config, config.solver, config.num_inference_steps)
+    x = noise_like_seeds(family.latent_shape(config.resolution, config.resolution), generators, family.device)
     with torch.no_grad():
         for t in scheduler.timesteps[:late]:
-            output = family.denoise(x, t.expand(len(x)).to(x.device), cond, config.guidance)
+            output = family.denoise(x, t.expand(len(x)).to(x.device), cond, config.guidance_scale)
             x = step(scheduler, output, t, x, generators)
     t = scheduler.timesteps[late].expand(len(x)).to(x.device)
-    output = family.denoise(x, t, cond, config.guidance)
+    output = family.denoise(x, t, cond, config.guidance_scale)
     x0 = x0_from(output, x, family.abar(t), family.prediction)
     return family.decode(x0)
 
 
 def pretraining_loss(
-    family: Family, samples: Sequence[Sample], run: Run, index: int, micro: int, config: Config
+    family: Family, samples: Sequence[CaptionedImage], run: Run, index: int, micro: int, config: Config
 ) -> Tensor:
-    """Return the noise-prediction error of eq. 3, the mean over one micro batch of captioned pictures."""
+    """Return the noise-prediction error of eq. 3, the mean over one micro batch of captioned images."""
     indices = run.image_indices(index, micro)
     chosen = items_at(samples, indices, config.run.seed)
     paths, captions = [sample.path for sample in chosen], [sample.text for sample in chosen]
     generators = [run.generator(i, stream=1) for i in indices]  # not the noise of the reward update
     dropout = config.caption_dropout
     return captioned_error(
-        family, paths, captions, generators, size=config.size, caption_dropout=dropout
+        family, paths, captions, generators, size=config.resolution, caption_dropout=dropout
     ).mean()
 
 
-def check_inputs(config: Config) -> tuple[list[str], list[str], list[Sample]]:
+def check_inputs(config: Config) -> tuple[list[str], list[str], list[CaptionedImage]]:
     """Return prompts, held-out prompts and pre-training samples; ValueError for whatever is wrong, before weights load."""
     check(config.run)
     families.check(config.model)
     files, names = config.files(), list(parse_weights(config.rewards))
-    units([rewards.find_card(name) for name in names], config.reward_units, config.reward_sample)
+    units([rewards.find_card(name) for name in names], config.reward_normalization, config.reward_stats)
     for name in names:
         rewards.check(name, files.get(name))
         if not rewards.find_card(name).differentiable:
@@ -198,8 +202,16 @@ def check_inputs(config: Config) -> tuple[list[str], list[str], list[Sample]]:
                 f"--rewards {name} is not differentiable, and ReFL needs its gradient; one of {usable}"
             )
     prompts = read_prompts(config.prompts)
-    held_out = read_prompts(config.held_out)[: config.held_out_count] if config.held_out else prompts[:8]
-    return prompts, held_out, read_samples(config.data) if config.data and config.pretraining != "off" else []
+    validation_prompts = (
+        read_prompts(config.validation_prompts)[: config.num_validation_prompts]
+        if config.validation_prompts
+        else prompts[:8]
+    )
+    return (
+        prompts,
+        validation_prompts,
+        read_imagefolder(config.data) if config.data and config.pretraining != "off" else [],
+    )
 
 
 def load(config: Config, device: torch.device) -> tuple[Family, Mix, nn.Module]:
@@ -214,37 +226,37 @@ def load(config: Config, device: torch.device) -> tuple[Family, Mix, nn.Module]:
         vae_checkpointing=config.vae_checkpointing,
     )
     family.to(device, DTYPES[config.run.mixed_precision])
-    return family, Mix(scorers, weights, config.reward_units, config.reward_sample), denoiser
+    return family, Mix(scorers, weights, config.reward_normalization, config.reward_stats), denoiser
 
 
 def main(config: Config) -> int:  # noqa: C901 - the loop stays in one piece
     """Tune, show and save."""
     with exit_on_user_error():
-        prompts, held_out, samples = check_inputs(config)
+        prompts, validation_prompts, samples = check_inputs(config)
         run = Run(config.run, driver="refl", config_text=dump(config))
         family, mix, denoiser = load(config, run.device)
         family.denoiser = run.prepare(denoiser)
     window = config.window[0], config.window[1] + 1
 
     def write(folder: Path) -> None:
-        tuning.write(family, run, config.lora, folder)
+        workspace.write(family, run, config.lora, folder)
 
-    def show(step: int) -> showcase.Shown:
-        return tuning.show(family, mix, held_out, config.draw, run, f"step_{step:06d}")
+    def show(step: int) -> validation.Shown:
+        return workspace.show(family, mix, validation_prompts, config.sample, run, f"step_{step:06d}")
 
-    if not run.resumed:  # draws, scores and saves once before training: whatever cannot work fails here
+    if not run.resumed:  # samples, scores and saves once before training: whatever cannot work fails here
         if run.is_main:
             show(0)
         run.save(-1, write=write)
 
     for index in run.steps():
         if config.pretraining == "alternate":  # Algorithm 1, lines 6 and 7
-            for micro in range(run.accumulation):
+            for micro in range(run.gradient_accumulation_steps):
                 with run.accumulate():
                     run.update(pretraining_loss(family, samples, run, index, micro, config), phase="pretrain")
 
         late = int(run.rng(index).integers(*window))  # line 8
-        for micro in range(run.accumulation):  # lines 9 to 17
+        for micro in range(run.gradient_accumulation_steps):  # lines 9 to 17
             indices = run.image_indices(index, micro)
             texts = items_at(prompts, indices, config.run.seed)
             with run.accumulate():
@@ -256,15 +268,17 @@ def main(config: Config) -> int:  # noqa: C901 - the loop stays in one piece
                     loss = loss + pretraining_loss(family, samples, run, index, micro, config)
                 run.update(loss, reward=reward.mean(), late_step=float(late))
 
-        if run.due("sample_every", index) and run.is_main and index + 1 < config.run.updates:
+        if run.due("validation_steps", index) and run.is_main and index + 1 < config.run.max_train_steps:
             run.log(index, **show(index + 1).means())
-        if run.due("save_every", index):
+        if run.due("checkpointing_steps", index):
             run.save(index, write=write)
 
     if run.is_main and not run.interrupted:
         write(run.folder)
-        show(config.run.updates)
-        showcase.conclude(run.folder, {"before": "step_000000", "after": f"step_{config.run.updates:06d}"})
+        show(config.run.max_train_steps)
+        validation.conclude(
+            run.folder, {"before": "step_000000", "after": f"step_{config.run.max_train_steps:06d}"}
+        )
     return run.finish()
 
 

@@ -3,7 +3,7 @@
 | `--objective` | loss | from |
 |---|---|---|
 | `pairs` (default) | -log sigmoid(better - worse) over all untied pairs | ImageReward (002) eq. 1, VP-Score (004) |
-| `choice` | softmax over the n pictures of a prompt, one of which was chosen | HPS v1 (001) |
+| `choice` | softmax over the n images of a prompt, one of which was chosen | HPS v1 (001) |
 | `soft` | KL to the shares of votes, a tie being half a vote for each | HPS v2 (003), PickScore |
 
 Stable Preference is `pairs` with `--stable.views 3` (the anti-interference loss, eq. 5 and 6, over weak views) and
@@ -12,8 +12,8 @@ Stable Preference is `pairs` with `--stable.views 3` (the anti-interference loss
     accelerate launch finetune/reward_model.py --model hpsv2 --data data/preferences --stable.views 3 --stable.weighting two-stage
 
 `--model` is a scorer of the table (`python -m rewards`) or a folder that a training wrote; OUTPUT/scorer is such a folder, holds
-the weights in the authors' names, and is itself a scorer's name: `--rewards OUTPUT/scorer=1.0`. Rankings of the same pictures by
-several annotators are read as one: the pictures are scored once, every annotator counts. The mean and deviation of held-out
+the weights in the authors' names, and is itself a scorer's name: `--rewards OUTPUT/scorer=1.0`. Rankings of the same images by
+several annotators are read as one: the images are scored once, every annotator counts. The mean and deviation of held-out
 scores become the constants that ImageReward's calls subtract and divide by.
 
 Accuracy, logged, plotted and kept with the best weights: the share of held-out untied pairs, pooled, that are ordered as the
@@ -34,8 +34,12 @@ import tyro
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from finetune.accuracy_plot import plot
-from finetune.preference_losses import (
+from preftune.augment import shifted, weak_view
+from preftune.cli import dump, exit_on_user_error, parse
+from preftune.prompts import items_at
+from preftune.records import read_jsonl, read_rankings
+from preftune.training.accuracy_plot import plot
+from preftune.training.preference_losses import (
     Favour,
     anti_interference_losses,
     choice_losses,
@@ -46,15 +50,11 @@ from finetune.preference_losses import (
     soft_losses,
     weighted_mean,
 )
-from finetune.rankings import Ranked, by_pictures, check_split, choices, load, split, untied, votes
-from finetune.run import Run
-from finetune.run_config import RunConfig, check
-from preftune.cli import dump, exit_on_user_error, parse
-from preftune.prompts import items_at
-from preftune.records import read_jsonl, read_rankings
-from preftune.views import shifted, weak_view
+from preftune.training.rankings import Ranked, by_images, check_split, choices, load, split, untied, votes
+from preftune.training.run import Run
+from preftune.training.run_config import RunConfig, check
 from rewards import Preprocess
-from rewards.trainable import Head, Trainable, check_trainable, freeze, load_trainable
+from rewards.training import Head, Trainable, check_trainable, freeze, load_trainable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +62,14 @@ class Stable:
     """Stable Preference (paper 000): the loss over weak views, and which pairs count when."""
 
     views: int = 0
-    """Weak views of each picture that the anti-interference loss compares; 0 = without that loss, 3 as published."""
+    """Weak views of each image that the anti-interference loss compares; 0 = without that loss, 3 as published."""
     least_area: float = 0.85
-    """Least share of a picture's area that a weak view shows, in (0, 1]."""
+    """Least share of an image's area that a weak view shows, in (0, 1]."""
     flip: bool = True
     """Mirror every other weak view; not for captions that tell left from right."""
     weighting: Literal["none", "two-stage"] = "none"
     """two-stage: eq. 7 for the first updates, then eq. 8; none: all pairs alike."""
-    first_stage_updates: int = 3000
+    first_stage_steps: int = 3000
     """Updates weighted by eq. 7."""
     b: float = 0.3
     """Eq. 7: the margin at which a pair counts half, in units of raw scores."""
@@ -82,9 +82,9 @@ class Stable:
     that are ordered wrongly worse still, so that they count less. Hence constants are the default."""
 
     def __post_init__(self) -> None:
-        if self.views < 0 or self.first_stage_updates < 0:
+        if self.views < 0 or self.first_stage_steps < 0:
             raise ValueError(
-                f"--stable.views and --stable.first-stage-updates must be 0 or more, got {self.views} and {self.first_stage_updates}"
+                f"--stable.views and --stable.first-stage-steps must be 0 or more, got {self.views} and {self.first_stage_steps}"
             )
         if not 0 < self.least_area <= 1:
             raise ValueError(f"--stable.least-area must lie in (0, 1], got {self.least_area}")
@@ -96,7 +96,7 @@ class Stable:
 class Config:
     """Train a scorer on preferences.
 
-    One image of --batch and of images_per_s is a ranking here: all its pictures, each with its weak views.
+    One image of --train-batch-size and of images_per_s is a ranking here: all its images, each with its weak views.
     """
 
     model: str
@@ -112,48 +112,50 @@ class Config:
     """What makes the score: own = what the model has; mlp = a new MLP of ImageReward's shape on a CLIP (002, Table 2b)."""
     dropout: float | None = None
     """Dropout of an MLP head, in [0, 1); None = the architecture's own, 0.2, 0.2 and 0.1 as published."""
-    valid_share: float = 0.1
+    validation_share: float = 0.1
     """Share of prompts held out, in (0, 1)."""
-    shift: int = 0
-    """Training pictures are moved at random by up to so many pixels along each axis, their borders repeated."""
+    jitter: int = 0
+    """Training images are moved at random by up to so many pixels along each axis, their borders repeated."""
     frozen_share: float | None = None
     """Share of each tower's layers, from the bottom, that stays frozen with its embeddings; 0.7 in ImageReward, 0 trains all."""
     last_layers: tuple[int, int] | None = None
     """Train only so many last layers of the image tower and of the text tower; 10 6 in HPS v1, 18 8 in Stable Preference."""
     gradient_checkpointing: bool = False
     """Recompute the towers' activations in the backward pass."""
-    valid_every: int = 200
-    """Updates between measurements of accuracy on the held-out rankings."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: RunConfig(
-            output=Path("runs/reward_model"), updates=2000, schedule="cosine", weight_decay=0.0
+            output_dir=Path("runs/reward_model"),
+            max_train_steps=2000,
+            lr_scheduler="cosine",
+            validation_steps=200,
+            adam_weight_decay=0.0,
         )
     )
 
     def __post_init__(self) -> None:
         if not self.data:
             raise ValueError("--data needs at least one folder of rankings")
-        if not 0 < self.valid_share < 1:
-            raise ValueError(f"--valid-share must lie strictly between 0 and 1, got {self.valid_share}")
-        if self.shift < 0:
-            raise ValueError(f"--shift must be 0 or more, got {self.shift}")
+        if not 0 < self.validation_share < 1:
+            raise ValueError(
+                f"--validation-share must lie strictly between 0 and 1, got {self.validation_share}"
+            )
+        if self.jitter < 0:
+            raise ValueError(f"--jitter must be 0 or more, got {self.jitter}")
         if self.frozen_share is not None and not 0 <= self.frozen_share <= 1:
             raise ValueError(f"--frozen-share must lie in [0, 1], got {self.frozen_share}")
         if self.frozen_share is not None and self.last_layers is not None:
             raise ValueError("--frozen-share and --last-layers both say what is frozen; give one of them")
-        if self.valid_every < 1:
-            raise ValueError(f"--valid-every must be at least 1, got {self.valid_every}")
         if self.objective != "pairs" and (self.stable.views or self.stable.weighting != "none"):
             raise ValueError(f"--stable is about pairs, not --objective {self.objective}")
         stable, run = self.stable, self.run
-        if stable.weighting == "two-stage" and stable.first_stage_updates >= run.updates:
+        if stable.weighting == "two-stage" and stable.first_stage_steps >= run.max_train_steps:
             raise ValueError(
-                f"--stable.first-stage-updates ({stable.first_stage_updates}) must be below --updates ({run.updates}), or the second"
+                f"--stable.first-stage-steps ({stable.first_stage_steps}) must be below --max-train-steps ({run.max_train_steps}), or the second"
                 " stage never comes; published: 3000 of 30000"
             )
-        if stable.through_weights and run.accumulation > 1:
+        if stable.through_weights and run.gradient_accumulation_steps > 1:
             raise ValueError(
-                "--stable.through-weights needs all pairs of an update in one pass; give --accumulation 1"
+                "--stable.through-weights needs all pairs of an update in one pass; give --gradient-accumulation-steps 1"
             )
 
 
@@ -173,7 +175,7 @@ class Ranker(nn.Module):
 
 
 def losses_of(raw: Tensor, chosen: Sequence[Ranked], config: Config, step: int) -> tuple[Tensor, Tensor]:
-    """Return the losses (N,) of raw scores (pictures, 1 + weak views) of these rankings, and the logarithms of their weights (N,).
+    """Return the losses (N,) of raw scores (images, 1 + weak views) of these rankings, and the logarithms of their weights (N,).
 
     The data's own weights are among them, and those of eq. 8; eq. 7 is a factor of the loss, whose mean is over all pairs.
     """
@@ -199,7 +201,7 @@ def losses_of(raw: Tensor, chosen: Sequence[Ranked], config: Config, step: int) 
 
 def in_second_stage(stable: Stable, step: int) -> bool:
     """Return whether an update is weighted by eq. 8."""
-    return stable.weighting == "two-stage" and step >= stable.first_stage_updates
+    return stable.weighting == "two-stage" and step >= stable.first_stage_steps
 
 
 def log_total(logits: Sequence[Tensor], run: Run) -> Tensor:
@@ -213,19 +215,19 @@ class Part:
 
     chosen: list[Ranked]
     pixels: Tensor
-    """(1 + views, P, 3, H, W) in [0, 1]: the P pictures of the rankings, and their weak views."""
+    """(1 + views, P, 3, H, W) in [0, 1]: the P images of the rankings, and their weak views."""
     prompts: list[str]
     """P prompts."""
 
     def raw(self, module: nn.Module, device: torch.device, views: int) -> Tensor:
-        """Return raw scores (P, 1 + views) of the pictures and so many of their weak views."""
+        """Return raw scores (P, 1 + views) of the images and so many of their weak views."""
         pixels = self.pixels[: 1 + views]
         scores: Tensor = module(pixels.flatten(0, 1).to(device), self.prompts * len(pixels))
         return scores.view(len(pixels), -1).T
 
 
 def part_of(train: list[Ranked], indices: range, preprocess: Preprocess, config: Config, run: Run) -> Part:
-    """Return the rankings with these global indices, their pictures loaded."""
+    """Return the rankings with these global indices, their images loaded."""
     chosen = items_at(train, indices, config.run.seed)
     pixels, prompts = load(chosen, preprocess)
     own = [
@@ -254,8 +256,8 @@ def total_before(
 
 
 def views_of(pixels: Tensor, generators: Sequence[torch.Generator], config: Config) -> Tensor:
-    """Return the pictures (P, 3, H, W) and their weak views, (1 + views, P, 3, H, W)."""
-    own = shifted(pixels, generators, config.shift)
+    """Return the images (P, 3, H, W) and their weak views, (1 + views, P, 3, H, W)."""
+    own = shifted(pixels, generators, config.jitter)
     stable = config.stable
     weak = [weak_view(own, generators, stable.least_area, stable.flip) for _ in range(stable.views)]
     return torch.stack([own, *weak])
@@ -278,8 +280,8 @@ def main(config: Config) -> int:
     with exit_on_user_error():
         check(config.run)
         check_trainable(config.model, config.weights, head=config.head, dropout=config.dropout)
-        rankings = [ranked for folder in config.data for ranked in by_pictures(read_rankings(folder))]
-        train, held = split(rankings, config.valid_share, config.run.seed)
+        rankings = [ranked for folder in config.data for ranked in by_images(read_rankings(folder))]
+        train, held = split(rankings, config.validation_share, config.run.seed)
         check_split(train, held, config.objective)
         scorer = prepare(config)
         run = Run(config.run, driver="reward_model", config_text=dump(config))
@@ -294,7 +296,7 @@ def main(config: Config) -> int:
         module.train()
         parts = [
             part_of(train, run.image_indices(step, micro), preprocess, config, run)
-            for micro in range(run.accumulation)
+            for micro in range(run.gradient_accumulation_steps)
         ]
         total = total_before(module, parts, config, step, run)
         for part in parts:
@@ -304,15 +306,15 @@ def main(config: Config) -> int:
                 mean = weighted_mean(losses, logits, log_total([logits], run) if total is None else total)
                 better, worse = raw[:, 0][untied(part.chosen)[0].to(run.device)]
                 right = (better > worse).float().mean() if len(better) else 0.5
-                run.update(mean * run.accumulation * run.world, accuracy=right)
-        if (step + 1) % config.valid_every == 0 or run.due("save_every", step):
+                run.update(mean * run.gradient_accumulation_steps * run.world, accuracy=right)
+        if run.due("validation_steps", step) or run.due("checkpointing_steps", step):
             with run.ema_weights():
                 accuracy = validate(scorer, held, run.device)
                 run.log(step, valid_accuracy=accuracy)
                 if run.is_main and accuracy >= best:
                     best = accuracy
                     scorer.save(run.folder / "scorer")
-        if run.due("save_every", step):
+        if run.due("checkpointing_steps", step):
             run.save(step)
     if run.is_main:
         plot(run.folder)

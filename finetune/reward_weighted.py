@@ -1,7 +1,7 @@
-"""Fine-tune on scored pictures, each counted by its reward (Lee et al. 2023; the baseline of paper 002, appendix E).
+"""Fine-tune on scored images, each counted by its reward (Lee et al. 2023; the baseline of paper 002, appendix E).
 
-Loss, eq. 4: the mean of w(r) times the noise-prediction error over pictures of a model, plus beta times the plain error over
-pre-training pictures. Two weightings by name:
+Loss, eq. 4: the mean of w(r) times the noise-prediction error over images of a model, plus beta times the plain error over
+pre-training images. Two weightings by name:
 
 - `minmax` (default; paper 002): w = (r - min) / (max - min), lowest and highest score of the data set, in [0, 1].
 - `exp` (reward-weighted regression, Black et al. 2023, arXiv 2305.13301): w = N softmax(r / temperature) over the data set, mean 1.
@@ -9,7 +9,7 @@ pre-training pictures. Two weightings by name:
 
     accelerate launch finetune/reward_weighted.py --model SD_FOLDER --data data/scored --score imagereward --pretraining-data data/laion
 
-Scores are read from metadata.jsonl: `python data_build/score.py --data data/drawn --rewards imagereward --add-to-metadata` puts them
+Scores are read from metadata.jsonl: `python data_build/score.py --data data/generated --rewards imagereward --add-to-metadata` puts them
 there. Defaults: beta 0.5 and lr 1e-5 (paper 002). Hardware: Stable Diffusion 1.x at 512 px wants one GPU; tiny models run on a CPU.
 """
 
@@ -24,20 +24,20 @@ import torch
 import tyro
 from torch import Tensor
 
-from finetune import showcase, tuning
-from finetune.run import Run
-from finetune.run_config import RunConfig, check
-from finetune.tuning import Tuning
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.prompts import items_at
-from preftune.records import Sample, read_samples
+from preftune.records import CaptionedImage, read_imagefolder
+from preftune.training import validation, workspace
+from preftune.training.run import Run
+from preftune.training.run_config import RunConfig, check
+from preftune.training.workspace import Tuning
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Tune a model on scored pictures, each counted by its reward."""
+    """Tune a model on scored images, each counted by its reward."""
 
     data: Path
     """Imagefolder with metadata.jsonl whose rows hold a score."""
@@ -48,12 +48,12 @@ class Config:
     temperature: float = 1.0
     """Of --weighting exp, in units of the score."""
     pretraining_data: Path | None = None
-    """Imagefolder of captioned pictures that are learned with weight --beta."""
+    """Imagefolder of captioned images that are learned with weight --beta."""
     beta: float = 0.5
     """Weight of the plain loss on --pretraining-data; 0 leaves it out."""
     tuning: Annotated[Tuning, tyro.conf.arg(name="")]
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: RunConfig(output=Path("runs/reward_weighted"))
+        default_factory=lambda: RunConfig(output_dir=Path("runs/reward_weighted"))
     )
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class Config:
 
 
 def reward_weights(scores: Tensor, weighting: Literal["minmax", "exp"], temperature: float) -> Tensor:
-    """Return the weights (N,) of all pictures of a data set with these scores (N,). ValueError: minmax of equal scores."""
+    """Return the weights (N,) of all images of a data set with these scores (N,). ValueError: minmax of equal scores."""
     if weighting == "exp":
         return len(scores) * torch.softmax(scores.double() / temperature, 0).float()
     low, high = scores.min(), scores.max()
@@ -82,7 +82,7 @@ def weighted_loss(errors: Tensor, weights: Tensor) -> Tensor:
     return (weights * errors).mean()
 
 
-def read_scores(samples: Sequence[Sample], name: str, folder: Path) -> Tensor:
+def read_scores(samples: Sequence[CaptionedImage], name: str, folder: Path) -> Tensor:
     """Return the scores (N,) float32 of the rows; ValueError names the line of one that has none or is not finite."""
     scores = [sample.extra.get(name) for sample in samples]
     for number, score in enumerate(scores, 1):
@@ -99,32 +99,34 @@ def main(config: Config) -> int:  # noqa: C901 - the loop stays in one piece
     """Tune, show and save."""
     with exit_on_user_error():
         check(config.run)
-        tuning.check_inputs(config.tuning)
-        samples = read_samples(config.data)
+        workspace.check_inputs(config.tuning)
+        samples = read_imagefolder(config.data)
         scores = read_scores(samples, config.score, config.data)
         weights = reward_weights(scores, config.weighting, config.temperature)
-        others = read_samples(config.pretraining_data) if config.pretraining_data and config.beta else []
-        held_out = tuning.held_out_prompts(config.tuning, [sample.text for sample in samples])
+        others = read_imagefolder(config.pretraining_data) if config.pretraining_data and config.beta else []
+        validation_prompts = workspace.read_validation_prompts(
+            config.tuning, [sample.text for sample in samples]
+        )
         run = Run(config.run, driver="reward_weighted", config_text=dump(config))
-        family, mix = tuning.load(config.tuning, run)
+        family, mix = workspace.load(config.tuning, run)
 
     def write(folder: Path) -> None:
-        tuning.write(family, run, config.tuning.lora, folder)
+        workspace.write(family, run, config.tuning.lora, folder)
 
-    def show(name: str) -> showcase.Shown:
-        return tuning.show(family, mix, held_out, config.tuning.draw, run, name)
+    def show(name: str) -> validation.Shown:
+        return workspace.show(family, mix, validation_prompts, config.tuning.sample, run, name)
 
-    def errors(chosen: Sequence[Sample], indices: range, stream: int) -> Tensor:
+    def errors(chosen: Sequence[CaptionedImage], indices: range, stream: int) -> Tensor:
         texts = [sample.text for sample in chosen]
-        return tuning.errors(family, run, config.tuning, chosen, texts, indices, stream)
+        return workspace.errors(family, run, config.tuning, chosen, texts, indices, stream)
 
-    if not run.resumed:  # draws, scores and saves once before training: whatever cannot work fails here
+    if not run.resumed:  # samples, scores and saves once before training: whatever cannot work fails here
         if run.is_main:
             show("before")
         run.save(-1, write=write)
 
     for step in run.steps():
-        for micro in range(run.accumulation):
+        for micro in range(run.gradient_accumulation_steps):
             indices = run.image_indices(step, micro)
             rows = items_at(range(len(samples)), indices, config.run.seed)
             with run.accumulate():
@@ -134,15 +136,15 @@ def main(config: Config) -> int:  # noqa: C901 - the loop stays in one piece
                     plain = errors(items_at(others, indices, config.run.seed), indices, stream=1).mean()
                     loss = loss + config.beta * plain
                 run.update(loss, error=error.mean())
-        if run.due("sample_every", step) and run.is_main and step + 1 < config.run.updates:
+        if run.due("validation_steps", step) and run.is_main and step + 1 < config.run.max_train_steps:
             run.log(step, **show(f"step_{step + 1:06d}").means())
-        if run.due("save_every", step):
+        if run.due("checkpointing_steps", step):
             run.save(step, write=write)
 
     if run.is_main and not run.interrupted:
         write(run.folder)
         show("after")
-        showcase.conclude(run.folder, {"before": "before", "after": "after"})
+        validation.conclude(run.folder, {"before": "before", "after": "after"})
     return run.finish()
 
 

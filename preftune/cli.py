@@ -6,7 +6,7 @@ way it comes: YAML's own guesses about types (`no` is a boolean, `1e-4` is a str
 
 A Config is a frozen keyword-only dataclass with a docstring under each field. Its fields are values, tuples of values, or
 dataclasses of values, which nest once: `lora: LoRA` gives `--lora.rank` and the YAML keys `lora: {rank: 4}` or
-`lora.rank: 4`; `run: Annotated[RunConfig, tyro.conf.arg(name="")]` gives `--output` and a top-level YAML key.
+`lora.rank: 4`; `run: Annotated[RunConfig, tyro.conf.arg(name="")]` gives `--output-dir` and a top-level YAML key.
 """
 
 import contextlib

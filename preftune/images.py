@@ -1,4 +1,4 @@
-"""Pictures in and out, and the captioned grid. Inside the suite a picture is a (3, H, W) float tensor in [0, 1]."""
+"""Images in and out, and the captioned grid. Inside the suite an image is a (3, H, W) float tensor in [0, 1]."""
 
 import math
 import os
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Picture = Image.Image | torch.Tensor
+AnyImage = Image.Image | torch.Tensor
 """A PIL image, or a float tensor (3, H, W) in [0, 1]."""
 
 _UNREADABLE = (  # what PIL's decoders raise; UnidentifiedImageError is an OSError
@@ -28,21 +28,21 @@ _UNREADABLE = (  # what PIL's decoders raise; UnidentifiedImageError is an OSErr
 
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
-    """A picture file as PIL reads it. ValueError that names it where it is missing, no picture or damaged, also inside the block."""
+    """An image file as PIL reads it. ValueError that names it where it is missing, no image or damaged, also inside the block."""
     try:
         with Image.open(path) as file:
             yield file
     except FileNotFoundError as error:
-        raise ValueError(f"picture {path} does not exist") from error
+        raise ValueError(f"image {path} does not exist") from error
     except _UNREADABLE as error:
-        raise ValueError(f"cannot read the picture {path}: {error}") from error
+        raise ValueError(f"cannot read the image {path}: {error}") from error
 
 
 def load_pixels(path: Path, size: int | None = None) -> torch.Tensor:
-    """A picture file as (3, H, W) float32 in [0, 1]: any PIL mode, turned as EXIF says, transparency over white.
+    """An image file as (3, H, W) float32 in [0, 1]: any PIL mode, turned as EXIF says, transparency over white.
 
     With a size the shorter side is resampled to it (bicubic) and the middle square is cut out: (3, size, size).
-    Raises ValueError that names a file which is missing or no picture.
+    Raises ValueError that names a file which is missing or no image.
     """
     with opened(path) as file:
         image = _rgb(ImageOps.exif_transpose(file))
@@ -57,11 +57,11 @@ def to_pil(pixels: torch.Tensor) -> Image.Image:
     assert pixels.shape[0] == 3, f"pixels have {pixels.shape[0]} channels, not 3"
     pixels = pixels.detach().float().cpu()
     if not pixels.isfinite().all():
-        raise FloatingPointError("the picture holds a value that is not finite")
+        raise FloatingPointError("the image holds a value that is not finite")
     return Image.fromarray((pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
-def save_image(image: Picture, path: Path) -> None:
+def save_image(image: AnyImage, path: Path) -> None:
     """Write a PNG, whole or not at all; makes the folder."""
     image = image if isinstance(image, Image.Image) else to_pil(image)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def save_image(image: Picture, path: Path) -> None:
 
 def save_figure(figure: "Figure", path: Path) -> None:
     """Write a matplotlib figure as a PNG, whole or not at all, and close it."""
-    from matplotlib.pyplot import close  # not for everybody who loads pictures
+    from matplotlib.pyplot import close  # not for everybody who loads images
 
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}.png")
     figure.savefig(temporary, dpi=110)
@@ -84,15 +84,15 @@ def save_figure(figure: "Figure", path: Path) -> None:
 
 
 def captioned_grid(
-    rows: Sequence[Sequence[Picture]],
+    rows: Sequence[Sequence[AnyImage]],
     row_captions: Sequence[str] = (),
     column_titles: Sequence[str] = (),
     cell_captions: Sequence[Sequence[str]] = (),
     cell_size: int = 192,
 ) -> Image.Image:
-    """Rows of pictures on white: titles above the columns, captions left of the rows and under the cells.
+    """Rows of images on white: titles above the columns, captions left of the rows and under the cells.
 
-    Each picture is scaled to fit a square of cell_size pixels. Captions are wrapped to their column, and cut with "..."
+    Each image is scaled to fit a square of cell_size pixels. Captions are wrapped to their column, and cut with "..."
     where a row caption is longer than its row. All pieces of text are optional; rows may differ in length.
     """
     assert rows, "no rows"
@@ -119,15 +119,15 @@ def captioned_grid(
         if row_captions:
             lines = _wrap(row_captions[index], font, cell_size, max_lines=cell_size // line)
             _write(draw, lines, (gap, y + (cell_size - line * len(lines)) // 2), font, line, "la")
-        for column, picture in enumerate(row):
+        for column, image in enumerate(row):
             x = left + column * (cell_size + gap)
-            image = picture.convert("RGB") if isinstance(picture, Image.Image) else to_pil(picture)
+            image = image.convert("RGB") if isinstance(image, Image.Image) else to_pil(image)
             image = ImageOps.contain(image, (cell_size, cell_size), Image.Resampling.BICUBIC)
             corner = (x + (cell_size - image.width) // 2, y + (cell_size - image.height) // 2)
             frame = (corner[0] - 1, corner[1] - 1, corner[0] + image.width, corner[1] + image.height)
             draw.rectangle(
                 frame, outline="#dddddd"
-            )  # else a picture with a white edge would melt into the sheet
+            )  # else an image with a white edge would melt into the sheet
             sheet.paste(image, corner)
         for column, lines in enumerate(captions[index]):
             middle = left + column * (cell_size + gap) + cell_size // 2
@@ -137,7 +137,7 @@ def captioned_grid(
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """The picture in mode RGB; 16-bit grey is scaled, which PIL's own conversion would clip to white."""
+    """The image in mode RGB; 16-bit grey is scaled, which PIL's own conversion would clip to white."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
     if image.has_transparency_data:

@@ -1,6 +1,6 @@
 """Low-rank adaptation of a UNet (Hu et al. 2021, arXiv 2106.09685): W x + (alpha / rank) B A x, with W frozen.
 
-The file format is the one that diffusers pipelines load: `pipe.load_lora_weights(folder)` draws the same picture as the UNet
+The file format is the one that diffusers pipelines load: `pipe.load_lora_weights(folder)` generates the same image as the UNet
 that was saved. Files of 2023 are read, too, such as the one that HPS v1 released: pytorch_lora_weights.bin with the names of attention
 processors, which diffusers no longer loads. Only this file and preftune/families know peft and diffusers' adapters.
 """
@@ -40,7 +40,7 @@ class LoRA:
     """Rank of the update; 0 trains the full weights."""
     alpha: float | None = None
     """Scale: the update counts alpha / rank times; None is alpha = rank, a scale of 1."""
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Layers that get an update, by the last part of their name; the default is all attention projections."""
 
     def __post_init__(self) -> None:
@@ -54,8 +54,10 @@ class LoRA:
             raise ValueError(
                 f"lora.alpha is {self.alpha} but lora.rank 0 trains the full weights; leave alpha out"
             )
-        if not self.targets or not all(self.targets):
-            raise ValueError(f"lora.targets is {self.targets}; name at least one layer, such as to_q")
+        if not self.target_modules or not all(self.target_modules):
+            raise ValueError(
+                f"lora.target_modules is {self.target_modules}; name at least one layer, such as to_q"
+            )
 
 
 def inject(unet: UNet2DConditionModel, lora: LoRA, seed: int) -> list[nn.Parameter]:
@@ -66,15 +68,20 @@ def inject(unet: UNet2DConditionModel, lora: LoRA, seed: int) -> list[nn.Paramet
     """
     assert lora.rank > 0, "rank 0 is full fine-tuning: there is nothing to inject"
     names = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    for target in lora.targets:
+    for target in lora.target_modules:
         if not any(f".{name}".endswith(f".{target}") for name in names):
             known = sorted(
                 {name.rpartition(".")[2] for name in names if not name[-1].isdigit()} | {"to_out.0"}
             )
-            raise ValueError(f"lora.targets: no layer is called {target}; there are {', '.join(known)}")
+            raise ValueError(
+                f"lora.target_modules: no layer is called {target}; there are {', '.join(known)}"
+            )
     unet.requires_grad_(False)
     config = LoraConfig(
-        r=lora.rank, lora_alpha=_alpha(lora), target_modules=list(lora.targets), init_lora_weights="gaussian"
+        r=lora.rank,
+        lora_alpha=_alpha(lora),
+        target_modules=list(lora.target_modules),
+        init_lora_weights="gaussian",
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Prompt files, and which prompt a picture gets.
+"""Prompt files, and which prompt an image gets.
 
 The order is a function of (seed, epoch) alone: every rank can compute every other rank's prompts, and a run that stops and
 goes on, or that changes its number of processes, sees the same sequence.

@@ -14,8 +14,8 @@ from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
-    """A captioned picture."""
+class CaptionedImage:
+    """A captioned image."""
 
     path: Path
     text: str
@@ -25,11 +25,11 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """Pictures of one prompt, ordered by somebody."""
+    """Images of one prompt, ordered by somebody."""
 
     prompt: str
     paths: tuple[Path, ...]
-    """Two pictures or more, each once."""
+    """Two images or more, each once."""
     ranks: tuple[int, ...]
     """One for each path; 1 is best, equal ranks are ties."""
     source: str
@@ -38,16 +38,16 @@ class Ranking:
     """How much it counts beside others; PickScore's is 1 over the number of rankings of its prompt."""
 
 
-def read_samples(folder: Path) -> list[Sample]:
+def read_imagefolder(folder: Path) -> list[CaptionedImage]:
     """The samples of folder/metadata.jsonl, in its order.
 
-    Raises ValueError that names the line for a file name outside the folder, a missing picture or an empty text.
+    Raises ValueError that names the line for a file name outside the folder, a missing image or an empty text.
     """
     samples = []
     for place, row in _objects(folder / "metadata.jsonl"):
         path = inside(folder, field(row, "file_name", str, place), place)
         extra = {key: value for key, value in row.items() if key not in ("file_name", "text")}
-        samples.append(Sample(path=path, text=text_field(row, "text", place), extra=extra))
+        samples.append(CaptionedImage(path=path, text=text_field(row, "text", place), extra=extra))
     if not samples:
         raise ValueError(f"{folder / 'metadata.jsonl'} holds no samples")
     return samples
@@ -56,7 +56,7 @@ def read_samples(folder: Path) -> list[Sample]:
 def read_rankings(folder: Path) -> list[Ranking]:
     """The rankings of folder/rankings.jsonl, in its order. Raises ValueError that names the line."""
     rankings = []
-    known: dict[str, Path] = {}  # several annotators name the same pictures
+    known: dict[str, Path] = {}  # several annotators name the same images
     for place, row in _objects(folder / "rankings.jsonl"):
         prompt, names, ranks, source, weight = ranking_fields(row, place)
         known |= {name: inside(folder, name, place) for name in names if name not in known}
@@ -78,7 +78,7 @@ def ranking_fields(row: dict[str, Any], place: str) -> tuple[str, list[str], tup
         raise ValueError(
             f"{place}: {len(names)} generations and {len(ranks)} ranks; there must be one rank each, and two or more"
         )
-    paths = [PurePosixPath(name) for name in names]  # a.png and ./a.png are one picture
+    paths = [PurePosixPath(name) for name in names]  # a.png and ./a.png are one image
     if len(set(paths)) < len(paths):
         twice = max(paths, key=paths.count)
         raise ValueError(f"{place}: {str(twice)!r} is there more than once among the generations")

@@ -1,4 +1,4 @@
-"""Learned scorers of pictures: `load(name)` gives a function of pixels and prompts; the table needs no torch.
+"""Learned scorers of images: `load(name)` gives a function of pixels and prompts; the table needs no torch.
 
 >>> import rewards
 >>> score = rewards.load("brightness")
@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rewards.atomic_folder import left_behind
 from rewards.card import Card, Clip, Preprocess, Scorer
-from rewards.swap import left_behind
-from rewards.trained import card_of
+from rewards.trained_cards import card_of
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ _CARDS = (
     Card(
         name="shapes",
         module="rewards.shapes",
-        summary="the judge of the shapes world: does the drawing follow its caption, and is it clean",
+        summary="the judge of the shapes world: does the rendering follow its caption, and is it clean",
         prompted=True,
         differentiable=False,
         typical_range=(0.0, 1.0),
@@ -94,7 +94,7 @@ _CARDS = (
         prompted=True,
         differentiable=True,
         typical_range=(-2.0, 2.0),
-        mean=0.0,  # the score is already standardised over the authors' test pictures
+        mean=0.0,  # the score is already standardised over the authors' test images
         std=1.0,
         licence="Apache-2.0",
         paper="arXiv:2304.05977",

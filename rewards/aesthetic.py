@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictor: how much people like to look at a picture, from 1 to 10; the prompt is not read.
+"""LAION's aesthetic predictor: how much people like to look at an image, from 1 to 10; the prompt is not read.
 
 Source: github.com/christophschuhmann/improved-aesthetic-predictor. Five linear layers without activations stand
 on the unit vector of OpenAI's CLIP ViT-L/14, so the score is a linear function of it. Two files: the layers are
@@ -35,12 +35,12 @@ class Aesthetic(nn.Module):
         self.layers = new_head(card.clip.embed)  # its dropout does nothing in eval mode
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the scores (B,) float32 of B pictures; the B prompts are not read."""
+        """Return the scores (B,) float32 of B images; the B prompts are not read."""
         check_prompts(pixels, prompts)
         return self.of_vectors(self.vision(pixels), prompts)
 
     def of_vectors(self, vectors: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the scores (B,) float32 of B pictures of which the image tower made these vectors (B, E)."""
+        """Return the scores (B,) float32 of B images of which the image tower made these vectors (B, E)."""
         return apply_head(self.layers, vectors).float()
 
 

@@ -1,7 +1,7 @@
-"""BLIP score: the cosine between a picture and a caption that BLIP's towers read each on its own.
+"""BLIP score: the cosine between an image and a caption that BLIP's towers read each on its own.
 
 Paper: Li et al. 2022 (BLIP), section 3.2, the image-text contrast. The towers are those of ImageReward before
-its training, without its head; the caption does not see the picture. Published as the pre-training file of BLIP
+its training, without its head; the caption does not see the image. Published as the pre-training file of BLIP
 ViT-L, which holds much more: momentum copies, queues, a decoder and a matching head are passed over.
 
 Shapes: B batch.
@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rewards.blip_names import to_transformers
+from rewards.blip_state_dict import to_transformers
 from rewards.card import Card
 from rewards.imagereward import FULL_SIZE, ImageReward, ImageRewardConfig, find_parts
 from rewards.pixels import check_prompts
 from rewards.text_cache import TextCache
-from rewards.trained import with_statistics
+from rewards.trained_cards import with_statistics
 from rewards.weights import check, find_file, read
 
 _PASSED_OVER = (
@@ -47,7 +47,7 @@ class BlipScore(nn.Module):
         self.cache = TextCache(self.blip.text_embedding)
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the scores (B,) float32 of B pictures for B prompts; gradients reach pixels alone."""
+        """Return the scores (B,) float32 of B images for B prompts; gradients reach pixels alone."""
         check_prompts(pixels, prompts)
         texts = self.cache(prompts, self.blip.text_proj.weight.device)
         return (self.blip.image_embedding(pixels) * texts).sum(dim=1).float()

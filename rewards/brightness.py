@@ -11,7 +11,7 @@ from rewards.pixels import check_prompts
 
 
 class Brightness:
-    """Scores a picture by the mean of its pixels over channels, rows and columns; ignores the prompt."""
+    """Scores an image by the mean of its pixels over channels, rows and columns; ignores the prompt."""
 
     def __init__(self, card: Card) -> None:
         self.card = card

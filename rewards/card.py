@@ -28,8 +28,8 @@ class Preprocess:
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     files: Literal["own mode", "rgb", "tensor"] = "own mode"
-    """What the authors resize when they read a file: the picture in its own mode, which becomes RGB last; the
-    picture in RGB; or the tensor made of it in RGB, without rounding to 8 bits."""
+    """What the authors resize when they read a file: the image in its own mode, which becomes RGB last; the
+    image in RGB; or the tensor made of it in RGB, without rounding to 8 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Clip:
     """The sizes of a CLIP's two towers, and what no checkpoint says: activation, epsilon, heads, tokeniser, the score."""
 
     embed: int
-    """Width of the common space of pictures and texts."""
+    """Width of the common space of images and texts."""
     vision_width: int
     vision_layers: int
     vision_heads: int
@@ -72,7 +72,7 @@ class Card:
     """One scorer: what it measures, in which units, under which licence, and where its weights are.
 
     `module` is the one that implements `load_scorer(card, weights, device, dtype)`. `mean` and `std` are
-    those of the scores over ordinary pictures and serve to bring scorers to common units (rewards.mix); they
+    those of the scores over ordinary images and serve to bring scorers to common units (rewards.mix); they
     never change a score. Weights are either published (`repo` on the hub or `source` elsewhere, `revision`, `file`,
     `num_bytes`, `sha256`) or embedded (`folder`, relative to the repository root), or the scorer has none.
     """
@@ -104,7 +104,7 @@ class Card:
 
 
 class Scorer(Protocol):
-    """What `rewards.load` returns: a frozen model in eval mode that scores every picture on its own."""
+    """What `rewards.load` returns: a frozen model in eval mode that scores every image on its own."""
 
     @property
     def card(self) -> Card:

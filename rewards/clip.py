@@ -1,19 +1,19 @@
 """CLIP's two towers as a scorer: HPS v1, v2 and v2.1, PickScore and CLIP score are one network with other weights.
 
 Papers: Radford et al. 2021 (CLIP), Wu et al. 2023 (HPS, HPS v2), Kirstain et al. 2023 (PickScore). A score is
-the cosine between picture and prompt, for PickScore times exp(logit_scale). The towers are those of
+the cosine between image and prompt, for PickScore times exp(logit_scale). The towers are those of
 transformers; what no checkpoint says (activation, epsilon, heads, tokeniser, resizing) is in the card. Files in
 the layout of OpenAI and open_clip and in that of transformers are read alike.
 
 With an MLP head a CLIP is the other backbone of Xu et al. 2023 (ImageReward), Table 2b: "We add MLP to CLIP, training in
 a similar way". What the head reads, the paper does not say. The head is linear: of both vectors side by side it would make a
-number for the picture plus one for the prompt, and could not tell which picture a prompt belongs to. Therefore it reads the
+number for the image plus one for the prompt, and could not tell which image a prompt belongs to. Therefore it reads the
 element-wise product of the two unit vectors, of which the cosine is the plain sum, times E, which makes the cosine the mean.
 Without the factor, coordinates are of order 1 / E, not 1 as in the [CLS] of ImageReward, and the published first weights let
 nothing through: on random vectors of E = 768 the last layer's gradients are 2e-11, where Adam's epsilon is 1e-8, and 2000
 updates of the head at 1e-5 order no more pairs than chance; with the factor, 83 %.
 
-`load_scorer` freezes the weights, and then the vector of a prompt is worked out once. Training (rewards.trainable) opens them
+`load_scorer` freezes the weights, and then the vector of a prompt is worked out once. Training (rewards.training) opens them
 again and computes its losses on `raw`, as all of these were trained.
 
 Shapes: B batch, L = clip.context tokens, E = clip.embed, S = preprocess.size.
@@ -31,13 +31,13 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
 from rewards.card import Card, Clip, Preprocess
-from rewards.clip_names import to_authors, to_transformers
+from rewards.clip_state_dict import to_authors, to_transformers
 from rewards.clip_tokenizer import ClipTokenizer, find_vocab
 from rewards.head import DROPOUT, apply_head, draw_head, new_head, set_dropout
 from rewards.pixels import at_least_float32, check_prompts, prepare
 from rewards.text_cache import TextCache
 from rewards.towers import Tower
-from rewards.trained import to_json, with_statistics
+from rewards.trained_cards import to_json, with_statistics
 from rewards.weights import FOLDER_FILE, check, find_file, read, write_folder
 
 HEAD = "mlp.layers."
@@ -65,7 +65,7 @@ class ClipVision(nn.Module):
         self.visual_projection = nn.Linear(clip.vision_width, clip.embed, bias=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return the pictures' unit vectors (B, E) float32."""
+        """Return the images' unit vectors (B, E) float32."""
         pooled = self.vision_model(prepare(pixels, self.preprocess)).pooler_output
         return F.normalize(at_least_float32(self.visual_projection(pooled)), dim=1)
 
@@ -100,7 +100,7 @@ class ClipText(nn.Module):
 
 
 class ClipScorer(nn.Module):
-    """The scorer: the cosine between picture and prompt, (B,) float32, or what the card says instead.
+    """The scorer: the cosine between image and prompt, (B,) float32, or what the card says instead.
 
     That is exp(logit_scale) times the cosine, or the output of an MLP head, which no mean and deviation change: the card has them.
     """
@@ -130,12 +130,12 @@ class ClipScorer(nn.Module):
         return model
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the scores (B,) float32 of B pictures for B prompts; gradients reach pixels, and weights that are trained."""
+        """Return the scores (B,) float32 of B images for B prompts; gradients reach pixels, and weights that are trained."""
         check_prompts(pixels, prompts)
         return self.of_vectors(self.vision(pixels), prompts)
 
     def of_vectors(self, vectors: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the scores (B,) float32 of B pictures of which the image tower made these vectors (B, E)."""
+        """Return the scores (B,) float32 of B images of which the image tower made these vectors (B, E)."""
         # Of a tower that is trained, what is kept of a prompt would grow old.
         training = self.text.text_projection.weight.requires_grad
         texts = self.texts(prompts) if training else self.cache(prompts, self.logit_scale.device)
@@ -150,7 +150,7 @@ class ClipScorer(nn.Module):
         return self.compare(self.vision(pixels), self.texts(prompts))
 
     def compare(self, images: Tensor, texts: Tensor) -> Tensor:
-        """Return the raw scores (B,) float32 of the unit vectors (B, E) of pictures and of prompts."""
+        """Return the raw scores (B,) float32 of the unit vectors (B, E) of images and of prompts."""
         products = images * texts
         if self.mlp is None:
             return self.logit_scale.exp() * products.sum(dim=1)
@@ -191,7 +191,7 @@ class ClipScorer(nn.Module):
         )
 
     def set_statistics(self, mean: float, std: float) -> None:
-        """Set the mean and deviation of raw scores over held-out pictures; the card has them in the units of calls."""
+        """Set the mean and deviation of raw scores over held-out images; the card has them in the units of calls."""
         factor = 1.0 if self.scaled else math.exp(-self.logit_scale.item())
         self.card = with_statistics(self.card, mean * factor, std * factor)
 

@@ -62,7 +62,7 @@ def set_dropout(head: nn.Sequential, probability: float) -> None:
 def apply_head(head: nn.Sequential, vectors: Tensor) -> Tensor:
     """Return the head's output (B,), float32 or wider, of vectors (B, D).
 
-    Never in half precision, also under autocast: bfloat16 has 8 bits, so that the scores of like pictures would tie.
+    Never in half precision, also under autocast: bfloat16 has 8 bits, so that the scores of like images would tie.
     """
     with torch.autocast(vectors.device.type, enabled=False):
         return head(at_least_float32(vectors)).squeeze(1)

@@ -1,4 +1,4 @@
-"""ImageReward: BLIP's towers, the caption reading the picture by cross-attention, and a linear head.
+"""ImageReward: BLIP's towers, the caption reading the image by cross-attention, and a linear head.
 
 Paper: Xu et al., "ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation"
 (2023), section 3. The towers are those of transformers, whose BLIP knows only plain (eager) attention, as the
@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from rewards.blip_names import to_authors, to_transformers
+from rewards.blip_state_dict import to_authors, to_transformers
 from rewards.card import CLIP_MEAN, CLIP_STD, Card, Preprocess
 from rewards.head import DROPOUT, WIDTHS, apply_head, draw_head, initialise, new_head, set_dropout
 from rewards.pixels import at_least_float32, check_prompts, prepare
 from rewards.towers import Tower
-from rewards.trained import CARD_FILE, card_of, facts_to_json, imagereward_card
+from rewards.trained_cards import CARD_FILE, card_of, facts_to_json, imagereward_card
 from rewards.weights import FOLDER_FILE, LOOSE, cached, check, find, loose, read, verify, write_folder
 
 VOCAB_REPO = "google-bert/bert-base-uncased"
@@ -212,7 +212,7 @@ class ImageReward(nn.Module):
         return self.vision_model(prepare(pixels, self.config.preprocess)).last_hidden_state
 
     def features(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return what the caption's first token, [CLS], knows after reading the picture, (B, D) float32."""
+        """Return what the caption's first token, [CLS], knows after reading the image, (B, D) float32."""
         check_prompts(pixels, prompts)
         return self.read(prompts, self.image_tokens(pixels), pixels.device)
 
@@ -221,15 +221,15 @@ class ImageReward(nn.Module):
         return apply_head(self.mlp, self.features(pixels, prompts))
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the scores (B,) float32 of B pictures for B prompts, in the paper's units."""
+        """Return the scores (B,) float32 of B images for B prompts, in the paper's units."""
         return (self.raw(pixels, prompts).float() - self.config.mean) / self.config.std
 
     def image_embedding(self, pixels: Tensor) -> Tensor:
-        """Return unit vectors (B, P) of the pictures, for contrastive pre-training (BLIP)."""
+        """Return unit vectors (B, P) of the images, for contrastive pre-training (BLIP)."""
         return F.normalize(self.vision_proj(at_least_float32(self.image_tokens(pixels)[:, 0])), dim=1)
 
     def text_embedding(self, prompts: Sequence[str]) -> Tensor:
-        """Return unit vectors (B, P) of captions read without a picture: the cross-attention is skipped (BLIP)."""
+        """Return unit vectors (B, P) of captions read without an image: the cross-attention is skipped (BLIP)."""
         hidden = self.read(prompts, None, self.text_proj.weight.device)
         return F.normalize(self.text_proj(hidden), dim=1)
 

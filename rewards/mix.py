@@ -12,12 +12,12 @@ from torch import Tensor
 
 from rewards import CARDS, find_card
 from rewards.card import Card, Scorer
-from rewards.together import score_all, share_towers
+from rewards.shared_towers import score_all, share_towers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixed:
-    """What a mix of n scorers says about B pictures."""
+    """What a mix of n scorers says about B images."""
 
     scores: Tensor
     """(B, n) float32, each column in its scorer's own units."""
@@ -27,7 +27,7 @@ class Mixed:
 
 class Mix:
     """The weighted sum of scorers. `raw` adds scores as they are, the others add (score - mean) / std: `card` those of
-    the card, `sample` those of a file that data_build/score.py wrote about pictures like these (summary.json).
+    the card, `sample` those of a file that data_build/score.py wrote about images like these (summary.json).
 
     Columns stand in the order of scorers, and `names` says whose they are. Scorers with equal image towers come to
     share one.
@@ -63,7 +63,7 @@ class Mix:
             row, column = (int(index) for index in (~finite).nonzero()[0])
             raise FloatingPointError(
                 f"{self.names[column]} gave {scores[row, column].item()} for {prompts[row]!r};"
-                " look at the picture for values that are not numbers, and at the scorer's precision"
+                " look at the image for values that are not numbers, and at the scorer's precision"
             )
         rewards = torch.zeros_like(columns[0])
         for weight, (mean, std), column_scores in zip(self.weights, self.units, columns, strict=True):

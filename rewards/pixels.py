@@ -1,4 +1,4 @@
-"""Pixels in, tower input out: a differentiable path for tensors, and the published steps for PIL pictures.
+"""Pixels in, tower input out: a differentiable path for tensors, and the published steps for PIL images.
 
 Shapes: B batch, H W pixels of any size, S = preprocess.size. Pixels are float, (B, 3, H, W), in [0, 1].
 """
@@ -17,14 +17,14 @@ from rewards.card import Preprocess
 def prepare(pixels: Tensor, preprocess: Preprocess) -> Tensor:
     """Return the normalised input (B, 3, S, S) of a tower, at least float32; gradients flow back to pixels.
 
-    Bicubic overshoot is kept, not clamped: a clamp would zero the gradient exactly where a picture is pure
-    white or black. ValueError when pixels are not a float batch of RGB pictures, or end up in another size
+    Bicubic overshoot is kept, not clamped: a clamp would zero the gradient exactly where an image is pure
+    white or black. ValueError when pixels are not a float batch of RGB images, or end up in another size
     than S x S.
     """
     if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
         raise ValueError(
             f"pixels must be a float tensor (B, 3, H, W) in [0, 1], got {pixels.dtype} {tuple(pixels.shape)};"
-            " rewards.pixels.from_pil makes one from a picture"
+            " rewards.pixels.from_pil makes one from an image"
         )
     fitted = _fit(_resize(at_least_float32(pixels), preprocess), preprocess)
     mean, std = (fitted.new_tensor(values).view(1, 3, 1, 1) for values in (preprocess.mean, preprocess.std))
@@ -32,9 +32,9 @@ def prepare(pixels: Tensor, preprocess: Preprocess) -> Tensor:
 
 
 def check_prompts(pixels: Tensor, prompts: Sequence[str]) -> None:
-    """Raise ValueError unless there are as many prompts as pictures."""
+    """Raise ValueError unless there are as many prompts as images."""
     if len(prompts) != len(pixels):
-        raise ValueError(f"{len(pixels)} pictures need as many prompts, got {len(prompts)}")
+        raise ValueError(f"{len(pixels)} images need as many prompts, got {len(prompts)}")
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -43,12 +43,12 @@ def at_least_float32(values: Tensor) -> Tensor:
 
 
 def from_pil(image: Image.Image, preprocess: Preprocess | None = None) -> Tensor:
-    """Return a picture as pixels (3, H, W) in [0, 1]; with preprocess resized and cut by PIL to (3, S, S).
+    """Return an image as pixels (3, H, W) in [0, 1]; with preprocess resized and cut by PIL to (3, S, S).
 
     The published scorers resize and crop in the file's own mode and convert to RGB last, which matters for
-    transparent and palette pictures, and PIL rounds to 8 bits in between: with preprocess the result equals
+    transparent and palette images, and PIL rounds to 8 bits in between: with preprocess the result equals
     theirs, and `prepare` then only normalises it. Two of them differ: see `Preprocess.files`. A rotation in the
-    EXIF data is not applied, as by none of them. A 16-bit grey picture is read by its upper eight bits, where PIL,
+    EXIF data is not applied, as by none of them. A 16-bit grey image is read by its upper eight bits, where PIL,
     and they with it, takes nearly all of it for white.
     """
     if image.mode.startswith("I;16"):
@@ -110,7 +110,7 @@ def _fit(pixels: Tensor, preprocess: Preprocess) -> Tensor:
         pixels = F.pad(pixels, (left, size - width - left, top, size - height - top))
     if pixels.shape[2:] != (size, size):
         raise ValueError(
-            f"pictures of {height} x {width} pixels do not become {size} x {size} with crop={preprocess.crop!r};"
+            f"images of {height} x {width} pixels do not become {size} x {size} with crop={preprocess.crop!r};"
             " resize them first"
         )
     return pixels

@@ -1,13 +1,13 @@
 """The shapes world: palette, caption grammar, and a judge that reads pixels and caption alone.
 
-A picture of the world is SIZE x SIZE pixels: one to three flat shapes on a plain background. The judge is the *gold* score
+An image of the world is SIZE x SIZE pixels: one to three flat shapes on a plain background. The judge is the *gold* score
 of everything that runs offline: drivers optimise a learned scorer (the proxy) and never see the judge, so a proxy that
 rises while gold falls is reward hacking, measured.
 
-How the judge works, per picture: pixels are assigned to the nearest palette colour; the commonest background colour is
+How the judge works, per image: pixels are assigned to the nearest palette colour; the commonest background colour is
 the background; what remains is split into components, and each is compared (soft intersection over union) with the four
 ideal shapes of its own area and centre. *Alignment* asks whether the detected objects are those of the caption; *fidelity*
-asks how well an ideal drawing of the detected objects explains the pixels, whatever the caption says.
+asks how well an ideal rendering of the detected objects explains the pixels, whatever the caption says.
 
 Shapes: B batch, H = W = SIZE pixels. A shape's `radius` is that of the circle of equal area, so area = pi radius^2 for all.
 """
@@ -333,7 +333,7 @@ def _alignment(scene: Scene, ground: int, share: float, blobs: list[_Blob]) -> f
 
 
 def judge(pixels: Tensor, captions: Sequence[str]) -> Judgement:
-    """Judge pictures against captions of the shapes world.
+    """Judge images against captions of the shapes world.
 
     pixels: (B, 3, SIZE, SIZE) in [0, 1]; captions: B of them. Returns alignment and fidelity, (B,) each in [0, 1].
     ValueError for another size, a caption outside the grammar, or counts that differ.
@@ -341,7 +341,7 @@ def judge(pixels: Tensor, captions: Sequence[str]) -> Judgement:
     if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, SIZE, SIZE):
         raise ValueError(f"the judge reads (B, 3, {SIZE}, {SIZE}) pixels, got {tuple(pixels.shape)}")
     if len(captions) != len(pixels):
-        raise ValueError(f"{len(pixels)} pictures but {len(captions)} captions")
+        raise ValueError(f"{len(pixels)} images but {len(captions)} captions")
     scenes = [parse_caption(caption) for caption in captions]
     images = pixels.detach().float().clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy()
     alignment, fidelity = [], []

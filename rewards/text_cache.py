@@ -1,4 +1,4 @@
-"""What a frozen text tower says about a prompt is worked out once: drivers score many pictures of the same prompts."""
+"""What a frozen text tower says about a prompt is worked out once: drivers score many images of the same prompts."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence

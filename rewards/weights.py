@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rewards.atomic_folder import replace_folder
 from rewards.card import Card
-from rewards.swap import replace_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 """The repository root, to which the folders of embedded weights are relative."""

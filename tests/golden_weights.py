@@ -130,7 +130,7 @@ def write_aesthetic(folder: Path) -> Path:
 
 
 def unit_vectors(count: int, width: int, seed: int) -> torch.Tensor:
-    """Vectors (count, width) of length 1, in place of pictures' embeddings."""
+    """Vectors (count, width) of length 1, in place of images' embeddings."""
     digest = hashlib.sha256(f"{seed}:unit_vectors".encode()).digest()
     generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
     rows = generator.standard_normal((count, width))

@@ -23,52 +23,52 @@ import torch
 from PIL import Image
 
 import tiny
-from finetune.checkpoint import read
 from preftune.cli import parse
 from preftune.records import write_jsonl
+from preftune.training.checkpoint import read
 from rewards.imagereward import ImageReward, ImageRewardConfig
 from rewards.shapes import COLOURS, SHAPES
-from rewards.shapes_drawing import draw, place, random_scene, to_bytes
+from rewards.shapes_rendering import place, random_scene, render, to_bytes
 
 GOLDEN = Path(__file__).parent / "golden" / "trajectories.json"
 UPDATES = 3
 
 # Adam divides a gradient by its own size, so that rounding decides the sign of the smallest; a large epsilon makes updates
 # a smooth function of the gradient, which is what lets the numbers be compared between processors.
-_RUN = "--updates 3 --batch 2 --accumulation 2 --lr 1e-2 --adam-eps 1e-2 --threads 1 --save-every 1 --keep 0"
-_DRAW = "--draw.num-steps 2 --draw.scheduler ddim --draw.height 32 --draw.width 32"
+_RUN = "--max-train-steps 3 --train-batch-size 2 --gradient-accumulation-steps 2 --learning-rate 1e-2 --adam-epsilon 1e-2 --threads 1 --checkpointing-steps 1 --checkpoints-total-limit 0"
+_DRAW = "--sample.num-inference-steps 2 --sample.solver ddim --sample.resolution 32"
 
 _FLAGS = {
-    "autoencoder": "--data {root}/pictures --size 32 --widths 8 8 16 16 --kl-weight 0.1",
-    "pretrain": f"--model {{root}}/pipeline --data {{root}}/pictures --size 32 --train-text-encoder --lora.rank 0 {_DRAW}",
-    "pretrain_scorer": "--data {root}/pictures --vocab {root}/vocab.txt --sizes.image 32 --sizes.patch 16 --sizes.width 32"
+    "autoencoder": "--data {root}/images --resolution 32 --widths 8 8 16 16 --kl-weight 0.1",
+    "pretrain": f"--model {{root}}/pipeline --data {{root}}/images --resolution 32 --train-text-encoder --lora.rank 0 {_DRAW}",
+    "pretrain_scorer": "--data {root}/images --vocab {root}/vocab.txt --sizes.image 32 --sizes.patch 16 --sizes.width 32"
     " --sizes.vision-layers 1 --sizes.text-layers 1 --sizes.head 16 8 8 4",
-    "raft": f"--model {{root}}/pipeline --prompts {{root}}/prompts.txt --rewards brightness=1 --size 32 --iterations 1"
-    f" --prompts-per-iteration 4 --pictures-per-prompt 2 {_DRAW}",
-    "refl": "--model {root}/pipeline --prompts {root}/prompts.txt --rewards brightness=1 --data {root}/pictures --size 32"
-    f" --num-steps 4 --window 1 2 --guidance 2 --reward-scale 1 --pretraining alternate {_DRAW}",
-    "reward_model": "--model {root}/scorer --data {root}/rankings --frozen-share 0 --valid-share 0.25",
-    "reward_weighted": "--model {root}/pipeline --data {root}/pictures --score liking --pretraining-data {root}/pictures"
-    f" --size 32 {_DRAW}",
-    "weird_lora": "--model {root}/pipeline --data {root}/pictures --regularisation {root}/pictures --regularisation-share 0.3"
-    f" --size 32 --lora.rank 4 {_DRAW}",
+    "raft": f"--model {{root}}/pipeline --prompts {{root}}/prompts.txt --rewards brightness=1 --resolution 32 --iterations 1"
+    f" --prompts-per-iteration 4 --images-per-prompt 2 {_DRAW}",
+    "refl": "--model {root}/pipeline --prompts {root}/prompts.txt --rewards brightness=1 --data {root}/images --resolution 32"
+    f" --num-inference-steps 4 --window 1 2 --guidance-scale 2 --reward-scale 1 --pretraining alternate {_DRAW}",
+    "reward_model": "--model {root}/scorer --data {root}/rankings --frozen-share 0 --validation-share 0.25",
+    "reward_weighted": "--model {root}/pipeline --data {root}/images --score liking --pretraining-data {root}/images"
+    f" --resolution 32 {_DRAW}",
+    "weird_lora": "--model {root}/pipeline --data {root}/images --regularisation {root}/images --regularisation-share 0.3"
+    f" --resolution 32 --lora.rank 4 {_DRAW}",
 }
 
 
 def arguments(driver: str, root: Path, output: Path) -> list[str]:
     """The command line of a driver that trains it on the inputs in root; KeyError for a driver without one."""
-    return [*_FLAGS[driver].format(root=root).split(), *_RUN.split(), "--output", str(output)]
+    return [*_FLAGS[driver].format(root=root).split(), *_RUN.split(), "--output-dir", str(output)]
 
 
 def write_inputs(root: Path) -> None:
-    """Write what the command lines name: pipeline, pictures with captions, prompts, vocabulary, scorer and rankings."""
+    """Write what the command lines name: pipeline, images with captions, prompts, vocabulary, scorer and rankings."""
     rng = np.random.default_rng(0)
     scenes = [random_scene(rng) for _ in range(12)]
-    for folder in ("pictures", "rankings"):
+    for folder in ("images", "rankings"):
         (root / folder).mkdir()
     for index, scene in enumerate(scenes):
-        image = to_bytes(draw(place(scene, rng), scene.background, rng, {}))
-        for folder in ("pictures", "rankings"):
+        image = to_bytes(render(place(scene, rng), scene.background, rng, {}))
+        for folder in ("images", "rankings"):
             Image.fromarray(image).save(root / folder / f"{index:02d}.png")
     captions = [scene.caption() for scene in scenes]
     rows = (
@@ -80,7 +80,7 @@ def write_inputs(root: Path) -> None:
         }
         for index, text in enumerate(captions)
     )
-    write_jsonl(root / "pictures" / "metadata.jsonl", rows)
+    write_jsonl(root / "images" / "metadata.jsonl", rows)
     rankings = (
         {
             "prompt": captions[3 * k],

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from eval import agreement, between_scorers
+from eval import agreement, correlation
 from eval.agreement import ACCURACY, ANNOTATORS, AS_IS, CHANGES, JUDGE, MEAN, ONE, OTHERS, Compared, Judged
 from eval.win_rates import bootstrap, ratios
 
@@ -24,7 +24,7 @@ def test_a_metric_that_disagrees() -> None:
     """Three prompts on which the published accuracies all differ.
 
     first:  places 1 2 3, scores 3 2 1. 3 of 3 pairs right; no inversion.
-    second: places 1 2, scores tied. 0 of 1 right; in the order of the pictures no inversion either.
+    second: places 1 2, scores tied. 0 of 1 right; in the order of the images no inversion either.
     third:  places 1 1 2, scores 1 3 2. Of the 2 untied pairs 1 is right; of all 3 pairs 1 is inverted.
     """
     compared = [
@@ -79,7 +79,7 @@ def test_against_the_plain_definitions(n: int) -> None:
 
 
 def test_recall_filter_and_buckets_by_hand() -> None:
-    """The rater puts the best of four pictures second and the worst third; ties share."""
+    """The rater puts the best of four images second and the worst third; ties share."""
     scores, ranks = rows([3, 4, 2, 1]), rows([1, 2, 4, 3])
     assert agreement.buckets(scores, ranks).tolist() == [0, 1, 0, 0]
     assert agreement.buckets(scores, ranks, worst=True).tolist() == [0, 0, 1, 0]
@@ -87,7 +87,7 @@ def test_recall_filter_and_buckets_by_hand() -> None:
     assert agreement.recall(scores, ranks, 2) == (1, 1)
     assert agreement.filtering(scores, ranks, 1) == (0, 1)
     assert agreement.filtering(scores, ranks, 2) == (1, 1)
-    assert agreement.recall(scores, ranks, 4) == (0, 0), "of four pictures all four say nothing"
+    assert agreement.recall(scores, ranks, 4) == (0, 0), "of four images all four say nothing"
     assert agreement.filtering(scores, ranks, 4) == (0, 0)
     assert agreement.filtering(scores, ranks, 3) == (1, 1)
     tied = rows([2, 2, 2, 1])
@@ -121,7 +121,7 @@ def test_the_commonest_buckets() -> None:
 
 @pytest.fixture
 def judged() -> list[Judged]:
-    """Two sets: three pictures that three annotators ranked, and two pictures with one annotator."""
+    """Two sets: three images that three annotators ranked, and two images with one annotator."""
     return [
         Judged(prompt=0, rows=np.array([0, 1, 2]), ranks=rows([1, 2, 3], [1, 3, 2], [2, 1, 3])),
         Judged(prompt=1, rows=np.array([3, 4]), ranks=rows([2, 1])),
@@ -173,7 +173,7 @@ def test_what_one_annotator_reaches(judged: list[Judged]) -> None:
 def test_a_scorer_that_answers_as_a_fresh_annotator_reaches_what_one_annotator_does() -> None:
     """From sets of 2 and of 5 annotators, prompts with 2 being easier: by the same weights, or the numbers part.
 
-    1000 sets of each kind and four pictures; the deviation of a share of 12,000 dependent pairs is below 0.01.
+    1000 sets of each kind and four images; the deviation of a share of 12,000 dependent pairs is below 0.01.
     """
     rng = np.random.default_rng(0)
     judged, fresh, gold = [], [], []
@@ -204,7 +204,7 @@ def test_a_scorer_that_answers_as_a_fresh_annotator_reaches_what_one_annotator_d
 
 
 def test_the_table(judged: list[Judged]) -> None:
-    """A perfect scorer, the judge, and a view that turns one of the four choices between two pictures."""
+    """A perfect scorer, the judge, and a view that turns one of the four choices between two images."""
     scores = {
         "x": rows([3, 2, 1, 0, 1], [2, 3, 1, 0, 1]),
         "shapes": rows([0.9, 0.5, 0.1, 0.2, 0.6], [np.nan] * 5),
@@ -229,7 +229,7 @@ def test_the_table(judged: list[Judged]) -> None:
 
 
 def test_robustness_by_every_published_accuracy_and_reference(judged: list[Judged]) -> None:
-    """The view swaps pictures 0 and 1: a and b lose a pair, c gains one.
+    """The view swaps images 0 and 1: a and b lose a pair, c gains one.
 
     Annotators, pooled: 3 2 2 and 1 of 10 pairs become 2 1 3 and 1. Per ranking and inversions: the same, over 4 rankings.
     Mean 4/3 2 8/3: 3 of 3 pairs become 2. Mean of the others: 3 2 2 of 7 untied pairs become 2 2 1. The judge says
@@ -281,21 +281,21 @@ def test_interpolation_by_hand() -> None:
     """Scorers of equal deviation, one always right and one always wrong: they cancel in the middle, and a tie is wrong."""
     judged = [Judged(prompt=0, rows=np.array([0, 1]), ranks=rows([1, 2]))]
     good, bad, flat = np.array([20.0, 10.0]), np.array([1.0, 2.0]), np.array([4.0, 4.0])
-    weights, values = between_scorers.interpolation(good, bad, judged, [judged[0].ranks], steps=5)
+    weights, values = correlation.interpolation(good, bad, judged, [judged[0].ranks], steps=5)
     assert weights.tolist() == [0, 0.25, 0.5, 0.75, 1]
     assert values.tolist() == [1, 1, 0, 0, 0]
-    _, values = between_scorers.interpolation(good, flat, judged, [judged[0].ranks], steps=3)
+    _, values = correlation.interpolation(good, flat, judged, [judged[0].ranks], steps=3)
     assert values.tolist() == [1, 1, 0], "a scorer that gives all the same only adds a constant"
 
 
-def test_correlation_over_pictures_and_within_prompts() -> None:
-    """Two scorers that agree on prompts and disagree on the pictures of each."""
+def test_correlation_over_images_and_within_prompts() -> None:
+    """Two scorers that agree on prompts and disagree on the images of each."""
     columns = rows([10, 12, 20, 22], [12, 10, 22, 20], [7, 7, 7, 7])
     prompts = np.array([0, 0, 1, 1])
-    over = between_scorers.correlation(columns)
+    over = correlation.correlation(columns)
     assert over[0, 1] == pytest.approx((25 - 1) / (25 + 1)), "deviations -6 -4 4 6 and -4 -6 6 4: 96 / 104"
     assert math.isnan(over[0, 2])
-    within = between_scorers.correlation(between_scorers.centred(columns, prompts))
+    within = correlation.correlation(correlation.centred(columns, prompts))
     assert within[0, 1] == pytest.approx(-1)
 
 

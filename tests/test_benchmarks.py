@@ -69,8 +69,8 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> refl_step.Trial:
         train="lora",
         checkpointing="off",
         compile="off",
-        batch=1,
-        num_steps=3,
+        train_batch_size=1,
+        num_inference_steps=3,
         late=1,
         repeats=3,
         threads=1,
@@ -128,17 +128,17 @@ def _shape(size: tuple[object, ...]) -> tuple[int, ...]:
 
 def test_trials_change_one_thing_at_a_time() -> None:
     parts = Path("pipeline"), "imagereward-tiny", Path("scorer")
-    found = refl_step.trials(refl_step.Config(batch=(1, 2)), "tiny", *parts)
+    found = refl_step.trials(refl_step.Config(train_batch_size=(1, 2)), "tiny", *parts)
     for batch in (1, 2):
-        mine = [t for t in found if t.batch == batch and t.loop == "ours"]
+        mine = [t for t in found if t.train_batch_size == batch and t.loop == "ours"]
         base = mine[0]
         names = ("precision", "train", "checkpointing", "compile")
         changes = [[n for n in names if getattr(t, n) != getattr(base, n)] for t in mine]
         assert changes == [[], ["precision"], ["train"], ["checkpointing"], ["compile"]]
-        plain = [t for t in found if t.batch == batch and t.loop == "plain"]
+        plain = [t for t in found if t.train_batch_size == batch and t.loop == "plain"]
         assert [t.train for t in plain] == ["lora", "full"]
         assert {(t.precision, t.checkpointing, t.compile) for t in plain} == {("no", "on", "off")}
-    crossed = refl_step.trials(refl_step.Config(batch=(1,), cross=True), "sd1", *parts)
+    crossed = refl_step.trials(refl_step.Config(train_batch_size=(1,), cross=True), "sd1", *parts)
     assert len([t for t in crossed if t.loop == "ours"]) == 3 * 2 * 2 * 2
     assert {t.precision for t in crossed if t.loop == "plain"} == {"fp16"}
 
@@ -150,10 +150,8 @@ def test_table_and_json(
     (tmp_path / "imagereward").symlink_to(trial.scorer_files)
     monkeypatch.setattr(refl_step, "TINY", tmp_path)
     monkeypatch.setattr(refl_step, "fresh", lambda function, *arguments: function(*arguments))
-    flags = (
-        "--models tiny --precision bf16 --train lora --checkpointing on --compile off --batch 1 --repeats 1"
-    )
-    flags += f" --threads 1 --num-steps 2 --late 1 --output {tmp_path / 'new' / 'rows.json'}"
+    flags = "--models tiny --precision bf16 --train lora --checkpointing on --compile off --train-batch-size 1 --repeats 1"
+    flags += f" --threads 1 --num-inference-steps 2 --late 1 --output {tmp_path / 'new' / 'rows.json'}"
     assert refl_step.main(cli.parse(refl_step.Config, flags.split())) == 0
     first, header, *lines = capsys.readouterr().out.splitlines()
     assert f"torch {torch.__version__}" in first
@@ -224,8 +222,12 @@ def test_full_size_command_is_one_the_driver_takes(tmp_path: Path) -> None:
     argv = full_size.command(config)
     driver = next(i for i, word in enumerate(argv) if word.endswith("finetune/refl.py"))
     parsed = cli.parse(refl.Config, argv[driver + 1 :])
-    assert (parsed.num_steps, parsed.window, parsed.size) == (40, (30, 39), 512)
-    assert (parsed.run.updates, parsed.run.batch, parsed.run.accumulation) == (2, 1, 1)
+    assert (parsed.num_inference_steps, parsed.window, parsed.resolution) == (40, (30, 39), 512)
+    assert (
+        parsed.run.max_train_steps,
+        parsed.run.train_batch_size,
+        parsed.run.gradient_accumulation_steps,
+    ) == (2, 1, 1)
     assert parsed.lora.rank > 0
     assert parsed.gradient_checkpointing
     assert parsed.vae_checkpointing
@@ -279,7 +281,7 @@ def scoring(scratch: Path, **changes: object) -> score.Trial:
         "scorer": "imagereward-tiny",
         "weights": None,
         "precision": "fp32",
-        "batch": 2,
+        "batch_size": 2,
         "images": 3,
         "reload_images": 2,
         "repeats": 1,
@@ -290,10 +292,8 @@ def scoring(scratch: Path, **changes: object) -> score.Trial:
     return score.Trial(**{**settings, **changes})  # type: ignore[arg-type]
 
 
-def test_files_raw_and_reload_score_the_same_pictures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is timed is the same work three times: the scorer is called for each picture and gives the same scores."""
+def test_files_raw_and_reload_score_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed is the same work three times: the scorer is called for each image and gives the same scores."""
     bench = score.Bench(scoring(tmp_path), tmp_path)
     called: list[float] = []
     scorer, load = bench.scorer, bench.load
@@ -321,7 +321,7 @@ def test_files_raw_and_reload_score_the_same_pictures(
 
 
 def test_scoring_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = "--images 3 --batch 2 --reload-images 1 --repeats 1 --workers 0 --threads 1".split()  # noqa: SIM905
+    flags = "--images 3 --batch-size 2 --reload-images 1 --repeats 1 --workers 0 --threads 1".split()  # noqa: SIM905
     assert score.main(cli.parse(score.Config, [*flags, "--output", str(tmp_path / "a.json")])) == 0
     (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert row["files_to_raw"] == pytest.approx(row["files_images_per_s"] / row["raw_images_per_s"])
@@ -341,7 +341,7 @@ def test_scoring_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[st
             "--scorers hpsv2 needs --clip-vocab; nothing is no file",
         ),
         (["--images", "0"], "--images must be at least 1, got 0"),
-        (["--batch", "0"], "--batch must be at least 1, got (0,)"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got (0,)"),
     ],
 )
 def test_wrong_flags_of_score(
@@ -370,10 +370,10 @@ def building(**changes: object) -> build.Trial:
         "scorer": "imagereward-tiny",
         "weights": None,
         "parts": 2,
-        "pictures": 6,
+        "images": 6,
         "side": 64,
         "repeats": 1,
-        "batch": 4,
+        "batch_size": 4,
         "workers": 0,
         "threads": 1,
         "precision": "fp32",
@@ -383,7 +383,7 @@ def building(**changes: object) -> build.Trial:
 
 
 def test_decode_forward_and_build_do_the_builder_s_work(tmp_path: Path) -> None:
-    """All pictures are prepared, all prompts scored, and the data set is the one that the program writes."""
+    """All images are prepared, all prompts scored, and the data set is the one that the program writes."""
     bench = build.Bench(building(), tmp_path)
     scorer, called, prepared = bench.scorers[0], list[str](), list[str]()
 
@@ -418,7 +418,7 @@ def test_building_table_and_json(
 ) -> None:
     monkeypatch.setattr(build, "fresh", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    flags = "--pictures 4 --side 64 --parts 1 2 --repeats 1 --workers 0 --threads 1".split()  # noqa: SIM905
+    flags = "--images 4 --side 64 --parts 1 2 --repeats 1 --workers 0 --threads 1".split()  # noqa: SIM905
     assert build.main(cli.parse(build.Config, [*flags, "--output", str(tmp_path / "a.json")])) == 0
     written = json.loads((tmp_path / "a.json").read_text())
     (row,) = written["rows"]
@@ -444,7 +444,7 @@ def test_memory_that_grows_is_a_failure(
     assert "100 MiB at 10 parts, 111 MiB at 21 parts; they differ by 11.0%" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["pictures", "parts", "repeats", "batch"])
+@pytest.mark.parametrize("name", ["images", "parts", "repeats", "batch-size"])
 def test_wrong_flags_of_build(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.parse(build.Config, [f"--{name}", "0"])
@@ -462,10 +462,16 @@ def test_the_recipe_is_that_of_the_configuration(tmp_path: Path) -> None:
     timed = cli.parse(reward_model.Config, training.command(row, tmp_path, tmp_path / "run"))
     yaml = models.ROOT / "finetune/configs/reward_model/stable_preference_clip_l.yaml"
     published = cli.parse(reward_model.Config, ["--config", str(yaml)])
-    assert replace(timed.stable, first_stage_updates=3000) == published.stable
-    for name in ("model", "objective", "last_layers", "frozen_share", "shift", "gradient_checkpointing"):
+    assert replace(timed.stable, first_stage_steps=3000) == published.stable
+    for name in ("model", "objective", "last_layers", "frozen_share", "jitter", "gradient_checkpointing"):
         assert getattr(timed, name) == getattr(published, name), name
-    for name in ("batch", "accumulation", "lr", "weight_decay", "adam_betas"):
+    for name in (
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "adam_weight_decay",
+        "adam_betas",
+    ):
         assert getattr(timed.run, name) == getattr(published.run, name), name
 
 
@@ -484,12 +490,12 @@ def test_training_table_and_json(
         "--output",
         str(tmp_path / "a.json"),
     ]
-    flags += "--views 0 1 --last-layers 1 1 --batch 2 --accumulation 2 --updates 2 --threads 1".split()  # noqa: SIM905
+    flags += "--views 0 1 --last-layers 1 1 --train-batch-size 2 --gradient-accumulation-steps 2 --max-train-steps 2 --threads 1".split()  # noqa: SIM905
     assert training.main(cli.parse(training.Config, flags)) == 0
     plain, viewed = json.loads((tmp_path / "a.json").read_text())["rows"]
     for row, views in ((plain, 0), (viewed, 1)):
         assert row["s_per_update"] == row["times"][1]
-        assert row["pictures_per_s"] == pytest.approx(2 * 4 * (1 + views) / row["s_per_update"])
+        assert row["images_per_s"] == pytest.approx(2 * 4 * (1 + views) / row["s_per_update"])
         assert row["ratio"] == pytest.approx(row["s_per_update"] / plain["s_per_update"])
     assert viewed["losses"][0] > plain["losses"][0], "the anti-interference loss is added"
     assert "clipscore      1  on             no        4 " in capsys.readouterr().out
@@ -502,7 +508,7 @@ def test_training_table_and_json(
         (["--scorers", "imagereward"], "--scorers imagereward cannot be measured here; one of hpsv1"),
         (["--scorers", "aesthetic"], "--scorers aesthetic cannot be measured here; one of hpsv1"),
         (["--views", "-1"], "--views must be 0 or more, got (-1,)"),
-        (["--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--train-batch-size", "0"], "--train-batch-size must be at least 1, got 0"),
         ([], "--scorers clipscore needs --clip-vocab; nothing is no file"),
     ],
 )

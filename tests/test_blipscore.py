@@ -42,8 +42,8 @@ def build(file: Path) -> BlipScore:
 
 
 def scores(scorer: BlipScore) -> torch.Tensor:
-    pictures = torch.stack([from_pil(Image.open(FOLDER / name), CARD.preprocess) for name in BLIP["images"]])
-    return torch.stack([scorer(pictures, [prompt] * len(pictures)) for prompt in BLIP["prompts"]])
+    images = torch.stack([from_pil(Image.open(FOLDER / name), CARD.preprocess) for name in BLIP["images"]])
+    return torch.stack([scorer(images, [prompt] * len(images)) for prompt in BLIP["prompts"]])
 
 
 def test_scores_stay_what_they_were(file: Path) -> None:
@@ -106,7 +106,7 @@ def test_full_size_scores_equal_the_authors(tmp_path: Path, monkeypatch: pytest.
     scorer = rewards.load("blipscore", weights=tmp_path / "filled.pth")
     (tmp_path / "filled.pth").unlink()
     files = [SHARED / "golden" / "inputs" / image for image in table["images"]]
-    pictures = torch.stack([from_pil(Image.open(file), CARD.preprocess) for file in files])
+    images = torch.stack([from_pil(Image.open(file), CARD.preprocess) for file in files])
     with torch.no_grad():
-        values = torch.stack([scorer(pictures, [prompt] * len(files)) for prompt in table["prompts"]])
+        values = torch.stack([scorer(images, [prompt] * len(files)) for prompt in table["prompts"]])
     assert (values - torch.tensor(table["scores"])).abs().max() < TOLERANCE

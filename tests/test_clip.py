@@ -18,7 +18,7 @@ import rewards
 from golden_weights import CLIP, CLIP_NAMES, FOLDER, SHARED, fill, tiny_card
 from rewards import CARDS
 from rewards.clip import ClipScorer, load_scorer
-from rewards.clip_names import to_authors, to_transformers
+from rewards.clip_state_dict import to_authors, to_transformers
 from rewards.clip_tokenizer import MERGES_SHA256, ClipTokenizer, vocab_size
 from rewards.pixels import from_pil, prepare
 from rewards.weights import read
@@ -35,13 +35,13 @@ def load(name: str, clips: Path, dtype: torch.dtype = torch.float32, **clip: Any
 
 
 def deviation(scorer: ClipScorer, **preprocess: Any) -> torch.Tensor:
-    """Largest distance from the recorded scores, by picture; keywords change how files are prepared."""
+    """Largest distance from the recorded scores, by image; keywords change how files are prepared."""
     assert scorer.card.preprocess is not None
     rule = replace(scorer.card.preprocess, **preprocess)
     scorer.vision.preprocess = rule
-    pictures = torch.stack([from_pil(Image.open(FOLDER / name), rule) for name in CLIP["images"]])
+    images = torch.stack([from_pil(Image.open(FOLDER / name), rule) for name in CLIP["images"]])
     with torch.no_grad():
-        scores = torch.stack([scorer(pictures, [prompt] * len(pictures)) for prompt in CLIP["prompts"]])
+        scores = torch.stack([scorer(images, [prompt] * len(images)) for prompt in CLIP["prompts"]])
     recorded = torch.tensor(CLIP["models"][scorer.card.name]["scores"])
     return (scores - recorded).abs().amax(dim=0)
 
@@ -117,7 +117,7 @@ def test_golden_notices_another_network(
 
 
 @pytest.mark.parametrize(
-    ("name", "mistake", "picture"),
+    ("name", "mistake", "image"),
     [
         ("hpsv1", {"files": "rgb"}, 1),  # colours under alpha 0 show
         ("hpsv1", {"crop_offset": "floor"}, 2),
@@ -134,9 +134,9 @@ def test_golden_notices_another_network(
     ],
 )
 def test_golden_notices_another_preparation(
-    name: str, mistake: dict[str, Any], picture: int, clips: Path
+    name: str, mistake: dict[str, Any], image: int, clips: Path
 ) -> None:
-    assert deviation(load(name, clips), **mistake)[picture] > 10 * TOLERANCE[name]
+    assert deviation(load(name, clips), **mistake)[image] > 10 * TOLERANCE[name]
 
 
 def test_golden_notices_another_tokenizer_and_no_scale(clips: Path) -> None:
@@ -161,8 +161,8 @@ def test_golden_notices_black_after_the_mean(clips: Path, monkeypatch: pytest.Mo
     """Padding with zeros behind the normalisation is grey: the border shows the mean."""
     scorer = load("hpsv2", clips)
     rule = scorer.vision.preprocess
-    pictures = torch.stack([from_pil(Image.open(FOLDER / name), rule) for name in CLIP["images"]])
-    grey = torch.where(pictures == 0, torch.tensor(rule.mean).view(3, 1, 1), pictures)
+    images = torch.stack([from_pil(Image.open(FOLDER / name), rule) for name in CLIP["images"]])
+    grey = torch.where(images == 0, torch.tensor(rule.mean).view(3, 1, 1), images)
     with torch.no_grad():
         score = scorer(grey[:1], CLIP["prompts"][:1]).item()
     assert abs(score - CLIP["models"]["hpsv2"]["scores"][0][0]) > 1e-3
@@ -175,12 +175,12 @@ def test_golden_notices_black_after_the_mean(clips: Path, monkeypatch: pytest.Mo
 def test_tensors_score_like_files(name: str, most: float, clips: Path) -> None:
     """The tensor path does not round to 8 bits between its steps; that is all the difference there is."""
     scorer = load(name, clips)
-    pictures = [Image.open(FOLDER / image).convert("RGB") for image in CLIP["images"]]
+    images = [Image.open(FOLDER / image).convert("RGB") for image in CLIP["images"]]
     rule = scorer.vision.preprocess
     with torch.no_grad():
-        for picture in pictures:
-            files = from_pil(picture, rule)[None].expand(6, -1, -1, -1)
-            tensors = from_pil(picture)[None].expand(6, -1, -1, -1)
+        for image in images:
+            files = from_pil(image, rule)[None].expand(6, -1, -1, -1)
+            tensors = from_pil(image)[None].expand(6, -1, -1, -1)
             difference = scorer(files, CLIP["prompts"]) - scorer(tensors, CLIP["prompts"])
             assert difference.abs().max() < most
 
@@ -534,9 +534,9 @@ def test_full_size_scores_equal_the_authors(
 
     def worst(key: str, antialias: bool) -> float:
         changed = replace(rule, antialias=antialias)  # type: ignore[type-var]
-        pictures = torch.stack([from_pil(Image.open(file), changed) for file in files])
+        images = torch.stack([from_pil(Image.open(file), changed) for file in files])
         with torch.no_grad():
-            scores = torch.stack([scorer(pictures, [prompt] * len(files)) for prompt in table["prompts"]])
+            scores = torch.stack([scorer(images, [prompt] * len(files)) for prompt in table["prompts"]])
         return (scores - torch.tensor(table[key])).abs().max().item()
 
     tolerance = 3e-5 if name == "pickscore" else 1e-6

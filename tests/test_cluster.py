@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_build import cluster, diffusiondb, scored
+from data_build import cluster, diffusiondb, score_folder
 from preftune.cli import parse
 from preftune.records import read_jsonl
 from test_diffusiondb import config, contents, members, write_part, write_parts
@@ -41,10 +41,10 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def numbered(folder: Path) -> Callable[[], Callable[[int], list[scored.Row]]]:
+def numbered(folder: Path) -> Callable[[], Callable[[int], list[score_folder.Row]]]:
     """What makes something that gives a row of a part's number and of the process, and notes that it was asked."""
 
-    def rows_of(part: int) -> list[scored.Row]:
+    def rows_of(part: int) -> list[score_folder.Row]:
         (folder / f"{part} {time.monotonic_ns()}").touch()
         time.sleep(2 if part == 3 else 0.5)  # the fourth ends after later ones
         return [] if part == 5 else [{"part": part, "process": os.getpid(), "third": 1 / 3}]
@@ -59,12 +59,12 @@ def test_parts_are_written_once_and_in_order_by_two_processes(tmp_path: Path, ra
         tmp_path, range(2, 10), numbered(tmp_path / "asked"), address="local", workers=2
     )
     assert list(counts) == [1, 1, 1, 0, 1, 1, 1, 1]
-    rows = [row for (row,) in scored.chunk_rows(tmp_path)]
+    rows = [row for (row,) in score_folder.chunk_rows(tmp_path)]
     assert [row["part"] for row in rows] == [2, 3, 4, 6, 7, 8, 9]
     assert {row["third"] for row in rows} == {1 / 3}
     assert len({row["process"] for row in rows}) == 2
     assert os.getpid() not in {row["process"] for row in rows}
-    assert scored.progress(tmp_path) == (7, (10, 0))
+    assert score_folder.progress(tmp_path) == (7, (10, 0))
     assert len([*(tmp_path / "asked").iterdir()]) == 8
 
 
@@ -78,7 +78,7 @@ def test_two_processes_give_the_data_set_of_one(
     write_part(tmp_path / "images" / "part-000009.zip", members(9, range(8), 1))
     plain = config(tmp_path / "images", tmp_path / "plain", rewards="imagereward-tiny", scale=2.0)
     diffusiondb.main(plain)
-    write_chunk, written = scored.write_chunk, list[int]()
+    write_chunk, written = score_folder.write_chunk, list[int]()
 
     def interrupted(folder: Path, number: int, *rest: Any) -> None:
         if number == 3 and len(written) == 3:
@@ -87,8 +87,8 @@ def test_two_processes_give_the_data_set_of_one(
         write_chunk(folder, number, *rest)
         written.append(number)
 
-    monkeypatch.setattr(scored, "write_chunk", interrupted)
-    settings = replace(plain, output=tmp_path / "ray", ray="local", workers=1)
+    monkeypatch.setattr(score_folder, "write_chunk", interrupted)
+    settings = replace(plain, output_dir=tmp_path / "ray", ray="local", workers=1)
     with pytest.raises(KeyboardInterrupt):
         diffusiondb.main(settings)
     diffusiondb.main(settings)
@@ -111,7 +111,7 @@ def test_what_is_refused(
     flags = [
         "--data",
         str(tmp_path),
-        "--output",
+        "--output-dir",
         str(tmp_path / "out"),
         "--rewards",
         "shapes",

@@ -29,18 +29,18 @@ CASES = {  # driver, flags, metrics that must agree
     # Its defaults: no guidance, a late step from a window, an update on captions before each one on rewards.
     "refl": (
         "refl",
-        "--guidance 1 --window 0 3",
+        "--guidance-scale 1 --window 0 3",
         ("pretrain_loss", "pretrain_grad_norm", "loss", "reward", "late_step", "grad_norm"),
     ),
     "guided refl": (
         "refl",
-        "--guidance 2 --window 0 3 --pretraining off",
+        "--guidance-scale 2 --window 0 3 --pretraining off",
         ("loss", "reward", "late_step", "grad_norm"),
     ),
     # the weights of all pairs sum to one over both processes, in each of the two stages
     "reward_model": (
         "reward_model",
-        "--stable.views 2 --stable.weighting two-stage --stable.first-stage-updates 1 --shift 1",
+        "--stable.views 2 --stable.weighting two-stage --stable.first-stage-steps 1 --jitter 1",
         ("loss", "accuracy", "grad_norm"),
     ),
 }
@@ -99,7 +99,7 @@ def test_two_processes_equal_one_with_twice_the_batch(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(sys, "argv", sys.argv)
-    run_case(case, root, tmp_path, "--batch", "2")
+    run_case(case, root, tmp_path, "--train-batch-size", "2")
 
     assert "processes 2" in (two / case / "config.yaml").read_text().splitlines()[0]
     ranks = [torch.load(two / case / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
@@ -128,4 +128,4 @@ if __name__ == "__main__":
             "gloo", store=distributed.PrefixStore(name, store), rank=rank, world_size=world
         )
         (folder / name).mkdir(exist_ok=True)
-        run_case(name, inputs, folder / name, "--batch", "1")
+        run_case(name, inputs, folder / name, "--train-batch-size", "1")

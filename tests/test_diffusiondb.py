@@ -26,18 +26,18 @@ import torch
 from PIL import Image, ImageFilter
 
 import rewards
-from data_build import diffusiondb, filtered, filters, scoring
+from data_build import diffusiondb, filters, scoring, selected_folder
+from data_build.decode import made_of
 from data_build.filters import Filters
-from data_build.pictures import made_of
 from data_build.selection import Selection
 from preftune.cli import parse
-from preftune.records import read_jsonl, read_samples
+from preftune.records import read_imagefolder, read_jsonl
 from rewards import CARDS
 from rewards.pixels import from_pil
-from rewards.shapes_drawing import change_one_word, draw, place, random_defects, random_scene, to_bytes
+from rewards.shapes_rendering import change_one_word, place, random_defects, random_scene, render, to_bytes
 
 SCALE = 8.0
-"""The judge's scores lie in [0, 1]: without it no picture would stand out."""
+"""The judge's scores lie in [0, 1]: without it no image would stand out."""
 
 Note = dict[str, Any]
 Member = tuple[str, bytes, Note | None]
@@ -52,14 +52,14 @@ def encode(image: Image.Image, suffix: str) -> bytes:
 
 
 def members(part: int, prompts: range, each: int, suffix: str = "png") -> list[Member]:
-    """`each` pictures of each prompt, some unlike it and some with defects, as a part holds them."""
+    """`each` images of each prompt, some unlike it and some with defects, as a part holds them."""
     listed = []
     for number in prompts:
         scene = random_scene(np.random.default_rng((1, number)))
         for turn in range(each):
             rng = np.random.default_rng((2, part, number, turn))
             other = change_one_word(scene, rng) if turn % 3 == 2 else scene
-            drawn = draw(place(other, rng), other.background, rng, random_defects(rng, 0.5))
+            rendered = render(place(other, rng), other.background, rng, random_defects(rng, 0.5))
             name = hashlib.md5(repr((part, number, turn)).encode()).hexdigest() + f".{suffix}"
             note = {
                 "p": scene.caption(),
@@ -68,18 +68,18 @@ def members(part: int, prompts: range, each: int, suffix: str = "png") -> list[M
                 "st": 50,
                 "sa": "k_lms",
             }
-            listed.append((name, encode(Image.fromarray(to_bytes(drawn)), suffix), note))
+            listed.append((name, encode(Image.fromarray(to_bytes(rendered)), suffix), note))
     random.Random(part).shuffle(listed)
     return listed
 
 
-def write_part(path: Path, pictures: list[Member], notes: object = None) -> None:
+def write_part(path: Path, images: list[Member], notes: object = None) -> None:
     """A part as published, or with another JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w") as archive:
-        for name, content, _ in pictures:
+        for name, content, _ in images:
             archive.writestr(name, content)
-        about = {name: note for name, _, note in pictures if note is not None}
+        about = {name: note for name, _, note in images if note is not None}
         archive.writestr(f"{path.stem}.json", json.dumps(about if notes is None else notes))
 
 
@@ -131,7 +131,7 @@ def config(data: Path, output: Path, **changes: Any) -> diffusiondb.Config:
     """Settings of a small run; those of selection and filters may be given with all others."""
     chosen: dict[str, Any] = {"scale": SCALE}
     wanted: dict[str, Any] = {}
-    others: dict[str, Any] = {"rewards": "shapes", "batch": 5, "workers": 0, "shown": 2}
+    others: dict[str, Any] = {"rewards": "shapes", "batch_size": 5, "workers": 0, "shown": 2}
     for name, value in changes.items():
         for group, fields in ((chosen, Selection), (wanted, Filters)):
             if name in fields.__dataclass_fields__:
@@ -140,7 +140,11 @@ def config(data: Path, output: Path, **changes: Any) -> diffusiondb.Config:
         else:
             others[name] = value
     return diffusiondb.Config(
-        data=(str(data),), output=output, selection=Selection(**chosen), filters=Filters(**wanted), **others
+        data=(str(data),),
+        output_dir=output,
+        selection=Selection(**chosen),
+        filters=Filters(**wanted),
+        **others,
     )
 
 
@@ -166,7 +170,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def reference(
     folder: Path, wrong: dict[tuple[str, str], str], scale: float, name: str
 ) -> list[dict[str, Any]]:
-    """What the data set must be, picture by picture, with none of the code under test."""
+    """What the data set must be, image by image, with none of the code under test."""
     score = rewards.load(name)
     groups: dict[str, list[dict[str, Any]]] = {}
     order = 0
@@ -220,7 +224,7 @@ def test_the_data_set_is_that_of_a_slow_reference(
         assert row["confidence"] == pytest.approx(other["confidence"], abs=1e-5)
         assert row["file_name"] == f"000/{number:06d}{Path(other['member']).suffix}"
         assert (tmp_path / "out" / row["file_name"]).read_bytes() == other["content"]
-    assert len(read_samples(tmp_path / "out")) == len(expected)
+    assert len(read_imagefolder(tmp_path / "out")) == len(expected)
 
     found = read_jsonl(tmp_path / "out" / "rejected.jsonl")
     assert {(row["file"], row["member"]): row["reason"] for row in found} == wrong
@@ -252,7 +256,7 @@ def test_workers_lists_and_patterns_change_nothing(
 
 
 def test_parts_of_two_folders(tmp_path: Path) -> None:
-    """As the Large set has them; a prompt's pictures may lie in both."""
+    """As the Large set has them; a prompt's images may lie in both."""
     for number in (1, 2):
         write_part(tmp_path / f"large-{number}" / f"part-00000{number}.zip", members(number, range(3), 3))
     large = replace(
@@ -290,10 +294,10 @@ def test_cosines_are_multiplied_by_a_hundred(tmp_path: Path) -> None:
 
 def test_the_report_shows_what_was_selected(tmp_path: Path) -> None:
     """Self-contained, prompts escaped, pairs side by side; a prompt with one kind has a blank."""
-    pictures = members(1, range(1), 6)
+    images = members(1, range(1), 6)
     hostile = '<script>alert("x")</script> & a cat'
-    pictures = [(name, content, {**(note or {}), "p": hostile}) for name, content, note in pictures]
-    write_part(tmp_path / "data" / "part-000001.zip", pictures)
+    images = [(name, content, {**(note or {}), "p": hostile}) for name, content, note in images]
+    write_part(tmp_path / "data" / "part-000001.zip", images)
     run(tmp_path / "data", tmp_path / "out", rewards="brightness", rule="top-k")
     page = (tmp_path / "out" / "__report__" / "index.html").read_text()
     assert "<script" not in page
@@ -301,7 +305,7 @@ def test_the_report_shows_what_was_selected(tmp_path: Path) -> None:
     assert page.count('src="data:image/png;base64,') == page.count("src=") == 3
     assert "http" not in page.replace("http-equiv", "")
     grid = Image.open(tmp_path / "out" / "__report__" / "best_worst.png")
-    assert grid.width > 3 * filtered.CELL
+    assert grid.width > 3 * selected_folder.CELL
     assert Image.open(tmp_path / "out" / "__report__" / "scores.png").width > 500
     assert sorted(path.name for path in (tmp_path / "out" / "__report__").iterdir()) == [
         "best_worst.png", "index.html", "scores.png",
@@ -326,30 +330,30 @@ def test_nothing_to_select_is_no_failure(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_each_filter(tmp_path: Path) -> None:
     """What each one takes away, by name; scored by brightness, which judges any size and caption."""
-    pictures = members(1, range(1), 8)
-    image = Image.open(io.BytesIO(pictures[0][1]))
-    note = pictures[0][2] or {}
+    images = members(1, range(1), 8)
+    image = Image.open(io.BytesIO(images[0][1]))
+    note = images[0][2] or {}
     blurred = encode(image.filter(ImageFilter.GaussianBlur(40)), "png")
     wide = encode(image.resize((96, 64)), "png")
     odd = [
         ("blurred.png", blurred, note | {"se": 1}),
         ("wide.png", wide, note | {"se": 2}),
-        ("ddim.png", pictures[1][1], note | {"se": 3, "sa": "ddim"}),
-        ("unsaid.png", pictures[1][1], {"p": note["p"], "se": 4}),
-        ("again.png", pictures[1][1], dict(note)),
+        ("ddim.png", images[1][1], note | {"se": 3, "sa": "ddim"}),
+        ("unsaid.png", images[1][1], {"p": note["p"], "se": 4}),
+        ("again.png", images[1][1], dict(note)),
         ("again_wide.png", wide, dict(note)),
-        ("spaced.png", pictures[1][1], note | {"p": f"  {note['p'].replace(' ', '   ')} \n"}),
+        ("spaced.png", images[1][1], note | {"p": f"  {note['p'].replace(' ', '   ')} \n"}),
     ]
-    write_part(tmp_path / "data" / "part-000001.zip", pictures + odd)
+    write_part(tmp_path / "data" / "part-000001.zip", images + odd)
 
     def left(**changes: Any) -> tuple[set[str], dict[str, int], int]:
-        """Which odd pictures are left, what was filtered, and the number of prompts."""
+        """Which odd images are left, what was filtered, and the number of prompts."""
         output = tmp_path / "out"
         settings = {"keep_blurred": True, "keep_duplicates": True} | changes
         rows = run(tmp_path / "data", output, rewards="brightness", rule="threshold", low=2.0, min_group=1, **settings)  # fmt: skip
         summary = summary_of(output)
         shutil.rmtree(output)
-        assert len(rows) == summary["scored"] == len(pictures) + len(odd) - sum(summary["filtered"].values())
+        assert len(rows) == summary["scored"] == len(images) + len(odd) - sum(summary["filtered"].values())
         return (
             {row["member"] for row in rows} & {name for name, *_ in odd},
             summary["filtered"],
@@ -362,13 +366,13 @@ def test_each_filter(tmp_path: Path) -> None:
     assert left(sizes=("64x64", "8x8")) == (everything - {"wide.png", "again_wide.png"}, {"size": 2}, 2)
     unwanted = everything - {"ddim.png", "unsaid.png"}
     assert left(samplers=("k_lms",)) == (unwanted, {"sampler": 2}, 2)
-    # The same but for its size is another picture, and so is one with another prompt.
+    # The same but for its size is another image, and so is one with another prompt.
     assert left(keep_duplicates=False) == (everything - {"again.png"}, {"duplicate": 1}, 2)
     unspaced = everything - {"again.png", "spaced.png"}
     assert left(keep_duplicates=False, normalise_prompts=True) == (unspaced, {"duplicate": 2}, 1)
 
 
-def test_pictures_of_unknown_making_are_no_duplicates() -> None:
+def test_images_of_unknown_making_are_no_duplicates() -> None:
     known = [1, 7.0, 50, "k_lms", 64, 64]
     assert filters.identity("a", known) == filters.identity("a", [1, 7, 50, "k_lms", 64, 64]) != 0
     for at, other in enumerate([2, 7.5, 51, "ddim", 65, 65]):
@@ -378,12 +382,12 @@ def test_pictures_of_unknown_making_are_no_duplicates() -> None:
 
 
 @pytest.mark.parametrize("hostile", [math.nan, math.inf, "\ud800", [[]], {"a": 1}, True, 10**400, None])
-def test_hostile_settings_of_a_picture(hostile: object, tmp_path: Path) -> None:
-    pictures = [
+def test_hostile_settings_of_an_image(hostile: object, tmp_path: Path) -> None:
+    images = [
         (name, content, {"p": "a", "se": hostile, "c": hostile, "st": hostile, "sa": hostile})
         for name, content, _ in members(1, range(1), 4)
     ]
-    write_part(tmp_path / "data" / "part-000001.zip", pictures)
+    write_part(tmp_path / "data" / "part-000001.zip", images)
     run(tmp_path / "data", tmp_path / "out", rewards="brightness")
     assert summary_of(tmp_path / "out")["scored"] == 4
 
@@ -425,9 +429,9 @@ def write_metadata(path: Path, rows: list[tuple[str, int, float | None, float | 
 
 def test_nsfw_figures_of_the_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filters, "ROWS", 2)
-    pictures = members(4, range(1), 8)
-    write_part(tmp_path / "data" / "part-000004.zip", pictures)
-    names = [name for name, *_ in pictures]
+    images = members(4, range(1), 8)
+    write_part(tmp_path / "data" / "part-000004.zip", images)
+    names = [name for name, *_ in images]
     figures: list[tuple[float | None, float | None]] = [
         (0.1, 0.1), (0.5, 0.1), (0.6, 0.1), (2.0, 0.9), (None, 0.1), (0.1, 0.9), (0.1, math.nan),
     ]  # fmt: skip
@@ -509,15 +513,15 @@ def test_killed_at_any_write_and_resumed(
         process = child(lambda settings=settings, writes=writes: run_and_die(settings, writes))
         process.join()
         assert process.exitcode == -signal.SIGKILL
-        chunks = settings.output.with_name("killed.building") / "chunks"
+        chunks = settings.output_dir.with_name("killed.building") / "chunks"
         assert len(list(chunks.glob("*.jsonl"))) == min(max(writes - 1, 0), 7)
-        complete = settings.output.exists()
+        complete = settings.output_dir.exists()
         diffusiondb.main(settings)
-        assert contents(settings.output) == straight, writes
+        assert contents(settings.output_dir) == straight, writes
         assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "straight"]
         if complete:
             break
-        shutil.rmtree(settings.output)
+        shutil.rmtree(settings.output_dir)
     assert (
         writes == 1 + 7 + 3 + 1 + 2 + 1 + 1 + 1
     )  # job, parts, three files, grid, thumbnails, page, job, folder
@@ -525,9 +529,9 @@ def test_killed_at_any_write_and_resumed(
 
 def killed_at_random(data: Path, output: Path, kills: int) -> None:
     """Kill the builder `kills` times after any time, each time going on; then let it end."""
-    settings = config(data, output, batch=1)
+    settings = config(data, output, batch_size=1)
     start = time.monotonic()
-    run(data, output.with_name("straight"), batch=1)
+    run(data, output.with_name("straight"), batch_size=1)
     took, times, done = time.monotonic() - start, random.Random(kills), 0
     for kill in range(kills):
         worked = replace(settings, workers=kill % 2)
@@ -552,7 +556,7 @@ def test_killed_at_random_and_resumed(parts: tuple[Path, dict[tuple[str, str], s
 def test_no_worker_outlives_a_killed_builder(
     parts: tuple[Path, dict[tuple[str, str], str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also one that waits to hand over pictures."""
+    """Also one that waits to hand over images."""
 
     def wait(*_: Any) -> None:
         (tmp_path / "waits").touch()
@@ -591,7 +595,7 @@ def test_what_is_scored_is_not_scored_again(
     folder, _ = parts
     run(folder, tmp_path / "out")
     before, printed = contents(tmp_path / "out"), capsys.readouterr().out
-    monkeypatch.setattr(filtered, "write", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(selected_folder, "write", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         diffusiondb.main(config(folder, tmp_path / "other"))
     monkeypatch.undo()
@@ -616,10 +620,10 @@ BAD = [
     (["--data", "TMP/gone/*.zip"], "there is no data at "),
     (["--data", "TMP/a.txt"], "is no zip file; for other data see data_build/score.py"),
     (["--data", "DATA", "DATA/part-000002.zip"], "part-000002.zip twice"),
-    (["--output", "TMP/empty"], "exists already; remove it or choose another --output"),
-    (["--output", "TMP/a.txt"], "exists already"),
-    (["--output", "TMP/begun"], "exists and holds no scores"),
-    (["--batch", "0"], "--batch must be at least 1, got 0"),
+    (["--output-dir", "TMP/empty"], "exists already; remove it or choose another --output-dir"),
+    (["--output-dir", "TMP/a.txt"], "exists already"),
+    (["--output-dir", "TMP/begun"], "exists and holds no scores"),
+    (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
     (["--workers", "-1"], "--workers must be at least 0, got -1"),
     (["--shown", "0"], "--shown must be at least 1, got 0"),
     (["--alpha", "0"], "--alpha must be a positive number, got 0"),
@@ -634,7 +638,7 @@ BAD = [
     (["--metadata", "TMP/gone", "--max-image-nsfw", "1"], "TMP/gone"),
     (["--metadata", "TMP/a.txt", "--max-image-nsfw", "1"], "is no metadata of DiffusionDB"),
     (["--metadata", "TMP/t.parquet", "--max-image-nsfw", "1"], "has no column image_name"),
-    (["--metadata", "TMP/m.parquet", "--max-image-nsfw", "1"], "knows no picture of part-000001.zip"),
+    (["--metadata", "TMP/m.parquet", "--max-image-nsfw", "1"], "knows no image of part-000001.zip"),
     (["--metadata", "TMP/m.parquet", "--max-image-nsfw", "1", "--data", "TMP/odd.zip"], "odd.zip is not named part-NNNNNN.zip"),
     (["--precision", "fp16"], "--precision fp16 needs a GPU; use fp32 or bf16"),
 ]  # fmt: skip
@@ -656,7 +660,7 @@ def test_bad_input_is_one_sentence_before_anything_loads(
     pyarrow.parquet.write_table(pyarrow.table({"part_id": [1]}), tmp_path / "t.parquet")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(diffusiondb, "load_all", lambda *_, **__: pytest.fail("a scorer was loaded"))
-    base = {"--data": [str(parts[0])], "--output": [str(tmp_path / "out")], "--rewards": ["shapes"]}
+    base = {"--data": [str(parts[0])], "--output-dir": [str(tmp_path / "out")], "--rewards": ["shapes"]}
     given = [flag.replace("TMP", str(tmp_path)).replace("DATA", str(parts[0])) for flag in flags]
     unsaid = [word for flag, values in base.items() if flag not in flags for word in (flag, *values)]
     with pytest.raises(SystemExit) as stop:
@@ -677,7 +681,7 @@ def test_another_job_in_the_same_folder_is_refused(
     changes: dict[str, Any], words: str, parts: tuple[Path, dict[tuple[str, str], str]], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(filtered, "write", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(selected_folder, "write", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         diffusiondb.main(config(parts[0], tmp_path / "out"))
     monkeypatch.undo()

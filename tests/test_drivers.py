@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import record_trajectories as recorded
-from finetune.checkpoint import find_checkpoints, read
+from preftune.training.checkpoint import find_checkpoints, read
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -55,70 +55,70 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 EVERY = [
-    (["--updates", "0"], "--updates is 0"),
-    (["--lr", "nan"], "--lr is nan"),
-    (["--lr", "fast"], "fast"),
-    (["--updtaes", "3"], "did you mean --updates?"),
+    (["--max-train-steps", "0"], "--max-train-steps is 0"),
+    (["--learning-rate", "nan"], "--learning-rate is nan"),
+    (["--learning-rate", "fast"], "fast"),
+    (["--max-train-setps", "3"], "did you mean --max-train-steps?"),
     (["--mixed-precision", "fp16"], "fp16 needs a GPU"),
-    (["--output", "{bad}/empty.txt/run"], "cannot be written"),
-    (["--resume", "{bad}/nothing"], "is no checkpoint"),
+    (["--output-dir", "{bad}/empty.txt/run"], "cannot be written"),
+    (["--resume-from-checkpoint", "{bad}/nothing"], "is no checkpoint"),
     (["--config", "{bad}/none.yaml"], "none.yaml"),
 ]
 PIPELINE = [
     (["--model", "{bad}/nothing"], "has no model_index.json"),
     (["--model", "{root}/scorer"], "has no model_index.json"),
-    (["--size", "30"], "--size must be a positive multiple of 8"),
+    (["--resolution", "30"], "--resolution must be a positive multiple of 8"),
 ]
-PICTURES = [
+IMAGES = [
     (["--data", "{bad}/absent"], "absent"),
     (["--data", "{bad}/torn"], "metadata.jsonl line 1 is not JSON"),
     (["--data", "{bad}/stray"], "metadata.jsonl line 1: file name '../a.png'"),
 ]
 ONE: dict[str, list[tuple[list[str], str]]] = {
-    "autoencoder": [*PICTURES, (["--size", "30"], "--size must be")],
+    "autoencoder": [*IMAGES, (["--resolution", "30"], "--resolution must be")],
     "pretrain": [
         *PIPELINE,
         (
-            ["--no-train-text-encoder", "--lora.rank", "2", "--lora.targets", "to_z"],
+            ["--no-train-text-encoder", "--lora.rank", "2", "--lora.target-modules", "to_z"],
             "no layer is called to_z",
         ),
-        *PICTURES,
+        *IMAGES,
         (["--caption-dropout", "1"], "--caption-dropout must lie in [0, 1)"),
     ],
-    "pretrain_scorer": [*PICTURES, (["--vocab", "{bad}/absent.txt"], "absent.txt")],
+    "pretrain_scorer": [*IMAGES, (["--vocab", "{bad}/absent.txt"], "absent.txt")],
     "raft": [
         *PIPELINE,
         (["--prompts", "{bad}/blank.txt"], "blank.txt line 2 is empty"),
         (["--rewards", "beauty=1"], "unknown scorer; one of brightness, shapes"),
         (["--rewards"], "--rewards is empty"),
-        (["--iterations", "2"], "--updates 3 must be a multiple of --iterations 2"),
+        (["--iterations", "2"], "--max-train-steps 3 must be a multiple of --iterations 2"),
         (["--iterations", "0"], "--iterations must be at least 1, got 0"),
-        (["--pictures-per-prompt", "1"], "--pictures-per-prompt must be at least 2, got 1"),
+        (["--images-per-prompt", "1"], "--images-per-prompt must be at least 2, got 1"),
         (["--keep-share", "0"], "--keep-share must lie in (0, 1], got 0"),
     ],
     "refl": [
         *PIPELINE,
-        *PICTURES,
-        (["--lora.targets", "to_z"], "no layer is called to_z"),
+        *IMAGES,
+        (["--lora.target-modules", "to_z"], "no layer is called to_z"),
         (["--rewards", "beauty=1"], "unknown scorer; one of brightness, shapes"),
         (["--rewards", "brightness"], "is not scorer=weight"),
         (["--rewards", "shapes=1"], "shapes is not differentiable"),
         (["--reward-files", "imagereward=x"], "imagereward, which --rewards does not use"),
-        (["--reward-units", "sample"], "units 'sample' with no sample file"),
-        (["--reward-sample", "{bad}/empty.txt"], "the units 'sample', and they alone, need a summary.json"),
-        (["--reward-units", "sample", "--reward-sample", "{bad}/empty.txt"], "is no summary.json"),
+        (["--reward-normalization", "sample"], "units 'sample' with no sample file"),
+        (["--reward-stats", "{bad}/empty.txt"], "the units 'sample', and they alone, need a summary.json"),
+        (["--reward-normalization", "sample", "--reward-stats", "{bad}/empty.txt"], "is no summary.json"),
         (["--prompts", "{bad}/absent.txt"], "absent.txt does not exist"),
         (["--prompts", "{bad}/blank.txt"], "blank.txt line 2 is empty"),
         (["--prompts", "{bad}/prompts.jsonl"], "prompts.jsonl line 2"),
         (["--prompts", "{bad}/empty.txt"], "empty.txt holds no prompts"),
-        (["--held-out", "{bad}/blank.txt"], "blank.txt line 2 is empty"),
+        (["--validation-prompts", "{bad}/blank.txt"], "blank.txt line 2 is empty"),
         (["--window", "1", "4"], "--window 1 4 must lie in 0..3"),
         (["--window", "2", "1"], "--window 2 1 must lie in 0..3"),
-        (["--num-steps", "0"], "--num-steps must be at least 1"),
-        (["--shift", "-1"], "--shift must lie in 0..31, got -1"),
-        (["--shift", "32"], "--shift must lie in 0..31, got 32"),
-        (["--views", "0"], "--views must be 1, or more with a --shift, got 0"),
-        (["--views", "2"], "--views must be 1, or more with a --shift, got 2"),
+        (["--num-inference-steps", "0"], "--num-inference-steps must be at least 1"),
+        (["--jitter", "-1"], "--jitter must lie in 0..31, got -1"),
+        (["--jitter", "32"], "--jitter must lie in 0..31, got 32"),
+        (["--jitter-copies", "0"], "--jitter-copies must be 1, or more with a --jitter, got 0"),
+        (["--jitter-copies", "2"], "--jitter-copies must be 1, or more with a --jitter, got 2"),
     ],
     "reward_model": [
         (["--model", "{bad}/nothing"], "lacks config.json"),
@@ -128,15 +128,18 @@ ONE: dict[str, list[tuple[list[str], str]]] = {
         (["--stable.views", "3", "--objective", "soft"], "--stable is about pairs, not --objective soft"),
         (["--head", "mlp"], "head 'mlp' is for a CLIP without one"),
         (["--dropout", "1"], "the dropout of a head must lie in [0, 1), got 1"),
-        (["--stable.weighting", "two-stage"], "must be below --updates (3), or the second stage never comes"),
+        (
+            ["--stable.weighting", "two-stage"],
+            "must be below --max-train-steps (3), or the second stage never comes",
+        ),
         (["--data", "{bad}/absent"], "absent"),
         (["--data", "{bad}/torn"], "rankings.jsonl line 1"),
-        (["--valid-share", "1"], "--valid-share must lie"),
-        (["--shift", "-1"], "--shift must be 0 or more, got -1"),
+        (["--validation-share", "1"], "--validation-share must lie"),
+        (["--jitter", "-1"], "--jitter must be 0 or more, got -1"),
     ],
     "reward_weighted": [
         *PIPELINE,
-        *PICTURES,
+        *IMAGES,
         (
             ["--score", "beauty"],
             "metadata.jsonl line 1: --score beauty is None, not a finite number; numbers there: liking",
@@ -146,14 +149,14 @@ ONE: dict[str, list[tuple[list[str], str]]] = {
         (["--beta", "-1"], "--beta must be 0 or more and finite, got -1"),
         (["--pretraining-data", "None"], "--beta 0.5 needs --pretraining-data IMAGEFOLDER"),
         (["--caption-dropout", "1"], "--caption-dropout must lie in [0, 1)"),
-        (["--held-out", "{bad}/blank.txt"], "blank.txt line 2 is empty"),
+        (["--validation-prompts", "{bad}/blank.txt"], "blank.txt line 2 is empty"),
         (["--reward-files", "imagereward=x"], "imagereward, which --rewards does not use"),
     ],
     "weird_lora": [
         *PIPELINE,
-        *PICTURES,
+        *IMAGES,
         (["--data", "{bad}/kindless"], "metadata.jsonl line 1: kind is None; it must be one of preferred"),
-        (["--data", "{bad}/liked"], "holds no non_preferred picture"),
+        (["--data", "{bad}/liked"], "holds no non_preferred image"),
         (["--prefix", " "], "--prefix must hold words"),
         (["--regularisation-share", "1"], "--regularisation-share must lie strictly between 0 and 1, got 1"),
         (["--regularisation", "None"], "--regularisation-share needs --regularisation IMAGEFOLDER"),
@@ -221,7 +224,15 @@ def test_three_updates_are_the_recorded_ones(
     assert_saved_weights_are_the_ema(tmp_path)
     with pytest.raises(SystemExit) as stop:  # the folder now holds a run of another seed
         recorded.train(
-            driver, [*recorded.arguments(driver, root, tmp_path), *EMA, "--resume", "auto", "--seed", "1"]
+            driver,
+            [
+                *recorded.arguments(driver, root, tmp_path),
+                *EMA,
+                "--resume-from-checkpoint",
+                "latest",
+                "--seed",
+                "1",
+            ],
         )
     assert stop.value.code == 2
     error = capsys.readouterr().err

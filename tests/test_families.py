@@ -15,8 +15,8 @@ from preftune import families
 from preftune.families import Cond, sd
 from preftune.families import tiny as builders
 from preftune.lora import LoRA
-from preftune.sampling import Drawing, sample
-from rewards.shapes_drawing import random_scene
+from preftune.sampling import Sampling, sample
+from rewards.shapes_rendering import random_scene
 
 PROMPTS = ["a red circle", "two cats"]
 
@@ -35,7 +35,7 @@ def latents(num: int = 2) -> Tensor:
     return torch.randn(num, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def pictures(num: int = 2) -> Tensor:
+def images(num: int = 2) -> Tensor:
     return torch.rand(num, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
@@ -166,21 +166,21 @@ def test_decode_is_not_clamped_and_differentiable(family: sd.SD) -> None:
 
 
 def test_encode_pixels_is_the_mean_or_a_draw(family: sd.SD) -> None:
-    pixels = pictures()
+    pixels = images()
     scale = family.vae.config.scaling_factor
     with torch.no_grad():
         posterior = family.vae.encode(pixels * 2 - 1).latent_dist
         mean = family.encode_pixels(pixels)
-        drawn = family.encode_pixels(pixels, [torch.Generator().manual_seed(seed) for seed in (5, 6)])
+        generated = family.encode_pixels(pixels, [torch.Generator().manual_seed(seed) for seed in (5, 6)])
         alone = family.encode_pixels(pixels[1:], [torch.Generator().manual_seed(6)])
     assert mean.shape == (2, 4, 8, 8)
     torch.testing.assert_close(mean, posterior.mean * scale)
     noise = torch.stack(
         [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (5, 6)]
     )
-    torch.testing.assert_close(drawn, (posterior.mean + posterior.std * noise) * scale)
-    torch.testing.assert_close(alone, drawn[1:], rtol=0, atol=1e-5)
-    assert (drawn - mean).abs().max() > 1e-2
+    torch.testing.assert_close(generated, (posterior.mean + posterior.std * noise) * scale)
+    torch.testing.assert_close(alone, generated[1:], rtol=0, atol=1e-5)
+    assert (generated - mean).abs().max() > 1e-2
 
 
 def test_abar_is_the_schedulers(family: sd.SD) -> None:
@@ -233,7 +233,7 @@ def test_casting_spares_trained_weights(family: sd.SD) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert family.denoise(latents(), torch.tensor([5, 9]), cond, 2.0).dtype == torch.float32
     assert family.decode(latents()).dtype == torch.float32
-    assert family.encode_pixels(pictures()).dtype == torch.float32
+    assert family.encode_pixels(images()).dtype == torch.float32
 
 
 def test_casting_forgets_the_cached_negative(family: sd.SD) -> None:
@@ -322,7 +322,7 @@ def test_built_parts_are_seeded() -> None:
 
 
 def test_a_built_pipeline_draws_and_comes_back(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
-    """save_pipeline writes a folder that diffusers loads by itself, and that draws the same picture."""
+    """save_pipeline writes a folder that diffusers loads by itself, and that draws the same image."""
     built = sd.SD(
         unet=builders.build_unet((16, 32), 1, 32, 8, 0).eval(),
         vae=builders.build_autoencoder((8, 8, 16, 16), 64, 0).eval(),
@@ -331,18 +331,18 @@ def test_a_built_pipeline_draws_and_comes_back(tokenizer: CLIPTokenizer, tmp_pat
         scheduler_config=builders.SCHEDULER_CONFIG,
     )
     with torch.no_grad():  # the posterior starts narrow: deviation about exp(-6 / 2)
-        deviation = built.vae.encode(pictures() * 2 - 1).latent_dist.std.mean().item()
+        deviation = built.vae.encode(images() * 2 - 1).latent_dist.std.mean().item()
     assert deviation == pytest.approx(np.exp(-3), rel=0.2)
     built.save_pipeline(tmp_path / "pipeline")
     families.check(tmp_path / "pipeline")
-    draw = Drawing(num_steps=3, guidance=3.0, scheduler="pndm", height=64, width=64)
-    ours = sample(built, ["a red circle"], [7], draw)
-    again = sample(families.load(tmp_path / "pipeline"), ["a red circle"], [7], draw)
+    sampling = Sampling(num_inference_steps=3, guidance_scale=3.0, solver="pndm", resolution="64")
+    ours = sample(built, ["a red circle"], [7], sampling)
+    again = sample(families.load(tmp_path / "pipeline"), ["a red circle"], [7], sampling)
     torch.testing.assert_close(again, ours, rtol=0, atol=1e-5)
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipeline", local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
-    drawn = pipe(
+    generated = pipe(
         "a red circle", latents=x, guidance_scale=3.0, num_inference_steps=3, output_type="pt"
     ).images
-    torch.testing.assert_close(drawn, ours, rtol=0, atol=1e-4)
+    torch.testing.assert_close(generated, ours, rtol=0, atol=1e-4)

@@ -18,19 +18,19 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import tiny
-from eval import columns, grid
+from eval import grid, models
 from preftune import cli, families
 from preftune.lora import FILE, LoRA
-from preftune.sampling import Drawing
+from preftune.sampling import Sampling
 
 CAPTIONS = ["a red circle on a white background", "a blue cross on a black background"]
 HOSTILE = "<script>alert(1)</script> \"quoted\" & 'so' </td>"
-DRAWING = Drawing(num_steps=2, guidance=3.0, scheduler="ddim", height=64, width=64)
+DRAWING = Sampling(num_inference_steps=2, guidance_scale=3.0, solver="ddim", resolution="64")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 class Page(HTMLParser):
-    """What a browser would find on a page: its tags, its text, and its pictures by row and column title."""
+    """What a browser would find on a page: its tags, its text, and its images by row and column title."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Page(HTMLParser):
         self.text: list[str] = []
         self.feed(html)
         assert html.rstrip().endswith("</html>")
-        self.images = [attributes for tag, attributes in self.tags if tag == "img"]
+        self.shown = [attributes for tag, attributes in self.tags if tag == "img"]
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
@@ -46,9 +46,9 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         self.text.append(data)
 
-    def pictures(self, title: str) -> list[np.ndarray]:
+    def images(self, title: str) -> list[np.ndarray]:
         """The column with that title, as uint8 (H, W, 3), from top to bottom."""
-        sources = [str(image["src"]) for image in self.images if str(image["alt"]).startswith(f"{title}: ")]
+        sources = [str(image["src"]) for image in self.shown if str(image["alt"]).startswith(f"{title}: ")]
         data = [base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in sources]
         return [np.asarray(Image.open(io.BytesIO(png))) for png in data]
 
@@ -76,7 +76,14 @@ def make(stage: Path, tmp_path: Path) -> Callable[..., Page]:
 
     def run(*columns: str, **flags: str | list[str]) -> Page:
         flags = {"rewards": ["brightness=1"], "prompts": str(stage / "prompts.txt"), **flags}
-        argv = ["--model", str(stage / "model"), "--num-steps", "2", "--output", str(tmp_path / "out" / "g")]
+        argv = [
+            "--model",
+            str(stage / "model"),
+            "--num-inference-steps",
+            "2",
+            "--output-dir",
+            str(tmp_path / "out" / "g"),
+        ]
         argv += ["--columns", *(column.replace("STAGE", str(stage)) for column in columns)]
         for name, value in flags.items():
             argv += [f"--{name.replace('_', '-')}", *([value] if isinstance(value, str) else value)]
@@ -107,14 +114,14 @@ def test_a_row_differs_by_weights_alone(make: Callable[..., Page], stage: Path) 
         "last=",
         "other=STAGE/other",
     )
-    base = page.pictures("base")
+    base = page.images("base")
     assert base[0].shape == (64, 64, 3)
     for title in ("again", "none", "same", "last"):
-        assert apart(base, page.pictures(title)) == 0, title
+        assert apart(base, page.images(title)) == 0, title
     for title in ("tuned", "half", "full", "other"):
-        assert apart(base, page.pictures(title)) > 2, title
-    assert apart(page.pictures("tuned"), page.pictures("half")) > 0
-    assert apart(page.pictures("full"), page.pictures("unet")) == 0
+        assert apart(base, page.images(title)) > 2, title
+    assert apart(page.images("tuned"), page.images("half")) > 0
+    assert apart(page.images("full"), page.images("unet")) == 0
 
 
 @pytest.mark.parametrize(
@@ -122,7 +129,7 @@ def test_a_row_differs_by_weights_alone(make: Callable[..., Page], stage: Path) 
 )
 def test_diffusers_draws_the_same(make: Callable[..., Page], stage: Path, column: str, source: str) -> None:
     negative = "Weird image."
-    drawn = make(column, seed="3", negative=negative).pictures("x")
+    generated = make(column, seed="3", negative=negative).images("x")
     parts = {"unet": tiny.unet(seed=2)} if source == "unet" else {}
     folder = stage / ("other" if source == "other" else "model")
     pipe = StableDiffusionPipeline.from_pretrained(folder, **parts)
@@ -130,7 +137,7 @@ def test_diffusers_draws_the_same(make: Callable[..., Page], stage: Path, column
     pipe.set_progress_bar_config(disable=True)
     if source == "run/lora":
         pipe.load_lora_weights(stage / source)
-    for index, (caption, picture) in enumerate(zip(CAPTIONS, drawn, strict=True)):
+    for index, (caption, image) in enumerate(zip(CAPTIONS, generated, strict=True)):
         expected = pipe(
             caption,
             negative_prompt=negative,
@@ -141,37 +148,35 @@ def test_diffusers_draws_the_same(make: Callable[..., Page], stage: Path, column
             generator=torch.Generator().manual_seed(3 + index),
             output_type="np",
         ).images[0]
-        assert (
-            np.abs(expected * 255 - picture).max() <= 0.6
-        )  # rounding, and float arithmetic in another order
+        assert np.abs(expected * 255 - image).max() <= 0.6  # rounding, and float arithmetic in another order
 
 
 def test_negative_in_some_columns(make: Callable[..., Page]) -> None:
     page = make("a=", "b=", "c=", negative="Weird image. ", negative_columns=["b"])
     everywhere = make("a=", "b=", negative="Weird image. ")
-    plain, pointed = page.pictures("a"), page.pictures("b")
-    assert apart(plain, page.pictures("c")) == 0
-    assert apart(pointed, everywhere.pictures("a")) == 0
+    plain, pointed = page.images("a"), page.images("b")
+    assert apart(plain, page.images("c")) == 0
+    assert apart(pointed, everywhere.images("a")) == 0
     assert apart(plain, pointed) > 0
 
 
 def test_seeds_and_rows(make: Callable[..., Page]) -> None:
-    several = make("base=", seed="5", seeds_per_prompt="2")
+    several = make("base=", seed="5", num_images_per_prompt="2")
     assert [text for text in several.text if text.startswith("seed ")] == [f"seed {5 + i}" for i in range(4)]
-    alts = [str(image["alt"]).removeprefix("base: ") for image in several.images]
+    alts = [str(image["alt"]).removeprefix("base: ") for image in several.shown]
     assert alts == [CAPTIONS[0], CAPTIONS[0], CAPTIONS[1], CAPTIONS[1]]
-    assert len({picture.tobytes() for picture in several.pictures("base")}) == 4
-    second = make("base=", seed="6", count="1", batch="1").pictures("base")
-    assert np.abs(second[0].astype(int) - several.pictures("base")[1]).max() <= 1
+    assert len({image.tobytes() for image in several.images("base")}) == 4
+    second = make("base=", seed="6", count="1", batch_size="1").images("base")
+    assert np.abs(second[0].astype(int) - several.images("base")[1]).max() <= 1
 
 
-def test_brightness_stands_under_the_picture_it_belongs_to(
+def test_brightness_stands_under_the_image_it_belongs_to(
     make: Callable[..., Page], capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = make("base=", "tuned=STAGE/run")
     shown = [line for line in page.text if re.fullmatch(r"brightness -?\d+\.\d{3}", line)]
-    columns = [page.pictures(title) for title in ("base", "tuned")]
-    expected = [[picture.mean() / 255 for picture in column] for column in columns]
+    columns = [page.images(title) for title in ("base", "tuned")]
+    expected = [[image.mean() / 255 for image in column] for column in columns]
     assert [float(line.split()[1]) for line in shown] == pytest.approx(
         [expected[c][i] for i in range(2) for c in range(2)], abs=0.002
     )
@@ -196,12 +201,12 @@ def test_two_scorers_give_two_lines_and_a_sum(make: Callable[..., Page]) -> None
 
 def test_no_scorer_no_scores(make: Callable[..., Page]) -> None:
     page = make("base=", "tuned=STAGE/run", rewards=[])
-    assert len(page.images) == 4
+    assert len(page.shown) == 4
     assert not any("brightness" in text or "Wins" in text for text in page.text)
 
 
 def sheet(scores: list[list[float]], title: str = "base", prompts: list[str] | None = None) -> grid.Sheet:
-    """A sheet with given scores of one scorer, (columns, pictures)."""
+    """A sheet with given scores of one scorer, (columns, images)."""
     count = len(scores[0])
     columns = [
         grid.Column(title=title if c == 0 else f"c{c}", source="", pipeline=Path())
@@ -211,7 +216,7 @@ def sheet(scores: list[list[float]], title: str = "base", prompts: list[str] | N
         columns=columns,
         prompts=prompts or ["p"] * count,
         seeds=range(count),
-        pictures=[torch.full((count, 3, 64, 64), 0.1 * c) for c in range(len(scores))],
+        images=[torch.full((count, 3, 64, 64), 0.1 * c) for c in range(len(scores))],
         scorers=("s",),
         measures=("s",),
         scores=np.array(scores)[..., None],
@@ -236,7 +241,7 @@ def test_hostile_text_is_escaped_and_nothing_is_fetched() -> None:
     assert "<script" not in html.lower()
     assert HOSTILE in page.text
     assert "{{ 7 * 7 }} ]]>" in page.text
-    assert page.images[0]["alt"] == f"<b onclick=x>: {HOSTILE}"
+    assert page.shown[0]["alt"] == f"<b onclick=x>: {HOSTILE}"
     assert {tag for tag, _ in page.tags} <= {
         *("html", "head", "meta", "title", "style", "body", "h1", "p", "div"),
         *("table", "thead", "tbody", "tr", "th", "td", "img"),
@@ -244,12 +249,12 @@ def test_hostile_text_is_escaped_and_nothing_is_fetched() -> None:
     for tag, attributes in page.tags:
         assert not attributes.keys() & {"href", "srcset", "style", "onclick", "onerror", "background"}, tag
         assert "src" not in attributes or str(attributes["src"]).startswith("data:image/png;base64,")
-    assert len(page.images) == 4
+    assert len(page.shown) == 4
     assert not re.search(r"url\(|@import|https?:|file:", html)
 
 
 def test_png_has_every_cell() -> None:
-    """Two rows of two columns; the second column's pictures are 10 % grey, and text takes room around them."""
+    """Two rows of two columns; the second column's images are 10 % grey, and text takes room around them."""
     image = grid.to_png(sheet([[1, 2], [3, 4]]))
     assert image.width > 3 * 256
     assert image.height > 2 * 256
@@ -281,21 +286,21 @@ def test_png_has_every_cell() -> None:
         (["--prompts", "STAGE/none.txt"], "does not exist"),
         (["--rewards", "beauty=1"], "unknown scorer"),
         (["--rewards", "shapes=1", "--prompts", "STAGE/hostile.txt"], "captions of the shapes world only"),
-        (["--rewards", "shapes=1", "--width", "128"], "128 x 64 pictures"),
+        (["--rewards", "shapes=1", "--resolution", "128x64"], "128 x 64 images"),
         (["--reward-files", "imagereward=x"], "which --rewards does not use"),
         (["--count", "0"], "--count must be at least 1, got 0"),
-        (["--seeds-per-prompt", "0"], "--seeds-per-prompt must be at least 1"),
+        (["--num-images-per-prompt", "0"], "--num-images-per-prompt must be at least 1"),
         (["--seed", "-1"], "--seed must be at least 0"),
-        (["--num-steps", "0"], "error: --num-steps must be a positive number"),
-        (["--height", "60"], "error: --height must be a positive multiple of 8"),
-        (["--negative", "x", "--guidance", "1"], "--negative does nothing at --guidance 1"),
+        (["--num-inference-steps", "0"], "error: --num-inference-steps must be a positive number"),
+        (["--resolution", "60"], "error: --resolution must be positive multiples of 8"),
+        (["--negative", "x", "--guidance-scale", "1"], "--negative does nothing at --guidance-scale 1"),
         (
             ["--negative-columns", "a"],
             "--negative-columns names a; it takes titles of --columns, and needs --negative",
         ),
         (["--negative", "x", "--negative-columns", "z"], "--negative-columns names z"),
-        (["--output", "STAGE/grid.png"], "must be a name without .png or .html"),
-        (["--output", "STAGE/prompts.txt/grid"], "prompts.txt"),
+        (["--output-dir", "STAGE/grid.png"], "must be a name without .png or .html"),
+        (["--output-dir", "STAGE/prompts.txt/grid"], "prompts.txt"),
     ],
 )
 def test_wrong_inputs(
@@ -335,10 +340,10 @@ def add_wrong_folders(stage: Path) -> None:
         (stage / name / "config.json").write_text(text, encoding="utf-8")
 
 
-def test_a_lora_that_does_not_fit_stops_before_the_first_picture(
+def test_a_lora_that_does_not_fit_stops_before_the_first_image(
     stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(columns, "sample", lambda *_, **__: pytest.fail("a picture was drawn"))
+    monkeypatch.setattr(models, "sample", lambda *_, **__: pytest.fail("an image was generated"))
     wrong = {
         name: torch.zeros(value.shape[0] + 1, value.shape[1] + 1)
         for name, value in load_file(stage / "run" / "lora" / FILE).items()
@@ -349,7 +354,7 @@ def test_a_lora_that_does_not_fit_stops_before_the_first_picture(
         columns=("base=", f"wrong={tmp_path}"),
         prompts=stage / "prompts.txt",
         rewards=(),
-        output=tmp_path / "g",
+        output_dir=tmp_path / "g",
     )
     with pytest.raises(SystemExit) as stop:
         grid.main(config)
@@ -367,17 +372,19 @@ def test_an_at_in_a_folder_name(stage: Path, tmp_path: Path) -> None:
 
 def test_size_and_bf16(make: Callable[..., Page], stage: Path) -> None:
     assert grid.own_side(stage / "model") == 64
-    page = make("base=", "tuned=STAGE/run", "full=STAGE/full", precision="bf16", width="128", count="1")
-    assert page.pictures("tuned")[0].shape == (64, 128, 3)
-    assert np.abs(page.pictures("tuned")[0].astype(int) - page.pictures("base")[0]).max() > 2
+    page = make(
+        "base=", "tuned=STAGE/run", "full=STAGE/full", precision="bf16", resolution="128x64", count="1"
+    )
+    assert page.images("tuned")[0].shape == (64, 128, 3)
+    assert np.abs(page.images("tuned")[0].astype(int) - page.images("base")[0]).max() > 2
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: the page is checked as text only")
 def test_a_browser_shows_it(tmp_path: Path) -> None:
-    """Headless Chromium draws the page: the red picture of the second column is there, and nothing ran."""
+    """Headless Chromium draws the page: the red image of the second column is there, and nothing ran."""
     table = sheet([[1.0], [2.0]], prompts=[HOSTILE])
     red = torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(1, 3, 64, 64)
-    table.pictures[1].copy_(red)
+    table.images[1].copy_(red)
     (tmp_path / "g.html").write_text(grid.to_html(table, grid.Config(), DRAWING), encoding="utf-8")
     flags = [
         "--headless",

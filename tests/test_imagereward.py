@@ -39,20 +39,20 @@ def golden(golden_folder: Path) -> ImageReward:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> torch.Tensor:
+def images() -> torch.Tensor:
     return torch.stack(
         [from_pil(Image.open(GOLDEN_FOLDER / name), FULL_SIZE.preprocess) for name in GOLDEN["images"]]
     )
 
 
-def deviation(model: ImageReward, pictures: torch.Tensor) -> float:
+def deviation(model: ImageReward, images: torch.Tensor) -> float:
     with torch.no_grad():
-        scores = [model(pictures, [prompt] * len(pictures)) for prompt in GOLDEN["prompts"]]
+        scores = [model(images, [prompt] * len(images)) for prompt in GOLDEN["prompts"]]
     return (torch.stack(scores) - torch.tensor(GOLDEN["scores"])).abs().max().item()
 
 
-def test_scores_equal_the_authors(golden: ImageReward, pictures: torch.Tensor) -> None:
-    assert deviation(golden, pictures) < TOLERANCE
+def test_scores_equal_the_authors(golden: ImageReward, images: torch.Tensor) -> None:
+    assert deviation(golden, images) < TOLERANCE
 
 
 def test_token_ids_equal_the_authors(golden: ImageReward) -> None:
@@ -64,16 +64,16 @@ def test_token_ids_equal_the_authors(golden: ImageReward) -> None:
     ) > 0  # a prompt that had to be cut is among them
 
 
-def test_golden_notices_another_eps(golden: ImageReward, pictures: torch.Tensor) -> None:
+def test_golden_notices_another_eps(golden: ImageReward, images: torch.Tensor) -> None:
     for module in golden.vision_model.modules():
         if isinstance(module, torch.nn.LayerNorm):
             assert module.eps == 1e-6
             module.eps = 1e-5
-    assert deviation(golden, pictures) > 4 * TOLERANCE
+    assert deviation(golden, images) > 4 * TOLERANCE
 
 
 def test_golden_notices_another_token(
-    golden: ImageReward, pictures: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    golden: ImageReward, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = golden.text_model.forward
 
@@ -83,7 +83,7 @@ def test_golden_notices_another_token(
         return output
 
     monkeypatch.setattr(golden.text_model, "forward", rolled)
-    assert deviation(golden, pictures) > 1000 * TOLERANCE
+    assert deviation(golden, images) > 1000 * TOLERANCE
 
 
 def test_golden_notices_colours_under_alpha(golden: ImageReward) -> None:
@@ -96,7 +96,7 @@ def test_golden_notices_colours_under_alpha(golden: ImageReward) -> None:
 
 
 def test_pixel_gradient_equals_finite_differences(golden: ImageReward) -> None:
-    """Through resize, crop, both towers and head, in float64; the picture is larger than the model's 224 pixels."""
+    """Through resize, crop, both towers and head, in float64; the image is larger than the model's 224 pixels."""
     model = golden.double()
     noise = torch.Generator().manual_seed(0)
     pixels = torch.rand(1, 3, 240, 260, generator=noise, dtype=torch.float64).requires_grad_()
@@ -441,9 +441,9 @@ def test_full_size_scores_and_gradients_equal_the_authors(
     scorer = rewards.load("imagereward", weights=tmp_path / "filled.pt")
     (tmp_path / "filled.pt").unlink()
     images = [Image.open(SHARED / "golden" / "inputs" / name) for name in table["images"]]
-    pictures = torch.stack([from_pil(image, FULL_SIZE.preprocess) for image in images])
+    images = torch.stack([from_pil(image, FULL_SIZE.preprocess) for image in images])
     with torch.no_grad():
-        found = torch.stack([scorer(pictures, [prompt] * len(images)) for prompt in table["prompts"]])
+        found = torch.stack([scorer(images, [prompt] * len(images)) for prompt in table["prompts"]])
     assert (found - torch.tensor(table["scores"])).abs().max() < TOLERANCE
     for case in table["gradients"]:
         rule = replace(Preprocess(size=224), antialias=case["resize"] == "antialias_true")

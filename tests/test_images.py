@@ -1,4 +1,4 @@
-"""Reading and writing pictures, and the captioned grid."""
+"""Reading and writing images, and the captioned grid."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from preftune import images
 
 
 def corner(size: tuple[int, int] = (8, 6)) -> Image.Image:
-    """A black picture whose left upper quarter is red."""
+    """A black image whose left upper quarter is red."""
     image = Image.new("RGB", size, "black")
     image.paste((255, 0, 0), (0, 0, size[0] // 2, size[1] // 2))
     return image
@@ -85,15 +85,15 @@ def test_size_cuts_the_middle_square(tmp_path: Path, size: tuple[int, int]) -> N
     assert pixels.min() > 0.9  # the edge is resampled before the cut, with its neighbours
 
 
-def test_what_is_no_picture(tmp_path: Path) -> None:
+def test_what_is_no_image(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.png does not exist"):
         images.load_pixels(tmp_path / "a.png")
     (tmp_path / "b.png").write_text("no")
-    with pytest.raises(ValueError, match=r"cannot read the picture .*b\.png"):
+    with pytest.raises(ValueError, match=r"cannot read the image .*b\.png"):
         images.load_pixels(tmp_path / "b.png")
     whole = saved(tmp_path, Image.effect_noise((64, 64), 50)).read_bytes()
     (tmp_path / "c.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"cannot read the picture .*c\.png"):
+    with pytest.raises(ValueError, match=r"cannot read the image .*c\.png"):
         images.load_pixels(tmp_path / "c.png")
 
 
@@ -112,7 +112,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_grid_places_pictures_and_text() -> None:
+def test_grid_places_images_and_text() -> None:
     blue, red = Image.new("RGB", (16, 16), (0, 0, 255)), torch.zeros(3, 32, 16)
     red[0] = 1
     captions = ["a blue square beside a red one " * 3, "second"]
@@ -122,7 +122,7 @@ def test_grid_places_pictures_and_text() -> None:
     is_blue = (sheet == [0, 0, 255]).all(-1)
     is_red = (sheet == [255, 0, 0]).all(-1)
     assert is_blue.sum() == 96 * 96
-    assert is_red.sum() == 2 * 96 * 48  # 1:2 pictures keep their shape
+    assert is_red.sum() == 2 * 96 * 48  # 1:2 images keep their shape
     rows, columns = np.nonzero(is_blue)
     dark = (sheet.max(-1) < 120) & ~is_blue & ~is_red
     assert dark[: rows.min()].any(), "column titles"
@@ -132,7 +132,7 @@ def test_grid_places_pictures_and_text() -> None:
     assert (edge == 255).all(), "a white margin all round"
 
 
-def test_grid_without_text_is_pictures_and_margins() -> None:
+def test_grid_without_text_is_images_and_margins() -> None:
     sheet = images.captioned_grid([[corner((8, 8))] * 3] * 2, cell_size=32)
     assert sheet.size == (4 * 6 + 3 * 32, 3 * 6 + 2 * 32)
     with pytest.raises(AssertionError, match="1 row captions for 2 rows"):

@@ -14,15 +14,15 @@ from preftune import cli
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("rewards", "preftune", "finetune", "data_build", "eval", "benchmarks", "tests")
-LIBRARIES = {"rewards": ("rewards",), "preftune": ("preftune",)}
-"""What the two libraries may import of ours: themselves."""
+LIBRARIES = {"rewards": ("rewards",), "preftune": ("rewards", "preftune")}
+"""What the two libraries may import of ours: rewards itself alone, preftune also rewards."""
 
-RUN = ("finetune.checkpoint", "finetune.optimizer")
-RUN_ITSELF = ("finetune.run", "finetune.run_config")
+RUN = ("preftune.training.checkpoint", "preftune.training.optimizer")
+RUN_ITSELF = ("preftune.training.run", "preftune.training.run_config")
 """The parts of Run, which drivers leave to it."""
 
 HOMES = {
-    "accelerate": ("finetune/run.py",),
+    "accelerate": ("preftune/training/run.py",),
     "peft": ("preftune/lora.py",),
     "open_clip": ("rewards/",),
     "ray": ("data_build/cluster.py",),

@@ -1,4 +1,4 @@
-"""LoRA on a tiny Stable Diffusion pipeline: the file that diffusers loads draws the picture that was trained."""
+"""LoRA on a tiny Stable Diffusion pipeline: the file that diffusers loads draws the image that was trained."""
 
 from pathlib import Path
 
@@ -12,7 +12,9 @@ from preftune import lora
 
 SMALL = lora.LoRA(rank=2, alpha=6.0)
 WIDE = lora.LoRA(
-    rank=2, alpha=6.0, targets=("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "proj_out")
+    rank=2,
+    alpha=6.0,
+    target_modules=("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "proj_out"),
 )
 
 
@@ -38,7 +40,7 @@ def noise(unet: UNet2DConditionModel) -> torch.Tensor:
     return out
 
 
-def picture(
+def image(
     folder: Path, unet: UNet2DConditionModel | None = None, weights: Path | None = None
 ) -> torch.Tensor:
     """What the pipeline draws, with another UNet or with LoRA weights that diffusers itself loads."""
@@ -58,11 +60,11 @@ def picture(
 
 
 @pytest.mark.parametrize("config", [SMALL, WIDE], ids=["attention", "attention and convolutions"])
-def test_diffusers_draws_the_same_picture(folder: Path, tmp_path: Path, config: lora.LoRA) -> None:
+def test_diffusers_draws_the_same_image(folder: Path, tmp_path: Path, config: lora.LoRA) -> None:
     unet = trained(UNet2DConditionModel.from_pretrained(folder, subfolder="unet"), config)
     lora.save(unet, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == [lora.FILE]
-    ours, theirs, base = picture(folder, unet=unet), picture(folder, weights=tmp_path), picture(folder)
+    ours, theirs, base = image(folder, unet=unet), image(folder, weights=tmp_path), image(folder)
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
     assert (base - ours).abs().max() > 1e-2
 
@@ -202,7 +204,7 @@ def test_merge_keeps_the_function() -> None:
 
 
 def test_two_updates_in_turn(tmp_path: Path) -> None:
-    one, two = trained(tiny.unet()), trained(tiny.unet(), lora.LoRA(rank=3, targets=("to_q",)))
+    one, two = trained(tiny.unet()), trained(tiny.unet(), lora.LoRA(rank=3, target_modules=("to_q",)))
     lora.save(one, tmp_path / "1")
     lora.save(two, tmp_path / "2")
     unet = tiny.unet()
@@ -218,7 +220,7 @@ def test_two_updates_in_turn(tmp_path: Path) -> None:
         ({"alpha": 0.0}, r"lora.alpha is 0\.0; it must be above 0"),
         ({"alpha": float("nan")}, "lora.alpha is nan"),
         ({"rank": 0, "alpha": 1.0}, "trains the full weights"),
-        ({"targets": ()}, "name at least one layer"),
+        ({"target_modules": ()}, "name at least one layer"),
     ],
 )
 def test_wrong_configs(values: dict[str, object], words: str) -> None:
@@ -228,7 +230,7 @@ def test_wrong_configs(values: dict[str, object], words: str) -> None:
 
 def test_a_misspelt_target_is_refused_even_beside_a_right_one() -> None:
     with pytest.raises(ValueError, match=r"no layer is called to_z; there are .*to_out\.0.*to_q"):
-        lora.inject(tiny.unet(), lora.LoRA(targets=("to_q", "to_z")), seed=0)
+        lora.inject(tiny.unet(), lora.LoRA(target_modules=("to_q", "to_z")), seed=0)
 
 
 def test_wrong_files(tmp_path: Path) -> None:

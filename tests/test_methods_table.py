@@ -9,23 +9,23 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_build import diffusiondb, draw_parts
-from eval import compare
+from data_build import diffusiondb, generate
+from eval import compare_methods
 from preftune import cli
 
 ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / "eval/configs/compare/tiny.yaml"
+CONFIG = ROOT / "eval/configs/compare_methods/tiny.yaml"
 PARTS = (  # as the README prints it
-    "--model assets/tiny/pipeline --prompts assets/tiny/prompts.txt --output data/parts --draw.height 64 --draw.width 64"
-    " --draw.guidance 3 --draw.num-steps 16 --draw.scheduler ddim --draw.batch 64"
+    "--model assets/tiny/pipeline --prompts assets/tiny/prompts.txt --output-dir data/parts --sample.resolution 64"
+    " --sample.guidance-scale 3 --sample.num-inference-steps 16 --sample.solver ddim --sample.batch-size 64"
 )
-FILTERED = "--data data/parts --rewards imagereward-tiny --scale 3 --output data/filtered"
-SCORED = "--data data/parts --rewards imagereward-tiny --rule threshold --high -1000 --output data/scored"
+FILTERED = "--data data/parts --rewards imagereward-tiny --scale 3 --output-dir data/filtered"
+SCORED = "--data data/parts --rewards imagereward-tiny --rule threshold --high -1000 --output-dir data/scored"
 
 
 def build(*flags: str) -> None:
     """What the README builds for it: drawn parts, the filtered set, and everything scored."""
-    draw_parts.main(cli.parse(draw_parts.Config, [*PARTS.split(), *flags]))
+    generate.main(cli.parse(generate.Config, [*PARTS.split(), *flags]))
     for words in (FILTERED, SCORED):
         diffusiondb.main(cli.parse(diffusiondb.Config, [*words.split(), "--workers", "0"]))
 
@@ -38,20 +38,18 @@ def read_table(path: Path) -> dict[str, dict[str, str]]:
 
 @pytest.mark.usefixtures("trained_here")
 def test_the_table_in_small(checkout: Path) -> None:
-    build("--count", "8", "--pictures", "8", "--draw.num-steps", "4")
+    build("--count", "8", "--images", "8", "--sample.num-inference-steps", "4")
     settings = yaml.safe_load(CONFIG.read_text())
     less = {
-        "refl": "--num-steps 4 --window 2 3",
-        "raft_3": "--prompts-per-iteration 4 --pictures-per-prompt 2",
+        "refl": "--num-inference-steps 4 --window 2 3",
+        "raft_3": "--prompts-per-iteration 4 --images-per-prompt 2",
         "raft_1": "@1",
         "raft_2": "@2",
     }
     methods = []
     for method in settings["methods"]:
         name = method.partition("=")[0]
-        short = (
-            f"--updates 3 --batch 4 --held-out-count 2 --threads 1 --draw.num-steps 2 {less.get(name, '')}"
-        )
+        short = f"--max-train-steps 3 --train-batch-size 4 --num-validation-prompts 2 --threads 1 --sample.num-inference-steps 2 {less.get(name, '')}"
         methods.append(f"{name}=raft_3{less[name]}" if "@" in method else f"{method} {short}")
     argv = [
         "--config",
@@ -62,25 +60,25 @@ def test_the_table_in_small(checkout: Path) -> None:
         "0",
         "--count",
         "6",
-        "--draw.num-steps",
+        "--sample.num-inference-steps",
         "3",
     ]
-    assert compare.main(cli.parse(compare.Config, argv)) == 0
+    assert compare_methods.main(cli.parse(compare_methods.Config, argv)) == 0
     rows = read_table(checkout / "runs/compare/table.csv")
     assert list(rows) == ["base", "refl", "weird", "reward_weighted", "raft_1", "raft_2", "raft_3"]
     images = {name: int(row["images"]) for name, row in rows.items()}
     trained = dict.fromkeys(("refl", "weird", "reward_weighted", "raft_3"), 12)
     assert images == {"base": 0, "raft_1": 4, "raft_2": 8} | trained, "the same budget"
     means = {name: float(row["mean"]) for name, row in rows.items()}
-    assert len(set(means.values())) == len(means), "every method draws its own pictures"
+    assert len(set(means.values())) == len(means), "every method draws its own images"
     assert all(0 < mean < 1 for mean in means.values())
 
 
 @pytest.mark.slow
 def test_the_table_in_full(checkout: Path) -> None:
     """Under an hour on two cores: the numbers are in LOG.md. Started as a user would."""
-    build("--count", "500", "--pictures", "8")
-    command = [sys.executable, "eval/compare.py", "--config", str(CONFIG)]
+    build("--count", "500", "--images", "8")
+    command = [sys.executable, "eval/compare_methods.py", "--config", str(CONFIG)]
     subprocess.run(command, check=True)
     rows = read_table(checkout / "runs/compare/table.csv")
     assert len(rows) == 7

@@ -13,7 +13,7 @@ T = torch.tensor([1, 500, 990])
 
 
 def tensors(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """x0 and eps (3, 4, 8, 8), one picture for each of T."""
+    """x0 and eps (3, 4, 8, 8), one image for each of T."""
     generator = torch.Generator().manual_seed(0)
     draws = torch.randn(2, 3, 4, 8, 8, generator=generator, dtype=dtype)
     return draws[0], draws[1]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from finetune.preference_losses import (
+from preftune.training.preference_losses import (
     anti_interference_losses,
     choice_losses,
     clamp_scale,
@@ -55,7 +55,7 @@ def test_soft_losses_by_hand() -> None:
 
 
 def test_anti_interference_by_hand() -> None:
-    """Two views each; the extreme is now a view, now the picture itself."""
+    """Two views each; the extreme is now a view, now the image itself."""
     better = torch.tensor([[2.0, 1.5, 2.5], [0.0, 0.2, 0.1], [1.0, 1.0, 1.0]])
     worse = torch.tensor([[1.0, 0.5, 0.0], [0.5, 0.1, 0.3], [0.0, 0.0, 0.0]])
     inter = [1.5 - 1.0, 0.0 - 0.5, 1.0]

@@ -53,8 +53,8 @@ def test_parquet(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), path)
     with pytest.raises(ValueError, match="row 2 must be a text, not null"):
         read_prompts(path)
-    pyarrow.parquet.write_table(pyarrow.table({"picture": ["a"]}), path)
-    with pytest.raises(ValueError, match="has no text, prompt or caption; it has picture"):
+    pyarrow.parquet.write_table(pyarrow.table({"image": ["a"]}), path)
+    with pytest.raises(ValueError, match="has no text, prompt or caption; it has image"):
         read_prompts(path)
     path.write_bytes(b"PAR1 no")
     with pytest.raises(ValueError, match="is not a parquet file"):

@@ -17,9 +17,9 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from preftune import published_rows
-from preftune.published import ASPECTS, LAYOUTS, Aspect, Judged, Layout, SetAside, Shown, dense, read
-from preftune.published_rows import SchemaError
+from data_build import published_rows
+from data_build.published import ASPECTS, LAYOUTS, Aspect, Judged, Layout, SetAside, Shown, dense, read
+from data_build.published_rows import SchemaError
 
 SHARED = Path(__file__).parents[2] / "shared/data/prompts/imagereward"
 
@@ -47,10 +47,10 @@ def in_csv(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def in_zip(path: Path, rows: Sequence[object], pictures: dict[str, bytes]) -> Path:
+def in_zip(path: Path, rows: Sequence[object], images: dict[str, bytes]) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(f"{path.stem}.json", json.dumps(rows))
-        for name, content in pictures.items():
+        for name, content in images.items():
             archive.writestr(name, content)
     return path
 
@@ -64,7 +64,7 @@ def webp(level: int) -> bytes:
 def facts(entry: Judged | SetAside) -> tuple[object, ...]:
     """What a ranking says: prompt, names, ranks, source, weight."""
     assert isinstance(entry, Judged)
-    names = [picture.name for picture in entry.pictures]
+    names = [image.name for image in entry.images]
     return entry.prompt, names, list(entry.ranks), entry.source, entry.weight
 
 
@@ -104,10 +104,10 @@ def pickapic(**changes: object) -> dict[str, Any]:
     } | changes
 
 
-def db(picture: str, rank: int, prompt: str = "000001-0001", **changes: object) -> dict[str, Any]:
+def db(name: str, rank: int, prompt: str = "000001-0001", **changes: object) -> dict[str, Any]:
     """A row of ImageRewardDB."""
     return {
-        "image_path": f"images/train/train_1/{picture}.webp",
+        "image_path": f"images/train/train_1/{name}.webp",
         "prompt_id": prompt,
         "prompt": f"p {prompt}",
         "classification": "People",
@@ -141,7 +141,7 @@ def test_imagereward(tmp_path: Path) -> None:
     first = next(read("imagereward", path))
     assert isinstance(first, Judged)
     assert first.place == f"{path} element 1"
-    assert first.pictures[0] == Shown(name="x/0.webp", content=None)
+    assert first.images[0] == Shown(name="x/0.webp", content=None)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data/prompts/imagereward")
@@ -179,11 +179,11 @@ def test_imagerewarddb(tmp_path: Path) -> None:
         (["1.webp", "3.webp"], [2, 1]),
     ]
     assert isinstance(entries[0], Judged)
-    assert [picture.content for picture in entries[0].pictures] == [webp(0), webp(2)]
+    assert [image.content for image in entries[0].images] == [webp(0), webp(2)]
 
 
-def pictured(folder: Path, order: Sequence[int], *, group: int, size: int) -> Path:
-    """A table of pictures of so many bytes in this order, four of each prompt and so many in a row group."""
+def imaged(folder: Path, order: Sequence[int], *, group: int, size: int) -> Path:
+    """A table of images of so many bytes in this order, four of each prompt and so many in a row group."""
     rows = [
         db("x", 1 + number % 4, f"{number // 4}")
         | {"image": {"bytes": bytes([number]) * size, "path": f"{number}.webp"}}
@@ -192,7 +192,7 @@ def pictured(folder: Path, order: Sequence[int], *, group: int, size: int) -> Pa
     for row in rows:
         del row["image_path"]
     schema = pyarrow.Table.from_pylist(rows).schema
-    path = folder / "pictures.parquet"
+    path = folder / "images.parquet"
     with pyarrow.parquet.ParquetWriter(path, schema, use_dictionary=False) as writer:
         for start in range(0, len(rows), group):  # pages end with row groups, so that arrow holds little, too
             writer.write_table(pyarrow.Table.from_pylist(rows[start : start + group], schema=schema))
@@ -200,26 +200,26 @@ def pictured(folder: Path, order: Sequence[int], *, group: int, size: int) -> Pa
 
 
 @pytest.mark.parametrize("group", [1, 3, 7, 40])
-def test_pictures_of_a_prompt_that_are_scattered(tmp_path: Path, group: int) -> None:
-    """Each picture keeps its name, rank and prompt; prompts come in the order of their first."""
+def test_images_of_a_prompt_that_are_scattered(tmp_path: Path, group: int) -> None:
+    """Each image keeps its name, rank and prompt; prompts come in the order of their first."""
     order = random.Random(0).sample(range(40), 40)
-    entries = [*read("imagerewarddb", pictured(tmp_path, order, group=group, size=3))]
+    entries = [*read("imagerewarddb", imaged(tmp_path, order, group=group, size=3))]
     firsts = [*dict.fromkeys(f"p {number // 4}" for number in order)]
     assert [facts(entry)[0] for entry in entries] == firsts
     for entry in entries:
         assert isinstance(entry, Judged)
-        numbers = [int(picture.name.removesuffix(".webp")) for picture in entry.pictures]
+        numbers = [int(image.name.removesuffix(".webp")) for image in entry.images]
         assert sorted(numbers, key=order.index) == numbers
         assert {f"p {number // 4}" for number in numbers} == {entry.prompt}
         assert entry.ranks == tuple(1 + number % 4 for number in numbers)
-        assert [picture.content for picture in entry.pictures] == [bytes([number]) * 3 for number in numbers]
+        assert [image.content for image in entry.images] == [bytes([number]) * 3 for number in numbers]
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_only_the_pictures_of_one_prompt_are_held(tmp_path: Path, shuffled: bool) -> None:
-    """Of 120 pictures of 100 kB, which are 12 MB, never more than two prompts' and what arrow unpacks at a time."""
+def test_only_the_images_of_one_prompt_are_held(tmp_path: Path, shuffled: bool) -> None:
+    """Of 120 images of 100 kB, which are 12 MB, never more than two prompts' and what arrow unpacks at a time."""
     size, order = 100_000, random.Random(0).sample(range(120), 120) if shuffled else range(120)
-    path = pictured(tmp_path, order, group=8, size=size)
+    path = imaged(tmp_path, order, group=8, size=size)
     next(read("imagerewarddb", path))  # what is made once
     elsewhere = pyarrow.total_allocated_bytes()
     tracemalloc.start()
@@ -227,7 +227,7 @@ def test_only_the_pictures_of_one_prompt_are_held(tmp_path: Path, shuffled: bool
         count, held = 0, 0
         for entry in read("imagerewarddb", path):
             assert isinstance(entry, Judged)
-            count += sum(len(picture.content or b"") for picture in entry.pictures)
+            count += sum(len(image.content or b"") for image in entry.images)
             held = max(held, pyarrow.total_allocated_bytes() - elsewhere)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -244,7 +244,7 @@ def test_only_the_pictures_of_one_prompt_are_held(tmp_path: Path, shuffled: bool
         ([0, 1, 2, *range(4, 13), 3, *range(13, 20)], [3, 1, 20]),  # over two row groups to row 12, and back to 3
     ],
 )  # fmt: skip
-def test_pictures_are_read_once_unless_the_way_is_back(
+def test_images_are_read_once_unless_the_way_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: list[int], expected: list[int]
 ) -> None:
     passes: list[tuple[str, int]] = []
@@ -258,7 +258,7 @@ def test_pictures_are_read_once_unless_the_way_is_back(
 
     monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", counted)
     monkeypatch.setattr(published_rows, "BATCH", 1)
-    assert len([*read("imagerewarddb", pictured(tmp_path, order, group=4, size=3))]) == 5
+    assert len([*read("imagerewarddb", imaged(tmp_path, order, group=4, size=3))]) == 5
     assert passes == [("prompt_id prompt rank", 20), *(("image", rows) for rows in expected)]
 
 
@@ -277,8 +277,8 @@ def test_imagerewarddb_group_and_pair(tmp_path: Path) -> None:
     (entry,) = read("imagerewarddb-pair", in_parquet(tmp_path / "p.parquet", pairs))
     assert facts(entry)[2] == [1, 2]
     assert isinstance(entry, Judged)
-    assert entry.pictures[0] == Shown(name=f"{digest}.webp", content=webp(0))
-    assert entry.pictures[1].content == b""  # set aside later, by name
+    assert entry.images[0] == Shown(name=f"{digest}.webp", content=webp(0))
+    assert entry.images[1].content == b""  # set aside later, by name
 
 
 def test_hpdv1(tmp_path: Path) -> None:
@@ -334,14 +334,14 @@ def test_pickapic(tmp_path: Path) -> None:
         ("a cat", names, [1, 1], "3", 1.0),
     ]
     assert isinstance(judged[0], Judged)
-    assert [picture.content for picture in judged[0].pictures] == [webp(0), webp(1)]
+    assert [image.content for image in judged[0].images] == [webp(0), webp(1)]
     assert unlabelled == SetAside(place=f"{path} row 4", reason="no label", detail="has_label is false")
     for row in rows:  # pickapic_v2_no_images
         del row["jpg_0"], row["jpg_1"]
     bare = [*read("pickapic", in_parquet(tmp_path / "bare.parquet", rows))]
     assert [facts(entry) for entry in bare[:3]] == [facts(entry) for entry in judged]
     assert isinstance(bare[0], Judged)
-    assert bare[0].pictures[0].content is None
+    assert bare[0].images[0].content is None
 
 
 def test_aspects(tmp_path: Path) -> None:
@@ -452,7 +452,7 @@ def test_a_list_of_another_layout(tmp_path: Path, layout: Layout, row: object, w
         ("hpdv1", V1, {"human_preference": 2}, "human_preference is 2; it must be a place in file_path, 0 to 1"),
         ("hpdv1", V1, {"human_preference": -1}, "human_preference is -1"),
         ("hpdv2-train", TRAIN, {"human_preference": [2, 1]}, "human_preference is [2, 1]"),
-        ("hpdv2-train", TRAIN, {"human_preference": [1]}, "2 pictures and 1 ranks"),
+        ("hpdv2-train", TRAIN, {"human_preference": [1]}, "2 images and 1 ranks"),
         ("hpdv2-train", TRAIN, {"prompt": ""}, "prompt is empty"),
         ("hpdv2-test", TEST, {"rank": [1, float("nan")]}, "rank is [1, nan]; it must hold finite numbers"),
         ("hpdv2-test", TEST, {"rank": [1, None]}, "rank is [1, None]; it must hold finite numbers"),
@@ -464,7 +464,7 @@ def test_a_list_of_another_layout(tmp_path: Path, layout: Layout, row: object, w
         ("pickapic", pickapic(), {"caption": None}, "caption is a NoneType"),
         ("pickapic", pickapic(), {"image_1_uid": "aa-0"}, "'aa/aa-0.jpg' is there more than once"),
         ("aspects", RATED, {"images": []}, "images must hold objects"),
-        ("aspects", RATED, {"images": RATED["images"][:1]}, "1 pictures and 1 ranks"),
+        ("aspects", RATED, {"images": RATED["images"][:1]}, "1 images and 1 ranks"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("place", [0, 1])
@@ -537,7 +537,7 @@ def test_a_rating_that_is_no_number(tmp_path: Path, score: str) -> None:
 @pytest.mark.parametrize(
     ("firsts", "words"),
     [
-        (["a,0,x,1"], "1 pictures and 1 ranks; there must be one rank each, and two or more"),
+        (["a,0,x,1"], "1 images and 1 ranks; there must be one rank each, and two or more"),
         (["a,0,x,1", "a,1,x,2", "a,0,x,3"], "'0' is there more than once"),
         ([",0,x,1", ",1,x,2"], "prompt is empty"),
         (["a,0"], "score is None; it must be a finite number"),
@@ -553,11 +553,11 @@ def test_the_first_rater_is_judged_as_the_others_are(tmp_path: Path, firsts: lis
 
 
 def test_bad_groups_of_imagerewarddb_are_set_aside(tmp_path: Path) -> None:
-    """The first prompt, too: shards begin with the last picture of one; and an id has one prompt, or says nothing."""
+    """The first prompt, too: shards begin with the last image of one; and an id has one prompt, or says nothing."""
     good = [db(name, 1) | {"prompt_id": 1, "prompt": "p 1"} for name in "ab"]  # a number will do
     other = db("d", 2, "2") | {"prompt": "q"}
     for bad, words in (
-        ([db("c", 1, "2")], "1 pictures and 1 ranks"),
+        ([db("c", 1, "2")], "1 images and 1 ranks"),
         ([db("c", 0, "2"), db("d", 1, "2")], "rank is 0; it must be 1, the best, or more"),
         ([db("c", 1, "2"), db("c", 2, "2")], "c.webp' is there more than once"),
         ([db("c", 1, "2"), other], "element 2: prompt_id '2' must have one prompt, not 'p 2' and 'q'"),
@@ -572,7 +572,7 @@ def test_bad_groups_of_imagerewarddb_are_set_aside(tmp_path: Path) -> None:
 
 
 def test_rows_without_a_prompt_id_are_no_group(tmp_path: Path) -> None:
-    """In the first row it is a fault of the file, in others of the row: nothing says whose pictures those are."""
+    """In the first row it is a fault of the file, in others of the row: nothing says whose images those are."""
     good = [db("a", 1), db("b", 2)]
     bare = [{key: value for key, value in db(name, 1).items() if key != "prompt_id"} for name in "cd"]
     for path in (in_json(tmp_path / "x.json", bare + good), in_zip(tmp_path / "x.zip", bare + good, {})):

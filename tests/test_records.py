@@ -1,16 +1,16 @@
-"""Captioned and ranked pictures on disk."""
+"""Captioned and ranked images on disk."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from preftune.records import Ranking, Sample, read_jsonl, read_rankings, read_samples, write_jsonl
+from preftune.records import CaptionedImage, Ranking, read_imagefolder, read_jsonl, read_rankings, write_jsonl
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A data set folder with two pictures (empty files suffice) and one file outside it."""
+    """A data set folder with two images (empty files suffice) and one file outside it."""
     data = tmp_path / "data"
     (data / "images").mkdir(parents=True)
     for name in ("images/a.png", "b.png"):
@@ -34,9 +34,9 @@ def test_samples(folder: Path) -> None:
         {"file_name": "./b.png", "text": "b"},
     ]
     write_jsonl(folder / "metadata.jsonl", rows)
-    assert read_samples(folder) == [
-        Sample(path=folder / "images/a.png", text="caf\u00e9", extra={"score": 0.5}),
-        Sample(path=folder / "b.png", text="b", extra={}),
+    assert read_imagefolder(folder) == [
+        CaptionedImage(path=folder / "images/a.png", text="caf\u00e9", extra={"score": 0.5}),
+        CaptionedImage(path=folder / "b.png", text="b", extra={}),
     ]
 
 
@@ -69,7 +69,7 @@ def test_hostile_names(folder: Path, name: str) -> None:
         folder / "metadata.jsonl", [{"file_name": "b.png", "text": "x"}, {"file_name": name, "text": "x"}]
     )
     with pytest.raises(ValueError, match=r"line 2: file name .* must be a relative path"):
-        read_samples(folder)
+        read_imagefolder(folder)
     write_jsonl(folder / "rankings.jsonl", [ranking(generations=["b.png", name])])
     with pytest.raises(ValueError, match=r"line 1: file name .* must be a relative path"):
         read_rankings(folder)
@@ -79,7 +79,7 @@ def test_a_link_out_of_the_folder(folder: Path) -> None:
     (folder / "link.png").symlink_to(folder.parent / "secret.png")
     write_jsonl(folder / "metadata.jsonl", [{"file_name": "link.png", "text": "x"}])
     with pytest.raises(ValueError, match="leads out of the folder"):
-        read_samples(folder)
+        read_imagefolder(folder)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_link_out_of_the_folder(folder: Path) -> None:
 def test_wrong_samples(folder: Path, line: str, words: str) -> None:
     (folder / "metadata.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=words):
-        read_samples(folder)
+        read_imagefolder(folder)
 
 
 @pytest.mark.parametrize(

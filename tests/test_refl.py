@@ -22,15 +22,15 @@ from torch import Tensor, nn
 
 import tiny
 from finetune import refl
-from finetune.checkpoint import find_checkpoints, read
-from finetune.run import RunConfig
 from preftune import families, lora
+from preftune.augment import shifted
 from preftune.cli import dump
 from preftune.families.sd import SD
 from preftune.families.tiny import SCHEDULER_CONFIG
 from preftune.lora import LoRA
-from preftune.sampling import Drawing, sample
-from preftune.views import shifted
+from preftune.sampling import Sampling, sample
+from preftune.training.checkpoint import find_checkpoints, read
+from preftune.training.run import RunConfig
 from rewards import CARDS
 from rewards.brightness import Brightness
 from rewards.imagereward import ImageReward
@@ -44,19 +44,25 @@ SIZE, STEPS, LATE = 32, 5, 3
 
 
 def config(root: Path, output: Path, *, run: dict[str, Any] | None = None, **changes: Any) -> refl.Config:
-    few = {"updates": 4, "batch": 2, "accumulation": 1, "lr": 1e-2, "threads": 1}
+    few = {
+        "max_train_steps": 4,
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-2,
+        "threads": 1,
+    }
     settings: dict[str, Any] = {
         "model": root / "pipeline",
         "prompts": root / "prompts.txt",
         "rewards": ("brightness=1",),
         "reward_scale": 1.0,
-        "num_steps": STEPS,
+        "num_inference_steps": STEPS,
         "window": (1, 3),
         "pretraining": "off",
-        "data": root / "pictures",
-        "size": SIZE,
-        "draw": Drawing(num_steps=4, guidance=3.0, scheduler="pndm", height=SIZE, width=SIZE),
-        "run": RunConfig(output=output, **{**few, **(run or {})}),
+        "data": root / "images",
+        "resolution": SIZE,
+        "sample": Sampling(num_inference_steps=4, guidance_scale=3.0, solver="pndm", resolution=str(SIZE)),
+        "run": RunConfig(output_dir=output, **{**few, **(run or {})}),
     }
     return refl.Config(**{**settings, **changes})
 
@@ -118,11 +124,11 @@ class Case:
 
     def plain_loss(self, late: int = LATE, detach: bool = True) -> Tensor:
         """The same from the papers' formulas: no scheduler, no guidance batch, no shared code but the networks."""
-        family, guidance = self.family, self.config.guidance
+        family, guidance = self.family, self.config.guidance_scale
         generators = self.generators()
         given, without = (family.encode(texts).states for texts in (PROMPTS, [""] * len(PROMPTS)))
         abar = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
-        stride, ddim = 1000 // STEPS, self.config.scheduler == "ddim"
+        stride, ddim = 1000 // STEPS, self.config.solver == "ddim"
         x = torch.cat([torch.randn(1, 4, SIZE // 8, SIZE // 8, generator=g) for g in generators]).double()
         for index in range(late + 1):
             t = stride * (STEPS - 1 - index) + ddim  # steps_offset is 1 with ddim only
@@ -185,15 +191,15 @@ class Case:
             return (moved(h) - moved(-h)) / (2 * h)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("scheduler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("rank", [0, 2])
 def test_gradient(
     rank: int,
     prediction: str,
-    scheduler: Literal["ddpm", "ddim"],
-    guidance: float,
+    solver: Literal["ddpm", "ddim"],
+    guidance_scale: float,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -204,7 +210,7 @@ def test_gradient(
     def in_float32(*shape: Any, dtype: torch.dtype | None = None, **rest: Any) -> Tensor:
         return normal(*shape, **rest).to(dtype or torch.float32)  # one stream of numbers for both loops
 
-    case = Case(tmp_path, prediction, rank, scheduler=scheduler, guidance=guidance)
+    case = Case(tmp_path, prediction, rank, solver=solver, guidance_scale=guidance_scale)
     monkeypatch.setattr(torch, "randn", in_float32)
     loss, plain = case.driver_loss(), case.plain_loss()
     slope = case.slope(loss)
@@ -242,7 +248,7 @@ def test_the_reward_is_the_mean_over_views(root: Path, tmp_path: Path) -> None:
     def generators() -> list[torch.Generator]:
         return [torch.Generator().manual_seed(i) for i in range(2)]
 
-    three = config(root, tmp_path, shift=5, views=3)
+    three = config(root, tmp_path, jitter=5, jitter_copies=3)
     found = refl.mean_reward(mix, pixels, PROMPTS, generators(), three)
     seen = generators()
     by_hand = [2 * scorer(shifted(pixels, seen, 5), PROMPTS) for _ in range(3)]
@@ -253,20 +259,27 @@ def test_the_reward_is_the_mean_over_views(root: Path, tmp_path: Path) -> None:
 
 
 def test_the_late_step_is_drawn_from_the_window(root: Path, tmp_path: Path) -> None:
-    refl.main(config(root, tmp_path, window=(1, 3), run={"updates": 6, "seed": 5}))
-    drawn = [row["late_step"] for row in rows(tmp_path)]
+    refl.main(config(root, tmp_path, window=(1, 3), run={"max_train_steps": 6, "seed": 5}))
+    generated = [row["late_step"] for row in rows(tmp_path)]
     # (seed, stream 3, 0, step, micro batch), as Run.rng says
     wanted = [int(np.random.default_rng((5, 3, 0, step, 0)).integers(1, 4)) for step in range(6)]
-    assert drawn == wanted
+    assert generated == wanted
     assert set(wanted) == {1, 2, 3}, "choose a seed that reaches both ends"
 
 
 @pytest.mark.parametrize("rank", [4, 0])
 def test_brightness_rises(rank: int, root: Path, tmp_path: Path) -> None:
-    draw = Drawing(num_steps=STEPS, guidance=1.0, scheduler="ddim", height=SIZE, width=SIZE)
+    sampling = Sampling(num_inference_steps=STEPS, guidance_scale=1.0, solver="ddim", resolution=str(SIZE))
     lr = 1e-2 if rank else 1e-3
     refl.main(
-        config(root, tmp_path, lora=LoRA(rank=rank), window=(2, 4), draw=draw, run={"updates": 20, "lr": lr})
+        config(
+            root,
+            tmp_path,
+            lora=LoRA(rank=rank),
+            window=(2, 4),
+            sample=sampling,
+            run={"max_train_steps": 20, "learning_rate": lr},
+        )
     )
     rewards = [row["reward"] for row in rows(tmp_path)]
     assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.01
@@ -274,49 +287,49 @@ def test_brightness_rises(rank: int, root: Path, tmp_path: Path) -> None:
         json.loads((tmp_path / "samples" / f"step_{step:06d}" / "scores.json").read_text())["proxy"]
         for step in (0, 20)
     )
-    assert all(new > old for old, new in zip(before, after, strict=True)), (
-        "every held-out picture is brighter"
-    )
+    assert all(new > old for old, new in zip(before, after, strict=True)), "every held-out image is brighter"
 
 
 def test_diffusers_draws_what_was_tuned(root: Path, tmp_path: Path) -> None:
-    settings = config(root, tmp_path, lora=LoRA(rank=4, alpha=8.0), run={"lr": 3e-2, "ema_decay": 0.9})
+    settings = config(
+        root, tmp_path, lora=LoRA(rank=4, alpha=8.0), run={"learning_rate": 3e-2, "ema_decay": 0.9}
+    )
     refl.main(settings)
     family = families.load(root / "pipeline")
-    base = sample(family, PROMPTS, [0, 1], settings.draw)
+    base = sample(family, PROMPTS, [0, 1], settings.sample)
     lora.load(family.unet, tmp_path / "lora")
-    ours = sample(family, PROMPTS, [0, 1], settings.draw)
+    ours = sample(family, PROMPTS, [0, 1], settings.sample)
     pipe = StableDiffusionPipeline.from_pretrained(root / "pipeline", safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
 
-    def drawn(prompts: list[str]) -> Tensor:
+    def generated(prompts: list[str]) -> Tensor:
         latents = [
             torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(len(prompts))
         ]
-        draw = settings.draw
+        sampling = settings.sample
         return pipe(
             prompts,
-            num_inference_steps=draw.num_steps,
-            guidance_scale=draw.guidance,
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
             height=SIZE,
             width=SIZE,
             latents=torch.stack(latents),
             output_type="pt",
         ).images
 
-    torch.testing.assert_close(drawn(PROMPTS), base, atol=1e-4, rtol=0)
+    torch.testing.assert_close(generated(PROMPTS), base, atol=1e-4, rtol=0)
     pipe.load_lora_weights(tmp_path / "lora")
-    torch.testing.assert_close(drawn(PROMPTS), ours, atol=1e-4, rtol=0)
+    torch.testing.assert_close(generated(PROMPTS), ours, atol=1e-4, rtol=0)
     assert (ours - base).abs().max() > 1e-2, "nothing was tuned"
     # What the driver itself drew at the end, with the weights in its memory; its files hold 8 bits.
-    shown = refl.showcase.read(tmp_path, f"step_{settings.run.updates:06d}")
+    shown = refl.validation.read(tmp_path, f"step_{settings.run.max_train_steps:06d}")
     assert shown is not None
-    torch.testing.assert_close(drawn(shown.prompts), shown.pictures, atol=0.5 / 255 + 1e-4, rtol=0)
+    torch.testing.assert_close(generated(shown.prompts), shown.images, atol=0.5 / 255 + 1e-4, rtol=0)
 
 
 def test_accumulation_equals_a_larger_batch(root: Path, tmp_path: Path) -> None:
     for name, batch, accumulation in (("a", 1, 4), ("b", 4, 1)):
-        run = {"batch": batch, "accumulation": accumulation, "adam_eps": 1e-4}
+        run = {"train_batch_size": batch, "gradient_accumulation_steps": accumulation, "adam_epsilon": 1e-4}
         refl.main(config(root, tmp_path / name, pretraining="sum", run=run))
     for a, b in zip(rows(tmp_path / "a"), rows(tmp_path / "b"), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
@@ -327,7 +340,7 @@ def test_accumulation_equals_a_larger_batch(root: Path, tmp_path: Path) -> None:
 
 def test_the_three_ways_of_pretraining(root: Path, tmp_path: Path) -> None:
     for name in ("off", "sum", "alternate"):
-        refl.main(config(root, tmp_path / name, pretraining=name, run={"updates": 2}))
+        refl.main(config(root, tmp_path / name, pretraining=name, run={"max_train_steps": 2}))
     off, both, alternate = (rows(tmp_path / name) for name in ("off", "sum", "alternate"))
     steps = [state(tmp_path / name, 2)["optimizer"][0]["step"] for name in ("off", "sum", "alternate")]
     assert steps == [2, 2, 4]
@@ -354,7 +367,7 @@ def test_a_score_that_is_not_a_number_stops_the_run(
 
     monkeypatch.setattr(Brightness, "__call__", third_is_nan)
     with pytest.raises(FloatingPointError, match="brightness gave nan"):
-        refl.main(config(root, tmp_path, run={"save_every": 1, "keep": 0}))
+        refl.main(config(root, tmp_path, run={"checkpointing_steps": 1, "checkpoints_total_limit": 0}))
     assert [row["step"] for row in rows(tmp_path)] == [0, 1]
     assert [path.name for path in find_checkpoints(tmp_path)] == [f"step_{n:06d}" for n in range(3)]
     assert not (tmp_path / "lora").exists()
@@ -384,12 +397,17 @@ def leaves(saved: Any) -> list[Tensor]:
 @pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_killed_runs_resume_bit_for_bit(kills: int, root: Path, tmp_path: Path) -> None:
     updates = 10 * kills + 10
-    run = {"updates": updates, "save_every": 1, "keep": 3, "ema_decay": 0.9}
-    small = Drawing(num_steps=1, guidance=1.0, scheduler="ddim", height=SIZE, width=SIZE)
-    straight = config(root, tmp_path / "straight", pretraining="alternate", draw=small, run=run)
+    run = {
+        "max_train_steps": updates,
+        "checkpointing_steps": 1,
+        "checkpoints_total_limit": 3,
+        "ema_decay": 0.9,
+    }
+    small = Sampling(num_inference_steps=1, guidance_scale=1.0, solver="ddim", resolution=str(SIZE))
+    straight = config(root, tmp_path / "straight", pretraining="alternate", sample=small, run=run)
     refl.main(straight)
     output = tmp_path / "killed"
-    broken = replace(straight, run=replace(straight.run, output=output, resume="auto"))
+    broken = replace(straight, run=replace(straight.run, output_dir=output, resume_from_checkpoint="latest"))
     (tmp_path / "broken.yaml").write_text(dump(broken))
     command = [sys.executable, ROOT / "finetune" / "refl.py", "--config", tmp_path / "broken.yaml"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}

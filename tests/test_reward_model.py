@@ -14,18 +14,18 @@ from PIL import Image
 
 import rewards
 from finetune import pretrain_scorer, reward_model
-from finetune.optimizer import adamw
-from finetune.preference_losses import weighted_mean
-from finetune.rankings import Ranked, by_pictures, check_split, choices, pairs, split, untied, votes
 from finetune.reward_model import Config, Stable
-from finetune.run_config import RunConfig
 from preftune import cli
-from preftune.records import Ranking, Sample, read_jsonl
+from preftune.records import CaptionedImage, Ranking, read_jsonl
+from preftune.training.optimizer import adamw
+from preftune.training.preference_losses import weighted_mean
+from preftune.training.rankings import Ranked, by_images, check_split, choices, pairs, split, untied, votes
+from preftune.training.run_config import RunConfig
 from rewards import Preprocess
 from rewards.clip import ClipScorer
 from rewards.imagereward import ImageReward
 from rewards.towers import Tower
-from rewards.trainable import load_trainable
+from rewards.training import load_trainable
 
 
 def ranking(
@@ -40,14 +40,14 @@ def test_pairs_leave_ties_out() -> None:
     assert pairs([1, 1]) == []
 
 
-def test_annotators_of_the_same_pictures_are_read_as_one() -> None:
+def test_annotators_of_the_same_images_are_read_as_one() -> None:
     read = [
         ranking("p", "ab", (1, 2), "annotator 0"),
         ranking("q", "ab", (1, 2), weight=0.5),
         ranking("p", "ab", (2, 1), "annotator 1"),
         ranking("p", "ac", (1, 1)),
     ]
-    merged = by_pictures(read)
+    merged = by_images(read)
     assert [(item.prompt, "".join(map(str, item.paths)), item.ranks, item.weights) for item in merged] == [
         ("p", "ab", ((1, 2), (2, 1)), (1.0, 1.0)),
         ("q", "ab", ((1, 2),), (0.5,)),
@@ -55,15 +55,15 @@ def test_annotators_of_the_same_pictures_are_read_as_one() -> None:
     ]
     (better, worse), weights = untied([merged[1], merged[0], merged[2]])
     rows = list(zip(better.tolist(), worse.tolist(), strict=True))
-    assert rows == [(0, 1), (2, 3), (3, 2)], "rows count on over pictures"
+    assert rows == [(0, 1), (2, 3), (3, 2)], "rows count on over images"
     assert weights.tolist() == [0.5, 1.0, 1.0]
     assert untied([merged[2]])[0].shape == (2, 0)
 
 
 def test_choices_and_votes_by_hand() -> None:
-    """Three pictures by three people, the third of whom cannot choose, then two pictures by one."""
+    """Three images by three people, the third of whom cannot choose, then two images by one."""
     three = [ranking("p", "abc", ranks, str(i)) for i, ranks in enumerate([(2, 1, 3), (1, 2, 2), (1, 1, 2)])]
-    chosen = by_pictures([*three, ranking("q", "de", (2, 1), weight=0.25)])
+    chosen = by_images([*three, ranking("q", "de", (2, 1), weight=0.25)])
     rows, best, weights = choices(chosen)
     assert rows.tolist() == [[0, 1, 2], [0, 1, 2], [3, 4, -1]]
     assert best.tolist() == [1, 0, 1]
@@ -76,7 +76,7 @@ def test_choices_and_votes_by_hand() -> None:
 
 def settings(**values: object) -> Config:
     """A configuration whose training is long enough for both stages, an update being one pass."""
-    values.setdefault("run", RunConfig(updates=2000, accumulation=1))
+    values.setdefault("run", RunConfig(max_train_steps=2000, gradient_accumulation_steps=1))
     stable = {key: values.pop(key) for key in tuple(values) if key in Stable.__dataclass_fields__}
     return Config(model="x", data=(Path("x"),), stable=Stable(**stable), **values)  # type: ignore[arg-type]
 
@@ -86,9 +86,9 @@ def loss_of(raw: torch.Tensor, chosen: list[Ranked], config: Config, step: int) 
     return weighted_mean(losses, logits, logits.logsumexp(0))
 
 
-PAIRED = by_pictures([ranking("p", "ab", (1, 2)), ranking("q", "cd", (2, 1), weight=3.0)])
+PAIRED = by_images([ranking("p", "ab", (1, 2)), ranking("q", "cd", (2, 1), weight=3.0)])
 RAW = torch.tensor([[0.5, 0.2], [0.1, 0.3], [1.0, 0.9], [-1.0, -0.5]])
-"""Scores of the four pictures and of one weak view each: the first pair is right by 0.4, the second wrong by 2."""
+"""Scores of the four images and of one weak view each: the first pair is right by 0.4, the second wrong by 2."""
 
 
 def test_losses_of_a_batch_by_hand() -> None:
@@ -97,7 +97,7 @@ def test_losses_of_a_batch_by_hand() -> None:
     assert loss_of(own, PAIRED, settings(), 0).item() == pytest.approx((right + 3 * wrong) / 4)
     equal = loss_of(torch.zeros(4, 1), PAIRED, settings(), 0)
     assert equal.item() == pytest.approx(math.log(2))
-    for objective in ("choice", "soft"):  # with two pictures and one annotator they are the same
+    for objective in ("choice", "soft"):  # with two images and one annotator they are the same
         assert loss_of(own, PAIRED, settings(objective=objective), 0).item() == pytest.approx(
             (right + 3 * wrong) / 4
         )
@@ -111,10 +111,10 @@ def test_losses_of_a_batch_by_hand() -> None:
 
 def test_stages_of_a_batch_by_hand() -> None:
     """Weights of eq. 7 with b 0.3 and tau 0.2, then of eq. 8; the switch is at update 5."""
-    chosen = by_pictures([ranking("p", "ab", (1, 2)), ranking("q", "cd", (2, 1))])
+    chosen = by_images([ranking("p", "ab", (1, 2)), ranking("q", "cd", (2, 1))])
     own = RAW[:, :1]
     right, wrong = math.log(1 + math.exp(-0.4)), math.log(1 + math.exp(2))
-    config = settings(weighting="two-stage", first_stage_updates=5)
+    config = settings(weighting="two-stage", first_stage_steps=5)
     first = (right / (1 + math.exp(0.5)) + wrong / (1 + math.exp(-11.5))) / 2
     assert loss_of(own, chosen, config, 4).item() == pytest.approx(first, rel=1e-5)
     e = [math.exp(0.4), math.exp(-2)]
@@ -126,7 +126,7 @@ def test_stages_of_a_batch_by_hand() -> None:
     )
     for favour, sign in (("equal", 0), ("smaller", -1)):
         e = [math.exp(sign * 0.4), math.exp(sign * -2)]
-        config = settings(weighting="two-stage", first_stage_updates=0, favour=favour)
+        config = settings(weighting="two-stage", first_stage_steps=0, favour=favour)
         assert loss_of(own, chosen, config, 0).item() == pytest.approx(
             (e[0] * right + e[1] * wrong) / sum(e), rel=1e-5
         )
@@ -134,11 +134,11 @@ def test_stages_of_a_batch_by_hand() -> None:
 
 def test_weights_are_constants_unless_asked() -> None:
     """Through eq. 8 the wrong pair could lower the loss by going wrong further; as a constant it cannot."""
-    chosen = by_pictures([ranking("p", "ab", (1, 2)), ranking("q", "cd", (2, 1))])
+    chosen = by_images([ranking("p", "ab", (1, 2)), ranking("q", "cd", (2, 1))])
 
     def gradient(through: bool) -> torch.Tensor:
         raw = RAW[:, :1].clone().requires_grad_()
-        config = settings(weighting="two-stage", first_stage_updates=0, through_weights=through)
+        config = settings(weighting="two-stage", first_stage_steps=0, through_weights=through)
         return torch.autograd.grad(loss_of(raw, chosen, config, 0), raw)[0][:, 0]
 
     e = [math.exp(0.4), math.exp(-2)]
@@ -147,12 +147,12 @@ def test_weights_are_constants_unless_asked() -> None:
     ]
     expected = [slopes[0], -slopes[0], -slopes[1], slopes[1]]
     assert gradient(through=False).tolist() == pytest.approx(expected, rel=1e-5)
-    assert gradient(through=False)[3] < 0, "the better picture of the wrong pair is to rise"
+    assert gradient(through=False)[3] < 0, "the better image of the wrong pair is to rise"
     assert gradient(through=True)[3] > 0, "and here to fall"
 
 
 def test_a_batch_of_ties_teaches_nothing() -> None:
-    tied = by_pictures([ranking("p", "ab", (1, 1))])
+    tied = by_images([ranking("p", "ab", (1, 1))])
     raw = torch.randn(2, 1, requires_grad=True)
     for objective in ("pairs", "choice"):
         loss = loss_of(raw, tied, settings(objective=objective), 0)
@@ -171,11 +171,11 @@ def test_a_batch_of_ties_teaches_nothing() -> None:
         ({"frozen_share": 0.5, "last_layers": (1, 1)}, "both say what is frozen"),
         ({"frozen_share": 1.5}, "--frozen-share must lie in"),
         (
-            {"weighting": "two-stage", "first_stage_updates": 2000},
-            "must be below --updates .2000., or the second",
+            {"weighting": "two-stage", "first_stage_steps": 2000},
+            "must be below --max-train-steps .2000., or the second",
         ),
         (
-            {"through_weights": True, "run": RunConfig(accumulation=2)},
+            {"through_weights": True, "run": RunConfig(gradient_accumulation_steps=2)},
             "needs all pairs of an update in one pass",
         ),
     ],
@@ -215,7 +215,7 @@ def test_rankings_that_say_nothing_are_refused() -> None:
         check_split([sound], [tied, tied], "pairs")
     with pytest.raises(ValueError, match="all 1 rankings are ties; --objective soft"):
         check_split([tied], [sound], "pairs")
-    with pytest.raises(ValueError, match="none of 2 rankings puts one picture before all others"):
+    with pytest.raises(ValueError, match="none of 2 rankings puts one image before all others"):
         check_split([tied, shared], [sound], "choice")
 
 
@@ -228,7 +228,7 @@ def test_the_best_accuracy_outlives_a_stop(tmp_path: Path) -> None:
 
 
 def test_contrast_by_hand() -> None:
-    """Two pictures, two captions, likenesses [[1, 0], [0.6, 0.8]], temperature 0.5."""
+    """Two images, two captions, likenesses [[1, 0], [0.6, 0.8]], temperature 0.5."""
     images = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     texts = torch.eye(2)
     by_row = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-0.4))) / 2
@@ -266,23 +266,23 @@ def test_a_captioner_reads_from_left_to_right(root: Path) -> None:
         logits[0, :3], logits[1, :3]
     )  # the third word is not seen before it is predicted
     assert (logits[0, 3] - logits[1, 3]).abs().max() > 1e-3, "and is seen after"
-    assert (logits[0] - logits[2]).abs().max() > 1e-4, "the picture is read"
+    assert (logits[0] - logits[2]).abs().max() > 1e-4, "the image is read"
 
 
 def test_negative_captions() -> None:
     images, texts = torch.eye(3), torch.tensor([[1.0, 0.9, 0.0], [0.8, 1.0, 0.1], [0.7, 0.2, 1.0]])
     assert pretrain_scorer.hardest(images, texts, ["a", "b", "c"]) == [1, 0, 1], (
-        "the likest caption that is not the picture's own"
+        "the likest caption that is not the image's own"
     )
     assert pretrain_scorer.hardest(images, texts, ["a", "a", "c"]) == [2, 2, 1], "nor in the same words"
-    row = Sample(path=Path("a"), text="a", extra={"near_misses": ["b", "c"]})
+    row = CaptionedImage(path=Path("a"), text="a", extra={"near_misses": ["b", "c"]})
     drawn = {pretrain_scorer.near_miss(row, torch.Generator().manual_seed(seed)) for seed in range(20)}
     assert drawn == {"b", "c"}
-    bare = Sample(path=Path("a"), text="a", extra={})
+    bare = CaptionedImage(path=Path("a"), text="a", extra={})
     assert pretrain_scorer.near_miss(bare, torch.Generator()) is None
 
 
-SHORT = "--updates 2 --batch 2 --accumulation 2 --lr 1e-2 --threads 1 --valid-share 0.25 --valid-every 1 --no-decay-vectors"
+SHORT = "--max-train-steps 2 --train-batch-size 2 --gradient-accumulation-steps 2 --learning-rate 1e-2 --threads 1 --validation-share 0.25 --validation-steps 1 --no-decay-vectors"
 
 
 @pytest.mark.parametrize(
@@ -290,19 +290,19 @@ SHORT = "--updates 2 --batch 2 --accumulation 2 --lr 1e-2 --threads 1 --valid-sh
     [
         "--objective choice --last-layers 1 0",
         "--objective soft --gradient-checkpointing",
-        "--stable.views 2 --stable.weighting two-stage --stable.first-stage-updates 1 --stable.no-flip --shift 1",
+        "--stable.views 2 --stable.weighting two-stage --stable.first-stage-steps 1 --stable.no-flip --jitter 1",
     ],
 )
 def test_every_objective_trains(flags: str, root: Path, tmp_path: Path) -> None:
-    argv = ["--model", str(root / "scorer"), "--data", str(root / "rankings"), "--output", str(tmp_path)]
+    argv = ["--model", str(root / "scorer"), "--data", str(root / "rankings"), "--output-dir", str(tmp_path)]
     config = cli.parse(Config, [*argv, *SHORT.split(), *flags.split()])
     assert reward_model.main(config) == 0
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1]
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
     assert all(0 <= row["valid_accuracy"] <= 1 for row in rows)
-    with Image.open(tmp_path / "accuracy.png") as picture:
-        assert picture.width > 800
+    with Image.open(tmp_path / "accuracy.png") as image:
+        assert image.width > 800
     before, after = ImageReward.load(root / "scorer"), ImageReward.load(tmp_path / "scorer")
     moved = {
         name: not torch.equal(old, new)
@@ -320,7 +320,7 @@ def test_every_objective_trains(flags: str, root: Path, tmp_path: Path) -> None:
 
 def test_a_clip_with_an_mlp_head_trains(root: Path, tmp_path: Path) -> None:
     clip = Path(__file__).parents[1] / "assets/tiny/pretrained/clip"
-    argv = ["--model", str(clip), "--data", str(root / "rankings"), "--output", str(tmp_path)]
+    argv = ["--model", str(clip), "--data", str(root / "rankings"), "--output-dir", str(tmp_path)]
     flags = [*SHORT.split(), "--head", "mlp", "--dropout", "0.3"]
     assert reward_model.main(cli.parse(Config, [*argv, *flags])) == 0
     scorer = load_trainable(str(tmp_path / "scorer"))
@@ -357,7 +357,7 @@ def test_vectors_may_go_undecayed() -> None:
         torch.nn.Parameter(torch.ones(())),
     ]
     for decayed in (True, False):
-        config = RunConfig(weight_decay=0.5, decay_vectors=decayed)
+        config = RunConfig(adam_weight_decay=0.5, decay_vectors=decayed)
         optimizer = adamw(config, weights, lr=0.1)
         for weight in weights:
             weight.data.fill_(1)
@@ -393,7 +393,7 @@ class Brightness(torch.nn.Module):
 
 
 GREYS = {"p": (51, 153, 102), "q q q": (0, 255, 204), "r r": (204, 51, 153), "s s": (51, 255, 0)}
-"""Grey values of three pictures for each prompt of one, three, two and two words; the first is the best, the last the worst."""
+"""Grey values of three images for each prompt of one, three, two and two words; the first is the best, the last the worst."""
 
 
 @pytest.fixture
@@ -415,8 +415,8 @@ def grey(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu: None) -> Brightne
 
 def train_grey(tmp_path: Path, flags: str) -> list[dict[str, float]]:
     """Train it with a learning rate so small that its weight stays 2, and return the metrics; one of four prompts is held out."""
-    argv = ["--model", "x", "--data", str(tmp_path / "rankings"), "--output", str(tmp_path / "run")]
-    argv += "--valid-share 0.25 --updates 3 --lr 1e-30 --threads 1 --valid-every 1 --save-every 3".split()  # noqa: SIM905
+    argv = ["--model", "x", "--data", str(tmp_path / "rankings"), "--output-dir", str(tmp_path / "run")]
+    argv += "--validation-share 0.25 --max-train-steps 3 --learning-rate 1e-30 --threads 1 --validation-steps 1 --checkpointing-steps 3".split()  # noqa: SIM905
     config = cli.parse(Config, [*argv, *flags.split()])
     assert reward_model.main(config) == 0
     return read_jsonl(tmp_path / "run" / "metrics.jsonl")
@@ -443,13 +443,19 @@ def by_hand(step: int, first_stage_updates: int) -> tuple[float, float]:
     return mean, sum(greys[i] > greys[j] for i, j in ((0, 1), (0, 2), (1, 2))) / 3
 
 
-@pytest.mark.parametrize("division", ["--batch 3 --accumulation 1", "--batch 1 --accumulation 3"])
+@pytest.mark.parametrize(
+    "division",
+    [
+        "--train-batch-size 3 --gradient-accumulation-steps 1",
+        "--train-batch-size 1 --gradient-accumulation-steps 3",
+    ],
+)
 def test_the_driver_by_hand(
     division: str, grey: Brightness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two updates of the first stage, one of the second, over all three training rankings at once or one after another."""
     monkeypatch.setattr(reward_model, "weak_view", lambda pixels, *_: pixels / 2)
-    stable = "--stable.views 1 --stable.weighting two-stage --stable.first-stage-updates 2"
+    stable = "--stable.views 1 --stable.weighting two-stage --stable.first-stage-steps 2"
     rows = train_grey(tmp_path, f"{division} {stable}")
     for step, row in enumerate(rows):
         loss, accuracy = by_hand(step, 2)
@@ -457,7 +463,7 @@ def test_the_driver_by_hand(
         assert row["valid_accuracy"] == pytest.approx(accuracy)
     assert rows[2]["loss"] != pytest.approx(rows[1]["loss"], rel=1e-2), "the stages differ"
     assert grey.logit_scale.item() == pytest.approx(math.log(100)), "brought back before each pass"
-    (held,) = split(by_pictures([ranking(prompt, "abc", (1, 2, 3)) for prompt in GREYS]), 0.25, 0)[1]
+    (held,) = split(by_images([ranking(prompt, "abc", (1, 2, 3)) for prompt in GREYS]), 0.25, 0)[1]
     values = [2 * value / 255 * len(held.prompt.split()) for value in GREYS[held.prompt]]
     assert grey.statistics[0] == pytest.approx(sum(values) / 3)
 
@@ -465,7 +471,7 @@ def test_the_driver_by_hand(
 def test_the_best_scorer_is_kept(grey: Brightness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accuracies = iter([0.6, 0.7, 0.5])
     monkeypatch.setattr(reward_model, "validate", lambda *_: next(accuracies))
-    rows = train_grey(tmp_path, "--batch 3 --accumulation 1 --lr 1e-2")
+    rows = train_grey(tmp_path, "--train-batch-size 3 --gradient-accumulation-steps 1 --learning-rate 1e-2")
     assert [row["valid_accuracy"] for row in rows] == [0.6, 0.7, 0.5]
     assert len(grey.saved) == 2, "the third is worse than the second"
     assert grey.saved[1] != grey.saved[0]
@@ -478,7 +484,7 @@ def test_the_best_scorer_is_kept(grey: Brightness, tmp_path: Path, monkeypatch: 
         "--objective pairs",
         "--objective choice",
         "--objective soft",
-        "--stable.weighting two-stage --stable.views 2 --shift 1",
+        "--stable.weighting two-stage --stable.views 2 --jitter 1",
     ],
 )
 def test_an_update_does_not_depend_on_its_division(objective: str, root: Path, tmp_path: Path) -> None:
@@ -500,12 +506,12 @@ def test_an_update_does_not_depend_on_its_division(objective: str, root: Path, t
             str(root / "scorer"),
             "--data",
             str(data),
-            "--output",
+            "--output-dir",
             str(output),
             *objective.split(),
         ]
-        argv += f"--stable.first-stage-updates 1 --updates 2 --batch {batch} --accumulation {accumulation}".split()
-        argv += "--lr 1e-3 --adam-eps 1e-2 --threads 1 --valid-share 0.25 --valid-every 2".split()  # noqa: SIM905
+        argv += f"--stable.first-stage-steps 1 --max-train-steps 2 --train-batch-size {batch} --gradient-accumulation-steps {accumulation}".split()
+        argv += "--learning-rate 1e-3 --adam-epsilon 1e-2 --threads 1 --validation-share 0.25 --validation-steps 2".split()  # noqa: SIM905
         assert reward_model.main(cli.parse(Config, argv)) == 0
         found.append([(row["loss"], row["grad_norm"]) for row in read_jsonl(output / "metrics.jsonl")])
     for other in found[1:]:

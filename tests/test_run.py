@@ -22,17 +22,24 @@ from accelerate import Accelerator
 from torch import nn
 
 from drivers import toy
-from finetune import checkpoint
-from finetune.optimizer import lr_factor
-from finetune.run import MAX_SKIPPED, Run, RunConfig, check
+from preftune.training import checkpoint
+from preftune.training.optimizer import lr_factor
+from preftune.training.run import MAX_SKIPPED, Run, RunConfig, check
 
 ROOT = Path(__file__).parent.parent
 TOY = str(ROOT / "tests" / "drivers" / "toy.py")
 
 
 def run_config(output: Path, **changes: Any) -> RunConfig:
-    few = {"updates": 8, "batch": 2, "accumulation": 2, "lr": 1e-2, "threads": 1, "ema_decay": 0.9}
-    return RunConfig(output=output, **{**few, **changes})
+    few = {
+        "max_train_steps": 8,
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "threads": 1,
+        "ema_decay": 0.9,
+    }
+    return RunConfig(output_dir=output, **{**few, **changes})
 
 
 def train(output: Path, *, driver: dict[str, Any] | None = None, **changes: Any) -> int:
@@ -85,7 +92,7 @@ def launch(*command: str, home: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(("batch", "accumulation", "world"), [(2, 3, 1), (1, 4, 2), (3, 2, 4)])
 def test_image_indices_partition_each_step(batch: int, accumulation: int, world: int) -> None:
     run = Run.__new__(Run)
-    run.config = RunConfig(batch=batch, accumulation=accumulation)
+    run.config = RunConfig(train_batch_size=batch, gradient_accumulation_steps=accumulation)
     run.world, run.images_per_update = world, batch * accumulation * world
     for step in (0, 5):
         seen: list[int] = []
@@ -97,8 +104,8 @@ def test_image_indices_partition_each_step(batch: int, accumulation: int, world:
 
 
 def test_generators_depend_on_seed_and_index_only(tmp_path: Path) -> None:
-    one = Run(run_config(tmp_path / "a", batch=1), driver="toy", config_text="")
-    two = Run(run_config(tmp_path / "b", batch=4), driver="toy", config_text="")
+    one = Run(run_config(tmp_path / "a", train_batch_size=1), driver="toy", config_text="")
+    two = Run(run_config(tmp_path / "b", train_batch_size=4), driver="toy", config_text="")
     other = Run(run_config(tmp_path / "c", seed=1), driver="toy", config_text="")
 
     def draw(run: Run, index: int) -> float:
@@ -111,8 +118,8 @@ def test_generators_depend_on_seed_and_index_only(tmp_path: Path) -> None:
 
 
 def test_accumulation_equals_a_larger_batch(tmp_path: Path) -> None:
-    train(tmp_path / "a", batch=1, accumulation=4)
-    train(tmp_path / "b", batch=4, accumulation=1)
+    train(tmp_path / "a", train_batch_size=1, gradient_accumulation_steps=4)
+    train(tmp_path / "b", train_batch_size=4, gradient_accumulation_steps=1)
     for a, b in zip(rows(tmp_path / "a"), rows(tmp_path / "b"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
@@ -125,7 +132,9 @@ def test_first_update_is_adamw_by_hand(tmp_path: Path) -> None:
     # One weight w = 2, loss = w^2 / 2 on average over two micro batches (1/4 w^2 and 3/4 w^2): gradient w = 2, clipped to
     # 0.5. AdamW's first step is lr in the direction of the sign, after decay by lr * weight_decay.
     run = Run(
-        run_config(tmp_path, updates=1, max_grad_norm=0.5, weight_decay=0.1), driver="toy", config_text=""
+        run_config(tmp_path, max_train_steps=1, max_grad_norm=0.5, adam_weight_decay=0.1),
+        driver="toy",
+        config_text="",
     )
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, 2.0)
@@ -144,7 +153,7 @@ def test_first_update_is_adamw_by_hand(tmp_path: Path) -> None:
 
 
 def test_two_phases_make_two_updates_in_one_row(tmp_path: Path) -> None:
-    train(tmp_path, updates=3, driver={"two_phases": True})
+    train(tmp_path, max_train_steps=3, driver={"two_phases": True})
     for row in rows(tmp_path):
         assert {"first_loss", "second_loss", "first_grad_norm", "second_grad_norm", "position"} < set(row)
         assert row["first_loss"] != row["second_loss"]
@@ -153,22 +162,22 @@ def test_two_phases_make_two_updates_in_one_row(tmp_path: Path) -> None:
 
 
 def test_learning_rate_by_hand() -> None:
-    cosine = RunConfig(updates=10, warmup_updates=2, schedule="cosine")
+    cosine = RunConfig(max_train_steps=10, lr_warmup_steps=2, lr_scheduler="cosine")
     assert [lr_factor(cosine, step) for step in (0, 1, 2)] == [0.5, 1.0, 1.0]
     assert lr_factor(cosine, 6) == pytest.approx(0.5)
     assert lr_factor(cosine, 9) == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
-    assert lr_factor(RunConfig(updates=10), 9) == 1.0
-    assert lr_factor(RunConfig(updates=2, warmup_updates=4), 1) == 0.5
+    assert lr_factor(RunConfig(max_train_steps=10), 9) == 1.0
+    assert lr_factor(RunConfig(max_train_steps=2, lr_warmup_steps=4), 1) == 0.5
 
 
 def test_rows_carry_the_schedule(tmp_path: Path) -> None:
-    train(tmp_path, updates=4, schedule="cosine", lr=0.1)
+    train(tmp_path, max_train_steps=4, lr_scheduler="cosine", learning_rate=0.1)
     assert [row["lr"] for row in rows(tmp_path)] == pytest.approx([0.1, 0.0853553, 0.05, 0.0146447], abs=1e-6)
 
 
 def test_bf16_trains_float32_weights(tmp_path: Path) -> None:
-    train(tmp_path / "bf16", updates=2, mixed_precision="bf16")
-    train(tmp_path / "full", updates=2)
+    train(tmp_path / "bf16", max_train_steps=2, mixed_precision="bf16")
+    train(tmp_path / "full", max_train_steps=2)
     losses = [rows(tmp_path / name)[0]["loss"] for name in ("bf16", "full")]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
@@ -180,23 +189,23 @@ def test_bf16_trains_float32_weights(tmp_path: Path) -> None:
 
 def test_resume_equals_straight(tmp_path: Path) -> None:
     noisy = {"local_noise": True}
-    hard = {"schedule": "cosine", "warmup_updates": 2, "updates": 10}
+    hard = {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "max_train_steps": 10}
     train(tmp_path / "straight", driver=noisy, **hard)
     assert train(tmp_path / "broken", driver=noisy | {"signal_at": 4}, **hard) == 128 + signal.SIGTERM
     assert [row["step"] for row in rows(tmp_path / "broken")] == [0, 1, 2, 3, 4]
     assert [p.name for p in checkpoint.find_checkpoints(tmp_path / "broken")] == ["step_000005"]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert train(tmp_path / "broken", driver=noisy, resume="auto", **hard) == 0
+    assert train(tmp_path / "broken", driver=noisy, resume_from_checkpoint="latest", **hard) == 0
     assert_same_run(tmp_path / "straight", tmp_path / "broken", 10)
 
 
 def test_killed_runs_resume_bit_for_bit(tmp_path: Path) -> None:
-    changes = {"updates": 40, "save_every": 1, "keep": 3}
+    changes = {"max_train_steps": 40, "checkpointing_steps": 1, "checkpoints_total_limit": 3}
     train(tmp_path / "straight", driver={"local_noise": True}, **changes)
     output = tmp_path / "killed"
-    flags = "--updates 40 --save-every 1 --keep 3 --batch 2 --accumulation 2 --lr 1e-2 --threads 1 --ema-decay 0.9"
-    command = [sys.executable, TOY, "--local-noise", "--output", str(output), *flags.split()]
-    command += ["--resume", "auto", "--sleep", "0.02"]
+    flags = "--max-train-steps 40 --checkpointing-steps 1 --checkpoints-total-limit 3 --train-batch-size 2 --gradient-accumulation-steps 2 --learning-rate 1e-2 --threads 1 --ema-decay 0.9"
+    command = [sys.executable, TOY, "--local-noise", "--output-dir", str(output), *flags.split()]
+    command += ["--resume-from-checkpoint", "latest", "--sleep", "0.02"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     moments = random.Random(0)
     for kill in range(3):
@@ -206,7 +215,7 @@ def test_killed_runs_resume_bit_for_bit(tmp_path: Path) -> None:
         process.kill()
         assert process.wait() == -signal.SIGKILL, "finished before it was killed"
     (output / "step_000099.tmp-1").mkdir()  # as a kill in the middle of a save leaves it
-    train(output, resume="auto", driver={"local_noise": True}, **changes)
+    train(output, resume_from_checkpoint="latest", driver={"local_noise": True}, **changes)
     assert_same_run(tmp_path / "straight", output, 40)
     assert sorted(p.name for p in output.glob("step_*")) == ["step_000038", "step_000039", "step_000040"]
 
@@ -244,17 +253,17 @@ def test_resume_of_a_finished_run_trains_nothing(tmp_path: Path) -> None:
     train(tmp_path)
     before = rows(tmp_path)
     stamp = (tmp_path / "step_000008" / "state.pt").stat().st_mtime_ns
-    assert train(tmp_path, resume="auto") == 0
+    assert train(tmp_path, resume_from_checkpoint="latest") == 0
     assert rows(tmp_path) == before
     assert (tmp_path / "step_000008" / "state.pt").stat().st_mtime_ns == stamp
 
 
 def test_resume_drops_later_rows_and_a_torn_line(tmp_path: Path) -> None:
-    train(tmp_path / "straight", updates=6)
-    train(tmp_path / "torn", updates=6, driver={"signal_at": 3})
+    train(tmp_path / "straight", max_train_steps=6)
+    train(tmp_path / "torn", max_train_steps=6, driver={"signal_at": 3})
     with (tmp_path / "torn" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "loss": 9.0}\n{"step": 5, "lo')
-    train(tmp_path / "torn", updates=6, resume="auto")
+    train(tmp_path / "torn", max_train_steps=6, resume_from_checkpoint="latest")
     assert_same_run(tmp_path / "straight", tmp_path / "torn", 6)
 
 
@@ -264,21 +273,29 @@ def test_a_spoilt_metrics_line_is_named(tmp_path: Path) -> None:
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], "[]", *lines[1:]]) + "\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
-        train(tmp_path, resume="auto")
+        train(tmp_path, resume_from_checkpoint="latest")
 
 
 def test_resume_from_an_earlier_checkpoint(tmp_path: Path) -> None:
-    train(tmp_path / "straight", save_every=2, keep=0)
-    train(tmp_path / "back", save_every=2, keep=0)
+    train(tmp_path / "straight", checkpointing_steps=2, checkpoints_total_limit=0)
+    train(tmp_path / "back", checkpointing_steps=2, checkpoints_total_limit=0)
     (tmp_path / "back" / "notes.txt").write_text("mine")
     source = tmp_path / "back" / "step_000004"
     with pytest.raises(ValueError, match="does not lead to"):
-        train(tmp_path / "back", save_every=2, keep=0, resume=source)
-    train(tmp_path / "back", save_every=2, keep=0, resume=source, overwrite=True)
+        train(
+            tmp_path / "back", checkpointing_steps=2, checkpoints_total_limit=0, resume_from_checkpoint=source
+        )
+    train(
+        tmp_path / "back",
+        checkpointing_steps=2,
+        checkpoints_total_limit=0,
+        resume_from_checkpoint=source,
+        overwrite_output_dir=True,
+    )
     assert_same_run(tmp_path / "straight", tmp_path / "back", 8)
-    train(tmp_path / "branch", resume=source)
+    train(tmp_path / "branch", resume_from_checkpoint=source)
     assert [row["step"] for row in rows(tmp_path / "branch")] == [4, 5, 6, 7]
-    train(tmp_path / "back", updates=1, overwrite=True)
+    train(tmp_path / "back", max_train_steps=1, overwrite_output_dir=True)
     left = {p.name for p in (tmp_path / "back").iterdir()}
     assert left == {"config.yaml", "metrics.jsonl", "tensorboard", "step_000001", "rank0.pt", "notes.txt"}
 
@@ -288,21 +305,25 @@ def test_resume_from_an_earlier_checkpoint(tmp_path: Path) -> None:
     [
         ({}, {"width": 5}, r"0\.weight was \(4, 3\), is \(5, 3\)"),
         ({"seed": 3}, {}, "seed was 0, is 3"),
-        ({"accumulation": 3}, {}, "batch x accumulation x processes was 4, is 6"),
+        ({"gradient_accumulation_steps": 3}, {}, "batch x accumulation x processes was 4, is 6"),
         ({"ema_decay": 0.0}, {}, "use of ema_decay was True, is False"),
     ],
 )
 def test_resume_with_other_settings_is_refused(
     tmp_path: Path, changes: dict[str, Any], driver: dict[str, Any], message: str
 ) -> None:
-    train(tmp_path, updates=1)
+    train(tmp_path, max_train_steps=1)
     with pytest.raises(ValueError, match=message):
-        train(tmp_path, resume="auto", driver=driver, **changes)
+        train(tmp_path, resume_from_checkpoint="latest", driver=driver, **changes)
 
 
 def test_current_hyperparameters_apply_after_resume(tmp_path: Path) -> None:
-    train(tmp_path, updates=2)
-    run = Run(run_config(tmp_path, weight_decay=0.5, resume="auto"), driver="toy", config_text="")
+    train(tmp_path, max_train_steps=2)
+    run = Run(
+        run_config(tmp_path, adam_weight_decay=0.5, resume_from_checkpoint="latest"),
+        driver="toy",
+        config_text="",
+    )
     run.prepare(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)))
     assert run.start == 2
     assert run._optimizer.param_groups[0]["weight_decay"] == 0.5
@@ -314,7 +335,7 @@ def test_current_hyperparameters_apply_after_resume(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("setting", "what"), [("nan_at", "loss"), ("inf_gradient_at", "gradient norm")])
 def test_a_number_that_is_not_finite_stops_at_its_step(tmp_path: Path, setting: str, what: str) -> None:
     with pytest.raises(FloatingPointError, match=f"^{what} at step 3, rank 0 is nan"):
-        train(tmp_path, save_every=1, driver={setting: 3})
+        train(tmp_path, checkpointing_steps=1, driver={setting: 3})
     assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2]
     assert checkpoint.find_checkpoints(tmp_path)[-1].name == "step_000003"
     assert all(p.isfinite().all() for p in state(tmp_path, 3)["parameters"].values())
@@ -325,13 +346,17 @@ def test_skipped_updates_stop_the_run_when_they_do_not_end(
 ) -> None:
     monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", True)
     with pytest.raises(FloatingPointError, match=f"{MAX_SKIPPED} gradients overflowed fp16, up to step 49"):
-        train(tmp_path, updates=60)
+        train(tmp_path, max_train_steps=60)
 
 
 def train_with_scaler(output: Path, *, bad: set[int], **changes: Any) -> Run:
     """Train a weight under a loss scaler on the CPU, as fp16 has it on a GPU; `bad` steps have infinite gradients."""
     run = Run(
-        run_config(output, accumulation=1, save_every=1, keep=0, **changes), driver="toy", config_text=""
+        run_config(
+            output, gradient_accumulation_steps=1, checkpointing_steps=1, checkpoints_total_limit=0, **changes
+        ),
+        driver="toy",
+        config_text="",
     )
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=3)
     run.config = dataclasses.replace(
@@ -366,7 +391,7 @@ def test_resume_restores_the_loss_scaler_and_the_count_of_skipped_updates(tmp_pa
         shutil.copytree(tmp_path / "straight", broken)
         for later in range(updates + 1, 9):
             shutil.rmtree(broken / f"step_{later:06d}")
-        run = train_with_scaler(broken, bad=bad, resume="auto")
+        run = train_with_scaler(broken, bad=bad, resume_from_checkpoint="latest")
         assert run.start == updates
         assert rows(broken) == rows(tmp_path / "straight")
         assert_same_state(state(broken, 8), state(tmp_path / "straight", 8))
@@ -383,11 +408,11 @@ def test_fp16_skips_an_infinite_gradient(tmp_path: Path) -> None:
 
 
 def test_two_processes_equal_one_with_twice_the_batch_also_after_a_stop(tmp_path: Path) -> None:
-    train(tmp_path / "one", batch=2, accumulation=2)
+    train(tmp_path / "one", train_batch_size=2, gradient_accumulation_steps=2)
     output = tmp_path / "two"
-    flags = "--updates 8 --batch 1 --accumulation 2 --lr 1e-2 --threads 1 --ema-decay 0.9 --resume auto"
+    flags = "--max-train-steps 8 --train-batch-size 1 --gradient-accumulation-steps 2 --learning-rate 1e-2 --threads 1 --ema-decay 0.9 --resume-from-checkpoint latest"
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    command = (*torchrun, TOY, "--output", str(output), *flags.split())
+    command = (*torchrun, TOY, "--output-dir", str(output), *flags.split())
     # One process gets a signal: both must stop after the same update.
     stopped = launch(*command, "--signal-at", "3", "--signal-rank", "1", home=tmp_path)
     assert stopped.returncode != 0
@@ -408,8 +433,8 @@ def test_two_processes_equal_one_with_twice_the_batch_also_after_a_stop(tmp_path
 
 def test_accelerate_launch_without_a_config_file(tmp_path: Path) -> None:
     accelerate = (sys.executable, "-m", "accelerate.commands.launch", "--cpu")
-    flags = ("--updates", "2", "--threads", "1")
-    done = launch(*accelerate, TOY, "--output", str(tmp_path / "run"), *flags, home=tmp_path)
+    flags = ("--max-train-steps", "2", "--threads", "1")
+    done = launch(*accelerate, TOY, "--output-dir", str(tmp_path / "run"), *flags, home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [p.name for p in checkpoint.find_checkpoints(tmp_path / "run")] == ["step_000002"]
     assert len(rows(tmp_path / "run")) == 2
@@ -421,16 +446,16 @@ def test_accelerate_launch_without_a_config_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"updates": 0},
-        {"batch": 0},
-        {"accumulation": 0},
-        {"lr": -1e-5},
-        {"lr": math.nan},
+        {"max_train_steps": 0},
+        {"train_batch_size": 0},
+        {"gradient_accumulation_steps": 0},
+        {"learning_rate": -1e-5},
+        {"learning_rate": math.nan},
         {"seed": -1},
-        {"warmup_updates": -1},
-        {"save_every": -1},
-        {"keep": -1},
-        {"weight_decay": -0.1},
+        {"lr_warmup_steps": -1},
+        {"checkpointing_steps": -1},
+        {"checkpoints_total_limit": -1},
+        {"adam_weight_decay": -0.1},
         {"adam_betas": (0.9, 1.0)},
         {"max_grad_norm": 0.0},
         {"ema_decay": 1.0},
@@ -443,7 +468,7 @@ def test_illegal_settings_are_named(changes: dict[str, Any]) -> None:
 
 
 def test_every_setting_has_a_help_text() -> None:
-    source = (ROOT / "finetune" / "run_config.py").read_text()
+    source = (ROOT / "preftune" / "training" / "run_config.py").read_text()
     for field in dataclasses.fields(RunConfig):
         after = source.split(f"\n    {field.name}: ")[1].splitlines()[1]
         assert after.strip().startswith('"""'), field.name
@@ -455,7 +480,7 @@ def test_check_refuses_what_the_machine_lacks(tmp_path: Path, monkeypatch: pytes
         check(run_config(tmp_path, mixed_precision="fp16"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="bitsandbytes"):
-        check(run_config(tmp_path, adam_8bit=True))
+        check(run_config(tmp_path, use_8bit_adam=True))
 
 
 def test_check_refuses_unusable_folders(tmp_path: Path) -> None:
@@ -463,17 +488,22 @@ def test_check_refuses_unusable_folders(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be written"):
         check(run_config(tmp_path / "file" / "run"))
     with pytest.raises(ValueError, match="is no checkpoint"):
-        check(run_config(tmp_path / "run", resume=Path("atuo")))
+        check(run_config(tmp_path / "run", resume_from_checkpoint=Path("atuo")))
     with pytest.raises(ValueError, match="give one of them"):
-        run_config(tmp_path / "run", resume="auto", overwrite=True)
-    check(run_config(tmp_path / "run", resume="auto"))  # nothing there yet: starts from the beginning
+        run_config(tmp_path / "run", resume_from_checkpoint="latest", overwrite_output_dir=True)
+    check(
+        run_config(tmp_path / "run", resume_from_checkpoint="latest")
+    )  # nothing there yet: starts from the beginning
 
 
 def test_an_earlier_run_is_protected(tmp_path: Path) -> None:
     train(tmp_path)
-    with pytest.raises(ValueError, match=r"already holds a run.*--resume auto.*--overwrite.*--output"):
+    with pytest.raises(
+        ValueError,
+        match=r"already holds a run.*--resume-from-checkpoint latest.*--overwrite-output-dir.*--output-dir",
+    ):
         train(tmp_path)
-    assert train(tmp_path, updates=2, overwrite=True) == 0
+    assert train(tmp_path, max_train_steps=2, overwrite_output_dir=True) == 0
     assert len(rows(tmp_path)) == 2
 
 
@@ -496,7 +526,11 @@ def test_misuse_by_a_driver_is_caught(tmp_path: Path) -> None:
 
 
 def test_log_joins_the_row_until_it_is_saved(tmp_path: Path) -> None:
-    run = Run(run_config(tmp_path, updates=1, accumulation=1), driver="toy", config_text="a: 1\n")
+    run = Run(
+        run_config(tmp_path, max_train_steps=1, gradient_accumulation_steps=1),
+        driver="toy",
+        config_text="a: 1\n",
+    )
     prepared = run.prepare(nn.Linear(1, 1))
     for step in run.steps():
         with run.accumulate():

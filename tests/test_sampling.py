@@ -1,4 +1,4 @@
-"""Drawing: a picture is a function of (weights, prompt, seed), and it is the picture that diffusers' own pipeline draws."""
+"""Sampling: an image is a function of (weights, prompt, seed), and it is the image that diffusers' own pipeline draws."""
 
 from pathlib import Path
 
@@ -11,20 +11,19 @@ from preftune import families
 from preftune.families.sd import SD
 from preftune.families.tiny import SCHEDULER_CONFIG
 from preftune.noise import x0_from
-from preftune.sampling import Drawing, SchedulerName, make_scheduler, noise_like_seeds, sample, step
+from preftune.sampling import Sampling, SolverName, make_scheduler, noise_like_seeds, sample, step
 
 PROMPTS = ["a red circle", "two cats", "a dog at sea"]
 SEEDS = [11, 5, 2**40]
 
 
-def drawing(scheduler: SchedulerName, batch: int = 8, num_steps: int = 4) -> Drawing:
-    return Drawing(
-        num_steps=num_steps,
-        guidance=3.0,
-        scheduler=scheduler,
-        height=tiny.PIXELS,
-        width=tiny.PIXELS,
-        batch=batch,
+def sampling(scheduler: SolverName, batch: int = 8, num_inference_steps: int = 4) -> Sampling:
+    return Sampling(
+        num_inference_steps=num_inference_steps,
+        guidance_scale=3.0,
+        solver=scheduler,
+        resolution=str(tiny.PIXELS),
+        batch_size=batch,
     )
 
 
@@ -39,37 +38,35 @@ def family(folder: Path) -> SD:
 
 
 @pytest.mark.parametrize("scheduler", ["ddpm", "ddim", "pndm", "dpm++"])
-def test_a_picture_is_a_function_of_prompt_and_seed(family: SD, scheduler: SchedulerName) -> None:
+def test_an_image_is_a_function_of_prompt_and_seed(family: SD, scheduler: SolverName) -> None:
     """Not of the batch, the order, the neighbours or the global random state."""
-    pixels = sample(family, PROMPTS, SEEDS, drawing(scheduler))
+    pixels = sample(family, PROMPTS, SEEDS, sampling(scheduler))
     assert pixels.shape == (3, 3, tiny.PIXELS, tiny.PIXELS)
     assert pixels.dtype == torch.float32
     assert 0 <= pixels.min() < pixels.max() <= 1
     before = torch.get_rng_state()
-    alone = sample(family, PROMPTS, SEEDS, drawing(scheduler, batch=1))
+    alone = sample(family, PROMPTS, SEEDS, sampling(scheduler, batch=1))
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(99)
-    turned = sample(family, PROMPTS[::-1], SEEDS[::-1], drawing(scheduler, batch=2)).flip(0)
+    turned = sample(family, PROMPTS[::-1], SEEDS[::-1], sampling(scheduler, batch=2)).flip(0)
     torch.testing.assert_close(alone, pixels, rtol=0, atol=1e-5)
     torch.testing.assert_close(turned, pixels, rtol=0, atol=1e-5)
-    other_seed = sample(family, PROMPTS[:1], [12], drawing(scheduler))
+    other_seed = sample(family, PROMPTS[:1], [12], sampling(scheduler))
     assert (other_seed - pixels[:1]).abs().max() > 1e-2
 
 
-def test_guidance_and_prompts_change_the_picture(family: SD) -> None:
-    one, other = sample(family, PROMPTS[:2], [1, 1], drawing("ddim"))
+def test_guidance_and_prompts_change_the_image(family: SD) -> None:
+    one, other = sample(family, PROMPTS[:2], [1, 1], sampling("ddim"))
     assert (one - other).abs().max() > 1e-3
-    negative = sample(family, PROMPTS[:1], [1], drawing("ddim"), negative="blurred")[0]
+    negative = sample(family, PROMPTS[:1], [1], sampling("ddim"), negative="blurred")[0]
     assert (one - negative).abs().max() > 1e-3
-    same = sample(family, PROMPTS[:1], [1], drawing("ddim"), negative=PROMPTS[0])
-    unguided = Drawing(num_steps=4, guidance=1.0, scheduler="ddim", height=64, width=64)
+    same = sample(family, PROMPTS[:1], [1], sampling("ddim"), negative=PROMPTS[0])
+    unguided = Sampling(num_inference_steps=4, guidance_scale=1.0, solver="ddim", resolution="64")
     torch.testing.assert_close(same, sample(family, PROMPTS[:1], [1], unguided), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("scheduler", ["pndm", "ddim", "dpm++"])
-def test_pictures_are_those_of_the_diffusers_pipeline(
-    folder: Path, family: SD, scheduler: SchedulerName
-) -> None:
+def test_images_are_those_of_the_diffusers_pipeline(folder: Path, family: SD, scheduler: SolverName) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     if scheduler == "ddim":
@@ -85,7 +82,7 @@ def test_pictures_are_those_of_the_diffusers_pipeline(
         num_inference_steps=5,
         output_type="pt",
     ).images
-    ours = sample(family, PROMPTS, SEEDS, drawing(scheduler, num_steps=5), negative="blurred")
+    ours = sample(family, PROMPTS, SEEDS, sampling(scheduler, num_inference_steps=5), negative="blurred")
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
 
 
@@ -97,7 +94,7 @@ def test_ddpm_takes_the_published_timesteps() -> None:
 
 
 @pytest.mark.parametrize("scheduler", ["ddpm", "ddim"])
-def test_x0_is_never_clipped(scheduler: SchedulerName) -> None:
+def test_x0_is_never_clipped(scheduler: SolverName) -> None:
     """Latents leave [-1, 1]; a folder that asks for clipping would ruin them."""
     config = {**SCHEDULER_CONFIG, "clip_sample": True, "thresholding": True}
     built = make_scheduler(config, scheduler, 10)
@@ -132,14 +129,20 @@ def test_each_image_has_its_own_noise() -> None:
 
 def test_what_is_refused(family: SD) -> None:
     with pytest.raises(ValueError, match="2 prompts but 1 seeds"):
-        sample(family, PROMPTS[:2], [1], drawing("ddim"))
+        sample(family, PROMPTS[:2], [1], sampling("ddim"))
     for settings, words in (
-        ({"num_steps": 0}, "--draw.num-steps must be a positive number, got 0"),
-        ({"batch": 0}, "--draw.batch must be a positive number, got 0"),
-        ({"height": 60}, "--draw.height must be a positive multiple of 8, got 60"),
-        ({"width": -8}, "--draw.width must be a positive number, got -8"),
-        ({"guidance": -1.0}, "--draw.guidance must be at least 0, got -1.0"),
-        ({"guidance": float("nan")}, "--draw.guidance must be at least 0, got nan"),
+        ({"num_inference_steps": 0}, "--sample.num-inference-steps must be a positive number, got 0"),
+        ({"batch_size": 0}, "--sample.batch-size must be a positive number, got 0"),
+        (
+            {"resolution": "60"},
+            "--sample.resolution must be positive multiples of 8, as 512 or 768x512, got 60",
+        ),
+        (
+            {"resolution": "-8"},
+            "--sample.resolution must be positive multiples of 8, as 512 or 768x512, got -8",
+        ),
+        ({"guidance_scale": -1.0}, "--sample.guidance-scale must be at least 0, got -1.0"),
+        ({"guidance_scale": float("nan")}, "--sample.guidance-scale must be at least 0, got nan"),
     ):
         with pytest.raises(ValueError, match=words):
-            Drawing(**settings)
+            Sampling(**settings)

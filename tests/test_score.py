@@ -28,11 +28,11 @@ import torch
 from PIL import Image
 
 import rewards
-from data_build import score, scored, scoring, shapes, sources
-from data_build.pictures import Picture, UnusableError, decode
+from data_build import readers, score, score_folder, scoring, shapes
+from data_build.decode import ImageEntry, UnusableError, decode
 from golden_weights import tiny_card
 from preftune.cli import parse
-from preftune.records import read_jsonl, read_samples, write_jsonl
+from preftune.records import read_imagefolder, read_jsonl, write_jsonl
 from rewards import CARDS
 from rewards.clip import ClipVision
 from rewards.mix import units
@@ -43,25 +43,25 @@ COUNT = 7
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An imagefolder of the shapes world."""
-    folder = tmp_path_factory.mktemp("drawn") / "data"
-    shapes.main(shapes.Config(output=folder, count=COUNT, seed=5))
+    folder = tmp_path_factory.mktemp("rendered") / "data"
+    shapes.main(shapes.Config(output_dir=folder, count=COUNT, seed=5))
     return folder
 
 
 @pytest.fixture
-def data(drawn: Path, tmp_path: Path) -> Path:
+def data(rendered: Path, tmp_path: Path) -> Path:
     """A copy to change."""
-    return Path(shutil.copytree(drawn, tmp_path / "data"))
+    return Path(shutil.copytree(rendered, tmp_path / "data"))
 
 
 @pytest.fixture(scope="module")
-def expected(drawn: Path) -> dict[str, list[float]]:
-    """Scores of the pictures one by one, without any of the code under test."""
+def expected(rendered: Path) -> dict[str, list[float]]:
+    """Scores of the images one by one, without any of the code under test."""
     scorers = [rewards.load(name) for name in ("shapes", "brightness", "imagereward-tiny")]
     columns: dict[str, list[float]] = {}
-    for sample in read_samples(drawn):
+    for sample in read_imagefolder(rendered):
         for scorer in scorers:
             pixels = from_pil(Image.open(sample.path), scorer.card.preprocess)[None]
             columns.setdefault(scorer.card.name, []).append(scorer(pixels, [sample.text]).item())
@@ -69,8 +69,8 @@ def expected(drawn: Path) -> dict[str, list[float]]:
 
 
 def config(data: Path, output: Path, *names: str, **changes: Any) -> score.Config:
-    few = {"rewards": names or ("shapes", "brightness"), "batch": 2, "chunk": 3, "workers": 0, "best": 0}
-    return score.Config(data=data, output=output, **(few | changes))
+    few = {"rewards": names or ("shapes", "brightness"), "batch_size": 2, "chunk": 3, "workers": 0, "best": 0}
+    return score.Config(data=data, output_dir=output, **(few | changes))
 
 
 def run(data: Path, output: Path, *names: str, **changes: Any) -> dict[str, list[Any]]:
@@ -91,14 +91,14 @@ def rejected(output: Path) -> dict[tuple[str, str], str]:
 # ---------------------------------------------------------------- columns and files
 
 
-def test_columns_equal_pictures_scored_one_by_one(
-    drawn: Path, expected: dict[str, list[float]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_columns_equal_images_scored_one_by_one(
+    rendered: Path, expected: dict[str, list[float]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = ("imagereward-tiny", "shapes", "brightness")
-    columns = run(drawn, tmp_path / "out", *names, best=2)
+    columns = run(rendered, tmp_path / "out", *names, best=2)
     assert list(columns) == ["file", "member", "text", *names]
-    samples = read_samples(drawn)
-    assert columns["file"] == [sample.path.relative_to(drawn).as_posix() for sample in samples]
+    samples = read_imagefolder(rendered)
+    assert columns["file"] == [sample.path.relative_to(rendered).as_posix() for sample in samples]
     assert columns["text"] == [sample.text for sample in samples]
     assert columns["member"] == [""] * COUNT
     for name in names:
@@ -125,9 +125,9 @@ def test_columns_equal_pictures_scored_one_by_one(
     ]  # fmt: skip
 
 
-def test_workers_change_nothing(drawn: Path, tmp_path: Path) -> None:
+def test_workers_change_nothing(rendered: Path, tmp_path: Path) -> None:
     for workers in (0, 2):
-        run(drawn, tmp_path / f"{workers}", "imagereward-tiny", "brightness", workers=workers, best=2)
+        run(rendered, tmp_path / f"{workers}", "imagereward-tiny", "brightness", workers=workers, best=2)
     assert contents(tmp_path / "0") == contents(tmp_path / "2")
 
 
@@ -137,16 +137,16 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_half_precision_towers(drawn: Path, expected: dict[str, list[float]], tmp_path: Path) -> None:
-    columns = run(drawn, tmp_path / "out", "imagereward-tiny", precision="bf16")
+def test_half_precision_towers(rendered: Path, expected: dict[str, list[float]], tmp_path: Path) -> None:
+    columns = run(rendered, tmp_path / "out", "imagereward-tiny", precision="bf16")
     distance = np.abs(np.subtract(columns["imagereward-tiny"], expected["imagereward-tiny"])).max()
     assert 1e-6 < distance < 0.1
 
 
-def test_each_picture_is_decoded_once_and_prepared_once_for_each_rule(
-    drawn: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_each_image_is_decoded_once_and_prepared_once_for_each_rule(
+    rendered: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CLIP score, aesthetic and HPS v1 want pictures alike, HPS v2 does not; the first two share their tower."""
+    """CLIP score, aesthetic and HPS v1 want images alike, HPS v2 does not; the first two share their tower."""
     calls: Counter[str] = Counter()
 
     def counted(owner: object, name: str) -> None:
@@ -171,30 +171,30 @@ def test_each_picture_is_decoded_once_and_prepared_once_for_each_rule(
     for owner, name in ((scoring, "decode"), (scoring, "from_pil"), (ClipVision, "forward")):
         counted(owner, name)
     terms = tuple(f"{name}={path}" for name, path in files.items())
-    columns = run(drawn, tmp_path / "out", *names, reward_files=terms, chunk=100, batch=4)
+    columns = run(rendered, tmp_path / "out", *names, reward_files=terms, chunk=100, batch_size=4)
     assert calls == {"decode": COUNT, "from_pil": 2 * COUNT, "forward": 2 * 3}
     monkeypatch.undo()
     for scorer in scorers:
         by_hand = [
             scorer(from_pil(Image.open(sample.path), scorer.card.preprocess)[None], [sample.text]).item()
-            for sample in read_samples(drawn)
+            for sample in read_imagefolder(rendered)
         ]
         assert columns[scorer.card.name] == pytest.approx(by_hand, abs=2e-6)
 
 
 def test_the_best_and_the_worst_are_shown(
-    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rendered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: dict[str, Any] = {}
-    original = scored.captioned_grid
+    original = score_folder.captioned_grid
 
     def grid(rows: Any, **texts: Any) -> Image.Image:
         shown.update(texts, rows=rows)
         return original(rows, **texts)
 
-    monkeypatch.setattr(scored, "captioned_grid", grid)
-    columns = run(drawn, tmp_path / "out", best=2)
-    assert Image.open(tmp_path / "out" / "best_worst.png").size[0] > 4 * scored.CELL
+    monkeypatch.setattr(score_folder, "captioned_grid", grid)
+    columns = run(rendered, tmp_path / "out", best=2)
+    assert Image.open(tmp_path / "out" / "best_worst.png").size[0] > 4 * score_folder.CELL
     assert shown["row_captions"] == ["shapes", "brightness"]
     assert shown["column_titles"] == ["best 1", "best 2", "worst 2", "worst 1"]
     order = np.argsort(columns["brightness"])[::-1]
@@ -202,12 +202,12 @@ def test_the_best_and_the_worst_are_shown(
     assert shown["cell_captions"][1] == [
         f"{columns['brightness'][i]:.4g}\n{columns['text'][i]}" for i in chosen
     ]
-    for i, picture in zip(chosen, shown["rows"][1], strict=True):
-        assert np.array_equal(np.asarray(picture), np.asarray(Image.open(drawn / columns["file"][i])))
+    for i, image in zip(chosen, shown["rows"][1], strict=True):
+        assert np.array_equal(np.asarray(image), np.asarray(Image.open(rendered / columns["file"][i])))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_few_pictures_and_hostile_prompts_are_shown(count: int, data: Path, tmp_path: Path) -> None:
+def test_few_images_and_hostile_prompts_are_shown(count: int, data: Path, tmp_path: Path) -> None:
     rows = read_jsonl(data / "metadata.jsonl")[:count]
     texts = ["\x00\u202e\U0001f600" + "w" * 5000, "a\nb\r\tc", "<b>" * 99]
     write_jsonl(
@@ -243,10 +243,10 @@ def test_scores_go_into_the_metadata(data: Path, expected: dict[str, list[float]
 # ---------------------------------------------------------------- kinds of data
 
 
-def encoded(drawn: Path) -> list[tuple[str, bytes, str]]:
-    """Name, file and caption of each picture; every other one as lossless WebP."""
+def encoded(rendered: Path) -> list[tuple[str, bytes, str]]:
+    """Name, file and caption of each image; every other one as lossless WebP."""
     listed = []
-    for index, sample in enumerate(read_samples(drawn)):
+    for index, sample in enumerate(read_imagefolder(rendered)):
         content = sample.path.read_bytes()
         if index % 2:
             buffer = io.BytesIO()
@@ -256,11 +256,11 @@ def encoded(drawn: Path) -> list[tuple[str, bytes, str]]:
     return listed
 
 
-def write_part(path: Path, pictures: list[tuple[str, bytes, str]], notes: object = None) -> None:
+def write_part(path: Path, images: list[tuple[str, bytes, str]], notes: object = None) -> None:
     """A zip file of DiffusionDB as published, or with another JSON."""
-    about = {name: {"p": text, "se": 1, "c": 7.0, "st": 50, "sa": "k_lms"} for name, _, text in pictures}
+    about = {name: {"p": text, "se": 1, "c": 7.0, "st": 50, "sa": "k_lms"} for name, _, text in images}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content, _ in pictures:
+        for name, content, _ in images:
             archive.writestr(name, content)
         archive.writestr(f"{path.stem}.json", json.dumps(about if notes is None else notes))
 
@@ -277,32 +277,32 @@ def write_table(
 STRUCT = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
 
 
-def as_struct(pictures: list[tuple[str, bytes, str]]) -> list[tuple[object, object]]:
-    return [({"bytes": content, "path": name}, text) for name, content, text in pictures]
+def as_struct(images: list[tuple[str, bytes, str]]) -> list[tuple[object, object]]:
+    return [({"bytes": content, "path": name}, text) for name, content, text in images]
 
 
-def write_kind(kind: str, folder: Path, pictures: list[tuple[str, bytes, str]]) -> Path:
-    """The pictures as a data set of a kind."""
+def write_kind(kind: str, folder: Path, images: list[tuple[str, bytes, str]]) -> Path:
+    """The images as a data set of a kind."""
     folder.mkdir()
     if kind == "folder":
-        for number, (name, content, _) in enumerate(pictures):
+        for number, (name, content, _) in enumerate(images):
             place = folder / "deep" / "er" if number % 2 else folder
             place.mkdir(parents=True, exist_ok=True)
             (place / name.upper()).write_bytes(content)
-        (folder / "notes.txt").write_text("no picture")
+        (folder / "notes.txt").write_text("no image")
     elif kind == "table of structs":
-        write_table(folder / "a.parquet", as_struct(pictures), STRUCT)
+        write_table(folder / "a.parquet", as_struct(images), STRUCT)
         return folder / "a.parquet"
     elif kind == "tables of bytes":
-        rows: list[tuple[object, object]] = [(content, text) for _, content, text in pictures]
+        rows: list[tuple[object, object]] = [(content, text) for _, content, text in images]
         write_table(folder / "a.parquet", rows[:3], pyarrow.binary())
         write_table(folder / "b.parquet", rows[3:], pyarrow.large_binary(), group=20)
     elif kind == "archive":
-        write_part(folder / "part-000007.zip", pictures)
+        write_part(folder / "part-000007.zip", images)
         return folder / "part-000007.zip"
     else:
-        write_part(folder / "part-000001.zip", pictures[:2])
-        write_part(folder / "part-000002.zip", pictures[2:])
+        write_part(folder / "part-000001.zip", images[:2])
+        write_part(folder / "part-000002.zip", images[2:])
     return folder
 
 
@@ -319,21 +319,21 @@ PLACES = {
 @pytest.mark.parametrize("kind", PLACES)
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_captioned_kinds(
-    kind: str, chunk: int, drawn: Path, expected: dict[str, list[float]], tmp_path: Path
+    kind: str, chunk: int, rendered: Path, expected: dict[str, list[float]], tmp_path: Path
 ) -> None:
     """Batches and chunks cross from one file to the next; the best and worst are read again from where they are."""
-    path = write_kind(kind, tmp_path / "data", encoded(drawn))
+    path = write_kind(kind, tmp_path / "data", encoded(rendered))
     columns = run(path, tmp_path / "out", chunk=chunk, best=1 if chunk == 3 else 0)
     assert list(zip(columns["file"], columns["member"], strict=True)) == PLACES[kind]
-    assert columns["text"] == [sample.text for sample in read_samples(drawn)]
+    assert columns["text"] == [sample.text for sample in read_imagefolder(rendered)]
     assert columns["shapes"] == pytest.approx(expected["shapes"], abs=1e-7)
     assert columns["brightness"] == pytest.approx(expected["brightness"], abs=1e-7)
     assert rejected(tmp_path / "out") == {}
 
 
-def test_a_folder_of_pictures(drawn: Path, expected: dict[str, list[float]], tmp_path: Path) -> None:
+def test_a_folder_of_images(rendered: Path, expected: dict[str, list[float]], tmp_path: Path) -> None:
     """Without captions: scorers that read none, or one prompt for all."""
-    path = write_kind("folder", tmp_path / "data", encoded(drawn))
+    path = write_kind("folder", tmp_path / "data", encoded(rendered))
     columns = run(path, tmp_path / "out", "brightness")
     names = {f"{'deep/er/' if i % 2 else ''}{i}.{'WEBP' if i % 2 else 'PNG'}": i for i in range(COUNT)}
     assert columns["file"] == sorted(names)
@@ -342,49 +342,53 @@ def test_a_folder_of_pictures(drawn: Path, expected: dict[str, list[float]], tmp
     prompt = "a red circle on a white background"
     columns = run(path, tmp_path / "prompted", "shapes", prompt=prompt)
     assert set(columns["text"]) == {prompt}
-    pictures = [from_pil(Image.open(path / name)) for name in columns["file"]]
-    assert columns["shapes"] == rewards.load("shapes")(torch.stack(pictures), [prompt] * COUNT).tolist()
+    images = [from_pil(Image.open(path / name)) for name in columns["file"]]
+    assert columns["shapes"] == rewards.load("shapes")(torch.stack(images), [prompt] * COUNT).tolist()
 
 
-def test_captions_are_not_needed_where_nobody_reads_them(drawn: Path, tmp_path: Path) -> None:
-    table = pyarrow.table({"picture": [content for _, content, _ in encoded(drawn)], "n": list(range(COUNT))})
+def test_captions_are_not_needed_where_nobody_reads_them(rendered: Path, tmp_path: Path) -> None:
+    table = pyarrow.table(
+        {"image": [content for _, content, _ in encoded(rendered)], "n": list(range(COUNT))}
+    )
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    columns = run(tmp_path / "a.parquet", tmp_path / "out", "brightness", image_column="picture")
+    columns = run(tmp_path / "a.parquet", tmp_path / "out", "brightness", image_column="image")
     assert columns["text"] == [""] * COUNT
-    lines = [{"file_name": sample.path.relative_to(drawn).as_posix()} for sample in read_samples(drawn)]
-    data = Path(shutil.copytree(drawn, tmp_path / "data"))
+    lines = [
+        {"file_name": sample.path.relative_to(rendered).as_posix()} for sample in read_imagefolder(rendered)
+    ]
+    data = Path(shutil.copytree(rendered, tmp_path / "data"))
     write_jsonl(data / "metadata.jsonl", lines)
     assert run(data, tmp_path / "folder", "brightness")["brightness"] == columns["brightness"]
 
 
 @pytest.mark.parametrize("kind", [*PLACES, "imagefolder", "broken table"])
-def test_a_listing_goes_on_from_any_place(kind: str, drawn: Path, tmp_path: Path) -> None:
-    """What is listed from an entry on is the end of the whole list, and each picture can be read again by its name."""
+def test_a_listing_goes_on_from_any_place(kind: str, rendered: Path, tmp_path: Path) -> None:
+    """What is listed from an entry on is the end of the whole list, and each image can be read again by its name."""
     path = (
-        drawn
+        rendered
         if kind == "imagefolder"
         else write_kind(
-            "tables of bytes" if kind == "broken table" else kind, tmp_path / "data", encoded(drawn)
+            "tables of bytes" if kind == "broken table" else kind, tmp_path / "data", encoded(rendered)
         )
     )
     if kind == "broken table":
         path = path / "a.parquet"
-        write_table(path, as_struct(encoded(drawn)), STRUCT, group=3)
+        write_table(path, as_struct(encoded(rendered)), STRUCT, group=3)
         break_row_group(path, 1)
-    found = sources.find(path, prompted=True, prompt="", image_column="image", text_column="text")
-    whole = list(sources.entries(found))
+    found = readers.find(path, prompted=True, prompt="", image_column="image", text_column="text")
+    whole = list(readers.entries(found))
     assert len(whole) == (5 if kind == "broken table" else COUNT)
     for index, (source, number, entry) in enumerate(whole):
-        assert list(sources.entries(found, source, number)) == whole[index:]
-        assert list(sources.entries(found, source, number + 1)) == whole[index + 1 :]
-        if isinstance(entry, Picture):
-            pixels = np.asarray(decode(sources.read(found, replace(entry, content=None))))
-            original = next(sample for sample in read_samples(drawn) if sample.text == entry.text)
+        assert list(readers.entries(found, source, number)) == whole[index:]
+        assert list(readers.entries(found, source, number + 1)) == whole[index + 1 :]
+        if isinstance(entry, ImageEntry):
+            pixels = np.asarray(decode(readers.read(found, replace(entry, content=None))))
+            original = next(sample for sample in read_imagefolder(rendered) if sample.text == entry.text)
             assert np.array_equal(pixels, np.asarray(Image.open(original.path)))
 
 
 def break_row_group(path: Path, group: int) -> None:
-    """Overwrite a row group's pictures."""
+    """Overwrite a row group's images."""
     column = pyarrow.parquet.read_metadata(path).row_group(group).column(0)
     start, length = column.dictionary_page_offset or column.data_page_offset, column.total_compressed_size
     whole = path.read_bytes()
@@ -400,7 +404,7 @@ def png(width: int, height: int, mode: str = "RGB") -> bytes:
     return buffer.getvalue()
 
 
-def bad_pictures(good: bytes) -> dict[str, tuple[bytes, str]]:
+def bad_images(good: bytes) -> dict[str, tuple[bytes, str]]:
     """Name -> (file, reason)."""
     return {
         "empty.png": (b"", "no bytes"),
@@ -413,10 +417,10 @@ def bad_pictures(good: bytes) -> dict[str, tuple[bytes, str]]:
     }
 
 
-def test_a_decoded_picture_is_read_to_its_end(drawn: Path) -> None:
-    good = encoded(drawn)[0][1]
+def test_a_decoded_image_is_read_to_its_end(rendered: Path) -> None:
+    good = encoded(rendered)[0][1]
     assert decode(good).size == (64, 64)
-    for name, (content, reason) in bad_pictures(good).items():
+    for name, (content, reason) in bad_images(good).items():
         with pytest.raises(UnusableError) as refusal:
             decode(content)
         assert refusal.value.reason == reason, name
@@ -429,9 +433,9 @@ def huge_header() -> bytes:
     return content[:12] + ihdr + struct.pack(">I", zipfile.crc32(ihdr)) + content[33:]  # type: ignore[attr-defined]
 
 
-def test_bad_pictures_of_an_archive(drawn: Path, tmp_path: Path) -> None:
-    good = encoded(drawn)[0][1]
-    bad = bad_pictures(good)
+def test_bad_images_of_an_archive(rendered: Path, tmp_path: Path) -> None:
+    good = encoded(rendered)[0][1]
+    bad = bad_images(good)
     caption = "a red circle on a white background"
     odd = {
         "../escape.png": "unsafe name",
@@ -498,29 +502,29 @@ def test_a_member_is_unpacked_no_further_than_it_announces(tmp_path: Path) -> No
     assert rejected(tmp_path / "out") == {("bomb.zip", "a.png"): "undecodable"}
 
 
-def test_broken_archives(drawn: Path, tmp_path: Path) -> None:
-    pictures = encoded(drawn)
+def test_broken_archives(rendered: Path, tmp_path: Path) -> None:
+    images = encoded(rendered)
     (tmp_path / "data").mkdir()
     parts = [tmp_path / "data" / f"part-00000{number}.zip" for number in range(7)]
-    write_part(parts[0], pictures[:2])
+    write_part(parts[0], images[:2])
     whole = parts[0].read_bytes()
     parts[1].write_bytes(whole[: len(whole) // 2])
     parts[2].write_bytes(b"")
-    write_part(parts[3], pictures[:2], notes=["no", "object"])
+    write_part(parts[3], images[:2], notes=["no", "object"])
     with zipfile.ZipFile(parts[4], "w") as archive:
-        archive.writestr("a.png", pictures[0][1])
+        archive.writestr("a.png", images[0][1])
     with zipfile.ZipFile(parts[5], "w") as archive:
         archive.writestr("a.json", b"\xff{")
-    write_part(parts[6], pictures[2:4])
+    write_part(parts[6], images[2:4])
     columns = run(tmp_path / "data", tmp_path / "out")
-    assert columns["member"] == [name for name, _, _ in pictures[:4]]
+    assert columns["member"] == [name for name, _, _ in images[:4]]
     reasons = {1: "broken file", 2: "broken file", 3: "bad metadata", 4: "bad metadata", 5: "bad metadata"}
     assert rejected(tmp_path / "out") == {(parts[i].name, ""): reason for i, reason in reasons.items()}
 
 
 def test_bad_lines_of_an_imagefolder(data: Path, tmp_path: Path) -> None:
-    sample = read_samples(data)[0]
-    for name, (content, _) in bad_pictures(sample.path.read_bytes()).items():
+    sample = read_imagefolder(data)[0]
+    for name, (content, _) in bad_images(sample.path.read_bytes()).items():
         (data / name).write_bytes(content)
     (tmp_path / "secret.png").write_bytes(sample.path.read_bytes())
     (data / "link.png").symlink_to(tmp_path / "secret.png")
@@ -544,7 +548,7 @@ def test_bad_lines_of_an_imagefolder(data: Path, tmp_path: Path) -> None:
     ]
     odd += [
         ({"file_name": name, "text": text}, (name, ""), reason)
-        for name, (_, reason) in bad_pictures(b"" * 9 + sample.path.read_bytes()).items()
+        for name, (_, reason) in bad_images(b"" * 9 + sample.path.read_bytes()).items()
     ]
     lines = [
         row if isinstance(row, str) else json.dumps(row) for row in [good, *(row for row, _, _ in odd), good]
@@ -555,18 +559,18 @@ def test_bad_lines_of_an_imagefolder(data: Path, tmp_path: Path) -> None:
     assert rejected(tmp_path / "out") == {place: reason for _, place, reason in odd}
 
 
-def test_bad_rows_of_a_table(drawn: Path, tmp_path: Path) -> None:
-    pictures = encoded(drawn)
-    bad = bad_pictures(pictures[0][1])
-    caption = pictures[0][2]
-    rows = as_struct(pictures[:1])
+def test_bad_rows_of_a_table(rendered: Path, tmp_path: Path) -> None:
+    images = encoded(rendered)
+    bad = bad_images(images[0][1])
+    caption = images[0][2]
+    rows = as_struct(images[:1])
     odd: list[tuple[object, object, str]] = [
         (None, caption, "missing"),
         ({"bytes": None, "path": "/etc/passwd"}, caption, "missing"),
-        ({"bytes": pictures[0][1], "path": None}, None, "no prompt"),
+        ({"bytes": images[0][1], "path": None}, None, "no prompt"),
         *(({"bytes": content, "path": name}, caption, reason) for name, (content, reason) in bad.items()),
     ]
-    rows += [(image, text) for image, text, _ in odd] + as_struct(pictures[1:2])
+    rows += [(image, text) for image, text, _ in odd] + as_struct(images[1:2])
     write_table(tmp_path / "a.parquet", rows, STRUCT, group=4)
     columns = run(tmp_path / "a.parquet", tmp_path / "out")
     assert columns["member"] == ["0", str(len(rows) - 1)]
@@ -574,30 +578,30 @@ def test_bad_rows_of_a_table(drawn: Path, tmp_path: Path) -> None:
     assert {member: reason for (_, member), reason in rejected(tmp_path / "out").items()} == reasons
 
 
-def test_a_caption_that_is_no_utf8(drawn: Path, tmp_path: Path) -> None:
+def test_a_caption_that_is_no_utf8(rendered: Path, tmp_path: Path) -> None:
     """Parquet readers believe what a file says of its strings."""
-    pictures = encoded(drawn)[:3]
-    texts = pyarrow.array([b"\xff\xfe", *(text.encode() for _, _, text in pictures[1:])], pyarrow.binary())
+    images = encoded(rendered)[:3]
+    texts = pyarrow.array([b"\xff\xfe", *(text.encode() for _, _, text in images[1:])], pyarrow.binary())
     column = texts.view(pyarrow.string())
-    table = pyarrow.table({"image": [content for _, content, _ in pictures], "text": column})
+    table = pyarrow.table({"image": [content for _, content, _ in images], "text": column})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     assert run(tmp_path / "a.parquet", tmp_path / "out")["member"] == ["1", "2"]
     assert rejected(tmp_path / "out") == {("a.parquet", "0"): "bad metadata"}
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 100])
-def test_broken_tables(chunk: int, drawn: Path, tmp_path: Path) -> None:
+def test_broken_tables(chunk: int, rendered: Path, tmp_path: Path) -> None:
     """A table that is none, one cut off, one that lacks a column, and one with a broken row group in its middle."""
-    pictures = encoded(drawn)
+    images = encoded(rendered)
     folder = tmp_path / "data"
     folder.mkdir()
-    write_table(folder / "a.parquet", as_struct(pictures[:6]), STRUCT)
+    write_table(folder / "a.parquet", as_struct(images[:6]), STRUCT)
     whole = (folder / "a.parquet").read_bytes()
     break_row_group(folder / "a.parquet", 1)
     (folder / "b.parquet").write_bytes(whole[: len(whole) // 2])
     (folder / "c.parquet").write_bytes(b"PAR1")
-    pyarrow.parquet.write_table(pyarrow.table({"image": [pictures[0][1]]}), folder / "d.parquet")
-    write_table(folder / "e.parquet", as_struct(pictures[6:]), STRUCT)
+    pyarrow.parquet.write_table(pyarrow.table({"image": [images[0][1]]}), folder / "d.parquet")
+    write_table(folder / "e.parquet", as_struct(images[6:]), STRUCT)
     columns = run(folder, tmp_path / "out", chunk=chunk)
     places = [
         ("a.parquet", "0"),
@@ -618,9 +622,9 @@ def test_nothing_to_score_is_no_failure(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_a_score_that_is_no_number_stops_the_job(
-    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rendered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It names scorer and picture; what was finished before is kept, and nothing is called complete."""
+    """It names scorer and image; what was finished before is kept, and nothing is called complete."""
     original = scoring.score_all
 
     def wrong(scorers: Any, pixels: torch.Tensor, prompts: list[str]) -> list[torch.Tensor]:
@@ -628,27 +632,27 @@ def test_a_score_that_is_no_number_stops_the_job(
         return [column.where(torch.tensor("cross" not in prompts[0]), math.nan) for column in columns]
 
     monkeypatch.setattr(scoring, "score_all", wrong)
-    first = next(i for i, sample in enumerate(read_samples(drawn)) if "cross" in sample.text)
+    first = next(i for i, sample in enumerate(read_imagefolder(rendered)) if "cross" in sample.text)
     with pytest.raises(
         FloatingPointError, match=rf"shapes gave nan for 000/00000{first}\.png  with the prompt '.*cross"
     ):
-        run(drawn, tmp_path / "out", chunk=1)
+        run(rendered, tmp_path / "out", chunk=1)
     assert len(list((tmp_path / "out" / "chunks").iterdir())) == first
     assert not (tmp_path / "out" / "summary.json").exists()
     monkeypatch.undo()
-    assert len(run(drawn, tmp_path / "out", chunk=1)["shapes"]) == COUNT
+    assert len(run(rendered, tmp_path / "out", chunk=1)["shapes"]) == COUNT
 
 
 # ---------------------------------------------------------------- killed
 
 
-def mixed_archives(drawn: Path, folder: Path) -> Path:
-    """Two archives and a broken one, with a bad picture among the good ones."""
+def mixed_archives(rendered: Path, folder: Path) -> Path:
+    """Two archives and a broken one, with a bad image among the good ones."""
     folder.mkdir()
-    pictures = encoded(drawn)
-    write_part(folder / "part-000001.zip", [*pictures[:3], ("bad.png", b"bad", "a bad one")])
+    images = encoded(rendered)
+    write_part(folder / "part-000001.zip", [*images[:3], ("bad.png", b"bad", "a bad one")])
     (folder / "part-000002.zip").write_bytes(b"broken")
-    write_part(folder / "part-000003.zip", pictures[3:])
+    write_part(folder / "part-000003.zip", images[3:])
     return folder
 
 
@@ -683,9 +687,9 @@ def run_and_die(settings: score.Config, writes: int) -> None:
     score.main(settings)
 
 
-def test_killed_at_any_write_and_resumed(drawn: Path, tmp_path: Path) -> None:
+def test_killed_at_any_write_and_resumed(rendered: Path, tmp_path: Path) -> None:
     """Before each file that is written and before the last cleaning; the folder ends as if nothing had happened."""
-    data = mixed_archives(drawn, tmp_path / "data")
+    data = mixed_archives(rendered, tmp_path / "data")
     score.main(config(data, tmp_path / "straight", chunk=2, best=1))
     straight = contents(tmp_path / "straight")
     written = 1 + 5 + 4  # the job, 9 entries in chunks of 2, the table and its company
@@ -698,44 +702,44 @@ def test_killed_at_any_write_and_resumed(drawn: Path, tmp_path: Path) -> None:
         assert contents(output) == straight, writes
 
 
-def test_killed_again_and_again(drawn: Path, tmp_path: Path) -> None:
+def test_killed_again_and_again(rendered: Path, tmp_path: Path) -> None:
     """One folder, killed whenever it has written two files more; what is done is not read again."""
-    data = mixed_archives(drawn, tmp_path / "data")
+    data = mixed_archives(rendered, tmp_path / "data")
     score.main(config(data, tmp_path / "straight", chunk=1, best=1))
     settings = config(data, tmp_path / "killed", chunk=1, best=1)
     for kills in range(1, 5):
         assert in_a_child(functools.partial(run_and_die, settings, 2)) == -signal.SIGKILL
-        assert scored.progress(settings.output)[0] == 2 * kills - 1  # the first file is the job
-    number, place = scored.progress(settings.output)
-    found = sources.find(data, prompted=True, prompt="", image_column="image", text_column="text")
-    assert len(list(sources.entries(found, *place))) == 9 - number
+        assert score_folder.progress(settings.output_dir)[0] == 2 * kills - 1  # the first file is the job
+    number, place = score_folder.progress(settings.output_dir)
+    found = readers.find(data, prompted=True, prompt="", image_column="image", text_column="text")
+    assert len(list(readers.entries(found, *place))) == 9 - number
     score.main(settings)
-    assert contents(settings.output) == contents(tmp_path / "straight")
+    assert contents(settings.output_dir) == contents(tmp_path / "straight")
 
 
 def command(settings: score.Config) -> list[str]:
     return [
-        sys.executable, str(ROOT / "data_build" / "score.py"), "--data", str(settings.data), "--output", str(settings.output),
-        "--rewards", *settings.rewards, "--batch", "2", "--chunk", "1", "--workers", "1", "--best", "1",
+        sys.executable, str(ROOT / "data_build" / "score.py"), "--data", str(settings.data), "--output-dir", str(settings.output_dir),
+        "--rewards", *settings.rewards, "--batch-size", "2", "--chunk", "1", "--workers", "1", "--best", "1",
     ]  # fmt: skip
 
 
-def test_a_killed_command_resumes(drawn: Path, tmp_path: Path) -> None:
+def test_a_killed_command_resumes(rendered: Path, tmp_path: Path) -> None:
     """The program itself, with a worker process and a learned scorer."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    settings = config(drawn, tmp_path / "killed", "imagereward-tiny", "brightness", chunk=1, best=1)
+    settings = config(rendered, tmp_path / "killed", "imagereward-tiny", "brightness", chunk=1, best=1)
     with subprocess.Popen(command(settings), env=environment, stderr=subprocess.DEVNULL) as process:
         for _ in waiting():
-            if (settings.output / "chunks" / "000001.jsonl").exists():
+            if (settings.output_dir / "chunks" / "000001.jsonl").exists():
                 break
             assert process.poll() is None, "ended before it was killed"
         process.kill()
-    assert not (settings.output / "summary.json").exists()
+    assert not (settings.output_dir / "summary.json").exists()
     done = subprocess.run(command(settings), env=environment, capture_output=True, text=True, check=True)
     assert f"{COUNT} scored, 0 set aside" in done.stdout
     torch.set_num_threads(1)
-    score.main(replace(settings, output=tmp_path / "straight"))
-    assert contents(settings.output) == contents(tmp_path / "straight")
+    score.main(replace(settings, output_dir=tmp_path / "straight"))
+    assert contents(settings.output_dir) == contents(tmp_path / "straight")
 
 
 def waiting() -> Iterator[None]:
@@ -748,12 +752,12 @@ def waiting() -> Iterator[None]:
 
 
 def test_a_complete_job_is_not_done_again(
-    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    rendered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(drawn, tmp_path / "out")
+    run(rendered, tmp_path / "out")
     before, table = contents(tmp_path / "out"), capsys.readouterr().out
     monkeypatch.setattr(score, "load_all", lambda *_, **__: pytest.fail("a scorer was loaded"))
-    score.main(config(drawn, tmp_path / "out"))
+    score.main(config(rendered, tmp_path / "out"))
     assert capsys.readouterr().out == table
     assert contents(tmp_path / "out") == before
 
@@ -790,7 +794,7 @@ def test_another_job_in_the_same_folder_is_refused(
 
 
 def test_a_job_that_scored_nothing_gives_way(
-    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rendered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights that turn out to be wrong are named with other ones the next time."""
 
@@ -799,37 +803,37 @@ def test_a_job_that_scored_nothing_gives_way(
 
     monkeypatch.setattr(score, "load_all", fail)
     with pytest.raises(SystemExit):
-        run(drawn, tmp_path / "out", "brightness")
+        run(rendered, tmp_path / "out", "brightness")
     assert list(contents(tmp_path / "out")) == ["job.json"]
     monkeypatch.undo()
-    assert len(run(drawn, tmp_path / "out", "shapes")["shapes"]) == COUNT
+    assert len(run(rendered, tmp_path / "out", "shapes")["shapes"]) == COUNT
 
 
 def test_other_weights_are_another_job(
-    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    rendered: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = Path(shutil.copytree(ROOT / "assets/tiny/imagereward", tmp_path / "weights"))
     term = (f"imagereward-tiny={copy}",)
-    run(drawn, tmp_path / "out", "imagereward-tiny")
+    run(rendered, tmp_path / "out", "imagereward-tiny")
     run(
-        drawn, tmp_path / "out", "imagereward-tiny", reward_files=term
+        rendered, tmp_path / "out", "imagereward-tiny", reward_files=term
     )  # the same ones elsewhere are the same
     config_file = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config_file | {"mean": 1.0}))
     with pytest.raises(SystemExit):
-        run(drawn, tmp_path / "out", "imagereward-tiny", reward_files=term)
+        run(rendered, tmp_path / "out", "imagereward-tiny", reward_files=term)
     assert "was begun with weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", ["a byte", "a part more"])
-def test_other_archives_are_another_job(change: str, drawn: Path, tmp_path: Path) -> None:
-    data = mixed_archives(drawn, tmp_path / "data")
+def test_other_archives_are_another_job(change: str, rendered: Path, tmp_path: Path) -> None:
+    data = mixed_archives(rendered, tmp_path / "data")
     run(data, tmp_path / "out")
     if change == "a byte":
-        pictures = encoded(drawn)[3:]
-        write_part(data / "part-000003.zip", [(n, c[:-1] + b"\0", t) for n, c, t in pictures])
+        images = encoded(rendered)[3:]
+        write_part(data / "part-000003.zip", [(n, c[:-1] + b"\0", t) for n, c, t in images])
     else:
-        write_part(data / "part-000009.zip", encoded(drawn))
+        write_part(data / "part-000009.zip", encoded(rendered))
     with pytest.raises(SystemExit):
         run(data, tmp_path / "out")
 
@@ -840,22 +844,22 @@ BAD = [
     (["--rewards", "clipscore"], "the weights of clipscore are not here; run `hf download"),
     (["--reward-files", "clipscore=x"], "names clipscore, which --rewards does not use"),
     (["--data", "TMP/gone"], "there is no data at "),
-    (["--data", "TMP/empty"], "is no data set: it has no metadata.jsonl, .zip or .parquet, and no pictures"),
+    (["--data", "TMP/empty"], "is no data set: it has no metadata.jsonl, .zip or .parquet, and no images"),
     (["--data", "TMP/a.txt"], "is a file; data is a folder, a .zip of DiffusionDB or a .parquet table"),
     (["--data", "TMP/both"], "holds both .zip and .parquet files"),
-    (["--data", "TMP/bare"], "holds pictures without captions (no metadata.jsonl), and a scorer reads the prompt"),
+    (["--data", "TMP/bare"], "holds images without captions (no metadata.jsonl), and a scorer reads the prompt"),
     (["--data", "TMP/bare", "--prompt", " "], "give --prompt, or scorers that read none"),
-    (["--prompt", "a cat"], "--prompt is for pictures without captions"),
-    (["--data", "TMP/none"], "holds no pictures"),
+    (["--prompt", "a cat"], "--prompt is for images without captions"),
+    (["--data", "TMP/none"], "holds no images"),
     (["--data", "TMP/latin"], "is not UTF-8 text"),
     (["--data", "TMP/t.parquet"], "has no column text; name one of image, caption with --text-column"),
     (["--data", "TMP/t.parquet", "--image-column", "img"], "name one of image, caption with --image-column"),
-    (["--data", "TMP/t.parquet", "--image-column", "caption", "--text-column", "caption"], "holds string, not pictures"),
-    (["--output", "TMP/bare"], "exists and holds no scores; choose another --output"),
-    (["--output", "TMP/a.txt"], "exists and holds no scores"),
-    (["--output", "DATA/scores"], "lies in the data set; choose a folder beside it"),
+    (["--data", "TMP/t.parquet", "--image-column", "caption", "--text-column", "caption"], "holds string, not images"),
+    (["--output-dir", "TMP/bare"], "exists and holds no scores; choose another --output-dir"),
+    (["--output-dir", "TMP/a.txt"], "exists and holds no scores"),
+    (["--output-dir", "DATA/scores"], "lies in the data set; choose a folder beside it"),
     (["--data", "TMP/bare", "--prompt", "x", "--add-to-metadata"], "--add-to-metadata needs a metadata.jsonl"),
-    (["--batch", "0"], "--batch must be at least 1, got 0"),
+    (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
     (["--workers", "-1"], "--workers must be at least 0, got -1"),
     (["--precision", "fp16"], "--precision fp16 needs a GPU; use fp32 or bf16"),
 ]  # fmt: skip
@@ -863,16 +867,16 @@ BAD = [
 
 @pytest.mark.parametrize(("flags", "words"), BAD)
 def test_bad_input_is_one_sentence_before_anything_loads(
-    flags: list[str], words: str, drawn: Path, tmp_path: Path,
+    flags: list[str], words: str, rendered: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     if "fp16" in flags and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    write_wrong_data(drawn, tmp_path)
+    write_wrong_data(rendered, tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(score, "load_all", lambda *_, **__: pytest.fail("a scorer was loaded"))
-    base = {"--data": [str(drawn)], "--output": [str(tmp_path / "out")], "--rewards": ["shapes"]}
-    given = [flag.replace("TMP", str(tmp_path)).replace("DATA", str(drawn)) for flag in flags]
+    base = {"--data": [str(rendered)], "--output-dir": [str(tmp_path / "out")], "--rewards": ["shapes"]}
+    given = [flag.replace("TMP", str(tmp_path)).replace("DATA", str(rendered)) for flag in flags]
     unsaid = [word for flag, values in base.items() if flag not in flags for word in (flag, *values)]
     with pytest.raises(SystemExit) as stop:
         score.main(parse(score.Config, [*unsaid, *given]))
@@ -883,13 +887,13 @@ def test_bad_input_is_one_sentence_before_anything_loads(
     assert not (tmp_path / "out").exists()
 
 
-def write_wrong_data(drawn: Path, folder: Path) -> None:
+def write_wrong_data(rendered: Path, folder: Path) -> None:
     for name in ("empty", "both", "none", "latin", "bare"):
         (folder / name).mkdir()
     (folder / "a.txt").touch()
     for name in ("a.zip", "b.parquet"):
         (folder / "both" / name).touch()
-    shutil.copy(read_samples(drawn)[0].path, folder / "bare" / "a.png")
+    shutil.copy(read_imagefolder(rendered)[0].path, folder / "bare" / "a.png")
     (folder / "none" / "metadata.jsonl").touch()
     (folder / "latin" / "metadata.jsonl").write_bytes(b"\xff")
     table = pyarrow.table({"image": [b"x"], "caption": ["x"]})

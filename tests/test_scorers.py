@@ -47,7 +47,7 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = ImageReward.build(config, folder / "words.txt", seed=0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(4)  # so that scores differ between pictures by more than rounding
+            parameter.mul_(4)  # so that scores differ between images by more than rounding
     model.save(folder)
     return folder
 
@@ -81,7 +81,7 @@ def pixels() -> torch.Tensor:
     return torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
-def test_scores_are_float32_one_a_picture(scorer: Scorer, pixels: torch.Tensor) -> None:
+def test_scores_are_float32_one_an_image(scorer: Scorer, pixels: torch.Tensor) -> None:
     scores = scorer(pixels, PROMPTS)
     assert scores.shape == (3,)
     assert scores.dtype == torch.float32
@@ -97,7 +97,7 @@ def test_gradient_reaches_pixels_iff_the_card_says_so(scorer: Scorer, pixels: to
         (gradient,) = torch.autograd.grad(scores[0], pixels)
         assert gradient[0].isfinite().all()
         assert (gradient[0].abs().amax(dim=(1, 2)) > 0).all()
-        assert gradient[1:].abs().max() == 0  # a picture's score depends on that picture alone
+        assert gradient[1:].abs().max() == 0  # an image's score depends on that image alone
 
 
 def test_weights_are_frozen_and_in_eval_mode(scorer: Scorer) -> None:
@@ -106,7 +106,7 @@ def test_weights_are_frozen_and_in_eval_mode(scorer: Scorer) -> None:
         assert not any(parameter.requires_grad for parameter in scorer.parameters())
 
 
-def test_a_batch_scores_like_its_pictures(scorer: Scorer, pixels: torch.Tensor) -> None:
+def test_a_batch_scores_like_its_images(scorer: Scorer, pixels: torch.Tensor) -> None:
     batch = scorer(pixels, PROMPTS)
     singles = torch.cat([scorer(pixels[i : i + 1], PROMPTS[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(singles, batch, atol=1e-5, rtol=1e-5)
@@ -135,8 +135,8 @@ def test_any_prompt_and_size_but_for_the_judge(scorer: Scorer) -> None:
     assert scorer(torch.rand(3, 3, 80, 48), prompts).isfinite().all()
 
 
-def test_as_many_prompts_as_pictures(scorer: Scorer, pixels: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="3 pictures"):
+def test_as_many_prompts_as_images(scorer: Scorer, pixels: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="3 images"):
         scorer(pixels, PROMPTS[:2])
 
 
@@ -150,7 +150,7 @@ def test_half_precision_towers_still_give_float32(untrained: Path, pixels: torch
 
 
 def test_the_aesthetic_layers_run_in_float32_under_autocast(clips: Path, pixels: torch.Tensor) -> None:
-    """In bfloat16, of 8 bits, all pictures from 5 to 5.03 would tie."""
+    """In bfloat16, of 8 bits, all images from 5 to 5.03 would tie."""
     scorer = load_scorer(tiny_card("aesthetic"), clips / "aesthetic.pt", "cpu", torch.float32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         scores = scorer(pixels, PROMPTS)
@@ -159,8 +159,8 @@ def test_the_aesthetic_layers_run_in_float32_under_autocast(clips: Path, pixels:
 
 
 def test_brightness_by_hand() -> None:
-    picture = torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1).expand(1, 3, 8, 8)
-    assert rewards.load("brightness")(picture, [""]).item() == 0.5
+    image = torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1).expand(1, 3, 8, 8)
+    assert rewards.load("brightness")(image, [""]).item() == 0.5
 
 
 # ---------------------------------------------------------------- the table
@@ -226,7 +226,7 @@ def test_centre_crop_rounds_half_to_even_or_down(
 
 
 def test_padding_is_black_and_comes_before_the_mean() -> None:
-    """2 x 4 to 4 x 4: one row above and below, equal to (0 - 0.5) / 0.5; the picture is (1 - 0.5) / 0.5."""
+    """2 x 4 to 4 x 4: one row above and below, equal to (0 - 0.5) / 0.5; the image is (1 - 0.5) / 0.5."""
     half = (0.5, 0.5, 0.5)
     padded = prepare(
         torch.ones(1, 3, 2, 4), Preprocess(size=4, resize="longest", crop="pad", mean=half, std=half)
@@ -278,7 +278,7 @@ RULES = {card.preprocess: name for name, card in CARDS.items() if card.preproces
 
 @pytest.mark.parametrize("rule", RULES, ids=RULES.values())
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr", "I;16"])
-def test_pictures_of_every_mode_are_prepared(rule: Preprocess, mode: str) -> None:
+def test_images_of_every_mode_are_prepared(rule: Preprocess, mode: str) -> None:
     """A dark half above a light one stays so."""
     grey = np.repeat(np.array([40, 200], dtype=np.uint8), 50)[:, None].repeat(90, axis=1)
     if mode == "I;16":
@@ -299,7 +299,7 @@ def test_pictures_of_every_mode_are_prepared(rule: Preprocess, mode: str) -> Non
 
 @pytest.mark.parametrize("rule", RULES, ids=RULES.values())
 @pytest.mark.parametrize("size", [(1, 1), (1, 460), (40, 1), (224, 160)])
-def test_thin_pictures_are_prepared(rule: Preprocess, size: tuple[int, int]) -> None:
+def test_thin_images_are_prepared(rule: Preprocess, size: tuple[int, int]) -> None:
     white = Image.new("RGB", size, (255, 255, 255))
     pixels = from_pil(white, rule)
     assert pixels.shape == (3, rule.size, rule.size)
@@ -307,7 +307,7 @@ def test_thin_pictures_are_prepared(rule: Preprocess, size: tuple[int, int]) -> 
 
 
 def test_a_rotation_in_the_exif_data_is_not_applied(tmp_path: Path) -> None:
-    """As by none of the authors: a picture is scored as its pixels are stored."""
+    """As by none of the authors: an image is scored as its pixels are stored."""
     image = Image.new("RGB", (60, 90), (255, 0, 0))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -326,6 +326,6 @@ def test_what_is_not_a_batch_of_pixels_is_refused(pixels: torch.Tensor) -> None:
         prepare(pixels, Preprocess(size=64))
 
 
-def test_a_picture_that_cannot_fit_is_refused() -> None:
+def test_an_image_that_cannot_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="10 x 20 pixels do not become 64 x 64"):
         prepare(torch.zeros(1, 3, 10, 20), Preprocess(size=64, resize="none"))

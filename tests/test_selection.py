@@ -44,7 +44,7 @@ def test_alpha(alpha: float, taken: int) -> None:
 
 
 def test_p_must_be_greater() -> None:
-    """Two pictures take all, p = 1/2 = 2/4 each; and p = 1 with alpha = n."""
+    """Two images take all, p = 1/2 = 2/4 each; and p = 1 with alpha = n."""
     assert run([0, 0, -800, -800]) == []
     assert run([0, 0, -800, -800], Selection(alpha=1.999)) == [("preferred", 0), ("non_preferred", 2)]
     assert run([2000, 0, 0, 0], Selection(alpha=4)) == []
@@ -58,7 +58,7 @@ def test_scale_is_that_of_the_paper_s_scores() -> None:
     assert best.confidence == pytest.approx(math.exp(2) / (3 + math.exp(2)), abs=1e-12)
 
 
-def test_a_picture_is_never_both() -> None:
+def test_an_image_is_never_both() -> None:
     for n in (1, 2, 5):
         for rule in ("softmax", "top-k"):
             assert run([3.0] * n, Selection(rule=rule, alpha=0.1, min_group=1)) == []
@@ -108,7 +108,7 @@ def test_thresholds() -> None:
 
 
 def test_prompts_are_kept_apart() -> None:
-    """The same as each prompt alone, wherever its pictures stand."""
+    """The same as each prompt alone, wherever its images stand."""
     rng = np.random.default_rng(1)
     prompts = rng.integers(0, 40, 500).astype(np.uint64)
     prompts[prompts == 0] = np.iinfo(np.uint64).max

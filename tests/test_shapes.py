@@ -1,4 +1,4 @@
-"""The judge of the shapes world can be trusted: it is right on clean drawings, and each planted defect costs what it should."""
+"""The judge of the shapes world can be trusted: it is right on clean rendering, and each planted defect costs what it should."""
 
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -24,14 +24,14 @@ from rewards.shapes import (
     judge,
     parse_caption,
 )
-from rewards.shapes_drawing import (
+from rewards.shapes_rendering import (
     DEFECTS,
     Placed,
     change_one_word,
-    draw,
     place,
     random_defects,
     random_scene,
+    render,
     to_bytes,
 )
 
@@ -51,9 +51,9 @@ class World:
     fidelity: Tensor
 
     def judged(self, placed: list[list[Placed]], indices: list[int], defects: dict[str, float]) -> Tensor:
-        """How much (alignment, fidelity) fall, on average, when these things are drawn instead."""
+        """How much (alignment, fidelity) fall, on average, when these things are rendered instead."""
         images = [
-            draw(things, self.scenes[i].background, default_rng((8, i)), defects)
+            render(things, self.scenes[i].background, default_rng((8, i)), defects)
             for i, things in zip(indices, placed, strict=True)
         ]
         judged = judge(as_pixels(images), [self.scenes[i].caption() for i in indices])
@@ -67,7 +67,7 @@ def world() -> World:
     scenes = [random_scene(rng) for rng in rngs]
     placed = [place(scene, rng) for scene, rng in zip(scenes, rngs, strict=True)]
     images = [
-        draw(things, scene.background, rng, {})
+        render(things, scene.background, rng, {})
         for things, scene, rng in zip(placed, scenes, rngs, strict=True)
     ]
     clean = judge(as_pixels(images), [scene.caption() for scene in scenes])
@@ -156,7 +156,7 @@ def test_one_word_is_changed() -> None:
         assert in_world([other.caption()])
 
 
-# ---------------------------------------------------------------- drawing
+# ---------------------------------------------------------------- rendering
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -208,21 +208,21 @@ def test_things_are_placed_apart_inside_and_in_relation() -> None:
 
 def test_defects_are_named_and_shared() -> None:
     with pytest.raises(ValueError, match="'smudge'; one of specks, noise, blur, off_palette, wobble"):
-        draw([], "white", default_rng(0), {"smudge": 1.0})
+        render([], "white", default_rng(0), {"smudge": 1.0})
     rng = default_rng(4)
-    drawn = [random_defects(rng, 0.5) for _ in range(600)]
-    sizes = Counter(len(defects) for defects in drawn)
+    rendered = [random_defects(rng, 0.5) for _ in range(600)]
+    sizes = Counter(len(defects) for defects in rendered)
     assert sizes[0] == pytest.approx(300, abs=50)  # four deviations
     assert sizes[2] == pytest.approx(100, abs=37)
-    assert {name for defects in drawn for name in defects} == set(DEFECTS)
-    assert all(0.15 <= strength <= 1 for defects in drawn for strength in defects.values())
+    assert {name for defects in rendered for name in defects} == set(DEFECTS)
+    assert all(0.15 <= strength <= 1 for defects in rendered for strength in defects.values())
 
 
 # ---------------------------------------------------------------- the judge
 
 
 def test_clean_drawings_score_high(world: World) -> None:
-    """Means above 0.97, and not one clean drawing is misread."""
+    """Means above 0.97, and not one clean rendering is misread."""
     for scores in (world.alignment, world.fidelity):
         assert scores.mean() >= 0.97
         assert scores.min() >= 0.9, world.scenes[int(scores.argmin())].caption()
@@ -246,7 +246,7 @@ def test_defects_of_drawing_lower_fidelity(world: World, defect: str, least: flo
 
 
 def spoil(kind: str, things: list[Placed], rng: np.random.Generator) -> list[Placed] | None:
-    """The things of a scene, drawn otherwise than the caption says; None when this kind has nothing to spoil."""
+    """The things of a scene, rendered otherwise than the caption says; None when this kind has nothing to spoil."""
     first, *others = things
     if kind == "colour":
         wrong = str(rng.choice([name for name in COLOURS if name != first.thing.colour]))
@@ -270,7 +270,7 @@ def spoil(kind: str, things: list[Placed], rng: np.random.Generator) -> list[Pla
     [("colour", 0.12), ("shape", 0.12), ("missing", 0.25), ("swapped", 0.15), ("size", 0.06)],
 )
 def test_wrong_contents_lower_alignment(world: World, kind: str, least: float) -> None:
-    """The first thing is drawn otherwise than the caption says; `least` is the fall of the mean."""
+    """The first thing is rendered otherwise than the caption says; `least` is the fall of the mean."""
     indices, placed = [], []
     for i, scene in enumerate(world.scenes):
         if kind == "swapped" and scene.relation is None:
@@ -297,7 +297,7 @@ def test_a_wrong_background_lowers_alignment(world: World) -> None:
         for i in indices
     ]
     images = [
-        draw(world.placed[i], scene.background, default_rng(i), {})
+        render(world.placed[i], scene.background, default_rng(i), {})
         for i, scene in zip(indices, wrong, strict=True)
     ]
     judged = judge(as_pixels(images), [world.scenes[i].caption() for i in indices])
@@ -383,12 +383,12 @@ def test_fidelity_by_hand() -> None:
     )
     assert (
         judge(torch.ones_like(pixels), caption).fidelity.item() == 0
-    )  # nothing drawn is not a clean drawing
+    )  # nothing rendered is not a clean rendering
 
 
-def test_pictures_do_not_see_each_other(world: World) -> None:
+def test_images_do_not_see_each_other(world: World) -> None:
     images = [
-        draw(world.placed[i], world.scenes[i].background, default_rng(i), {"blur": 0.5}) for i in range(8)
+        render(world.placed[i], world.scenes[i].background, default_rng(i), {"blur": 0.5}) for i in range(8)
     ]
     pixels, captions = as_pixels(images), [scene.caption() for scene in world.scenes[:8]]
     together = judge(pixels, captions)
@@ -400,7 +400,7 @@ def test_pictures_do_not_see_each_other(world: World) -> None:
         assert torch.equal(scores, torch.cat([getattr(one, name) for one in alone]))
 
 
-def test_pictures_of_nothing_are_finite_and_low() -> None:
+def test_images_of_nothing_are_finite_and_low() -> None:
     noise = torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     pixels = torch.stack(
         [torch.zeros_like(noise), torch.ones_like(noise), torch.full_like(noise, 0.5), noise]
@@ -420,7 +420,7 @@ def test_what_the_judge_refuses() -> None:
         judge(torch.zeros(1, 3, 32, 32), caption)
     with pytest.raises(ValueError, match=r"got \(3, 64, 64\)"):
         judge(torch.zeros(3, SIZE, SIZE), caption)
-    with pytest.raises(ValueError, match="2 pictures but 1 captions"):
+    with pytest.raises(ValueError, match="2 images but 1 captions"):
         judge(torch.zeros(2, 3, SIZE, SIZE), caption)
     with pytest.raises(ValueError, match="'a cat'"):
         judge(torch.zeros(1, 3, SIZE, SIZE), ["a cat"])
@@ -429,7 +429,7 @@ def test_what_the_judge_refuses() -> None:
 def test_the_scorer_is_the_gold_score() -> None:
     rng = default_rng(5)
     scenes = [random_scene(rng) for _ in range(4)]
-    pixels = as_pixels([draw(place(s, rng), s.background, rng, {"noise": 0.3}) for s in scenes])
+    pixels = as_pixels([render(place(s, rng), s.background, rng, {"noise": 0.3}) for s in scenes])
     captions = [scene.caption() for scene in scenes]
     scores = rewards.load("shapes")(pixels, captions)
     assert torch.equal(scores, judge(pixels, captions).gold)

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 PIXELS = 64
-"""Height and width of the tiny pipeline's pictures: latents are (4, 8, 8)."""
+"""Height and width of the tiny pipeline's images: latents are (4, 8, 8)."""
 
 MAX_LENGTH = 16
 """Text tokens, the start and end tokens included."""

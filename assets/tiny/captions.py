@@ -1,6 +1,6 @@
 """Write the embedded prompts: training captions, and held-out ones that are not among them.
 
-python assets/tiny/captions.py --output assets/tiny
+python assets/tiny/captions.py --output-dir assets/tiny
 """
 
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from preftune.cli import parse
-from rewards.shapes_drawing import random_scene
+from rewards.shapes_rendering import random_scene
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Write prompts.txt and held_out.txt, one caption a line, without repetition."""
 
-    output: Path
+    output_dir: Path
     """Folder to write them into."""
     train: int = 2000
     """Captions in prompts.txt."""
@@ -34,7 +34,7 @@ def main(config: Config) -> None:
         captions[random_scene(rng).caption()] = None
     rows = list(captions)
     for name, part in (("held_out", rows[: config.held_out]), ("prompts", rows[config.held_out :])):
-        (config.output / f"{name}.txt").write_text("\n".join(part) + "\n")
+        (config.output_dir / f"{name}.txt").write_text("\n".join(part) + "\n")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class Config:
     """Scorer folder, as pretrain_scorer.py wrote it: what reward models of ImageReward's architecture start from."""
     clip: Path | None = None
     """The same of a CLIP."""
-    output: Path = HERE
+    output_dir: Path = HERE
     """Folder that gets pipeline/, imagereward/, pretrained/blip/ and pretrained/clip/."""
 
 
@@ -53,7 +53,7 @@ def main(config: Config) -> None:
     ):
         if source is None:
             continue
-        target = config.output / name
+        target = config.output_dir / name
         partial = target.with_name(f".{target.name}.tmp")
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(source, partial)

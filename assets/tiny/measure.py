@@ -2,8 +2,8 @@
 
     python assets/tiny/measure.py --rankings data/held_rendered data/held_drawn
 
-The rankings must be fresh ones (another --seed of data_build/rankings.py than the scorer was trained on). A pair is two
-pictures of one ranking with different gold; a tie of the scorer counts as wrong.
+The rankings must be fresh ones (another --seed of data_build/simulate_rankings.py than the scorer was trained on). A pair is two
+images of one ranking with different gold; a tie of the scorer counts as wrong.
 """
 
 import json
@@ -17,7 +17,7 @@ from preftune.cli import parse
 from preftune.images import load_pixels
 from preftune.prompts import read_prompts
 from preftune.records import Ranking, read_rankings
-from preftune.sampling import Drawing, sample
+from preftune.sampling import Sampling, sample
 from rewards.imagereward import ImageReward
 from rewards.shapes import SIZE, judge
 
@@ -35,7 +35,7 @@ class Config:
     scorer: Path = HERE / "imagereward"
     """Scorer folder."""
     prompts: Path = HERE / "held_out.txt"
-    """Captions to draw; each with the seed of its line."""
+    """Captions to sample; each with the seed of its line."""
 
 
 @torch.no_grad()
@@ -56,11 +56,13 @@ def accuracies(scorer: ImageReward, rankings: list[Ranking]) -> dict[str, float]
 
 
 def gold(config: Config, guidance: float) -> dict[str, float]:
-    """Return the mean alignment, fidelity and gold of pictures drawn at this guidance."""
+    """Return the mean alignment, fidelity and gold of images generated at this guidance."""
     prompts = read_prompts(config.prompts)
-    drawing = Drawing(num_steps=25, guidance=guidance, scheduler="ddim", height=SIZE, width=SIZE, batch=64)
+    sampling = Sampling(
+        num_inference_steps=25, guidance_scale=guidance, solver="ddim", resolution=str(SIZE), batch_size=64
+    )
     pixels = sample(
-        families.load(config.model), prompts, range(len(prompts)), drawing, progress=f"guidance {guidance:g}"
+        families.load(config.model), prompts, range(len(prompts)), sampling, progress=f"guidance {guidance:g}"
     )
     judged = judge(pixels, prompts)
     return {name: float(getattr(judged, name).mean()) for name in ("alignment", "fidelity", "gold")}

@@ -1,6 +1,6 @@
 """Assemble an untrained Stable-Diffusion-format pipeline around a trained autoencoder: what pretrain.py starts from.
 
-python assets/tiny/start.py --vae runs/autoencoder/vae --data data/shapes --output runs/start
+python assets/tiny/start.py --vae runs/autoencoder/vae --data data/shapes --output-dir runs/start
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from preftune.cli import parse
 from preftune.families.sd import SD
 from preftune.families.tiny import SCHEDULER_CONFIG, build_text_encoder, build_tokenizer, build_unet
-from preftune.records import read_samples
+from preftune.records import read_imagefolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Config:
     """AutoencoderKL folder."""
     data: Path
     """Imagefolder whose captions the tokenizer learns its vocabulary from."""
-    output: Path
+    output_dir: Path
     """Pipeline folder to write."""
     widths: tuple[int, ...] = (64, 128)
     """Channels of the UNet's levels."""
@@ -39,9 +39,9 @@ class Config:
 def main(config: Config) -> None:
     """Build the parts and save the folder."""
     vae = AutoencoderKL.from_pretrained(config.vae)
-    captions = [sample.text for sample in read_samples(config.data)]
+    captions = [sample.text for sample in read_imagefolder(config.data)]
     tokenizer = build_tokenizer(
-        captions, config.output / "tokenizer", num_merges=160, max_length=config.max_length
+        captions, config.output_dir / "tokenizer", num_merges=160, max_length=config.max_length
     )
     latent_size = int(vae.config["sample_size"]) // 8
     SD(
@@ -50,7 +50,7 @@ def main(config: Config) -> None:
         text_encoder=build_text_encoder(tokenizer, config.text_width, config.text_layers, config.seed),
         tokenizer=tokenizer,
         scheduler_config=SCHEDULER_CONFIG,
-    ).save_pipeline(config.output)
+    ).save_pipeline(config.output_dir)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Write the WordPiece vocabulary of the tiny scorer: BERT's special tokens, the world's words, letters for all others.
 
-python assets/tiny/vocab.py --data data/scorer --output data/vocab.txt
+python assets/tiny/vocab.py --data data/scorer --output-dir data/vocab.txt
 """
 
 import re
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preftune.cli import parse
-from preftune.records import read_samples
+from preftune.records import read_imagefolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,19 +18,19 @@ class Config:
 
     data: Path
     """Imagefolder with metadata.jsonl."""
-    output: Path
+    output_dir: Path
     """vocab.txt to write."""
 
 
 def main(config: Config) -> None:
     """Collect and write the words, most general first."""
     words = sorted(
-        {word for row in read_samples(config.data) for word in re.findall(r"[a-z]+", row.text.lower())}
+        {word for row in read_imagefolder(config.data) for word in re.findall(r"[a-z]+", row.text.lower())}
     )
     symbols = string.ascii_lowercase + string.digits + ",.!?'-"
     pieces = [*symbols, *("##" + symbol for symbol in string.ascii_lowercase + string.digits)]
     tokens = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces, *words])
-    config.output.write_text("\n".join(tokens) + "\n")
+    config.output_dir.write_text("\n".join(tokens) + "\n")
 
 
 if __name__ == "__main__":

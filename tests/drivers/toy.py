@@ -1,4 +1,4 @@
-"""A driver in miniature for the tests of finetune/run.py: a small network fits a noisy target.
+"""A driver in miniature for the tests of preftune/training/run.py: a small network fits a noisy target.
 
 Which images a step sees, and the noise in each, come from their global indices, so the trajectory must not depend on how a batch
 is divided over micro batches and processes.
@@ -15,7 +15,7 @@ import torch
 import tyro
 from torch import nn
 
-from finetune.run import Run, RunConfig
+from preftune.training.run import Run, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def main(config: Config) -> int:
     model = run.prepare(nn.Sequential(nn.Linear(3, config.width), nn.Tanh(), nn.Linear(config.width, 1)))
     for step in run.steps():
         for phase in ("first", "second") if config.two_phases else ("",):
-            for micro in range(run.accumulation):
+            for micro in range(run.gradient_accumulation_steps):
                 time.sleep(config.sleep)
                 if (step, micro, run.rank) == (config.signal_at, 0, config.signal_rank):
                     signal.raise_signal(signal.SIGTERM)
@@ -75,9 +75,9 @@ def main(config: Config) -> int:
                         phase=phase,
                         position=float(step * 10 + micro),
                     )
-        if run.due("sample_every", step):
+        if run.due("validation_steps", step):
             run.log(step, sampled=1.0)
-        if run.due("save_every", step):
+        if run.due("checkpointing_steps", step):
             run.save(step, write=lambda folder: write_extra(folder, run, model))
     torch.save(model.state_dict(), run.folder / f"rank{run.rank}.pt")
     return run.finish()

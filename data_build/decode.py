@@ -1,0 +1,156 @@
+"""An image of a data set: read, decoded, or set aside with a reason.
+
+What a data set holds is hostile until checked: names that lead elsewhere, archives and images that grow without bound,
+captions that are no text. A bad image costs its own row, a broken archive or table one row, and neither is silent.
+"""
+
+import contextlib
+import io
+import lzma
+import math
+import struct
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow
+from PIL import Image, UnidentifiedImageError
+
+Reason = Literal[
+    "broken file",
+    "unsafe name",
+    "missing",
+    "bad metadata",
+    "no prompt",
+    "no bytes",
+    "too large",
+    "undecodable",
+    "refused",
+]
+"""Why something is set aside, in a word or two; `refused` is a scorer's, for an image or a prompt that it cannot judge."""
+
+SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".gif", ".bmp")
+FORMATS = ("PNG", "WEBP", "JPEG", "GIF", "BMP")  # PIL knows more, and runs Ghostscript for one of them
+MAX_BYTES = 64 << 20
+"""Of an encoded image, and of an archive's JSON."""
+MAX_RATIO = 100
+"""Unpacked to packed bytes of a member above 1 MiB; images hardly shrink."""
+MAX_PIXELS = 1 << 26
+MAX_ASPECT = 100
+"""Long to short side: scorers resize the short one, so a thread of pixels would grow to millions."""
+
+BROKEN = (  # what reading a file, archive or table can raise
+    OSError, EOFError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+    struct.error, pyarrow.ArrowException,
+)  # fmt: skip
+_UNDECODABLE = (  # what PIL's decoders raise
+    OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error, zlib.error,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEntry:
+    """An image of a data set that `read` and `decode` can try."""
+
+    file: str
+    """Its file, or the archive or table that holds it, relative to the data set."""
+    member: str
+    """Its name in the archive or its row in the table, from 0; empty for a file of its own."""
+    text: str
+    content: bytes | None = None
+    """The encoded image, where listing had to read it: in tables."""
+    made: tuple[int | float | str | None, ...] = ()
+    """In DiffusionDB its seed, guidance scale, number of steps and sampler; None where that is not said."""
+    size: tuple[int, int] | None = None
+    """Width and height, once it is decoded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejected:
+    """What is set aside: an image, or with an empty member a whole file."""
+
+    file: str
+    member: str
+    reason: Reason
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filtered:
+    """A sound image that is not wanted."""
+
+    file: str
+    member: str
+    filter: str
+    """The name of what it did not pass."""
+
+
+Entry = ImageEntry | Rejected | Filtered
+
+
+class UnusableError(Exception):
+    """Why something is set aside, in a word and in a sentence."""
+
+    def __init__(self, reason: Reason, detail: object) -> None:
+        super().__init__(str(detail) or type(detail).__name__)
+        self.reason: Reason = reason
+
+    def of(self, file: str, member: str = "") -> Rejected:
+        """Return the row for rejected.jsonl; hostile text in it becomes short lines of characters that a file can hold."""
+        texts = [text.encode("utf-8", "backslashreplace").decode() for text in (file, member, str(self))]
+        file, member, detail = (" ".join(text[:500].splitlines()) for text in texts)
+        return Rejected(file=file, member=member, reason=self.reason, detail=detail)
+
+
+def made_of(note: dict[str, Any]) -> tuple[int | float | str | None, ...]:
+    """Return what a DiffusionDB archive says of how an image was made; None for what is of another type, or no number."""
+    kinds: tuple[tuple[str, type | tuple[type, ...]], ...] = (
+        ("se", int), ("c", (int, float)), ("st", int), ("sa", str),
+    )  # fmt: skip
+    values: list[int | float | str | None] = []
+    for key, kind in kinds:
+        value = note.get(key)
+        sound = isinstance(value, kind) and not isinstance(value, bool)
+        if isinstance(value, str):  # it may hold halves of surrogate pairs
+            value = value[:100].encode("utf-8", "backslashreplace").decode()
+        elif isinstance(value, float):
+            sound = sound and math.isfinite(value)
+        values.append(value if sound else None)
+    return tuple(values)
+
+
+@contextlib.contextmanager
+def or_unusable(reason: Reason) -> Iterator[None]:
+    """What fails in the block is unusable for this reason."""
+    try:
+        yield
+    except BROKEN as error:
+        raise UnusableError(reason, error) from error
+
+
+def decode(content: bytes) -> Image.Image:
+    """Return the image, all its pixels read; UnusableError where it is none, is cut off, or is too large to be one."""
+    if not content:
+        raise UnusableError("no bytes", "the image has no bytes")
+    if len(content) > MAX_BYTES:
+        raise UnusableError("too large", f"{len(content)} bytes; at most {MAX_BYTES}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's own limit only warns, and ours is lower
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            width, height = image.size
+            if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
+                raise UnusableError(
+                    "too large", f"{width} x {height} pixels; at most {MAX_PIXELS}, and {MAX_ASPECT} : 1"
+                )
+            image.load()
+    except UnidentifiedImageError as error:  # its own words end in an address in memory, another each time
+        raise UnusableError("undecodable", f"none of {', '.join(FORMATS)}") from error
+    except Image.DecompressionBombError as error:
+        raise UnusableError("too large", error) from error
+    except _UNDECODABLE as error:
+        raise UnusableError("undecodable", error) from error
+    return image

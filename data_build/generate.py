@@ -1,0 +1,134 @@
+"""Draw several images of each prompt with a pipeline, in the layout that DiffusionDB is published in.
+
+What data_build/diffusiondb.py filters, reward_weighted.py weighs and people rank need not be downloaded: any model generates
+its own. A part is `part-000001.zip` with PNG images and a JSON {file name: {p: prompt, se: seed, c: guidance, st: steps,
+sa: sampler}}. An image is a function of (model, prompt, seed) alone; all images of a prompt lie in one part. Parts are
+written whole, and those that are there already are not generated again.
+
+    python data_build/generate.py --model assets/tiny/pipeline --prompts assets/tiny/prompts.txt --count 400 --images 8 \
+        --output-dir data/parts --sample.resolution 64 --sample.guidance-scale 2 --sample.num-inference-steps 16 --sample.solver ddim
+
+Hardware: the embedded model generates 25 images/s on one CPU core at 16 steps; Stable Diffusion wants a GPU.
+"""
+
+import hashlib
+import io
+import json
+import os
+import zipfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from preftune import families
+from preftune.cli import exit_on_user_error, parse
+from preftune.families.base import Family
+from preftune.images import to_pil
+from preftune.prompts import read_prompts
+from preftune.records import write_lines
+from preftune.sampling import Sampling, sample
+
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+"""Time of all members, so that equal images make equal archives."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Draw several images of each prompt into zip files like DiffusionDB's."""
+
+    model: Path
+    """Pipeline folder in diffusers' format."""
+    prompts: Path
+    """Prompt file: txt, json, jsonl, csv, tsv or parquet."""
+    output_dir: Path
+    """Folder of the parts; what is there goes on if it was begun with the same settings."""
+    count: int = 1000
+    """At most so many prompts, the first of the file."""
+    images: int = 8
+    """Images of each prompt."""
+    prompts_per_part: int = 100
+    """Prompts whose images share a zip file."""
+    seed: int = 0
+    """Seeds of images derive from it, the prompt's number and the image's."""
+    sample: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        for name in ("count", "images", "prompts_per_part"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must lie in [0, 2**32), got {self.seed}")
+
+
+def seed_of(seed: int, prompt: int, image: int) -> int:
+    """Return the seed of an image, in the range of DiffusionDB's, [0, 2**32)."""
+    return int(np.random.SeedSequence((seed, prompt, image)).generate_state(1)[0])
+
+
+def begin(config: Config) -> list[str]:
+    """Return the prompts, and begin the folder; ValueError for what is wrong, before the model loads."""
+    families.check(config.model)
+    prompts = read_prompts(config.prompts)[: config.count]
+    settings = {key: str(value) for key, value in asdict(config).items() if key != "output"}
+    settings["text of prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    record = config.output_dir / "job.json"
+    if record.is_file():
+        begun = json.loads(record.read_text())
+        for key, value in settings.items():
+            if begun.get(key) != value:
+                raise ValueError(
+                    f"{config.output_dir} was begun with {key} {begun.get(key)}, not {value}; choose another --output-dir"
+                )
+    elif config.output_dir.exists() and any(config.output_dir.iterdir()):
+        raise ValueError(f"{config.output_dir} exists and holds something else; choose another --output-dir")
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    write_lines(record, json.dumps(settings, indent=1).splitlines())
+    return prompts
+
+
+def write_part(config: Config, family: Family, prompts: list[str], part: int, path: Path) -> None:
+    """Draw and write part `part` (from 0) under a temporary name, and rename it."""
+    numbers = range(part * config.prompts_per_part, min((part + 1) * config.prompts_per_part, len(prompts)))
+    wanted = [(number, seed_of(config.seed, number, k)) for number in numbers for k in range(config.images)]
+    texts, seeds = [prompts[number] for number, _ in wanted], [seed for _, seed in wanted]
+    notes = {}
+    partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with zipfile.ZipFile(partial, "w") as archive:  # stored: a PNG does not shrink
+        pixels = sample(family, texts, seeds, config.sample, progress=path.name)
+        for row, (number, seed) in enumerate(wanted):
+            name = f"{number:06d}-{row % config.images:02d}.png"
+            content = io.BytesIO()
+            to_pil(pixels[row]).save(content, format="PNG")
+            archive.writestr(zipfile.ZipInfo(name, _EPOCH), content.getvalue())
+            sampling = config.sample
+            notes[name] = {
+                "p": texts[row],
+                "se": seed,
+                "c": sampling.guidance_scale,
+                "st": sampling.num_inference_steps,
+                "sa": sampling.solver,
+            }
+        archive.writestr(zipfile.ZipInfo(f"{path.stem}.json", _EPOCH), json.dumps(notes))
+    partial.replace(path)
+
+
+def main(config: Config) -> None:
+    """Draw the parts that are not there."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with exit_on_user_error():
+        prompts = begin(config)
+        family = families.load(config.model, device)
+    for path in config.output_dir.glob(".part-*.tmp-*"):
+        path.unlink()  # of a process that was killed
+    for part in tqdm(range(-(-len(prompts) // config.prompts_per_part)), desc="parts", unit="part"):
+        path = config.output_dir / f"part-{part + 1:06d}.zip"
+        if not path.is_file():
+            write_part(config, family, prompts, part, path)
+    print(f"{len(prompts) * config.images} images of {len(prompts)} prompts: {config.output_dir}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(parse(Config))

@@ -1,0 +1,351 @@
+"""Preference data in the layouts in which the field publishes it, read as rankings with ties.
+
+    imagereward          ImageReward's train, valid and test.json: generations, ranking
+    imagerewarddb        ImageRewardDB's train_1.zip, the JSON in it, or metadata-train.parquet: a row an image
+    imagerewarddb-group  parquet: a row a prompt, with its images and ranks
+    imagerewarddb-pair   parquet: img_better, img_worse
+    hpdv1                preference_*.json: human_preference is the place of the preferred image in file_path
+    hpdv2-train          train.json: human_preference marks the preferred of two with 1
+    hpdv2-test           test.json: a ranking for each of raw_annotations; without them, that of the averaged rank
+    pickapic             parquet: two images, label_0 and label_1 (0.5 = tie); weighs 1 / num_example_per_prompt
+    aspects              JSON lines: prompt, images with an image_id and a score for each aspect (paper 004)
+    ratings              CSV: prompt, image, rater, score; a ranking for each rater of a prompt, higher is better
+    rankings             our own rankings.jsonl, such as the shapes world's
+
+A choice of one among n is ranked 1, 2, ..., 2. Where a row holds no bytes, images have names alone, so that rankings can be
+read without them. Annotators of HPD v2 are taken to give each image's place, as the averaged rank does. Paper 004's data are
+not public: the fields of `aspects` are ours.
+"""
+
+import functools
+import hashlib
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from data_build.published_rows import (
+    Row,
+    SchemaError,
+    field,
+    grouped,
+    grouped_of_parquet,
+    has_column,
+    of_archive,
+    of_csv,
+    of_json,
+    of_jsonl,
+    of_parquet,
+    text_field,
+)
+from preftune.records import ranking_fields
+
+Layout = Literal[
+    "imagereward",
+    "imagerewarddb",
+    "imagerewarddb-group",
+    "imagerewarddb-pair",
+    "hpdv1",
+    "hpdv2-train",
+    "hpdv2-test",
+    "pickapic",
+    "aspects",
+    "ratings",
+    "rankings",
+]
+ASPECTS = ("prompt_following", "aesthetics", "fidelity", "harmlessness")
+Aspect = Literal["mean", "prompt_following", "aesthetics", "fidelity", "harmlessness"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """An image that somebody judged."""
+
+    name: str
+    """Its file name in the data, unchecked; equal names are one image."""
+    content: bytes | None = None
+    """The encoded image, where the row holds it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """Images of one prompt, ordered by somebody; what records.Ranking is of images on the disk."""
+
+    place: str
+    """Where it stands, for messages."""
+    prompt: str
+    images: tuple[Shown, ...]
+    """Two or more, each once."""
+    ranks: tuple[int, ...]
+    """One for each image; 1 is best, equal ranks are ties."""
+    source: str = ""
+    """Who judged; empty where it is not said."""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetAside:
+    """A row without a ranking."""
+
+    place: str
+    reason: Literal["no label", "bad row"]
+    detail: str
+
+
+def read(layout: Layout, path: Path, aspect: Aspect = "mean") -> Iterator[Judged | SetAside]:
+    """The rankings of a file, in its order (grouped rows: in that of their first); aspect is for `aspects` alone.
+
+    Raises ValueError that names the field where the first row (or group of rows) lacks one or has another type in it, as a
+    file of another layout does, and the place where the file is broken. A bad value, and what does not fit later, is set aside.
+    """
+    rows, judge = LAYOUTS[layout]
+    if layout == "aspects":
+        judge = functools.partial(_aspects, aspect=aspect)
+    for number, (place, row) in enumerate(rows(path)):
+        try:
+            yield from judge(place, row)
+        except ValueError as error:
+            if number == 0 and isinstance(error, SchemaError):
+                raise
+            yield SetAside(place=place, reason="bad row", detail=str(error))
+
+
+def dense(values: Sequence[float]) -> tuple[int, ...]:
+    """Places without gaps: 1 for the least value, equal values share one. [2.5, 1.1, 2.5] -> (2, 1, 2)."""
+    places = {value: place for place, value in enumerate(sorted(set(values)), 1)}
+    return tuple(places[value] for value in values)
+
+
+# ---------------------------------------------------------------- a row of each layout
+
+
+def _ranking(place: str, row: dict[str, Any]) -> list[Judged]:
+    _named(row, "generations", place)  # the types first: ranking_fields does not tell them from values
+    _numbers(row, "ranking", place)
+    field(row, "prompt", str, place)
+    if "source" in row:
+        field(row, "source", str, place)
+    if "weight" in row:
+        _number(row, "weight", place)
+    prompt, names, ranks, source, weight = ranking_fields(row, place)
+    return [_judged(place, prompt, [Shown(name=name) for name in names], ranks, source, weight)]
+
+
+def _imagerewarddb(place: str, row: dict[str, Any]) -> list[Judged]:
+    rows = row["rows"]
+    first = rows[0][1]
+    name = field(first, "prompt_id", int if isinstance(first.get("prompt_id"), int) else str, place)
+    prompt = text_field(first, "prompt", place)
+    for where, one in rows:
+        if (other := text_field(one, "prompt", where)) != prompt:
+            raise ValueError(
+                f"{where}: prompt_id {name!r} must have one prompt, not {prompt!r} and {other!r}"
+            )
+    ranks = [field(one, "rank", int, where) for where, one in rows]
+    if min(ranks) < 1:
+        raise ValueError(f"{place}: rank is {min(ranks)}; it must be 1, the best, or more")
+    images = [_cell(one, "image" if "image" in one else "image_path", where) for where, one in rows]
+    return [_judged(place, prompt, images, ranks)]
+
+
+def _imagerewarddb_group(place: str, row: dict[str, Any]) -> list[Judged]:
+    cells = field(row, "image", list, place)
+    images = [_cell({"image": cell}, "image", place) for cell in cells]
+    return [_judged(place, text_field(row, "prompt", place), images, dense(_numbers(row, "rank", place)))]
+
+
+def _imagerewarddb_pair(place: str, row: dict[str, Any]) -> list[Judged]:
+    images = [_cell(row, "img_better", place), _cell(row, "img_worse", place)]
+    return [_judged(place, text_field(row, "prompt", place), images, (1, 2))]
+
+
+def _hpdv1(place: str, row: dict[str, Any]) -> list[Judged]:
+    images, best = _named(row, "file_path", place), field(row, "human_preference", int, place)
+    if not 0 <= best < len(images):
+        raise ValueError(
+            f"{place}: human_preference is {best}; it must be a place in file_path, 0 to {len(images) - 1}"
+        )
+    ranks = [1 if index == best else 2 for index in range(len(images))]
+    source = field(row, "user_hash", str, place) if "user_hash" in row else ""
+    return [_judged(place, text_field(row, "prompt", place), images, ranks, source)]
+
+
+def _hpdv2_train(place: str, row: dict[str, Any]) -> list[Judged]:
+    marks = _numbers(row, "human_preference", place)
+    if not set(marks) <= {0, 1}:
+        raise ValueError(f"{place}: human_preference is {marks}; it must hold 1 for preferred, 0 for others")
+    ranks = dense([-mark for mark in marks])
+    return [_judged(place, text_field(row, "prompt", place), _named(row, "file_path", place), ranks)]
+
+
+def _hpdv2_test(place: str, row: dict[str, Any]) -> list[Judged]:
+    prompt, images = text_field(row, "prompt", place), _named(row, "image_path", place)
+    if "raw_annotations" not in row:
+        return [_judged(place, prompt, images, dense(_numbers(row, "rank", place)))]
+    notes = _objects(row, "raw_annotations", place)
+    return [
+        _judged(
+            place, prompt, images, dense(_numbers(note, "rank", place)), field(note, "user_hash", str, place)
+        )
+        for note in notes
+    ]  # fmt: skip
+
+
+def _pickapic(place: str, row: dict[str, Any]) -> list[Judged | SetAside]:
+    if not field(row, "has_label", bool, place):
+        return [SetAside(place=place, reason="no label", detail="has_label is false")]
+    labels = (_number(row, "label_0", place), _number(row, "label_1", place))
+    ranks = {(1, 0): (1, 2), (0, 1): (2, 1), (0.5, 0.5): (1, 1)}.get(labels)
+    if ranks is None:
+        raise ValueError(
+            f"{place}: label_0 and label_1 are {labels}; they must be (1, 0), (0, 1) or (0.5, 0.5)"
+        )
+    count = field(row, "num_example_per_prompt", int, place)
+    if count < 1:
+        raise ValueError(f"{place}: num_example_per_prompt is {count}; it must be at least 1")
+    uids = [field(row, f"image_{index}_uid", str, place) for index in range(2)]
+    images = [  # below folders, for there are a million
+        Shown(name=f"{uid[:2]}/{uid}.jpg", content=row.get(f"jpg_{index}")) for index, uid in enumerate(uids)
+    ]
+    source = str(field(row, "user_id", int, place))
+    return [_judged(place, text_field(row, "caption", place), images, ranks, source, 1 / count)]
+
+
+def _aspects(place: str, row: dict[str, Any], aspect: Aspect) -> list[Judged]:
+    rows = _objects(row, "images", place)
+    wanted = ASPECTS if aspect == "mean" else (aspect,)
+    scores = [statistics.mean(_number(row, name, place) for name in wanted) for row in rows]
+    images = [Shown(name=field(row, "image_id", str, place)) for row in rows]
+    return [_judged(place, text_field(row, "prompt", place), images, dense([-score for score in scores]))]
+
+
+def _ratings(place: str, row: dict[str, Any]) -> list[Judged]:
+    ranks = dense([-_parsed(one["score"], "score", where) for where, one in row["rows"]])
+    images = [Shown(name=field(one, "image", str, where)) for where, one in row["rows"]]
+    first = row["rows"][0][1]
+    source = field(first, "rater", str, place)
+    return [_judged(place, text_field(first, "prompt", place), images, ranks, source)]
+
+
+# ---------------------------------------------------------------- fields
+
+
+def _judged(
+    place: str,
+    prompt: str,
+    images: Sequence[Shown],
+    ranks: Sequence[int],
+    source: str = "",
+    weight: float = 1.0,
+) -> Judged:
+    """The ranking; ValueError where images and ranks do not belong together, or a text is none."""
+    names = [image.name for image in images]
+    if len(names) != len(ranks) or len(names) < 2:
+        raise ValueError(
+            f"{place}: {len(names)} images and {len(ranks)} ranks; there must be one rank each, and two or more"
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"{place}: {max(names, key=names.count)!r} is there more than once")
+    try:
+        "".join((prompt, source, *names)).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place} holds half of a surrogate pair, which is no character") from error
+    return Judged(
+        place=place, prompt=prompt, images=tuple(images), ranks=tuple(ranks), source=source, weight=weight
+    )  # fmt: skip
+
+
+def _named(row: dict[str, Any], key: str, place: str) -> list[Shown]:
+    """A list of file names."""
+    names = field(row, key, list, place)
+    if not all(isinstance(name, str) for name in names):
+        raise SchemaError(f"{place}: {key} must hold file names")
+    return [Shown(name=name) for name in names]
+
+
+def _cell(row: dict[str, Any], key: str, place: str) -> Shown:
+    """An image in a table: its file name, or {"bytes", "path"} as the datasets library writes it."""
+    value = field(row, key, object, place)
+    if isinstance(value, str):
+        return Shown(name=value)
+    cell = value if isinstance(value, dict) else {}
+    name, content = cell.get("path"), cell.get("bytes")
+    if isinstance(content, bytes):
+        return Shown(name=name or f"{hashlib.sha256(content).hexdigest()}.webp", content=content)
+    if isinstance(name, str):
+        return Shown(name=name)
+    fault = ValueError if isinstance(value, dict | None) else SchemaError
+    raise fault(f"{place}: {key} is a {type(value).__name__}; it must be a file name, or hold bytes")
+
+
+def _objects(row: dict[str, Any], key: str, place: str) -> list[dict[str, Any]]:
+    """A list of objects."""
+    values: list[dict[str, Any]] = field(row, key, list, place)
+    if not values or not all(isinstance(value, dict) for value in values):
+        raise (SchemaError if values else ValueError)(f"{place}: {key} must hold objects")
+    return values
+
+
+def _number(row: dict[str, Any], key: str, place: str) -> float:
+    """A finite number."""
+    return _numbers({key: [row[key]]} if key in row else row, key, place)[0]
+
+
+def _numbers(row: dict[str, Any], key: str, place: str) -> list[float]:
+    """A list of finite numbers."""
+    values: list[float] = field(row, key, list, place)
+    if not all(type(value) in (int, float) and abs(value) <= sys.float_info.max for value in values):
+        fault = ValueError if {type(value) for value in values} <= {int, float, type(None)} else SchemaError
+        raise fault(f"{place}: {key} is {values}; it must hold finite numbers")
+    return values
+
+
+def _parsed(text: object, key: str, place: str) -> float:
+    """A finite number that is written out."""
+    try:
+        value = float(str(text))
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{place}: {key} is {text!r}; it must be a finite number")
+    return value
+
+
+# ---------------------------------------------------------------- the layouts
+
+
+def _rows_of_imagerewarddb(path: Path) -> Iterator[Row]:
+    """All images of a prompt, which nothing promises to be neighbours."""
+    if path.suffix in (".zip", ".json"):
+        return grouped(of_archive(path) if path.suffix == ".zip" else of_json(path), "prompt_id")
+    columns = ("prompt_id", "prompt", "rank")
+    if has_column(path, "image"):
+        return grouped_of_parquet(path, columns, "prompt_id", images="image")
+    return grouped(of_parquet(path, columns, optional=("image_path",)), "prompt_id")
+
+
+_PICKAPIC = ("caption", "image_0_uid", "image_1_uid", "label_0", "label_1", "has_label", "user_id", "num_example_per_prompt")  # fmt: skip
+
+LAYOUTS: dict[Layout, tuple[Callable[[Path], Iterator[Row]], Callable[..., Sequence[Judged | SetAside]]]] = {
+    "imagereward": (of_json, _ranking),
+    "imagerewarddb": (_rows_of_imagerewarddb, _imagerewarddb),
+    "imagerewarddb-group": (
+        functools.partial(of_parquet, columns=("prompt", "image", "rank")), _imagerewarddb_group,
+    ),
+    "imagerewarddb-pair": (
+        functools.partial(of_parquet, columns=("prompt", "img_better", "img_worse")), _imagerewarddb_pair,
+    ),
+    "hpdv1": (of_json, _hpdv1),
+    "hpdv2-train": (of_json, _hpdv2_train),
+    "hpdv2-test": (of_json, _hpdv2_test),
+    "pickapic": (functools.partial(of_parquet, columns=_PICKAPIC, optional=("jpg_0", "jpg_1")), _pickapic),
+    "aspects": (of_jsonl, _aspects),
+    "ratings": (
+        lambda path: grouped(of_csv(path, ("prompt", "image", "rater", "score")), "prompt", "rater"), _ratings,
+    ),
+    "rankings": (of_jsonl, _ranking),
+}  # fmt: skip
+"""For each layout the rows of a file, and the rankings of a row."""

@@ -1,0 +1,384 @@
+"""Where images with prompts come from: imagefolders, plain folders, parquet tables and DiffusionDB's zip files.
+
+A data set is a row of sources, and each of those a row of entries: images with a prompt, not yet read, or what is set
+aside and why. Entries are listed lazily, in an order that depends on the data alone, and from any place on, so that a
+killed job goes on where it was. `read` then runs in other processes. Nothing is unzipped to the disk.
+"""
+
+import functools
+import hashlib
+import os
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow
+import pyarrow.parquet
+
+from data_build.decode import (
+    BROKEN,
+    MAX_BYTES,
+    MAX_RATIO,
+    SUFFIXES,
+    Entry,
+    ImageEntry,
+    UnusableError,
+    made_of,
+    or_unusable,
+)
+from preftune.records import check_name, field, inside, parse_object, read_lines
+
+Kind = Literal["imagefolder", "images", "parquet", "zip"]
+
+ROWS = 16
+"""Rows of a table that are unpacked at a time; arrow holds the page that they are in, at most a row group."""
+MAX_PROMPT = 20_000
+"""Characters; tokenisers read a text to its end before they cut it."""
+TAIL = 1 << 18
+"""Bytes at the end of an archive or table that tell it from others: its directory, with digests or offsets, is there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """Images with prompts on the disk; `find` makes it."""
+
+    root: Path
+    """The folder that names of files are relative to."""
+    kind: Kind
+    sources: tuple[str, ...]
+    """metadata.jsonl, or each image, table or archive, in order."""
+    prompted: bool
+    """Whether an entry without a prompt is set aside."""
+    prompt: str
+    """The prompt of all images of a folder without captions."""
+    image_column: str
+    text_column: str | None
+    """Of tables; without one, prompts are empty."""
+
+
+# ---------------------------------------------------------------- what there is
+
+
+def find(path: Path, *, prompted: bool, prompt: str, image_column: str, text_column: str) -> DataSet:
+    """Return the data set of a folder or file, recognised from what is there; ValueError says what is wrong with it.
+
+    prompted: somebody reads the prompts. No image is read, and broken archives and tables are left for later.
+    """
+    root, kind, sources = _recognise(path)
+    if kind == "images" and prompted and not prompt.strip():
+        raise ValueError(
+            f"{path} holds images without captions (no metadata.jsonl), and a scorer reads the prompt; give --prompt,"
+            " or scorers that read none"
+        )
+    if kind != "images" and prompt:
+        raise ValueError(f"--prompt is for images without captions, and {path} has its own; leave it out")
+    columns: tuple[str, ...] = ()
+    if kind == "parquet":
+        columns = _columns(root, sources, image_column, text_column if prompted else None)
+    return DataSet(
+        root=root, kind=kind, sources=sources, prompted=prompted, prompt=prompt, image_column=image_column,
+        text_column=text_column if text_column in columns else None,
+    )  # fmt: skip
+
+
+def survey(data: DataSet) -> tuple[str, int]:
+    """Return a digest that tells a data set from others, and about how many entries it has."""
+    digest, count = hashlib.sha256(), 0
+    if data.kind in ("imagefolder", "images"):
+        for *_, entry in entries(data):
+            size = (data.root / entry.file).stat().st_size if isinstance(entry, ImageEntry) else 0
+            digest.update(repr((entry, size)).encode("utf-8", "backslashreplace"))
+            count += 1
+        return digest.hexdigest(), count
+    for name in data.sources:
+        with (data.root / name).open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - TAIL, 0))
+            digest.update(repr((name, size)).encode("utf-8", "backslashreplace") + file.read())
+        try:
+            if data.kind == "parquet":
+                count += pyarrow.parquet.read_metadata(data.root / name).num_rows
+            else:
+                with zipfile.ZipFile(data.root / name) as archive:
+                    count += len(archive.namelist()) - 1
+        except BROKEN:
+            count += 1
+    return digest.hexdigest(), count
+
+
+def _recognise(path: Path) -> tuple[Path, Kind, tuple[str, ...]]:
+    """Return the root, the kind and the sources of a data set."""
+    kinds: dict[str, Kind] = {".zip": "zip", ".parquet": "parquet"}
+    if path.is_file():
+        if path.suffix.lower() not in kinds:
+            raise ValueError(f"{path} is a file; data is a folder, a .zip of DiffusionDB or a .parquet table")
+        return path.parent, kinds[path.suffix.lower()], (path.name,)
+    if not path.is_dir():
+        raise ValueError(f"there is no data at {path}")
+    if (path / "metadata.jsonl").is_file():
+        return path, "imagefolder", ("metadata.jsonl",)
+    found = {suffix: tuple(sorted(_names(path, (suffix,), deep=False))) for suffix in kinds}
+    if all(found.values()):
+        raise ValueError(
+            f"{path} holds both .zip and .parquet files; name one of them, or a folder of one kind"
+        )
+    for suffix, kind in kinds.items():
+        if found[suffix]:
+            return path, kind, found[suffix]
+    if images := tuple(sorted(_names(path, SUFFIXES, deep=True))):
+        return path, "images", images
+    raise ValueError(
+        f"{path} is no data set: it has no metadata.jsonl, .zip or .parquet, and no images ({', '.join(SUFFIXES)})"
+    )
+
+
+def _names(folder: Path, suffixes: tuple[str, ...], *, deep: bool) -> Iterator[str]:
+    """The files with these endings, relative to the folder; hidden files and folders are passed over."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if deep and not name.startswith(".")]
+        for name in files:
+            if name.lower().endswith(suffixes) and not name.startswith("."):
+                yield (Path(place) / name).relative_to(folder).as_posix()
+
+
+def _columns(root: Path, sources: tuple[str, ...], image: str, text: str | None) -> tuple[str, ...]:
+    """Return the columns of the first table that can be read; ValueError where one that is needed is missing or of no use."""
+    for name in sources:
+        try:
+            schema = pyarrow.parquet.read_schema(root / name)
+        except BROKEN:
+            continue  # set aside when its turn comes
+        for column, flag in ((image, "--image-column"), (text, "--text-column")):
+            if column is not None and column not in schema.names:
+                raise ValueError(
+                    f"{root / name} has no column {column}; name one of {', '.join(schema.names)} with {flag}"
+                )
+        kind = value = schema.field(image).type
+        if pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            value = kind.field("bytes").type
+        if not (pyarrow.types.is_binary(value) or pyarrow.types.is_large_binary(value)):
+            raise ValueError(f"column {image} of {root / name} holds {kind}, not images; see --image-column")
+        return tuple(schema.names)
+    return ()
+
+
+# ---------------------------------------------------------------- listing
+
+
+def entries(data: DataSet, source: int = 0, start: int = 0) -> Iterator[tuple[int, int, Entry]]:
+    """(number of the source, number in it, entry) of all entries from a place on; numbers grow, and some may be left out."""
+    listers = {
+        "imagefolder": _of_imagefolder,
+        "images": _of_image,
+        "parquet": _of_table,
+        "zip": _of_archive,
+    }
+    for index in range(source, len(data.sources)):
+        for number, entry in listers[data.kind](data, data.sources[index], start):
+            yield index, number, _with_prompt(entry, prompted=data.prompted)
+        start = 0
+
+
+def _with_prompt(entry: Entry, *, prompted: bool) -> Entry:
+    """The entry, set aside where its prompt is no text, or is needed and empty."""
+    if not isinstance(entry, ImageEntry):
+        return entry
+    if any("\ud800" <= letter <= "\udfff" for letter in entry.text):
+        why = UnusableError(
+            "bad metadata", "the prompt holds half of a surrogate pair, which is no character"
+        )
+        return why.of(entry.file, entry.member)
+    if len(entry.text) > MAX_PROMPT:
+        why = UnusableError(
+            "bad metadata", f"the prompt has {len(entry.text)} characters; at most {MAX_PROMPT}"
+        )
+        return why.of(entry.file, entry.member)
+    if prompted and not entry.text.strip():
+        return UnusableError("no prompt", "the prompt is empty").of(entry.file, entry.member)
+    return entry
+
+
+def _of_image(data: DataSet, name: str, start: int) -> Iterator[tuple[int, Entry]]:
+    """The one entry of an image without a caption."""
+    if start == 0:
+        try:
+            _locate(data.root, name, "the folder")
+            yield 0, ImageEntry(file=name, member="", text=data.prompt)
+        except UnusableError as unusable:
+            yield 0, unusable.of(name)
+
+
+def _of_imagefolder(data: DataSet, name: str, start: int) -> Iterator[tuple[int, Entry]]:
+    """The lines of metadata.jsonl."""
+    lines = read_lines(data.root / name)
+    for number in range(start, len(lines)):
+        place = f"line {number + 1}"
+        where = (name, place)  # until the image's name is known
+        try:
+            with or_unusable("bad metadata"):
+                row = parse_object(lines[number][1], place)
+                file = field(row, "file_name", str, place)
+            where = (file, "")
+            _locate(data.root, file, place)
+            with or_unusable("bad metadata"):
+                text = field(row, "text", str, place) if data.prompted or "text" in row else ""
+            yield number, ImageEntry(file=file, member="", text=text)
+        except UnusableError as unusable:
+            yield number, unusable.of(*where)
+
+
+def _locate(root: Path, name: str, place: str) -> None:
+    """Raise UnusableError unless a name is that of a file below the root."""
+    with or_unusable("unsafe name"):
+        check_name(name, place)
+        name.encode()  # a file system may hold names that are no text
+        if os.path.isfile(root / name):
+            inside(root, name, place)
+            return
+    raise UnusableError("missing", f"{place}: {name!r} does not exist")
+
+
+def _of_table(data: DataSet, name: str, start: int) -> Iterator[tuple[int, Entry]]:
+    """The rows of a parquet table, read a few at a time; a row group that breaks off gives one entry for what is lost."""
+    columns = [column for column in (data.image_column, data.text_column) if column is not None]
+    try:
+        with or_unusable("broken file"):
+            table = pyarrow.parquet.ParquetFile(data.root / name, pre_buffer=False, buffer_size=1 << 20)
+            groups = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+            if lacking := set(columns) - set(table.schema_arrow.names):
+                raise UnusableError("broken file", f"has no column {min(lacking)}")
+    except UnusableError as unusable:
+        yield 0, unusable.of(name)
+        return
+    with table:
+        first = 0
+        for group, count in enumerate(groups):
+            done = first
+            try:
+                with or_unusable("broken file"):
+                    batches = table.iter_batches(ROWS, row_groups=[group], columns=columns)
+                    for batch in batches if start < first + count else ():
+                        for row in range(batch.num_rows):
+                            if done + row >= start:
+                                yield done + row, _row(data, name, done + row, batch, row)
+                        done += batch.num_rows
+            except UnusableError as unusable:
+                if done >= start:
+                    yield done, unusable.of(name, f"{done} to {first + count - 1}")
+            first += count
+
+
+def _row(data: DataSet, name: str, number: int, batch: pyarrow.RecordBatch, row: int) -> Entry:
+    """The entry of a row of a table."""
+    try:
+        with or_unusable("bad metadata"):
+            text = batch.column(data.text_column)[row].as_py() if data.text_column is not None else ""
+        if not isinstance(text, str | None):
+            raise UnusableError("bad metadata", f"the prompt is a {type(text).__name__}, not a text")
+        with or_unusable("missing"):
+            value = batch.column(data.image_column)[row].as_py()
+        content = value.get("bytes") if isinstance(value, dict) else value
+        if content is None:
+            raise UnusableError("missing", "the row holds no bytes; a path alone is not followed")
+        return ImageEntry(file=name, member=str(number), text=text or "", content=content)
+    except UnusableError as unusable:
+        return unusable.of(name, str(number))
+
+
+def _of_archive(data: DataSet, name: str, start: int) -> Iterator[tuple[int, Entry]]:
+    """The images of a zip file in its order, then those that only its JSON knows."""
+    try:
+        with or_unusable("broken file"), zipfile.ZipFile(data.root / name) as archive:
+            members = [member for member in archive.infolist() if not member.is_dir()]
+            notes = _notes(archive, members)
+    except UnusableError as unusable:
+        listed: list[Entry] = [unusable.of(name)]
+    else:
+        counts = Counter(member.filename for member in members)
+        images = [member for member in members if not member.filename.endswith(".json")]
+        listed = [_member(name, member, notes, repeated=counts[member.filename] > 1) for member in images]
+        lost = UnusableError("missing", "the archive's JSON has an entry, but there is no such image")
+        listed += [lost.of(name, member) for member in notes if member not in counts]
+    yield from list(enumerate(listed))[start:]
+
+
+def _notes(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo]) -> dict[str, Any]:
+    """What a DiffusionDB archive says of its images: {file name: {"p": prompt, "se": seed, ...}}."""
+    files = [member for member in members if member.filename.endswith(".json")]
+    if len(files) != 1:
+        raise UnusableError(
+            "bad metadata", f"{len(files)} JSON files among {len(members)} members; there must be one"
+        )
+    _check_size(files[0])
+    with or_unusable("bad metadata"):
+        return parse_object(_unpacked(archive, files[0]).decode(), files[0].filename)
+
+
+def _member(file: str, member: zipfile.ZipInfo, notes: dict[str, Any], *, repeated: bool) -> Entry:
+    """The entry of an image in an archive."""
+    name = member.filename
+    try:
+        with or_unusable("unsafe name"):
+            check_name(name, file)
+        if repeated:
+            raise UnusableError("unsafe name", "the name is in the archive more than once")
+        if not name.lower().endswith(SUFFIXES):
+            raise UnusableError("undecodable", f"the name is not that of an image ({', '.join(SUFFIXES)})")
+        _check_size(member)
+        with or_unusable("bad metadata"):
+            note = field(notes, name, dict, "the archive's JSON")
+            text = field(note, "p", str, name)
+        return ImageEntry(file=file, member=name, text=text, made=made_of(note))
+    except UnusableError as unusable:
+        return unusable.of(file, name)
+
+
+def _check_size(member: zipfile.ZipInfo) -> None:
+    """Raise UnusableError for a member that unpacks to too much, if what the archive says of it is true."""
+    packed, size = member.compress_size, member.file_size
+    if size > MAX_BYTES or (size > 1 << 20 and size > MAX_RATIO * packed):
+        raise UnusableError(
+            "too large",
+            f"{size} bytes packed into {packed}; at most {MAX_BYTES}, and {MAX_RATIO} times as many",
+        )
+
+
+def _unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    """A member's bytes, never more than it announces; without a limit zipfile unpacks up to 2 GB first and cuts then."""
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # the limit works for these
+        raise UnusableError(
+            "undecodable", f"packed by method {member.compress_type}, neither stored nor deflated"
+        )
+    with archive.open(member) as file:
+        return file.read(member.file_size)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read(data: DataSet, image: ImageEntry) -> bytes:
+    """Return the encoded image; UnusableError where it is broken, or larger than MAX_BYTES."""
+    if image.content is not None:
+        return image.content
+    path = data.root / image.file
+    if image.member and data.kind == "parquet":
+        _, again = next(_of_table(data, image.file, int(image.member)), (0, None))
+        if not isinstance(again, ImageEntry) or again.content is None:
+            raise UnusableError("broken file", f"row {image.member} can no longer be read")
+        return again.content
+    with or_unusable("undecodable"):
+        if image.member:
+            archive = _open(path)
+            return _unpacked(archive, archive.getinfo(image.member))
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise UnusableError("too large", f"{size} bytes; at most {MAX_BYTES}")
+        return path.read_bytes()
+
+
+@functools.lru_cache(maxsize=1)
+def _open(path: Path) -> zipfile.ZipFile:
+    """An archive that stays open while its images are read, in each process."""
+    return zipfile.ZipFile(path)

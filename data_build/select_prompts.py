@@ -1,0 +1,269 @@
+"""Which prompts are worth annotating: diverse and typical ones, as ImageReward chose its own (paper 002, appendix A.1).
+
+Prompts become vectors, each is joined to its k = 150 nearest by cosine, and the one with most votes is taken, again and again.
+The score is that of vote-k (Su et al. 2022, arXiv 2209.01975, section 2.1): with (v, u) an edge where u is one of v's nearest,
+
+    score(u) = sum of s(v) over all v not yet chosen with (v, u) an edge,    s(v) = rho^-(edges from v to chosen ones),
+
+rho = 10. That is squared work, so prompts are shuffled into groups, and each group is a graph of its own; paper 002 took 100
+prompts of each of 100 groups of about 20,000. Vectors and graph in memory are those of one group, the texts those of all.
+
+    python data_build/select_prompts.py --prompts metadata.parquet --output-dir data/chosen
+    python data_build/select_prompts.py --prompts refl_data.json more.txt --output-dir data/chosen --embedding sentence-transformers
+
+Writes `prompts.jsonl` (prompt, score when it was chosen, group, order in it; drivers take it as --prompts) and `summary.json`.
+There `covered` is the share of prompts that were chosen or have a chosen one among their nearest, beside that of a random choice.
+Paper 002 has vectors of Sentence-BERT. The default is TF-IDF all the same, of words and pairs of words, which needs no library
+and no weights beyond the house's; it sees words, not what they mean, and languages without spaces want the other.
+Hardware: one CPU core, 760 prompts/s with TF-IDF, and 570 MB of memory beside the texts; Sentence-BERT wants a GPU.
+Left out: the second stage of vote-k, which asks a language model.
+"""
+
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow.parquet
+import scipy.sparse.linalg
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+from tqdm import tqdm
+
+from preftune.cli import exit_on_user_error, parse
+from preftune.prompts import read_prompts
+from preftune.records import write_jsonl, write_lines
+
+RHO = 10
+"""What a vote loses by with each chosen neighbour."""
+WHOLE = 10**12
+"""A whole vote. Votes are counted in parts of it, so that sums are exact and equal scores are equal; what is less is nothing."""
+MODEL = "sentence-transformers/paraphrase-mpnet-base-v2"
+"""The Sentence-BERT of the released code of vote-k."""
+ROWS = 256
+"""Prompts that are compared with their whole group at a time."""
+METADATA = {"image_name", "part_id", "prompt"}
+"""Columns that tell DiffusionDB's metadata from other tables."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Choose diverse and typical prompts by vote-k."""
+
+    prompts: tuple[Path, ...]
+    """Prompt files: txt, json, jsonl, csv, tsv or parquet, also DiffusionDB's metadata; a prompt counts once."""
+    output_dir: Path
+    """Folder to create; it must not exist yet."""
+    per_group: int = 100
+    """Prompts to choose from each group."""
+    group_size: int = 20_000
+    """Most prompts of a group; memory and time for each prompt grow with it."""
+    k: int = 150
+    """Nearest prompts that each is joined to."""
+    embedding: Literal["tfidf", "sentence-transformers"] = "tfidf"
+    """What makes vectors of prompts."""
+    model: str | None = None
+    """Of sentence-transformers: a folder, or a name in the hub's cache; None = paraphrase-mpnet-base-v2."""
+    seed: int = 0
+    """Which prompts share a group."""
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("--prompts needs a file")
+        for name in ("per_group", "group_size", "k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"--seed must be at least 0, got {self.seed}")
+        if self.model is not None and self.embedding == "tfidf":
+            raise ValueError("--model is for --embedding sentence-transformers; tfidf has none")
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def read_all(paths: Sequence[Path]) -> tuple[list[str], Counter[str]]:
+    """Return the prompts of all files, each once and in their order, and how many were read, repeated and blank."""
+    known: dict[str, None] = {}
+    counts = Counter[str](read=0, repeated=0, blank=0)
+    for path in paths:
+        for texts in _metadata(path) if _is_metadata(path) else [read_prompts(path)]:
+            sound = [text for text in texts if text and text.strip()]
+            before = len(known)
+            known.update(dict.fromkeys(sound))
+            counts.update(read=len(texts), blank=len(texts) - len(sound))
+            counts.update(repeated=len(sound) - (len(known) - before))
+    if not known:
+        raise ValueError(f"--prompts {paths[0]} holds no prompts")
+    return [*known], counts
+
+
+def _is_metadata(path: Path) -> bool:
+    """Whether a file is metadata.parquet of DiffusionDB, where some prompts are blank and most are there several times."""
+    try:
+        return path.suffix == ".parquet" and {*pyarrow.parquet.read_schema(path).names} >= METADATA
+    except (OSError, pyarrow.ArrowException):
+        return False  # read_prompts says what is wrong
+
+
+def _metadata(path: Path) -> Iterator[list[str | None]]:
+    """The prompts of DiffusionDB's metadata, a few at a time: one for each of its images."""
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(columns=["prompt"]):
+            yield batch.column(0).to_pylist()
+
+
+def split(count: int, size: int, seed: int) -> list[NDArray[np.intp]]:
+    """Return the numbers below `count` in groups of at most `size`, as equal as can be, drawn from the seed."""
+    order = np.random.default_rng(seed).permutation(count)
+    return np.array_split(order, math.ceil(count / size))
+
+
+# ---------------------------------------------------------------- vectors
+
+
+def tfidf(texts: Sequence[str]) -> csr_array:
+    """Return the sparse TF-IDF vectors of words and of pairs of neighbouring words, (N, terms), of length 1.
+
+    (1 + ln tf) (1 + ln((1 + N) / (1 + df))), tf the number of times in the text and df the number of texts; no word: zeros.
+    """
+    columns: dict[str, int] = {}
+    indices, ends, values = list[int](), [0], list[float]()
+    for text in texts:
+        words = re.findall(r"\w+", text.lower())
+        terms = Counter([*words, *(" ".join(pair) for pair in itertools.pairwise(words))])
+        indices += [columns.setdefault(term, len(columns)) for term in terms]
+        values += [1 + math.log(times) for times in terms.values()]
+        ends.append(len(indices))
+    frequencies = np.bincount(indices, minlength=len(columns))
+    rarities = 1 + np.log((1 + len(texts)) / (1 + frequencies))
+    weights = np.array(values, np.float32) * rarities[indices].astype(np.float32)
+    vectors = csr_array((weights, indices, ends), shape=(len(texts), max(len(columns), 1)))
+    lengths = scipy.sparse.linalg.norm(vectors, axis=1)
+    vectors.data /= np.repeat(np.where(lengths > 0, lengths, 1), np.diff(vectors.indptr))
+    return vectors
+
+
+def sentence_bert(model: str) -> Callable[[Sequence[str]], NDArray[np.float32]]:
+    """Return what makes vectors (N, D) of texts by Sentence-BERT; ValueError where library or weights are not here.
+
+    As in the released code of vote-k the mean of all is taken away first; the length is 1 then.
+    """
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ValueError(
+            "--embedding sentence-transformers needs its library: pip install sentence-transformers; tfidf needs none"
+        ) from error
+    try:
+        encoder = SentenceTransformer(model, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--model {model} is neither a folder of sentence-transformers nor in the hub's cache"
+        ) from error
+
+    def embed(texts: Sequence[str]) -> NDArray[np.float32]:
+        vectors = np.asarray(encoder.encode([*texts], show_progress_bar=False), np.float32)
+        vectors = vectors - vectors.mean(axis=0)
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors / np.where(lengths > 0, lengths, 1)
+
+    return embed
+
+
+# ---------------------------------------------------------------- graph and votes
+
+
+def nearest(vectors: NDArray[np.float32] | csr_array, k: int) -> csr_array:
+    """Return the graph (N, N) of vectors (N, D) of length 1: row v has 1 at v's k nearest by cosine, but not at itself.
+
+    Whose cosine is exactly 0, no word in common, is nobody's neighbour: else the first of the group would be everybody's.
+    """
+    count = vectors.shape[0]
+    k = min(k, count - 1)
+    indices, ends = [np.zeros(0, np.intp)], [0]
+    others = vectors.T.tocsr() if isinstance(vectors, csr_array) else vectors.T
+    for start in range(0, count, ROWS):
+        products = vectors[start : start + ROWS] @ others
+        cosines = torch.from_numpy(products.toarray() if isinstance(products, csr_array) else products)
+        rows = torch.arange(len(cosines))
+        cosines[rows, start + rows] = -math.inf
+        best = cosines.topk(k)
+        linked = (best.values != 0).numpy()
+        indices.append(best.indices.numpy()[linked])
+        ends += (ends[-1] + linked.sum(axis=1).cumsum()).tolist()
+    joined = np.concatenate(indices)
+    return csr_array((np.ones(len(joined), np.int64), joined, ends), shape=(count, count))
+
+
+def choose(graph: csr_array, count: int) -> tuple[list[int], list[float]]:
+    """Return the vertices that vote-k takes, in order, and the score of each when it was taken; of equal ones the first.
+
+    graph (N, N): 1 at (v, u) where u is one of v's nearest.
+    """
+    voters = graph.T.tocsr()
+    weights = np.full(voters.shape[0], WHOLE)  # s(v), and 0 of those that are chosen
+    chosen, scores = list[int](), list[float]()
+    for _ in range(count):
+        sums = voters @ weights
+        sums[chosen] = -1
+        best = int(sums.argmax())
+        chosen.append(best)
+        scores.append(int(sums[best]) / WHOLE)
+        weights[voters.indices[voters.indptr[best] : voters.indptr[best + 1]]] //= RHO
+        weights[best] = 0
+    return chosen, scores
+
+
+def covered(graph: csr_array, chosen: Sequence[int]) -> float:
+    """Return the share of vertices that are chosen or have an edge to a chosen one."""
+    marks = np.zeros(graph.shape[0], np.int64)
+    marks[chosen] = 1
+    return float((marks + graph @ marks > 0).mean())
+
+
+def main(config: Config) -> None:
+    """Choose from each group, write the folder under a temporary name, and rename it."""
+    with exit_on_user_error():
+        if config.output_dir.exists():
+            raise ValueError(f"{config.output_dir} exists already; remove it or choose another --output-dir")
+        embed = tfidf if config.embedding == "tfidf" else sentence_bert(config.model or MODEL)
+        prompts, counts = read_all(config.prompts)
+        groups = split(len(prompts), config.group_size, config.seed)
+        if config.per_group > min(map(len, groups)):
+            raise ValueError(
+                f"--per-group {config.per_group} is more than a group of {min(map(len, groups))} has; {len(prompts)} prompts"
+                f" are in {len(groups)} groups"
+            )
+    rows, shares = list[dict[str, Any]](), list[tuple[float, float]]()
+    for group, numbers in enumerate(tqdm(groups, desc="choosing", unit="group")):
+        texts = [prompts[number] for number in numbers]
+        graph = nearest(embed(texts), config.k)
+        chosen, scores = choose(graph, config.per_group)
+        for order, (place, score) in enumerate(zip(chosen, scores, strict=True)):
+            rows.append({"prompt": texts[place], "score": score, "group": group, "order": order})
+        shares.append((covered(graph, chosen), covered(graph, range(len(chosen)))))  # they are shuffled
+    summary = {
+        **counts, "prompts": len(prompts), "groups": len(groups), "chosen": len(rows),
+        "k": config.k, "embedding": config.embedding, "seed": config.seed,
+        **dict(zip(("covered", "covered_by_random"), np.mean(shares, axis=0).round(4).tolist(), strict=True)),
+    }  # fmt: skip
+    partial = config.output_dir.with_name(f"{config.output_dir.name}.tmp-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    write_jsonl(partial / "prompts.jsonl", rows)
+    write_lines(partial / "summary.json", json.dumps(summary, indent=2).splitlines())
+    partial.rename(config.output_dir)
+    print(f"{json.dumps(summary)}\n{config.output_dir}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(parse(Config))

@@ -1,0 +1,198 @@
+"""Rankings of images of the shapes world by simulated annotators: what a reward model is trained on.
+
+Each ranking holds several images for one caption, ordered by gold score plus normal noise. The images are *rendered*
+(the caption's scene or one or two words away from it, with or without defects), or *generated* by a pipeline at several
+guidance scales and step counts: a scorer that has seen only rendered images does not carry over to generated ones.
+
+The noise is set so that two annotators order a pair alike about 65 % of the time, which is what papers 001 and 002 report
+of people; both that and one annotator's agreement with the noiseless judge are printed and written to `summary.json`.
+
+    python data_build/simulate_rankings.py --output-dir data/rankings_rendered --count 20000 --images 8 --annotators 5
+    python data_build/simulate_rankings.py --output-dir data/rankings_drawn --count 1500 --images 8 --annotators 5 --model assets/tiny/pipeline
+
+`rankings.jsonl` rows, one for each annotator: prompt, generations (file names), ranking (1 = best), source (the annotator),
+images (rendered or generated), gold (noiseless, for evaluation only).
+Hardware: rendered 350 images/s, most of it the judge's time, and generated 25 images/s on one CPU core.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from preftune import families
+from preftune.cli import exit_on_user_error, parse
+from preftune.images import to_pil
+from preftune.records import write_jsonl
+from preftune.sampling import Sampling, sample
+from rewards.shapes import SIZE, Scene, judge
+from rewards.shapes_rendering import change_one_word, place, random_defects, random_scene, render, to_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Write rankings of rendered or generated images by simulated annotators."""
+
+    output_dir: Path
+    """Folder to create; it must not exist yet."""
+    count: int = 1000
+    """Number of rankings."""
+    images: int = 4
+    """Images in a ranking, at least 2."""
+    model: Path | None = None
+    """Pipeline folder that generates the images; None = they are rendered."""
+    guidance_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0)
+    """Guidance scales to sample at, one picked for each image."""
+    step_counts: tuple[int, ...] = (4, 8, 16)
+    """Numbers of denoising steps (ddim) to sample with, one picked for each image."""
+    annotators: int = 1
+    """Annotators of each ranking's images: as many rows, one each."""
+    annotator_noise: float = 0.17
+    """Standard deviation of the noise that an annotator adds to each gold score."""
+    seed: int = 1
+    """Ranking i is a function of (seed, i) and the model."""
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.images < 2:
+            raise ValueError(
+                f"--count must be at least 1 and --images at least 2, got {self.count} and {self.images}"
+            )
+        if self.annotators < 1:
+            raise ValueError(f"--annotators must be at least 1, got {self.annotators}")
+        if not self.annotator_noise >= 0:
+            raise ValueError(f"--annotator-noise must be at least 0, got {self.annotator_noise}")
+        if (
+            not self.guidance_scales
+            or not self.step_counts
+            or min(self.guidance_scales) < 0
+            or min(self.step_counts) < 1
+        ):
+            raise ValueError(
+                f"--guidance-scales and --step-counts must be positive, got {self.guidance_scales} and {self.step_counts}"
+            )
+
+
+def scene_of(index: int, config: Config) -> tuple[Scene, Generator]:
+    """Return the scene of ranking `index` and the generator for all else about it."""
+    rng = np.random.default_rng((config.seed, index))
+    return random_scene(rng), rng
+
+
+def rendered_image(scene: Scene, rng: Generator) -> Tensor:
+    """Return an image (3, SIZE, SIZE): half the time faithful, otherwise one or two words off; often with defects."""
+    for _ in range(int(rng.choice(3, p=(0.5, 0.3, 0.2)))):
+        scene = change_one_word(scene, rng)
+    image = to_bytes(render(place(scene, rng), scene.background, rng, random_defects(rng, 0.6)))
+    return torch.from_numpy(image).permute(2, 0, 1).float() / 255
+
+
+def rank(scores: Sequence[float]) -> list[int]:
+    """Return places, 1 = best; equal scores share a place."""
+    return [1 + sum(other > score for other in scores) for score in scores]
+
+
+def generate_all(config: Config, model: Path) -> Tensor:
+    """Return all images (count x images, 3, SIZE, SIZE), generated in groups of equal settings."""
+    family = families.load(model)
+    settings, captions = [], []
+    for index in range(config.count):
+        scene, rng = scene_of(index, config)
+        for _ in range(config.images):
+            settings.append((float(rng.choice(config.guidance_scales)), int(rng.choice(config.step_counts))))
+            captions.append(scene.caption())
+    pixels = torch.empty(len(captions), 3, SIZE, SIZE)
+    for guidance, steps in sorted(set(settings)):
+        rows = [row for row, setting in enumerate(settings) if setting == (guidance, steps)]
+        sampling = Sampling(
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            solver="ddim",
+            resolution=str(SIZE),
+            batch_size=64,
+        )
+        seeds = [config.seed * 1_000_003 + row for row in rows]
+        name = f"sampling at guidance {guidance:g}, {steps} steps"
+        pixels[rows] = sample(family, [captions[row] for row in rows], seeds, sampling, progress=name)
+    return pixels
+
+
+def main(config: Config) -> None:
+    """Draw, judge, annotate; write the folder under a temporary name, then rename it."""
+    with exit_on_user_error():
+        if config.output_dir.exists():
+            raise ValueError(f"{config.output_dir} exists already; remove it or choose another --output-dir")
+        if config.model is not None:
+            families.check(config.model)
+    partial = config.output_dir.with_name(config.output_dir.name + f".tmp-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    generated = generate_all(config, config.model) if config.model is not None else None
+    rows, golds = [], []
+    for index in tqdm(range(config.count), desc="annotating", unit="ranking", mininterval=1):
+        scene, rng = scene_of(index, config)
+        first = index * config.images
+        if generated is None:
+            pixels = torch.stack([rendered_image(scene, rng) for _ in range(config.images)])
+        else:
+            pixels = generated[first : first + config.images]
+        names = [f"{index // 500:03d}/{index:06d}_{k}.png" for k in range(config.images)]
+        (partial / names[0]).parent.mkdir(exist_ok=True)
+        for name, image in zip(names, pixels, strict=True):
+            to_pil(image).save(partial / name, compress_level=1)
+        gold = judge(pixels, [scene.caption()] * config.images).gold.numpy()
+        golds.append(gold)
+        for annotator, ranks in enumerate(annotate(gold, index, config)):
+            rows.append(
+                {
+                    "prompt": scene.caption(),
+                    "generations": names,
+                    "ranking": ranks,
+                    "source": f"annotator {annotator}",
+                    "images": "rendered" if generated is None else "generated",
+                    "gold": [round(float(value), 4) for value in gold],
+                }
+            )
+    write_jsonl(partial / "rankings.jsonl", rows)
+    summary = agreement(np.stack(golds), config.annotator_noise)
+    (partial / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    partial.rename(config.output_dir)
+    print(json.dumps(summary))  # noqa: T201
+
+
+def annotate(gold: NDArray[np.float32], index: int, config: Config) -> list[list[int]]:
+    """Return each annotator's places, 1 = best, of the images of ranking `index` with these gold scores."""
+    noises = (
+        np.random.default_rng((config.seed, index, 1, annotator)) for annotator in range(config.annotators)
+    )
+    return [rank((gold + rng.normal(0, config.annotator_noise, len(gold))).tolist()) for rng in noises]
+
+
+def agreement(golds: NDArray[np.float32], noise: float) -> dict[str, float]:
+    """Return how often annotators order two images of one ranking alike, and as the judge does; golds (N, images).
+
+    By the normal distribution: an annotator's order of a pair of gold difference d is right with probability
+    p = Phi(|d| / (noise sqrt 2)), and two annotators agree with probability p^2 + (1 - p)^2.
+    """
+    i, j = np.triu_indices(golds.shape[1], 1)
+    difference = np.abs(golds[:, i] - golds[:, j]).ravel()
+    scaled = torch.from_numpy(difference / max(noise * np.sqrt(2), 1e-12))
+    right = torch.special.ndtr(scaled)
+    return {
+        "gold_mean": float(golds.mean()),
+        "gold_deviation_within_ranking": float(golds.std(1).mean()),
+        "annotator_agrees_with_judge": float(right.mean()),
+        "annotator_agrees_with_annotator": float((right**2 + (1 - right) ** 2).mean()),
+    }
+
+
+if __name__ == "__main__":
+    main(parse(Config))

@@ -1,0 +1,247 @@
+"""The methods table: train several methods from one model with several seeds, and judge all of them on the same images.
+
+A method is NAME=DRIVER FLAGS, a command as one would type it: each is started by `accelerate launch` with --model, --seed
+and --output-dir added, in RUNS/NAME-SEED, and goes on where it was when the comparison is started again; a finished run is not
+trained twice. All then generate the same held-out prompts from the same noise as the base. Paper 002, Table 4 and Fig. 6: wins,
+ties and win rate of a method against the base, and between all methods. The budget is the methods' own flags: give each the
+same number of images, and see the column `images`, which counts those that updates have seen. NAME=OTHER@UPDATES is no
+training of its own but another method's checkpoint after so many updates, as RAFT's after its first iteration.
+
+    python eval/compare_methods.py --methods "refl=finetune/refl.py --config refl.yaml" "weird=finetune/weird_lora.py --config weird.yaml" \
+        --negatives "weird=Weird image. " --model SD_FOLDER --prompts held_out.txt --rewards imagereward=1 hpsv2.1=1
+
+Win rate is wins / (wins + losses), as there. Intervals are 95 % bootstrap intervals over prompts, seeds pooled; a single prompt has none.
+In the shapes world `shapes` is the gold score that no method has seen. Writes table.csv, scores.csv, wins.png, grid.png and report.html.
+"""
+
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from eval.models import Column, check_scorers, generate, inlined, parse_column, score, write_text
+from eval.trainings import check_commands, check_seeds, split, train
+from eval.win_rates import BASE, Row, heat_maps, interval, scores_csv, table, to_csv, to_text
+from preftune import families
+from preftune.cli import exit_on_user_error, parse
+from preftune.images import captioned_grid, save_image
+from preftune.prompts import read_prompts
+from preftune.records import read_jsonl
+from preftune.sampling import Sampling
+from rewards.mix import Mix, parse_files, parse_weights
+from rewards.shapes import SIZE
+from rewards.shared_towers import load_all
+
+TEMPLATE = Path(__file__).with_suffix(".html.jinja")
+CHECKPOINT = re.compile(r"([\w-]+)@(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train methods from one model and judge them on the same prompts and seeds."""
+
+    methods: tuple[str, ...]
+    """NAME=DRIVER FLAGS each, DRIVER a file such as finetune/refl.py; --model, --seed and --output-dir are added. Or
+    NAME=OTHER@UPDATES: the checkpoint of another method after so many updates."""
+    model: Path = Path("assets/tiny/pipeline")
+    """Pipeline folder that every method starts from."""
+    prompts: Path = Path("assets/tiny/held_out.txt")
+    """Held-out prompt file."""
+    count: int = 256
+    """At most so many prompts, the first of the file."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """A training run of each method for each; prompt i is generated with seed i whatever the run's."""
+    rewards: tuple[str, ...] = ("imagereward-tiny=1.0", "shapes=1.0")
+    """Scorers that judge, a column each: NAME=WEIGHT, as hpsv2=1; the folder of a trained scorer is a name, too. Weights do nothing here."""
+    reward_files: tuple[str, ...] = ()
+    """Weights of scorers on disk, as imagereward=PATH."""
+    negatives: tuple[str, ...] = ()
+    """NAME=TEXT: the negative prompt of a method's images, as "weird=Weird image. "; base=TEXT gives the base one."""
+    grid_rows: int = 6
+    """Prompts in the grid."""
+    sample: Sampling = field(
+        default_factory=lambda: Sampling(
+            num_inference_steps=25, guidance_scale=3.0, solver="ddim", resolution=str(SIZE), batch_size=32
+        )
+    )
+    output_dir: Path = Path("runs/compare")
+    """Folder of the report; runs lie in its runs/."""
+
+    def __post_init__(self) -> None:
+        names = self.names()
+        if not names or len({*names, BASE}) != len(names) + 1:
+            raise ValueError(
+                f"--methods needs methods with different names other than {BASE}, got {', '.join(names)}"
+            )
+        check_seeds(self.seeds)
+        for name, value in (("count", self.count), ("grid-rows", self.grid_rows)):
+            if value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
+        if unknown := dict(map(split, self.negatives)).keys() - {*names, BASE}:
+            raise ValueError(
+                f"--negatives names {min(unknown)}, which is none of {', '.join([BASE, *names])}"
+            )
+        if self.negatives and self.sample.guidance_scale == 1:
+            raise ValueError(
+                "--negatives do nothing at --sample.guidance-scale 1; choose another guidance, such as 3"
+            )
+        for name, (other, _) in self.checkpoints().items():
+            if other not in self.commands():
+                raise ValueError(
+                    f"method {name} is a checkpoint of {other}, which is no method that is trained; there are"
+                    f" {', '.join(self.commands()) or 'none'}"
+                )
+        parse_files(self.reward_files, parse_weights(self.rewards))
+
+    def commands(self) -> dict[str, list[str]]:
+        """Return name -> driver and flags of the methods that are trained."""
+        return {
+            name: shlex.split(text)
+            for name, text in map(split, self.methods)
+            if not CHECKPOINT.fullmatch(text)
+        }
+
+    def checkpoints(self) -> dict[str, tuple[str, int]]:
+        """Return name -> other method and number of updates of the methods that are checkpoints of others."""
+        found = {name: CHECKPOINT.fullmatch(text) for name, text in map(split, self.methods)}
+        return {name: (match[1], int(match[2])) for name, match in found.items() if match}
+
+    def names(self) -> list[str]:
+        """Return the names of all methods, in their order."""
+        return [name for name, _ in map(split, self.methods)]
+
+
+def check_inputs(config: Config) -> list[str]:
+    """Return the prompts; ValueError for what is wrong before anything is trained."""
+    families.check(config.model)
+    check_commands(config.commands(), taken=["--model"])
+    prompts = read_prompts(config.prompts)[: config.count]
+    weights = parse_weights(config.rewards)
+    files = parse_files(config.reward_files, weights)
+    check_scorers(weights, files, prompts, config.sample, config.prompts)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    return prompts
+
+
+def checkpoint(folder: Path, name: str, updates: int) -> Path:
+    """Return a run's checkpoint after so many updates; ValueError where it was not kept."""
+    path = folder / f"step_{updates:06d}"
+    if not path.is_dir():
+        kept = ", ".join(sorted(other.name for other in folder.glob("step_*"))) or "none"
+        raise ValueError(
+            f"method {name}: there is no {path}; kept are {kept}. Have the driver write it (--checkpointing-steps) and keep it (--checkpoints-total-limit 0)"
+        )
+    return path
+
+
+def images_seen(folder: Path, updates: int | None = None) -> int:
+    """Return how many images the (first) updates of a run have trained on, ReFL's alternate pre-training updates included.
+
+    Not counted: images that RAFT samples to choose from, and a second loss in the same update.
+    """
+    header, *settings = (folder / "config.yaml").read_text(encoding="utf-8").splitlines()
+    values = dict(line.split(": ", 1) for line in settings if ": " in line)
+    processes = int(header.rpartition("processes ")[2])
+    rows = read_jsonl(folder / "metrics.jsonl")
+    done = sum(
+        ("loss" in row) + ("pretrain_loss" in row) for row in rows if updates is None or row["step"] < updates
+    )
+    return done * int(values["batch_size"]) * int(values["accumulation"]) * processes
+
+
+def main(config: Config) -> int:
+    """Train, generate, judge, report."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with exit_on_user_error():
+        prompts = check_inputs(config)
+        runs = {
+            (name, seed): train(name, [*command, "--model", str(config.model)], seed, config.output_dir)
+            for seed in config.seeds  # outside: each command is tried within the first seed
+            for name, command in config.commands().items()
+        }
+        tuned = dict(runs)
+        for name, (other, updates) in config.checkpoints().items():
+            tuned |= {(name, seed): checkpoint(runs[other, seed], name, updates) for seed in config.seeds}
+        columns = [Column(title=BASE, source="", pipeline=config.model)]
+        columns += [
+            parse_column(f"{name}-{seed}={tuned[name, seed]}", config.model)
+            for name in config.names()
+            for seed in config.seeds
+        ]
+        weights = parse_weights(config.rewards)
+        files = parse_files(config.reward_files, weights)
+        mix = Mix(load_all(list(weights), files=files, device=device, dtype=torch.float32), weights, "raw")
+    said = dict(map(split, config.negatives))
+    negatives = {f"{name}-{seed}": said.get(name, "") for name, seed in tuned} | {BASE: said.get(BASE, "")}
+    images = generate(columns, prompts, range(len(prompts)), config.sample, device, torch.float32, negatives)
+    scored = {
+        title: score(pixels, prompts, mix, config.sample.batch_size, device)[:, : len(mix.names)]
+        .double()
+        .numpy()
+        for title, pixels in images.items()
+    }
+    scores = {BASE: np.stack([scored[BASE]] * len(config.seeds))}
+    scores |= {name: np.stack([scored[f"{name}-{seed}"] for seed in config.seeds]) for name in config.names()}
+    counts = {BASE: 0} | {name: images_seen(runs[name, config.seeds[0]]) for name in config.commands()}
+    for name, (other, updates) in config.checkpoints().items():
+        counts[name] = images_seen(runs[other, config.seeds[0]], updates)
+    report(config, table(scores, mix.names, counts), scores, mix.names, images, prompts)
+    return 0
+
+
+def report(
+    config: Config,
+    rows: Sequence[Row],
+    scores: Mapping[str, NDArray[np.float64]],
+    scorers: Sequence[str],
+    images: Mapping[str, Tensor],
+    prompts: Sequence[str],
+) -> None:
+    """Write the files of the comparison and print its table."""
+    folder = config.output_dir
+    heat_maps(scores, scorers, folder / "wins.png")
+    shown = {name: images[name if name == BASE else f"{name}-{config.seeds[0]}"] for name in scores}
+    numbers = range(min(config.grid_rows, len(prompts)))
+    grid = captioned_grid(
+        [[pixels[i] for pixels in shown.values()] for i in numbers],
+        row_captions=[prompts[i] for i in numbers],
+        column_titles=list(shown),
+        cell_captions=[
+            [
+                "\n".join(
+                    f"{name} {value:.2f}" for name, value in zip(scorers, scores[title][0, i], strict=True)
+                )
+                for title in shown
+            ]
+            for i in numbers
+        ],
+    )
+    save_image(grid, folder / "grid.png")
+    write_text(folder / "table.csv", to_csv(rows))
+    write_text(folder / "scores.csv", scores_csv(scores, scorers, config.seeds, prompts))
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    write_text(
+        folder / "report.html",
+        template.render(
+            rows=rows,
+            config=config,
+            prompts=prompts,
+            base=BASE,
+            interval=interval,
+            inlined={name: inlined(folder / name) for name in ("wins.png", "grid.png")},
+        ),
+    )
+    print(f"{to_text(rows)}\n{folder / 'report.html'}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse(Config)))

@@ -1,0 +1,346 @@
+"""Train scorers by several objectives, and hold all of them against the same held-out rankings: ablations of reward models.
+
+A method is NAME=DRIVER FLAGS, as in compare.py: finetune/reward_model.py with an objective, a start and data. Each is trained
+with each seed, once. All then score the same held-out images, as they are and mirrored and cropped (paper 000, Table 1). Its
+Tables 2 and 3 are such comparisons, from the first method's plain loss to all that it adds.
+
+    python eval/compare_reward_models.py --methods "plain=finetune/reward_model.py --config a.yaml" \\
+        "stable=finetune/reward_model.py --config a.yaml --stable.views 3 --stable.weighting two-stage" --data data/held_out
+
+Printed and plotted are ImageReward's accuracy (pooled pairs, a predicted tie is wrong) against the annotators and, in the shapes
+world, against the noiseless judge, which is the measure that matters; and HPD v2's inversion score against the annotators' mean,
+where sets have several. What one annotator reaches stands beside the accuracies. `over the first` is the difference from the
+first method. Intervals are 95 % bootstrap intervals over prompts, where there are two or more, seeds pooled.
+
+Held-out images are read, and judged in the shapes world, before anything is trained; a damaged one is set aside and counted, and
+its rankings keep the others. Writes table.csv with all three published accuracies against every reference of agreement.py,
+seeds.csv, rejected.jsonl and accuracy.png.
+"""
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+import rewards
+from eval.agreement import (
+    ACCURACY,
+    ANNOTATORS,
+    AS_IS,
+    CHANGES,
+    FLIPPED,
+    GOLD,
+    INVERSION,
+    JUDGE,
+    MEAN,
+    ONE,
+    PUBLISHED,
+    Floats,
+    Judged,
+    Row,
+    Sums,
+    of_annotator,
+    of_scorer,
+    reached,
+    references,
+    robustness,
+    rows_of,
+)
+from eval.models import write_text
+from eval.rankings import Ranked, check_folders, read, set_aside, sound_sets, summary, without
+from eval.trainings import check_commands, check_seeds, split, train
+from eval.view_scores import check_crops, score, view_names
+from eval.win_rates import csv_text, interval
+from preftune.cli import exit_on_user_error, parse
+from preftune.images import save_figure
+from preftune.records import write_jsonl
+from rewards.shapes import in_world
+
+SHOWN = {ANNOTATORS: ACCURACY, MEAN: INVERSION, JUDGE: ACCURACY}
+"""The references that are printed and plotted, and by which metric: the first two are those of paper 000's Tables 1 to 3."""
+OVER = {name: f"{name} over the first" for name in PUBLISHED}
+SIGNED = {*OVER.values(), *CHANGES.values()}
+"""Metrics that are differences."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train scorers by several objectives and measure them on the same held-out rankings."""
+
+    methods: tuple[str, ...]
+    """NAME=DRIVER FLAGS each, DRIVER finetune/reward_model.py; --seed and --output-dir are added. The first is what others are held against."""
+    data: tuple[Path, ...]
+    """Folders of held-out rankings, each measured by itself."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """A training run of each method for each."""
+    crops: tuple[float, ...] = (0.97, 0.95, 0.93, 0.9)
+    """Side lengths of centre crops, as shares in (0, 1], of mirrored images; none = robustness is not measured."""
+    count: int | None = None
+    """At most so many prompts of each folder; None = all."""
+    batch_size: int = 32
+    """Images in one pass, each with all its views."""
+    output_dir: Path = Path("runs/compare_scorers")
+    """Folder of the tables; runs lie in its runs/."""
+
+    def __post_init__(self) -> None:
+        names = [name for name, _ in map(split, self.methods)]
+        if not names or len(set(names)) != len(names) or ONE in names:
+            raise ValueError(f"--methods needs methods with different names, got {', '.join(names)}")
+        check_folders(self.data)
+        if len({folder.name for folder in self.data}) != len(self.data):
+            raise ValueError(
+                f"--data needs folders with different names, got {', '.join(map(str, self.data))}"
+            )
+        for name, value in (("count", self.count), ("batch-size", self.batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
+        check_crops(self.crops)
+        check_seeds(self.seeds)
+
+    def commands(self) -> dict[str, list[str]]:
+        """Return name -> driver and flags."""
+        return {name: shlex.split(text) for name, text in map(split, self.methods)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """A folder of held-out rankings, all of its images read once."""
+
+    ranked: Ranked
+    rejected: dict[int, str]
+    """Place of an image that was set aside -> why."""
+    gold: Floats | None
+    """(N,): the judge's scores, in the shapes world."""
+
+
+def sums_of(
+    name: str,
+    columns: Floats,
+    judged: Sequence[Judged],
+    said: Mapping[str, Sequence[Floats]],
+    views: Sequence[str],
+    prompts: int,
+) -> Sums:
+    """Return what one scorer reaches, its scores being (V, N), against each reference, and on changed views."""
+    compared = {reference: of_scorer(columns[0], judged, ranks) for reference, ranks in said.items()}
+    found = reached(name, AS_IS, compared, PUBLISHED, prompts)
+    return found | robustness(name, columns, views, judged, said, prompts)
+
+
+def one_annotator(judged: Sequence[Judged], said: Mapping[str, Sequence[Floats]], prompts: int) -> Sums:
+    """Return what one annotator reaches against each reference that he is no part of."""
+    compared = {
+        reference: of_annotator(judged, reference, ranks)
+        for reference, ranks in said.items()
+        if reference != MEAN
+    }
+    return reached(ONE, AS_IS, compared, PUBLISHED, prompts)
+
+
+def pooled(runs: Sequence[Sums]) -> Sums:
+    """Return the sums of a method over its seeds."""
+    return {key: np.sum([run[key] for run in runs], axis=0) for key in runs[0]}
+
+
+def with_differences(sums: Sums, first: str) -> Sums:
+    """Return the sums, and behind each accuracy its difference from that of the first method."""
+    found: Sums = {}
+    for (name, reference, view, metric), pair in sums.items():
+        found[name, reference, view, metric] = pair
+        if view == AS_IS and name not in (first, ONE):
+            gain = pair[0] - sums[first, reference, view, metric][0]
+            found[name, reference, view, OVER[metric]] = np.stack([gain, pair[1]])
+    return found
+
+
+def is_shown(row: Row) -> bool:
+    """Return whether a line is printed: the metric of its reference, its differences, and flipped choices."""
+    metric = SHOWN.get(row.reference, "")
+    return row.metric == FLIPPED or row.metric in (metric, OVER.get(metric), CHANGES.get(metric))
+
+
+def to_text(tables: Mapping[str, Sequence[Row]]) -> str:
+    """Return the tables as printed, in per cent: accuracies, their differences, and how robust they are."""
+    text = [
+        f"{'data':16s} {'method':20s} {'reference':16s} {'view':17s} {'measure':38s} {'per cent':>8s}  interval"
+    ]
+    for data, rows in tables.items():
+        for row in filter(is_shown, rows):
+            sign = "+" if row.metric in SIGNED else ""
+            bounds = interval(100 * row.low, 100 * row.high, f"{sign}.1f")
+            line = f"{data:16s} {row.rater:20s} {row.reference:16s} {row.view:17s} {row.metric:38s} {100 * row.value:{sign}8.1f}  {bounds}"
+            text.append(line.rstrip())
+    return "\n".join(text)
+
+
+def plot(tables: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """Draw accuracies with their intervals, a panel for each folder and reference, and the flipped choices of the first."""
+    panels: dict[tuple[str, str], list[Row]] = {}
+    for data, rows in tables.items():
+        for row in rows:
+            if row.view == AS_IS and row.metric == SHOWN.get(row.reference):
+                panels.setdefault((data, row.reference), []).append(row)
+    names = list(dict.fromkeys(row.rater for rows in tables.values() for row in rows))
+    flipped = [row for row in next(iter(tables.values())) if row.metric == FLIPPED]
+    number = max(len(panels) + bool(flipped), 1)  # rankings of ties alone have no pair to plot
+    figure, axes = plt.subplots(
+        1,
+        number,
+        figsize=(2 + 3.2 * number, max(1.4 + 0.4 * len(names), 3)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, ((data, reference), rows) in zip(axes[0], panels.items(), strict=False):
+        for row in rows:
+            ends = [100 * (row.value - row.low), 100 * (row.high - row.value)]
+            place = names.index(row.rater)
+            axis.errorbar(
+                100 * row.value, place, xerr=np.reshape(ends, (2, 1)), color=f"C{place}", fmt="o", capsize=3
+            )
+        axis.set_yticks(range(len(names)), names if axis is axes[0, 0] else [])
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.set_title(f"{data}\nagainst: {reference}", fontsize=9)
+        axis.set_xlabel(f"{SHOWN[reference]}, per cent")
+        axis.grid(axis="x", alpha=0.3)
+    for name in dict.fromkeys(row.rater for row in flipped):
+        of = [row for row in flipped if row.rater == name]
+        axes[0, -1].plot(
+            [row.view.split()[-1] for row in of],
+            [100 * row.value for row in of],
+            color=f"C{names.index(name)}",
+            marker=".",
+            label=name,
+        )
+    if flipped:
+        axes[0, -1].set_title("choices that flip when images are\nmirrored and cropped, per cent", fontsize=9)
+        axes[0, -1].legend(fontsize=7)
+    save_figure(figure, path)
+
+
+def check_inputs(config: Config) -> dict[str, HeldOut]:
+    """Return the held-out rankings of each folder, and say what of them is measured.
+
+    ValueError for what is wrong before anything is trained.
+    """
+    check_commands(config.commands())
+    ranked = {folder.name: read([folder], config.count) for folder in config.data}
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    held_out = {data: look(one, config.batch_size) for data, one in ranked.items()}
+    write_rejected(held_out, config.output_dir)
+    for data, held in held_out.items():
+        print(f"{data}: {said(held)}", flush=True)  # noqa: T201
+    return held_out
+
+
+def look(ranked: Ranked, batch: int) -> HeldOut:
+    """Read all images, judge them in the shapes world, and set aside what cannot be read; ValueError where no set is left."""
+    judges = [rewards.load(GOLD)] if in_world(ranked.prompts) else []
+    scored, rejected = score(ranked.images, judges, (), torch.device("cpu"), batch_size=batch, workers=0)
+    sound_sets(ranked, rejected)
+    return HeldOut(ranked=ranked, rejected=rejected, gold=scored[GOLD][0] if judges else None)
+
+
+def said(held: HeldOut) -> str:
+    """Return a sentence on what is measured."""
+    return summary(without(held.ranked.judged, held.rejected), len(held.rejected), held.ranked.repeated)
+
+
+def write_rejected(held_out: Mapping[str, HeldOut], output: Path) -> None:
+    """Write which images were set aside, and why."""
+    rows = (
+        {"data": data, **row}
+        for data, held in held_out.items()
+        for row in set_aside(held.ranked.images, held.rejected)
+    )
+    write_jsonl(output / "rejected.jsonl", rows)
+
+
+def train_all(config: Config) -> dict[tuple[str, int], Path]:
+    """Return (method, seed) -> the folder of its scorer; ValueError for a driver that fails or leaves none.
+
+    All methods are trained with the first seed before any is with the second, so that a wrong command is found early.
+    """
+    scorers = {}
+    for seed in config.seeds:
+        for name, command in config.commands().items():
+            folder = train(name, command, seed, config.output_dir) / "scorer"
+            try:
+                rewards.check(str(folder))
+            except ValueError as error:
+                raise ValueError(f"method {name}, seed {seed} left no scorer to measure: {error}") from error
+            scorers[name, seed] = folder
+    return scorers
+
+
+def score_all(
+    held: HeldOut, scorers: Mapping[tuple[str, int], Path], config: Config
+) -> tuple[dict[tuple[str, int], Floats], HeldOut]:
+    """Return (method, seed) -> scores (V, N), and the rankings without images that any of the scorers cannot read.
+
+    FloatingPointError names scorer and image for a score that is no finite number.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    columns, rejected = {}, held.rejected
+    for run, folder in scorers.items():
+        scorer = rewards.load(str(folder), device=device)  # one at a time: they may be large
+        scored, aside = score(
+            held.ranked.images, [scorer], config.crops, device, batch_size=config.batch_size, workers=0
+        )
+        columns[run] = scored[scorer.card.name]
+        rejected = aside | rejected
+    return columns, replace(held, rejected=rejected)
+
+
+def main(config: Config) -> int:
+    """Train, score, compare."""
+    with exit_on_user_error():
+        held_out = check_inputs(config)
+        scorers = train_all(config)
+    views, tables, by_seed = view_names(config.crops), dict[str, list[Row]](), list[tuple[object, ...]]()
+    for data in held_out:
+        columns, held_out[data] = score_all(held_out[data], scorers, config)
+        held = held_out[data]
+        with exit_on_user_error():
+            judged = sound_sets(held.ranked, held.rejected)
+        prompts, ranks = len(held.ranked.prompts), references(judged, held.gold)
+        found: dict[str, list[Sums]] = {}
+        for (name, seed), scores in columns.items():
+            own = sums_of(name, scores, judged, ranks, views, prompts)
+            found.setdefault(name, []).append(own)
+            by_seed += [
+                (data, name, seed, *key[1:], pair[0].sum() / pair[1].sum())
+                for key, pair in own.items()
+                if pair[1].any()
+            ]
+        sums = one_annotator(judged, ranks, prompts)
+        for each in found.values():
+            sums |= pooled(each)
+        tables[data] = rows_of(with_differences(sums, next(iter(found))))
+    write_rejected(held_out, config.output_dir)
+    report(tables, by_seed, config.output_dir)
+    ends = [*(f"{data}: {said(held)}" for data, held in held_out.items()), config.output_dir / "accuracy.png"]
+    print(to_text(tables), *ends, sep="\n")  # noqa: T201
+    return 0
+
+
+def report(tables: Mapping[str, Sequence[Row]], by_seed: Sequence[tuple[object, ...]], output: Path) -> None:
+    """Write the tables and the plot."""
+    heads = ["data", "method", "reference", "view", "metric", "value", "low", "high"]
+    lines = (
+        (data, row.rater, row.reference, row.view, row.metric, row.value, row.low, row.high)
+        for data, rows in tables.items()
+        for row in rows
+    )
+    write_text(output / "table.csv", csv_text(heads, lines))
+    heads = ["data", "method", "seed", "reference", "view", "metric", "value"]
+    write_text(output / "seeds.csv", csv_text(heads, by_seed))
+    plot(tables, output / "accuracy.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse(Config)))

@@ -1,0 +1,87 @@
+"""AdamW as configured, the course of its learning rate, and the moving average of the weights that it trains."""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from preftune.training.run_config import RunConfig
+
+
+def adamw(config: RunConfig, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019, Algorithm 2) as configured, in full precision or in 8 bits."""
+    if config.use_8bit_adam:
+        import bitsandbytes  # optional: `check` has seen that it is there
+
+        kind = bitsandbytes.optim.AdamW8bit
+    else:
+        kind = torch.optim.AdamW
+    groups: list[dict[str, Any]] = [{"params": parameters}]
+    if not config.decay_vectors:
+        matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+        others = {
+            "params": [parameter for parameter in parameters if parameter.ndim < 2],
+            "weight_decay": 0.0,
+        }
+        groups = [{"params": matrices}, others]
+    optimizer: torch.optim.Optimizer = kind(
+        groups, lr=lr, betas=config.adam_betas, eps=config.adam_epsilon, weight_decay=config.adam_weight_decay
+    )
+    return optimizer
+
+
+def lr_factor(config: RunConfig, step: int) -> float:
+    """Share of the peak learning rate at update `step` (from 0): (step + 1) / warmup_updates, then 1 or a half cosine."""
+    if step < config.lr_warmup_steps:
+        return (step + 1) / config.lr_warmup_steps
+    if config.lr_scheduler == "constant":
+        return 1.0
+    progress = (step - config.lr_warmup_steps) / (config.max_train_steps - config.lr_warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Average:
+    """Exponential moving average of trained parameters; with ema_decay 0 it holds none and does nothing.
+
+    The n-th update (from 1) decays by min(ema_decay, (1 + n) / (10 + n)), so that short runs forget their start.
+    """
+
+    def __init__(self, config: RunConfig, parameters: Iterable[nn.Parameter]) -> None:
+        self._decay = config.ema_decay
+        self._parameters: list[Tensor] = list(parameters) if self._decay else []
+        self.weights: list[Tensor] = [p.detach().clone() for p in self._parameters]
+        self.count = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move towards the present parameters."""
+        self.count += 1
+        decay = min(self._decay, (1 + self.count) / (10 + self.count))
+        if self.weights:
+            torch._foreach_lerp_(self.weights, self._parameters, 1 - decay)
+
+    @torch.no_grad()
+    def load(self, weights: list[Tensor], count: int) -> None:
+        """Go on from a saved average."""
+        for mine, saved in zip(self.weights, weights, strict=True):
+            mine.copy_(saved)
+        self.count = count
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Context in which the parameters are the average."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for average, parameter in zip(self.weights, self._parameters, strict=True):
+            own = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(own)

@@ -1,0 +1,152 @@
+"""The settings of a training run that every driver shares, and what can be judged before any model is loaded."""
+
+import importlib.util
+import math
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from preftune.training import checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long, how fast and where to train: the settings that every driver shares."""
+
+    output_dir: Path = Path("runs/default")
+    """Folder of the run: config.yaml, metrics.jsonl, tensorboard/, step_000500/."""
+    seed: int = 0
+    """Everything random derives from it."""
+    max_train_steps: int = 100
+    """Optimizer updates in all, counted from the very first start."""
+    train_batch_size: int = 2
+    """Images per process in one forward and backward pass."""
+    gradient_accumulation_steps: int = 4
+    """Passes per update; one update sees batch x accumulation x processes images."""
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+    lr_scheduler: Literal["constant", "cosine"] = "constant"
+    """Course of the learning rate after the warmup; cosine falls to 0 at the last update."""
+    lr_warmup_steps: int = 0
+    """Updates over which the learning rate rises linearly to its peak."""
+    adam_weight_decay: float = 1e-2
+    """Decoupled weight decay of AdamW."""
+    decay_vectors: bool = True
+    """Decay biases, norms and scalars as well as matrices; CLIP and HPS v2 leave them alone."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's two moments."""
+    adam_epsilon: float = 1e-8
+    """Added to AdamW's denominator."""
+    use_8bit_adam: bool = False
+    """Keep AdamW's moments in 8 bits; needs bitsandbytes."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger global norm are scaled down to it; inf never clips."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Arithmetic of the forward pass; trained weights stay in float32. fp16 needs a GPU."""
+    ema_decay: float = 0.0
+    """Decay per update of an exponential moving average of the trained weights; 0 = none."""
+    compile: bool = False
+    """Compile the trained module with torch.compile."""
+    checkpointing_steps: int = 100
+    """Updates between checkpoints; 0 = only at the end."""
+    validation_steps: int = 0
+    """Updates between sample grids; 0 = only at the end."""
+    checkpoints_total_limit: int = 2
+    """Newest checkpoints to keep; 0 = all."""
+    resume_from_checkpoint: Literal["latest"] | Path | None = None
+    """latest goes on from the newest checkpoint in --output-dir, if there is one; or the folder of a checkpoint."""
+    overwrite_output_dir: bool = False
+    """Remove an earlier run from the output folder first."""
+    threads: int = 0
+    """CPU threads per process; 0 = all cores, divided by the processes on this machine."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps"):
+            _demand(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in (
+            "lr_warmup_steps",
+            "checkpointing_steps",
+            "validation_steps",
+            "checkpoints_total_limit",
+            "threads",
+        ):
+            _demand(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("learning_rate", "adam_epsilon"):
+            _demand(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0 and finite")
+        _demand(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)")
+        _demand(
+            0 <= self.adam_weight_decay < math.inf,
+            "adam_weight_decay",
+            self.adam_weight_decay,
+            "0 or more and finite",
+        )
+        _demand(
+            all(0 <= b < 1 for b in self.adam_betas), "adam_betas", self.adam_betas, "two numbers in [0, 1)"
+        )
+        _demand(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0; inf never clips")
+        _demand(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1); 0 keeps no average")
+        if self.overwrite_output_dir and self.resume_from_checkpoint == "latest":
+            raise ValueError(
+                "--resume-from-checkpoint latest continues the run that --overwrite-output-dir removes; give one of them"
+            )
+
+
+def _demand(holds: bool, name: str, value: object, legal: str) -> None:
+    if not holds:
+        raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be {legal}")
+
+
+def check(config: RunConfig) -> None:
+    """Fail on what this machine or the output folder cannot do; takes milliseconds, so call it before loading a model.
+
+    Raises:
+        ValueError: fp16 without a GPU, 8-bit AdamW without bitsandbytes, an output folder that cannot be written or
+            already holds a run, a checkpoint to resume from that is not there.
+    """
+    forced_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")  # accelerate launch --cpu
+    if config.mixed_precision == "fp16" and (forced_cpu or not torch.accelerator.is_available()):
+        raise ValueError("--mixed-precision fp16 needs a GPU and there is none; use no or bf16")
+    if config.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "--use-8bit-adam needs bitsandbytes: pip install bitsandbytes, or leave the flag out"
+        )
+    try:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=config.output_dir):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--output-dir {config.output_dir} cannot be written: {error}; choose another folder"
+        ) from error
+    source = config.resume_from_checkpoint if isinstance(config.resume_from_checkpoint, Path) else None
+    if source and (checkpoint.updates_of(source) is None or not (source / "state.pt").is_file()):
+        raise ValueError(
+            f"--resume-from-checkpoint {source} is no checkpoint; give latest or a folder such as runs/x/step_000500"
+        )
+    if not config.overwrite_output_dir and config.resume_from_checkpoint != "latest":
+        _check_not_mixed(config.output_dir, source)
+
+
+def _check_not_mixed(output: Path, source: Path | None) -> None:
+    if not checkpoint.holds_run(output):
+        return
+    if source is None:
+        raise ValueError(
+            f"--output-dir {output} already holds a run: continue it with --resume-from-checkpoint latest, remove it with --overwrite-output-dir, "
+            "or choose another --output-dir"
+        )
+    if [source.resolve()] != [newest.resolve() for newest in checkpoint.find_checkpoints(output)[-1:]]:
+        raise ValueError(
+            f"--output-dir {output} holds work that does not lead to --resume-from-checkpoint {source}: remove it with --overwrite-output-dir, "
+            "or choose another --output-dir"
+        )
+
+
+def cpu_threads(config: RunConfig) -> int:
+    """Threads for this process. Torch's own default is no guide: the launchers set OMP_NUM_THREADS to 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return config.threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
