@@ -39,7 +39,8 @@ from data_build import scoring
 from data_build.filters import Filters
 from data_build.scoring import Batch
 from preftune.cli import exit_on_user_error, parse
-from preftune.prompts import items_at, read_prompts
+from preftune.order import items_at
+from preftune.prompts import read_prompts
 
 FULL_SIZE = "hpsv2.1"
 DIFFERENT = 64

@@ -37,7 +37,8 @@ from finetune import refl
 from preftune import families
 from preftune.cli import exit_on_user_error, parse
 from preftune.lora import LoRA
-from preftune.prompts import items_at, read_prompts
+from preftune.order import items_at
+from preftune.prompts import read_prompts
 from preftune.training.optimizer import adamw
 from preftune.training.run_config import RunConfig
 

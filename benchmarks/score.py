@@ -30,7 +30,8 @@ from benchmarks.hardware import fresh, name_of_machine, peak_mib, peak_tflops, s
 from benchmarks.models import PROMPTS, TINY, fresh_scorer
 from data_build import score as program
 from preftune.cli import exit_on_user_error, parse
-from preftune.prompts import items_at, read_prompts
+from preftune.order import items_at
+from preftune.prompts import read_prompts
 from preftune.records import write_jsonl
 from rewards.pixels import from_pil
 

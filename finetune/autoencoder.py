@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.families.tiny import build_autoencoder
 from preftune.images import captioned_grid, load_pixels, save_image
-from preftune.prompts import items_at
+from preftune.order import items_at
 from preftune.records import read_imagefolder
 from preftune.training.run import Run
 from preftune.training.run_config import RunConfig, check

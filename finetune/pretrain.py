@@ -27,7 +27,7 @@ from preftune.diffusion_loss import denoising_error
 from preftune.families.sd import SD
 from preftune.images import captioned_grid, load_pixels, save_image
 from preftune.lora import LoRA
-from preftune.prompts import items_at
+from preftune.order import items_at
 from preftune.records import CaptionedImage, read_imagefolder
 from preftune.sampling import Sampling, sample
 from preftune.training.run import Run

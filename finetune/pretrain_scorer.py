@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.images import load_pixels
-from preftune.prompts import items_at
+from preftune.order import items_at
 from preftune.records import CaptionedImage, read_imagefolder
 from preftune.training.preference_losses import clamp_scale
 from preftune.training.run import Run

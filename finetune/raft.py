@@ -26,7 +26,8 @@ from tqdm import tqdm
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.families.base import Family
 from preftune.images import save_image
-from preftune.prompts import items_at, read_prompts
+from preftune.order import items_at
+from preftune.prompts import read_prompts
 from preftune.records import CaptionedImage, read_imagefolder, read_jsonl, write_jsonl
 from preftune.sampling import sample
 from preftune.training import validation, workspace

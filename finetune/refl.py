@@ -32,7 +32,8 @@ from preftune.diffusion_loss import captioned_error
 from preftune.families.base import Family
 from preftune.lora import LoRA
 from preftune.noise import x0_from
-from preftune.prompts import items_at, read_prompts
+from preftune.order import items_at
+from preftune.prompts import read_prompts
 from preftune.records import CaptionedImage, read_imagefolder
 from preftune.sampling import Sampling, make_scheduler, noise_like_seeds, step
 from preftune.training import validation, workspace

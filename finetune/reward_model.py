@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from preftune.augment import shifted, weak_view
 from preftune.cli import dump, exit_on_user_error, parse
-from preftune.prompts import items_at
+from preftune.order import items_at
 from preftune.records import read_jsonl, read_rankings
 from preftune.training.accuracy_plot import plot
 from preftune.training.preference_losses import (

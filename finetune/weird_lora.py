@@ -23,7 +23,7 @@ import tyro
 
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.lora import LoRA
-from preftune.prompts import items_at
+from preftune.order import items_at
 from preftune.records import CaptionedImage, read_imagefolder
 from preftune.training import validation, workspace
 from preftune.training.run import Run

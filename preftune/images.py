@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from preftune.resolution import Framing, Resolution
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -38,16 +40,41 @@ def opened(path: Path) -> Iterator[Image.Image]:
         raise ValueError(f"cannot read the image {path}: {error}") from error
 
 
-def load_pixels(path: Path, size: int | None = None) -> torch.Tensor:
+def load_pixels(path: Path, resolution: Resolution | int | None = None) -> torch.Tensor:
     """An image file as (3, H, W) float32 in [0, 1]: any PIL mode, turned as EXIF says, transparency over white.
 
-    With a size the shorter side is resampled to it (bicubic) and the middle square is cut out: (3, size, size).
-    Raises ValueError that names a file which is missing or no image.
+    With a resolution it is resampled (bicubic) until it just covers height and width, and the middle is cut out; one
+    number is a square. Raises ValueError that names a file which is missing or no image.
     """
+    image = _load(path)
+    if resolution is not None:
+        image = _fitted(
+            image, Resolution(resolution, resolution) if isinstance(resolution, int) else resolution
+        )
+    return _to_tensor(image)
+
+
+def load_with_framing(path: Path, resolution: Resolution) -> tuple[torch.Tensor, Framing]:
+    """An image file as `load_pixels` with a resolution reads it, and what was cut off."""
+    image = _load(path)
+    original = Resolution(image.height, image.width)
+    scale = max(resolution.height / original.height, resolution.width / original.width)
+    top, left = (
+        round((length * scale - wanted) / 2) for length, wanted in zip(original, resolution, strict=True)
+    )
+    return _to_tensor(_fitted(image, resolution)), Framing(original, top, left)
+
+
+def _load(path: Path) -> Image.Image:
     with opened(path) as file:
-        image = _rgb(ImageOps.exif_transpose(file))
-    if size is not None:
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        return _rgb(ImageOps.exif_transpose(file))
+
+
+def _fitted(image: Image.Image, resolution: Resolution) -> Image.Image:
+    return ImageOps.fit(image, (resolution.width, resolution.height), Image.Resampling.BICUBIC)
+
+
+def _to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 

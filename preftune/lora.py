@@ -1,8 +1,9 @@
 """Low-rank adaptation of a UNet (Hu et al. 2021, arXiv 2106.09685): W x + (alpha / rank) B A x, with W frozen.
 
-The file format is the one that diffusers pipelines load: `pipe.load_lora_weights(folder)` generates the same image as the UNet
-that was saved. Files of 2023 are read, too, such as the one that HPS v1 released: pytorch_lora_weights.bin with the names of attention
-processors, which diffusers no longer loads. Only this file and preftune/families know peft and diffusers' adapters.
+The file format is the one that diffusers pipelines load: after `pipe.load_lora_weights(folder)` a Stable Diffusion or SDXL
+pipeline generates the same image as the UNet that was saved. Files of 2023 are read, too, such as the one that HPS
+(arXiv 2303.14420) released: pytorch_lora_weights.bin with the names of attention processors, which diffusers no longer
+loads. Only this file and preftune/families know peft and diffusers' adapters.
 """
 
 import contextlib
@@ -30,30 +31,28 @@ OLD_FILE = "pytorch_lora_weights.bin"
 """Their name until 2023, when `unet.save_attn_procs` wrote them."""
 
 _ADAPTER = "default"
+# For a UNet, SDXL's loader has the same code; it differs in the text encoders alone, which have no update here.
+_FILES = StableDiffusionLoraLoaderMixin
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """Which weights are trained: a low-rank update of some layers, or with rank 0 all of the UNet."""
+    """A low-rank update of some layers. Where all weights are trained there is no LoRA: None."""
 
     rank: int = 4
-    """Rank of the update; 0 trains the full weights."""
+    """Rank of the update."""
     alpha: float | None = None
     """Scale: the update counts alpha / rank times; None is alpha = rank, a scale of 1."""
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Layers that get an update, by the last part of their name; the default is all attention projections."""
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
+        if self.rank < 1:
             raise ValueError(
-                f"lora.rank is {self.rank}; it must be 1 or more, or 0 to train the full weights"
+                f"lora.rank is {self.rank}; it must be 1 or more; --train full trains all weights"
             )
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"lora.alpha is {self.alpha}; it must be above 0, or None for alpha = rank")
-        if self.alpha is not None and self.rank == 0:
-            raise ValueError(
-                f"lora.alpha is {self.alpha} but lora.rank 0 trains the full weights; leave alpha out"
-            )
         if not self.target_modules or not all(self.target_modules):
             raise ValueError(
                 f"lora.target_modules is {self.target_modules}; name at least one layer, such as to_q"
@@ -63,10 +62,9 @@ class LoRA:
 def inject(unet: UNet2DConditionModel, lora: LoRA, seed: int) -> list[nn.Parameter]:
     """Freeze the UNet, add the update to its target layers, and return the update's weights, float32 and trainable.
 
-    A is normal with deviation 1 / rank, drawn from the seed alone; B is zero, so the UNet's output is unchanged at first.
-    Raises ValueError for a target that no layer bears.
+    A is normal with standard deviation 1 / rank, from the seed alone; B is zero, so the UNet's output is unchanged at first.
+    Raises ValueError for a target module that no layer is named after.
     """
-    assert lora.rank > 0, "rank 0 is full fine-tuning: there is nothing to inject"
     names = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     for target in lora.target_modules:
         if not any(f".{name}".endswith(f".{target}") for name in names):
@@ -107,9 +105,7 @@ def save(unet: UNet2DConditionModel, folder: Path) -> None:
     layers = get_peft_model_state_dict(unet, adapter_name=_ADAPTER)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".lora.tmp-", dir=folder) as temporary:
-        StableDiffusionLoraLoaderMixin.save_lora_weights(
-            temporary, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata
-        )
+        _FILES.save_lora_weights(temporary, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
         os.replace(Path(temporary, FILE), folder / FILE)
 
 
@@ -128,7 +124,7 @@ def load(unet: UNet2DConditionModel, folder: Path, weight: float = 1.0) -> None:
         raise ValueError(f"no LoRA in {folder}: {FILE} is not there")
     source: Path | dict[str, Tensor] = folder if path.name == FILE else _read_old(path)
     try:
-        state, alphas, metadata = StableDiffusionLoraLoaderMixin.lora_state_dict(
+        state, alphas, metadata = _FILES.lora_state_dict(
             source, weight_name=FILE, use_safetensors=True, unet_config=unet.config, return_lora_metadata=True
         )
     except (safetensors.SafetensorError, OSError) as error:
@@ -139,10 +135,10 @@ def load(unet: UNet2DConditionModel, folder: Path, weight: float = 1.0) -> None:
         raise ValueError(
             f"{path} is not an update of a UNet alone: it holds {next(iter(state.keys() - layers.keys()), 'nothing')}"
         )
-    if _layers(unet):
+    if is_on(unet):
         unet.unload_lora()
     try:
-        StableDiffusionLoraLoaderMixin.load_lora_into_unet(
+        _FILES.load_lora_into_unet(
             layers, network_alphas=alphas, unet=unet, adapter_name=_ADAPTER, metadata=metadata
         )
     except (RuntimeError, TypeError, ValueError) as error:
@@ -154,10 +150,15 @@ def load(unet: UNet2DConditionModel, folder: Path, weight: float = 1.0) -> None:
     unet.requires_grad_(False)
 
 
+def is_on(unet: nn.Module) -> bool:
+    """Whether the UNet has layers with an update."""
+    return any(isinstance(module, BaseTunerLayer) for module in unet.modules())
+
+
 @contextlib.contextmanager
 def disabled(unet: UNet2DConditionModel) -> Iterator[None]:
     """Inside the block the UNet is the one before the update: the reference model, without a second copy in memory."""
-    assert _layers(unet), "the UNet has no update that could be switched off"
+    assert is_on(unet), "the UNet has no update that could be switched off"
     flags = [(weight, weight.requires_grad) for weight in unet.parameters()]
     unet.disable_lora()
     try:
@@ -173,7 +174,7 @@ def disabled(unet: UNet2DConditionModel) -> Iterator[None]:
 
 def merge(unet: UNet2DConditionModel) -> None:
     """Add the update to the weights themselves and remove it: the UNet has its old layers and names again."""
-    assert _layers(unet), "the UNet has no update to merge"
+    assert is_on(unet), "the UNet has no update to merge"
     unet.fuse_lora()
     unet.unload_lora()
 
@@ -202,8 +203,3 @@ def _new_name(name: str) -> str:
 def _alpha(lora: LoRA) -> float:
     """The scale's numerator."""
     return lora.rank if lora.alpha is None else lora.alpha
-
-
-def _layers(unet: nn.Module) -> list[BaseTunerLayer]:
-    """The layers that have an update."""
-    return [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]

@@ -1,52 +1,67 @@
-"""The algebra of the noise process: x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps. Pure functions of tensors.
+"""The algebra of the noise process x_t = alpha x_0 + sigma eps. Pure functions of tensors.
 
-abar is the cumulative product of Ho et al. 2020 (arXiv 2006.11239, eq. 4); v = sqrt(abar) eps - sqrt(1 - abar) x_0 is that
-of Salimans and Ho 2022 (arXiv 2202.00512, appendix D). All latents are (B, C, h, w); abar is (B,) or ().
+Variance-preserving (VP) models: alpha = sqrt(alphas_cumprod) and sigma = sqrt(1 - alphas_cumprod), where alphas_cumprod
+is the cumulative product of Ho et al. 2020 (arXiv 2006.11239, eq. 4). Flow models: alpha = 1 - sigma (Liu et al. 2022,
+arXiv 2209.03003, section 2.1, with noise at sigma 1). A network says one of four things:
+
+    epsilon        eps
+    v_prediction   v = alpha eps - sigma x_0     (Salimans and Ho 2022, arXiv 2202.00512, appendix D)
+    sample         x_0
+    flow           v = eps - x_0
+
+All latents are (B, C, h, w); alpha and sigma are (B,) or (), and are cast to the dtype of the latents.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
-Prediction = Literal["epsilon", "v_prediction", "sample"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 
 
-def _like(abar: Tensor, x: Tensor) -> Tensor:
-    return abar.to(x).reshape(-1, *[1] * (x.ndim - 1))
+class Prediction(NamedTuple):
+    """What a network says about noisy latents, each (B, C, h, w): x = alpha x0 + sigma eps."""
+
+    x0: Tensor
+    eps: Tensor
+    output: Tensor
+    """The network's own output, guided where guidance is on."""
 
 
-def add_noise(x0: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
+def like(level: Tensor, x: Tensor) -> Tensor:
+    """Return alpha or sigma, () or (B,), in the dtype and on the device of x, shaped to multiply it."""
+    return level.to(x).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def add_noise(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """Return x_t."""
-    a = _like(abar, x0)
-    return a.sqrt() * x0 + (1 - a).sqrt() * eps
+    return like(alpha, x0) * x0 + like(sigma, x0) * eps
 
 
-def velocity(x0: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
-    """Return v, what a v-prediction network is trained to say."""
-    a = _like(abar, x0)
-    return a.sqrt() * eps - (1 - a).sqrt() * x0
-
-
-def target(x0: Tensor, eps: Tensor, abar: Tensor, kind: Prediction) -> Tensor:
+def target(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, kind: PredictionType) -> Tensor:
     """Return what a network of this kind is trained to say at x_t."""
-    return {"epsilon": eps, "sample": x0}[kind] if kind != "v_prediction" else velocity(x0, eps, abar)
-
-
-def x0_from(output: Tensor, x_t: Tensor, abar: Tensor, kind: Prediction) -> Tensor:
-    """Return the x_0 that a network's output means, not clipped, differentiable in output and x_t."""
-    a = _like(abar, x_t)
     if kind == "epsilon":
-        return (x_t - (1 - a).sqrt() * output) / a.sqrt()
-    if kind == "v_prediction":
-        return a.sqrt() * x_t - (1 - a).sqrt() * output
-    return output
+        return eps
+    if kind == "sample":
+        return x0
+    if kind == "flow":
+        return eps - x0
+    return like(alpha, x0) * eps - like(sigma, x0) * x0
 
 
-def eps_from(output: Tensor, x_t: Tensor, abar: Tensor, kind: Prediction) -> Tensor:
-    """Return the noise that a network's output means."""
-    a = _like(abar, x_t)
+def predict_from(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, kind: PredictionType) -> Prediction:
+    """Return the x_0 and eps that an output at x means: not clipped, differentiable in output and x.
+
+    At alpha = 0 (zero terminal SNR; Lin et al. 2023, arXiv 2305.08891) x is noise alone. The other kinds still say what
+    x_0 is; epsilon does not, and raises RuntimeError (an assertion on the device, so that no GPU waits for it).
+    """
+    a, s = like(alpha, x), like(sigma, x)
     if kind == "epsilon":
-        return output
-    if kind == "v_prediction":
-        return a.sqrt() * output + (1 - a).sqrt() * x_t
-    return (x_t - a.sqrt() * output) / (1 - a).sqrt()
+        torch._assert_async((a != 0).all(), "epsilon says nothing about x_0 at alpha 0 (zero terminal SNR)")
+        return Prediction((x - s * output) / a, output, output)
+    if kind == "sample":
+        return Prediction(output, (x - a * output) / s, output)
+    if kind == "flow":
+        return Prediction(x - s * output, x + a * output, output)
+    return Prediction(a * x - s * output, a * output + s * x, output)

@@ -1,25 +1,16 @@
-"""Prompt files, and which prompt an image gets.
-
-The order is a function of (seed, epoch) alone: every rank can compute every other rank's prompts, and a run that stops and
-goes on, or that changes its number of processes, sees the same sequence.
-"""
+"""Prompt files."""
 
 import csv
-import functools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import Any
 
 FIELDS = ("text", "prompt", "caption")
 """Names of the field or column that holds the prompt, in order of preference; their case does not matter."""
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
 """File types that read_prompts reads."""
-
-Item = TypeVar("Item")
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -48,23 +39,6 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise ValueError(f"prompt file {path} holds no prompts")
     return prompts
-
-
-def items_at(items: Sequence[Item], indices: Iterable[int], seed: int) -> list[Item]:
-    """The items (prompts, samples, rankings) of global image indices (0, 1, 2, ...) of a run.
-
-    With n items, index i is number i % n of epoch i // n; each epoch is a permutation of all items drawn from
-    (seed, epoch). Seed and indices are not negative.
-    """
-    assert items, "no items"
-    count = len(items)
-    return [items[_order(count, seed, index // count)[index % count]] for index in indices]
-
-
-@functools.lru_cache(maxsize=4)
-def _order(count: int, seed: int, epoch: int) -> list[int]:
-    """The permutation of an epoch."""
-    return np.random.default_rng(np.random.SeedSequence((seed, epoch))).permutation(count).tolist()
 
 
 def _text_rows(path: Path, suffix: str) -> Iterator[tuple[str, Any]]:

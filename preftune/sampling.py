@@ -1,100 +1,115 @@
-"""Sampling images: a step function for drivers that write their own loop, and `sample` for those that need images.
+"""Sampling: images from prompts, batch by batch; and the noise of a step, for drivers that write their own loop.
 
 Every image has a torch.Generator of its own, so it is a function of (weights, prompt, seed) and of nothing else: not of
-the batch it was drawn in, nor of the number of processes.
+the batch it was generated in, nor of the number of processes.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TypeVar
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from preftune.families.base import Family
+from preftune import resolution as resolutions
+from preftune import solvers
+from preftune.families.base import Cond, Defaults, Family
+from preftune.noise import Prediction
+from preftune.resolution import Resolution
+from preftune.solvers import SOLVERS, SolverName
 
-SolverName = Literal["ddpm", "ddim", "pndm", "dpm++"]
-
-# ddpm: the released ReFL ran on a diffusers whose DDPM ignored steps_offset, so its 40 timesteps are 975, 950, ..., 0;
-# x_0 is never clipped, whatever the folder's configuration says, since latents are not in [-1, 1].
-_SCHEDULERS: dict[str, tuple[Any, dict[str, object]]] = {
-    "ddpm": (
-        DDPMScheduler,
-        {"clip_sample": False, "thresholding": False, "steps_offset": 0, "variance_type": "fixed_small"},
-    ),
-    "ddim": (DDIMScheduler, {"clip_sample": False, "thresholding": False}),
-    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
-    "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "thresholding": False}),
-}
-
-
-def make_scheduler(config: Mapping[str, object], name: SolverName, num_steps: int) -> Any:
-    """Return a diffusers scheduler with the folder's betas, set to num_steps steps.
-
-    A scheduler holds the state of one trajectory (pndm, dpm++): make a new one for each batch.
-    """
-    kind, settings = _SCHEDULERS[name]
-    scheduler = kind.from_config({**config, **settings})
-    scheduler.set_timesteps(num_steps)
-    return scheduler
-
-
-def noise_like_seeds(
-    shape: tuple[int, int, int], generators: Sequence[Generator], device: torch.device | str
-) -> Tensor:
-    """Return x_T (B, C, h, w), float32: one draw from each generator."""
-    draws = [torch.randn(shape, generator=generator, device=generator.device) for generator in generators]
-    return torch.stack(draws).to(device)
-
-
-def step(scheduler: Any, output: Tensor, t: Tensor, x: Tensor, generators: Sequence[Generator]) -> Tensor:
-    """Return the next latents: one denoising step of a diffusers scheduler, its noise drawn from each image's generator."""
-    if isinstance(scheduler, (DDPMScheduler, DDIMScheduler)):
-        return scheduler.step(output, t, x, generator=list(generators)).prev_sample
-    return scheduler.step(output, t, x).prev_sample
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How images are generated when they are looked at or judged."""
+    """How images are generated when they are looked at or scored."""
 
-    num_inference_steps: int = 50
-    """Denoising steps."""
-    guidance_scale: float = 7.5
-    """Classifier-free guidance scale; 1 = none."""
-    solver: SolverName = "pndm"
-    """Sampler; pndm with 50 steps at 7.5 is what Stable Diffusion's pipeline does."""
-    resolution: str = "512"
-    """Pixels: the side of a square, or WIDTHxHEIGHT."""
+    num_inference_steps: int | None = None
+    """Denoising steps, 1 to 1000; None = the model family's default."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance scale; 1 or less = none, as in diffusers; None = the model family's default."""
+    solver: SolverName | None = None
+    """Which solver takes the steps; None = the model family's default."""
+    resolution: str | None = None
+    """Pixels: 512, or width x height as 768x512; None = the model family's default."""
     batch_size: int = 8
-    """Images in one pass; changes speed, not images."""
+    """Images in one pass; changes speed and memory, not images."""
 
     def __post_init__(self) -> None:
-        for name in ("num_inference_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"--sample.{name.replace('_', '-')} must be a positive number, got {getattr(self, name)}"
-                )
-        if not self.guidance_scale >= 0:
-            raise ValueError(f"--sample.guidance-scale must be at least 0, got {self.guidance_scale}")
-        self.size  # noqa: B018 - refuses what is no resolution
+        steps, scale = self.num_inference_steps, self.guidance_scale
+        if steps is not None and not 1 <= steps <= 1000:
+            raise ValueError(f"--sample.num-inference-steps must lie in 1..1000, got {steps}")
+        if scale is not None and not (math.isfinite(scale) and scale >= 0):
+            raise ValueError(f"--sample.guidance-scale must be a number of at least 0, got {scale}")
+        if self.batch_size < 1:
+            raise ValueError(f"--sample.batch-size must be at least 1, got {self.batch_size}")
+        if self.resolution is not None:
+            try:
+                resolutions.parse(self.resolution)
+            except ValueError as error:
+                raise ValueError(f"--sample.resolution: {error}") from error
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Return (height, width), pixels."""
-        match = re.fullmatch(r"(\d+)(?:x(\d+))?", self.resolution)
-        width, height = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if min(width, height) < 8 or width % 8 or height % 8:
-            raise ValueError(
-                f"--sample.resolution must be positive multiples of 8, as 512 or 768x512, got {self.resolution}"
-            )
-        return height, width
+    def resolved(self, defaults: Defaults) -> "Resolved":
+        """Return the settings with the family's defaults in place of None."""
+        parsed = None if self.resolution is None else resolutions.parse(self.resolution)
+        scale = self.guidance_scale  # 0 is a value, so no `or`
+        return Resolved(
+            num_inference_steps=self.num_inference_steps or defaults.num_inference_steps,
+            guidance_scale=defaults.guidance_scale if scale is None else scale,
+            solver=self.solver or defaults.solver,
+            resolution=parsed or defaults.resolution,
+            batch_size=self.batch_size,
+        )
 
 
-@torch.no_grad()
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """Sampling without None: what a model really does. Fields as in Sampling."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    solver: SolverName
+    resolution: Resolution
+    batch_size: int
+
+
+def initial_noise(
+    shape: tuple[int, int, int], generators: Sequence[Generator], device: torch.device | str
+) -> Tensor:
+    """Return x_T (B, C, h, w), float32: one standard normal sample from each generator."""
+    noise = [torch.randn(shape, generator=generator, device=generator.device) for generator in generators]
+    return torch.stack(noise).to(device)
+
+
+def step_noise(x: Tensor, generators: Sequence[Generator]) -> Tensor:
+    """Return standard normal noise for a step from latents x (B, C, h, w): one sample from each image's generator."""
+    _, channels, height, width = x.shape
+    return initial_noise((channels, height, width), generators, x.device)
+
+
+def step(
+    family: Family,
+    prediction: Prediction,
+    t: Tensor,
+    t_next: Tensor,
+    solver: SolverName,
+    generators: Sequence[Generator],
+) -> Tensor:
+    """Return the next latents (B, C, h, w): one step of a solver in SOLVERS from timestep t () to t_next ().
+
+    A stochastic solver takes its noise from each image's generator, but none for a step that ends without noise (t_next
+    -1), so that no generator moves for nothing.
+    """
+    transition = solvers.stepper(solver)(prediction, family.schedule(t), family.schedule(t_next))
+    if SOLVERS[solver].eta == 0 or t_next < 0:
+        return transition.mean
+    return transition.sample(step_noise(prediction.x0, generators))
+
+
 def sample(
     family: Family,
     prompts: Sequence[str],
@@ -103,30 +118,53 @@ def sample(
     *,
     negative: str = "",
     progress: str | None = None,
-) -> Tensor:
-    """Return pixels (N, 3, H, W) in [0, 1], float32 on the CPU: one image for each (prompt, seed).
+) -> Iterator[Tensor]:
+    """Yield pixels (b, 3, height, width) in [0, 1], float32 on the CPU, batch by batch: an image for each (prompt, seed).
 
-    `negative` is the prompt that guidance points away from; `progress` names a progress bar.
+    `negative` is the prompt that guidance points away from; `progress` names a progress bar. The caller's grad mode is
+    left alone between batches. ValueError, at the call, for lengths that differ.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
-    shape = family.latent_shape(*sampling.size)
-    images = []
-    for start in tqdm(
-        range(0, len(prompts), sampling.batch_size), desc=progress, disable=progress is None, leave=False
-    ):
-        part = slice(start, start + sampling.batch_size)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        cond = family.encode(prompts[part], negative=negative)
-        scheduler = make_scheduler(family.scheduler_config, sampling.solver, sampling.num_inference_steps)
-        x = noise_like_seeds(shape, generators, family.device) * scheduler.init_noise_sigma
-        for t in scheduler.timesteps:
-            output = family.denoise(
-                scheduler.scale_model_input(x, t),
-                t.expand(len(x)).to(x.device),
-                cond,
-                sampling.guidance_scale,
-            )
-            x = step(scheduler, output, t, x, generators)
-        images.append(family.decode(x).float().clamp(0, 1).cpu())
-    return torch.cat(images)
+    settings = sampling.resolved(family.defaults)
+    starts = range(0, len(prompts), settings.batch_size)
+    parts = (slice(start, start + settings.batch_size) for start in starts)
+    return (
+        _sample_batch(family, prompts[part], seeds[part], settings, negative)
+        for part in tqdm(parts, desc=progress, total=len(starts), disable=progress is None, leave=False)
+    )
+
+
+@torch.no_grad()  # on a function that returns: on a generator it would leak into the caller between two batches
+def _sample_batch(
+    family: Family, prompts: Sequence[str], seeds: Sequence[int], settings: Resolved, negative: str
+) -> Tensor:
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    cond = family.encode(prompts, negative=negative)
+    x = initial_noise(family.latent_shape(settings.resolution), generators, family.device)
+    if settings.solver in SOLVERS:
+        grid = family.timesteps(settings.num_inference_steps, settings.solver, settings.resolution)
+        for t, t_next in itertools.pairwise(grid):
+            level = t.expand(len(x)).to(x.device)
+            prediction = family.predict(x, level, cond, settings.guidance_scale)
+            x = step(family, prediction, t, t_next, settings.solver, generators)
+    else:
+        x = _scheduler_loop(family, x, cond, settings)
+    return family.decode(x).float().clamp(0, 1).cpu()
+
+
+def _scheduler_loop(family: Family, x: Tensor, cond: Cond, settings: Resolved) -> Tensor:
+    """Return the last latents of pndm or dpm++: diffusers' scheduler on the network's own (guided) output."""
+    scheduler = family.scheduler(settings.solver, settings.num_inference_steps)
+    x = x * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        x_in = scheduler.scale_model_input(x, t)
+        output = family.predict(x_in, t.expand(len(x)).to(x.device), cond, settings.guidance_scale).output
+        x = scheduler.step(output, t, x).prev_sample
+    return x
+
+
+def sharded(items: Sequence[_T], rank: int, world_size: int) -> list[tuple[int, _T]]:
+    """Return this process's items with their indices: rank, rank + world_size, ...; all processes have all items once."""
+    assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
+    return list(enumerate(items))[rank::world_size]

@@ -26,13 +26,13 @@ def replace_folder(folder: Path, names: Collection[str], write: Callable[[Path],
     unfinished.mkdir()
     write(unfinished)
     for name in names:  # the content must reach the disk before the folder's name does
-        _fsync(unfinished / name)
-    _fsync(unfinished)
+        sync(unfinished / name)
+    sync(unfinished)
     if place.is_dir():
         _link_others(place, unfinished, names)
         os.rename(place, previous)
     os.rename(unfinished, place)
-    _fsync(place.parent)
+    sync(place.parent)
     _tidy(place)
 
 
@@ -81,7 +81,8 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Let a file or folder reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

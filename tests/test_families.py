@@ -3,20 +3,15 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch import Tensor
-from transformers import CLIPTokenizer
 
 import tiny
 from preftune import families
-from preftune.families import Cond, sd
-from preftune.families import tiny as builders
-from preftune.lora import LoRA
-from preftune.sampling import Sampling, sample
-from rewards.shapes_rendering import random_scene
+from preftune.families import Cond, Family, sd, text
+from preftune.resolution import Framing, Resolution
 
 PROMPTS = ["a red circle", "two cats"]
 
@@ -28,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def family(folder: Path) -> sd.SD:
-    return families.load(folder)
+    return sd.load(folder)
 
 
 def latents(num: int = 2) -> Tensor:
@@ -39,116 +34,164 @@ def images(num: int = 2) -> Tensor:
     return torch.rand(num, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
-# ---------------------------------------------------------------- check
+# ---------------------------------------------------------------- Cond
 
 
-def index(folder: Path, **parts: object) -> Path:
-    """A folder with a model_index.json and an empty folder for each part."""
-    for part in parts:
-        (folder / part).mkdir()
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "SomePipeline", **parts}))
-    return folder
+def cond(*values: float, negative: float = 0.0) -> Cond:
+    column = torch.tensor(values).reshape(-1, 1)
+    return Cond(
+        positive={"embeds": column, "pooled": column + 10},
+        negative={"embeds": torch.full((1, 1), negative), "pooled": torch.zeros(1, 1)},
+    )
 
 
-def test_check_accepts_the_format(folder: Path, tmp_path: Path) -> None:
-    families.check(folder)
-    families.check(index(tmp_path, **{key: ["diffusers", "X"] for key in sd.PARTS}))
+def test_rows_of_a_cond() -> None:
+    whole = cond(1, 2, 3)
+    assert len(whole) == 3
+    for index, expected in ((slice(1, 3), [2, 3]), ([2, 0, 2], [3, 1, 3]), ((1,), [2])):
+        part = whole.rows(index)
+        assert part.positive["embeds"].flatten().tolist() == expected
+        assert part.positive["pooled"].flatten().tolist() == [value + 10 for value in expected]
+        assert part.negative is whole.negative
 
 
-def test_check_names_what_is_wrong(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no model_index.json; save one with pipe.save_pretrained"):
-        families.check(tmp_path)
-    with pytest.raises(ValueError, match=r"no model_index\.json"):
-        families.load(tmp_path / "absent")
-    (tmp_path / "model_index.json").write_text("{oops")
-    with pytest.raises(ValueError, match=r"model_index\.json is not JSON"):
-        families.check(tmp_path)
-    (tmp_path / "model_index.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"model_index\.json is not JSON"):
-        families.check(tmp_path)
-    for text in ("[]", "3", "null"):
-        (tmp_path / "model_index.json").write_text(text)
-        with pytest.raises(ValueError, match=r"model_index\.json holds no JSON object"):
-            families.check(tmp_path)
+def test_conds_are_joined_under_one_negative() -> None:
+    joined = Cond.cat([cond(1, 2), cond(3), cond(4)])
+    assert joined.positive["embeds"].flatten().tolist() == [1, 2, 3, 4]
+    assert joined.positive["pooled"].flatten().tolist() == [11, 12, 13, 14]
+    assert {name: value.shape for name, value in joined.negative.items()} == {
+        "embeds": (1, 1),
+        "pooled": (1, 1),
+    }
+    with pytest.raises(ValueError, match="different negative prompts cannot be joined"):
+        Cond.cat([cond(1), cond(2, negative=0.5)])
+    other = Cond(positive={"embeds": torch.ones(1, 1)}, negative={"embeds": torch.zeros(1, 1)})
+    with pytest.raises(ValueError, match="encoded as"):
+        Cond.cat([cond(1), other])
 
 
-def test_check_names_other_families(tmp_path: Path) -> None:
-    parts = {key: ["diffusers", "X"] for key in sd.PARTS}
-    (tmp_path / "xl").mkdir()
-    with pytest.raises(ValueError, match=r"has a second text encoder \(its class is SomePipeline\)"):
-        families.check(index(tmp_path / "xl", **parts, text_encoder_2=["transformers", "X"]))
-    (tmp_path / "flux").mkdir()
-    del parts["unet"]
-    with pytest.raises(ValueError, match="lacks unet"):
-        families.check(index(tmp_path / "flux", **parts))
-    (tmp_path / "bare").mkdir()
-    whole = index(tmp_path / "bare", **parts, unet=["diffusers", "X"])
-    (whole / "vae").rmdir()
-    with pytest.raises(ValueError, match="lacks vae"):
-        families.check(whole)
+def test_a_row_is_what_its_prompt_alone_is(family: sd.SD) -> None:
+    whole, alone = family.encode(PROMPTS), family.encode(PROMPTS[1:])
+    torch.testing.assert_close(whole.rows([1]).positive["embeds"], alone.positive["embeds"])
 
 
 # ---------------------------------------------------------------- methods
 
 
+def test_the_type_is_the_protocols(folder: Path, tmp_path: Path) -> None:
+    """What mypy checks in preftune/families/__init__.py, and that load gives each folder its own class."""
+    loaded: list[Family] = [families.load(folder), families.load(tiny.pipeline_xl_folder(tmp_path))]
+    assert [type(one).__name__ for one in loaded] == ["SD", "SDXL"]
+    for one in loaded:
+        for name in [*Family.__annotations__, *(n for n in vars(Family) if not n.startswith("_"))]:
+            assert hasattr(one, name), name
+
+
 def test_latent_shape(family: sd.SD) -> None:
-    assert family.latent_shape(64, 128) == (4, 8, 16)
+    assert family.latent_shape(Resolution(height=64, width=128)) == (4, 8, 16)
     with pytest.raises(ValueError, match="multiples of 8, got 64 x 60"):
-        family.latent_shape(64, 60)
+        family.latent_shape(Resolution(height=64, width=60))
 
 
 def test_encode_is_the_pipelines(folder: Path, family: sd.SD) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
     prompts = [*PROMPTS, "far too many words for sixteen tokens of one byte each"]
     given, negative = pipe.encode_prompt(prompts, "cpu", 1, True, negative_prompt=["ugly"] * 3)
-    cond = family.encode(prompts, negative="ugly")
-    torch.testing.assert_close(cond.states, given)
-    torch.testing.assert_close(cond.negative, negative[:1])
-    torch.testing.assert_close(family.encode(PROMPTS[:1]).states, given[:1])
-    assert (cond.negative - family.encode(PROMPTS).negative).abs().max() > 1e-3
+    encoded = family.encode(prompts, negative="ugly")
+    torch.testing.assert_close(encoded.positive["embeds"], given)
+    torch.testing.assert_close(encoded.negative["embeds"], negative[:1])
+    assert (encoded.negative["embeds"] - family.encode(PROMPTS).negative["embeds"]).abs().max() > 1e-3
+    framed = family.encode(prompts, "ugly", [Framing(Resolution(9, 9), 1, 2)] * 3)
+    assert framed.positive.keys() == {"embeds"}  # Stable Diffusion has no input for it
+    assert torch.equal(framed.positive["embeds"], encoded.positive["embeds"])
+
+
+def test_a_tokenizer_without_a_length_takes_the_encoders(family: sd.SD) -> None:
+    expected = family.encode(PROMPTS).positive["embeds"]
+    family.tokenizer.model_max_length = int(1e30)
+    assert text.token_ids(family.tokenizer, family.text_encoder, PROMPTS, family.device).shape == (2, 16)
+    assert torch.equal(family.encode(PROMPTS).positive["embeds"], expected)
 
 
 def test_a_text_encoder_in_training_is_differentiated_and_never_cached(family: sd.SD) -> None:
     family.encode(PROMPTS)
-    family.text_encoder.requires_grad_(True).train()
-    cond = family.encode(PROMPTS)
-    assert cond.states.requires_grad
-    assert cond.negative.requires_grad
+    (encoder,) = family.text_encoders
+    encoder.requires_grad_(True).train()
+    encoded = family.encode(PROMPTS)
+    assert encoded.positive["embeds"].requires_grad
+    assert encoded.negative["embeds"].requires_grad
 
 
 def test_guidance_is_the_two_pass_formula(family: sd.SD) -> None:
     x, t = latents(), torch.tensor([800, 40])
-    cond = family.encode(PROMPTS, negative="ugly")
+    encoded = family.encode(PROMPTS, negative="ugly")
+    null = encoded.negative["embeds"].expand(2, -1, -1)
     seen: list[int] = []
     family.denoiser.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
     with torch.no_grad():
-        given = family.denoise(x, t, cond)
+        given = family.predict(x, t, encoded).output
         assert seen == [2]  # without guidance the negative prompt costs nothing
-        guided = family.denoise(x, t, cond, guidance=3.0)
+        guided = family.predict(x, t, encoded, guidance_scale=3.0).output
         assert seen == [2, 4]
-        without = family.denoise(x, t, Cond(states=cond.negative.expand(2, -1, -1), negative=cond.negative))
-        expected = family.unet(x, t, cond.states).sample
-    torch.testing.assert_close(given, expected)
+        without = family.predict(x, t, Cond(positive={"embeds": null}, negative=encoded.negative)).output
+        expected = family.unet(x, t, encoded.positive["embeds"]).sample
+        both = family.unet(
+            torch.cat([x, x]), torch.cat([t, t]), torch.cat([null, encoded.positive["embeds"]])
+        ).sample
+    assert torch.equal(given, expected)
+    negative, positive = both.chunk(2)  # the order of the pipeline
+    assert torch.equal(guided, negative + 3 * (positive - negative))
     torch.testing.assert_close(guided, without + 3 * (given - without), rtol=1e-4, atol=1e-5)
     assert (guided - given).abs().max() > 1e-3
 
 
-def test_denoise_calls_the_module_that_was_prepared(family: sd.SD) -> None:
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.0, -1.0])
+def test_guidance_of_one_or_less_is_none(family: sd.SD, scale: float) -> None:
+    """As in diffusers: 0 does not mean the negative prompt alone."""
+    x, t, encoded = latents(), torch.tensor([800, 40]), family.encode(PROMPTS, "ugly")
+    with torch.no_grad():
+        assert torch.equal(family.predict(x, t, encoded, scale).output, family.predict(x, t, encoded).output)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_prediction_is_of_the_folders_kind(tmp_path: Path, kind: str) -> None:
+    """x = alpha x0 + sigma eps at each row's own timestep, and the output is x0, eps or v = alpha eps - sigma x0."""
+    if kind == "sample":
+        file = tiny.pipeline_folder(tmp_path) / "scheduler" / "scheduler_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": kind}))
+    else:
+        tiny.pipeline_folder(tmp_path, kind)  # type: ignore[arg-type]
+    family = families.load(tmp_path)
+    assert family.prediction_type == kind
+    x, t = latents(), torch.tensor([700, 90])
+    with torch.no_grad():
+        x0, eps, output = family.predict(x, t, family.encode(PROMPTS), 3.0)
+    alpha, sigma = (level.reshape(2, 1, 1, 1) for level in family.schedule(t))
+    torch.testing.assert_close(alpha * x0 + sigma * eps, x, atol=1e-5, rtol=1e-5)
+    said = {"epsilon": eps, "sample": x0, "v_prediction": alpha * eps - sigma * x0}[kind]
+    torch.testing.assert_close(said, output, atol=1e-5, rtol=1e-5)
+
+
+class Wrapper(torch.nn.Module):
+    """What accelerate puts around a module that several processes train."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    def forward(self, *arguments: object, **named: object) -> object:
+        self.calls += 1
+        return self.inner(*arguments, **named)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("build", [tiny.pipeline_folder, tiny.pipeline_xl_folder])
+def test_predict_calls_the_module_that_was_prepared(tmp_path: Path, build: object, scale: float) -> None:
     """Processes share gradients only through the wrapper that accelerate put in denoiser."""
-    calls: list[int] = []
-
-    class Wrapper(torch.nn.Module):
-        def __init__(self, inner: torch.nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, *arguments: Tensor) -> object:
-            calls.append(1)
-            return self.inner(*arguments)
-
-    family.denoiser = Wrapper(family.unet)
-    family.denoise(latents(), torch.tensor([1, 2]), family.encode(PROMPTS), 2.0)
-    assert calls == [1]
+    family = families.load(build(tmp_path))  # type: ignore[operator]
+    family.denoiser = wrapper = Wrapper(family.denoiser)
+    family.predict(latents(), torch.tensor([1, 2]), family.encode(PROMPTS), scale)
+    assert wrapper.calls == 1
 
 
 def test_decode_is_not_clamped_and_differentiable(family: sd.SD) -> None:
@@ -160,189 +203,63 @@ def test_decode_is_not_clamped_and_differentiable(family: sd.SD) -> None:
     assert pixels.min() < -0.01
     assert pixels.max() > 1.01
     raw = family.vae.decode(x0 / family.vae.config.scaling_factor).sample
-    torch.testing.assert_close(pixels, raw / 2 + 0.5)
+    assert torch.equal(pixels, raw / 2 + 0.5)
     pixels.sum().backward()
     assert x0.grad.abs().max() > 0
 
 
-def test_encode_pixels_is_the_mean_or_a_draw(family: sd.SD) -> None:
+def test_encode_pixels_is_the_mean_or_a_sample(family: sd.SD) -> None:
     pixels = images()
     scale = family.vae.config.scaling_factor
     with torch.no_grad():
         posterior = family.vae.encode(pixels * 2 - 1).latent_dist
         mean = family.encode_pixels(pixels)
-        generated = family.encode_pixels(pixels, [torch.Generator().manual_seed(seed) for seed in (5, 6)])
+        sampled = family.encode_pixels(pixels, [torch.Generator().manual_seed(seed) for seed in (5, 6)])
         alone = family.encode_pixels(pixels[1:], [torch.Generator().manual_seed(6)])
     assert mean.shape == (2, 4, 8, 8)
     torch.testing.assert_close(mean, posterior.mean * scale)
     noise = torch.stack(
         [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (5, 6)]
     )
-    torch.testing.assert_close(generated, (posterior.mean + posterior.std * noise) * scale)
-    torch.testing.assert_close(alone, generated[1:], rtol=0, atol=1e-5)
-    assert (generated - mean).abs().max() > 1e-2
+    torch.testing.assert_close(sampled, (posterior.mean + posterior.std * noise) * scale)
+    torch.testing.assert_close(alone, sampled[1:], rtol=0, atol=1e-5)
+    assert (sampled - mean).abs().max() > 1e-2
 
 
-def test_abar_is_the_schedulers(family: sd.SD) -> None:
-    t = torch.tensor([0, 500, 999])
-    expected = DDPMScheduler.from_config(family.scheduler_config).alphas_cumprod[t]
-    assert torch.equal(family.abar(t), expected)
-    assert family.abar(t)[0].item() == pytest.approx(1 - 0.00085, abs=1e-6)
+def test_the_schedule_is_the_schedulers(folder: Path, family: sd.SD) -> None:
+    t = torch.tensor([[0, 500], [999, -1]])
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    table = DDPMScheduler.from_config(config).alphas_cumprod
+    alpha, sigma = family.schedule(t)
+    assert alpha.shape == sigma.shape == (2, 2)
+    assert torch.equal(alpha.flatten()[:3], table[[0, 500, 999]].sqrt())
+    assert torch.equal(sigma.flatten()[:3], (1 - table[[0, 500, 999]]).sqrt())
+    assert (alpha[1, 1], sigma[1, 1]) == (1, 0)
+    assert [level.shape for level in family.schedule(torch.tensor(7.0))] == [(), ()]
 
 
-# ---------------------------------------------------------------- training
+def test_training_timesteps_are_uniform_and_each_generators_own(family: sd.SD) -> None:
+    generators = [torch.Generator().manual_seed(seed) for seed in range(400)]
+    t = family.training_timesteps(generators)
+    assert t.shape == (400,)
+    assert t.dtype == torch.int64
+    assert 0 <= t.min() < 20
+    assert 979 < t.max() <= 999
+    assert abs(t.float().mean() - 499.5) < 4 * 289 / 20
+    alone = torch.randint(1000, (1,), generator=torch.Generator().manual_seed(7))
+    assert t[7] == alone == family.training_timesteps([torch.Generator().manual_seed(7)])
 
 
-def opened(module: torch.nn.Module) -> list[str]:
-    return [name for name, weight in module.named_parameters() if weight.requires_grad]
-
-
-def test_all_is_frozen_when_loaded(family: sd.SD) -> None:
-    for part in (family.unet, family.vae, family.text_encoder):
-        assert not opened(part)
-        assert not part.training
-
-
-@pytest.mark.parametrize("rank", [0, 2])
-def test_trainable_opens_the_unet_alone_in_float32(folder: Path, rank: int) -> None:
-    family = families.load(folder, dtype=torch.bfloat16)
-    whole = len(list(family.unet.parameters()))
-    family.text_encoder.requires_grad_(True)
-    assert family.trainable(LoRA(rank=rank), seed=0) is family.unet
-    assert not opened(family.vae)
-    assert not opened(family.text_encoder)
-    names = opened(family.unet)
-    assert len(names) == whole if rank == 0 else all(".lora_" in name for name in names)
-    weights = dict(family.unet.named_parameters())
-    assert {weights[name].dtype for name in names} == {torch.float32}
-    assert {w.dtype for w in weights.values() if not w.requires_grad} == (
-        set() if rank == 0 else {torch.bfloat16}
-    )
-
-
-def test_casting_spares_trained_weights(family: sd.SD) -> None:
-    """--mixed-precision casts what is frozen; an optimiser on bfloat16 weights would lose its small updates."""
-    family.trainable(LoRA(rank=2), seed=0)
-    family.to("cpu", torch.bfloat16)
-    for part in (family.unet, family.vae, family.text_encoder):
-        for name, tensor in (*part.named_parameters(), *part.named_buffers()):
-            expected = torch.float32 if tensor.requires_grad else torch.bfloat16
-            assert tensor.dtype == (expected if tensor.is_floating_point() else torch.int64), name
-    cond = family.encode(PROMPTS)
-    assert cond.states.dtype == torch.bfloat16
-    with torch.autocast("cpu", torch.bfloat16):
-        assert family.denoise(latents(), torch.tensor([5, 9]), cond, 2.0).dtype == torch.float32
-    assert family.decode(latents()).dtype == torch.float32
-    assert family.encode_pixels(images()).dtype == torch.float32
-
-
-def test_casting_forgets_the_cached_negative(family: sd.SD) -> None:
-    family.encode(PROMPTS)
-    family.to("cpu", torch.bfloat16)
-    assert family.encode(PROMPTS).negative.dtype == torch.bfloat16
-
-
-def test_checkpointing_and_attention(family: sd.SD) -> None:
-    family.set_speed("sdpa", checkpointing=True, vae_checkpointing=True)
-    assert family.unet.is_gradient_checkpointing
-    assert family.vae.is_gradient_checkpointing
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match=r"--attention xformers: .* or use sdpa"):
-            family.set_speed("xformers", checkpointing=False, vae_checkpointing=False)
-
-
-def test_what_was_tuned_is_saved(folder: Path, tmp_path: Path) -> None:
-    tuned = families.load(folder)
-    tuned.trainable(LoRA(rank=2), seed=0)
-    tuned.save_tuned(tmp_path / "lora", LoRA(rank=2))
-    StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).load_lora_weights(tmp_path / "lora")
-    whole = families.load(folder)
-    whole.trainable(LoRA(rank=0), seed=0)
+def test_zero_snr_reaches_pure_noise(tmp_path: Path) -> None:
+    family = families.load(tiny.pipeline_folder(tmp_path, "v_prediction", zero_snr=True))
+    alpha, sigma = family.schedule(torch.tensor([999, 998]))
+    assert (alpha[0], sigma[0]) == (0, 1)
+    assert 0 < alpha[1] < 0.01
+    assert family.timesteps(4, "ddim", Resolution(64, 64)).tolist() == [999, 749, 499, 249, 0]
+    x, t = latents(), torch.tensor([999, 999])
     with torch.no_grad():
-        whole.unet.conv_out.bias.fill_(0.5)
-    whole.save_tuned(tmp_path / "unet", LoRA(rank=0))
-    unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet", local_files_only=True)
-    assert torch.equal(unet.conv_out.bias, torch.full((4,), 0.5))
-
-
-# ---------------------------------------------------------------- builders
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
-    rng = np.random.default_rng(0)
-    captions = [random_scene(rng).caption() for _ in range(300)]
-    return builders.build_tokenizer(
-        captions, tmp_path_factory.mktemp("tokenizer"), num_merges=160, max_length=32
-    )
-
-
-@pytest.mark.parametrize("word", ["red", "purple", "circle", "triangle", "background", "above", "on"])
-def test_words_of_the_captions_are_one_token(tokenizer: CLIPTokenizer, word: str) -> None:
-    ids = tokenizer(word).input_ids
-    assert len(ids) == 3
-    assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
-
-
-def test_start_end_and_padding(tokenizer: CLIPTokenizer) -> None:
-    assert len({tokenizer.bos_token_id, tokenizer.eos_token_id}) == 2
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id  # as Stable Diffusion 1.x pads
-    assert max(tokenizer.bos_token_id, tokenizer.eos_token_id) < len(tokenizer)
-    batch = tokenizer(["red", "word " * 99], padding="max_length", truncation=True, max_length=32)
-    assert [len(ids) for ids in batch.input_ids] == [32, 32]
-    assert batch.input_ids[0][2:] == [tokenizer.eos_token_id] * 30
-    assert batch.input_ids[1][-1] == tokenizer.eos_token_id
-
-
-@pytest.mark.parametrize(
-    "text", ["zebra 42!", "Stra\u00dfe", "\u732b", "\U0001f600 100%", "<b>&amp;</b>", "x\ty"]
-)
-def test_any_text_can_be_encoded(tokenizer: CLIPTokenizer, text: str) -> None:
-    """No byte is unknown: the text comes back, in lower case and with its spaces normalised."""
-    ids = tokenizer(text).input_ids
-    assert max(ids) < len(tokenizer)
-    inner = ids[1:-1]
-    assert inner
-    assert tokenizer.bos_token_id not in inner
-    assert tokenizer.eos_token_id not in inner
-    back = tokenizer.decode(inner)
-    assert "".join(back.split()) == "".join(text.lower().split())
-
-
-def test_an_empty_prompt(tokenizer: CLIPTokenizer) -> None:
-    assert tokenizer("").input_ids == [tokenizer.bos_token_id, tokenizer.eos_token_id]
-
-
-def test_built_parts_are_seeded() -> None:
-    before = torch.get_rng_state()
-    one, same, other = (builders.build_unet((16, 32), 1, 32, 8, seed) for seed in (0, 0, 1))
-    assert torch.equal(before, torch.get_rng_state())
-    assert torch.equal(one.conv_in.weight, same.conv_in.weight)
-    assert not torch.equal(one.conv_in.weight, other.conv_in.weight)
-
-
-def test_a_built_pipeline_draws_and_comes_back(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
-    """save_pipeline writes a folder that diffusers loads by itself, and that draws the same image."""
-    built = sd.SD(
-        unet=builders.build_unet((16, 32), 1, 32, 8, 0).eval(),
-        vae=builders.build_autoencoder((8, 8, 16, 16), 64, 0).eval(),
-        text_encoder=builders.build_text_encoder(tokenizer, 32, 2, 0).eval(),
-        tokenizer=tokenizer,
-        scheduler_config=builders.SCHEDULER_CONFIG,
-    )
-    with torch.no_grad():  # the posterior starts narrow: deviation about exp(-6 / 2)
-        deviation = built.vae.encode(images() * 2 - 1).latent_dist.std.mean().item()
-    assert deviation == pytest.approx(np.exp(-3), rel=0.2)
-    built.save_pipeline(tmp_path / "pipeline")
-    families.check(tmp_path / "pipeline")
-    sampling = Sampling(num_inference_steps=3, guidance_scale=3.0, solver="pndm", resolution="64")
-    ours = sample(built, ["a red circle"], [7], sampling)
-    again = sample(families.load(tmp_path / "pipeline"), ["a red circle"], [7], sampling)
-    torch.testing.assert_close(again, ours, rtol=0, atol=1e-5)
-    pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipeline", local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
-    generated = pipe(
-        "a red circle", latents=x, guidance_scale=3.0, num_inference_steps=3, output_type="pt"
-    ).images
-    torch.testing.assert_close(generated, ours, rtol=0, atol=1e-4)
+        x0, eps, output = family.predict(x, t, family.encode(PROMPTS), 2.0)
+    assert torch.equal(x0, -output)
+    assert torch.equal(eps, x)
+    with pytest.raises(ValueError, match="pndm cannot start at zero terminal SNR"):
+        family.timesteps(4, "pndm", Resolution(64, 64))

@@ -1,4 +1,4 @@
-"""LoRA on a tiny Stable Diffusion pipeline: the file that diffusers loads draws the image that was trained."""
+"""LoRA on a tiny Stable Diffusion pipeline: the file that diffusers loads generates the image that was trained."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def noise(unet: UNet2DConditionModel) -> torch.Tensor:
 def image(
     folder: Path, unet: UNet2DConditionModel | None = None, weights: Path | None = None
 ) -> torch.Tensor:
-    """What the pipeline draws, with another UNet or with LoRA weights that diffusers itself loads."""
+    """What the pipeline generates, with another UNet or with LoRA weights that diffusers itself loads."""
     pipe = StableDiffusionPipeline.from_pretrained(folder, **({"unet": unet} if unet is not None else {}))
     pipe.set_progress_bar_config(disable=True)
     if weights is not None:
@@ -60,7 +60,7 @@ def image(
 
 
 @pytest.mark.parametrize("config", [SMALL, WIDE], ids=["attention", "attention and convolutions"])
-def test_diffusers_draws_the_same_image(folder: Path, tmp_path: Path, config: lora.LoRA) -> None:
+def test_diffusers_generates_the_same_image(folder: Path, tmp_path: Path, config: lora.LoRA) -> None:
     unet = trained(UNet2DConditionModel.from_pretrained(folder, subfolder="unet"), config)
     lora.save(unet, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == [lora.FILE]
@@ -156,13 +156,13 @@ def test_inject_freezes_the_base_and_changes_nothing_yet() -> None:
 
 
 def test_the_seed_alone_decides_the_weights() -> None:
-    def draw(seed: int, leave: int) -> list[torch.Tensor]:
+    def weights_of(seed: int, leave: int) -> list[torch.Tensor]:
         torch.manual_seed(leave)
         weights = lora.inject(tiny.unet(), SMALL, seed=seed)
         assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(leave)))
         return [weight.detach() for weight in weights]
 
-    first, again, other = draw(0, 1), draw(0, 2), draw(5, 1)
+    first, again, other = weights_of(0, 1), weights_of(0, 2), weights_of(5, 1)
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
     assert not all(torch.equal(x, y) for x, y in zip(first, other, strict=True))
     a = torch.cat([weight.flatten() for weight in first if weight.shape[0] == 2])
@@ -200,7 +200,7 @@ def test_merge_keeps_the_function() -> None:
     unet = trained(tiny.unet())
     tuned = noise(unet)
     lora.merge(unet)
-    torch.testing.assert_close(noise(unet), tuned, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(noise(unet), tuned, atol=1e-4, rtol=1e-4)
 
 
 def test_two_updates_in_turn(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_two_updates_in_turn(tmp_path: Path) -> None:
         ({"rank": -1}, "lora.rank is -1"),
         ({"alpha": 0.0}, r"lora.alpha is 0\.0; it must be above 0"),
         ({"alpha": float("nan")}, "lora.alpha is nan"),
-        ({"rank": 0, "alpha": 1.0}, "trains the full weights"),
+        ({"rank": 0}, "lora.rank is 0; it must be 1 or more; --train full trains all weights"),
         ({"target_modules": ()}, "name at least one layer"),
     ],
 )

@@ -7,7 +7,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from preftune.prompts import items_at, read_prompts
+from preftune.order import items_at
+from preftune.prompts import read_prompts
 
 SHARED = Path(__file__).parents[2] / "shared/data/prompts"
 BOTH = ["a red circle, ", 'the word "x"']

@@ -1,30 +1,55 @@
-"""Sampling: an image is a function of (weights, prompt, seed), and it is the image that diffusers' own pipeline draws."""
+"""Sampling: an image is a function of (weights, prompt, seed), and it is the image of diffusers' own pipeline."""
 
+import itertools
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+)
+from torch import Generator, Tensor
 
 import tiny
 from preftune import families
-from preftune.families.sd import SD
-from preftune.families.tiny import SCHEDULER_CONFIG
-from preftune.noise import x0_from
-from preftune.sampling import Sampling, SolverName, make_scheduler, noise_like_seeds, sample, step
+from preftune.families.base import Defaults, Family
+from preftune.noise import Prediction
+from preftune.resolution import Resolution
+from preftune.sampling import Sampling, initial_noise, sample, sharded, step, step_noise
+from preftune.solvers import SolverName
 
 PROMPTS = ["a red circle", "two cats", "a dog at sea"]
 SEEDS = [11, 5, 2**40]
+SOLVERS: list[SolverName] = ["ddpm", "ddim", "euler", "pndm", "dpm++"]
+SHAPE = (4, 8, 8)
 
 
-def sampling(scheduler: SolverName, batch: int = 8, num_inference_steps: int = 4) -> Sampling:
+def settings(solver: SolverName, batch_size: int = 8, steps: int = 4, scale: float = 3.0) -> Sampling:
     return Sampling(
-        num_inference_steps=num_inference_steps,
-        guidance_scale=3.0,
-        solver=scheduler,
+        num_inference_steps=steps,
+        guidance_scale=scale,
+        solver=solver,
         resolution=str(tiny.PIXELS),
-        batch_size=batch,
+        batch_size=batch_size,
     )
+
+
+def images(family: Family, prompts: list[str], seeds: list[int], sampling: Sampling, **more: str) -> Tensor:
+    return torch.cat(list(sample(family, prompts, seeds, sampling, **more)))
+
+
+def configure(folder: Path, **changes: object) -> Path:
+    """Write settings into a folder's scheduler configuration."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
 
 
 @pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
@@ -33,116 +58,245 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def family(folder: Path) -> SD:
+def family(folder: Path) -> Family:
     return families.load(folder)
 
 
-@pytest.mark.parametrize("scheduler", ["ddpm", "ddim", "pndm", "dpm++"])
-def test_an_image_is_a_function_of_prompt_and_seed(family: SD, scheduler: SolverName) -> None:
+@pytest.fixture(scope="module")
+def zero_snr(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tiny.pipeline_folder(tmp_path_factory.mktemp("zero_snr"), "v_prediction")
+    return configure(folder, rescale_betas_zero_snr=True)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_an_image_is_a_function_of_prompt_and_seed(family: Family, solver: SolverName) -> None:
     """Not of the batch, the order, the neighbours or the global random state."""
-    pixels = sample(family, PROMPTS, SEEDS, sampling(scheduler))
+    pixels = images(family, PROMPTS, SEEDS, settings(solver))
     assert pixels.shape == (3, 3, tiny.PIXELS, tiny.PIXELS)
     assert pixels.dtype == torch.float32
     assert 0 <= pixels.min() < pixels.max() <= 1
     before = torch.get_rng_state()
-    alone = sample(family, PROMPTS, SEEDS, sampling(scheduler, batch=1))
+    alone = images(family, PROMPTS, SEEDS, settings(solver, batch_size=1))
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(99)
-    turned = sample(family, PROMPTS[::-1], SEEDS[::-1], sampling(scheduler, batch=2)).flip(0)
+    turned = images(family, PROMPTS[::-1], SEEDS[::-1], settings(solver, batch_size=2)).flip(0)
     torch.testing.assert_close(alone, pixels, rtol=0, atol=1e-5)
     torch.testing.assert_close(turned, pixels, rtol=0, atol=1e-5)
-    other_seed = sample(family, PROMPTS[:1], [12], sampling(scheduler))
+    other_seed = images(family, PROMPTS[:1], [12], settings(solver))
     assert (other_seed - pixels[:1]).abs().max() > 1e-2
 
 
-def test_guidance_and_prompts_change_the_image(family: SD) -> None:
-    one, other = sample(family, PROMPTS[:2], [1, 1], sampling("ddim"))
-    assert (one - other).abs().max() > 1e-3
-    negative = sample(family, PROMPTS[:1], [1], sampling("ddim"), negative="blurred")[0]
-    assert (one - negative).abs().max() > 1e-3
-    same = sample(family, PROMPTS[:1], [1], sampling("ddim"), negative=PROMPTS[0])
-    unguided = Sampling(num_inference_steps=4, guidance_scale=1.0, solver="ddim", resolution="64")
-    torch.testing.assert_close(same, sample(family, PROMPTS[:1], [1], unguided), rtol=0, atol=1e-5)
+THEIRS: dict[SolverName, Callable[[dict[str, object]], object]] = {
+    "ddpm": lambda config: DDPMScheduler.from_config(config, steps_offset=0),
+    "ddim": DDIMScheduler.from_config,
+    "euler": EulerDiscreteScheduler.from_config,
+    "pndm": PNDMScheduler.from_config,
+    # The published file of Stable Diffusion 1.5 has no spacing, so that diffusers takes its default for this scheduler.
+    "dpm++": lambda config: DPMSolverMultistepScheduler.from_config(config, timestep_spacing="linspace"),
+}
 
 
-@pytest.mark.parametrize("scheduler", ["pndm", "ddim", "dpm++"])
-def test_images_are_those_of_the_diffusers_pipeline(folder: Path, family: SD, scheduler: SolverName) -> None:
+def theirs(folder: Path, solver: SolverName, steps: int, scale: float = 3.0, **config: object) -> Tensor:
+    """The images of PROMPTS and SEEDS by diffusers' own pipeline, with the schedulers it makes of the folder's file."""
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    if scheduler == "ddim":
-        pipe.scheduler = DDIMScheduler.from_config(family.scheduler_config)
-    elif scheduler == "dpm++":
-        pipe.scheduler = DPMSolverMultistepScheduler.from_config(family.scheduler_config)
-    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-    expected = pipe(
+    saved = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    pipe.scheduler = THEIRS[solver](saved | config)
+    generators = [Generator().manual_seed(seed) for seed in SEEDS]
+    return pipe(
         PROMPTS,
         negative_prompt=["blurred"] * 3,
-        latents=noise_like_seeds(family.latent_shape(64, 64), generators, "cpu"),
-        guidance_scale=3.0,
-        num_inference_steps=5,
+        latents=initial_noise(SHAPE, generators, "cpu"),
+        generator=generators,
+        guidance_scale=scale,
+        num_inference_steps=steps,
         output_type="pt",
     ).images
-    ours = sample(family, PROMPTS, SEEDS, sampling(scheduler, num_inference_steps=5), negative="blurred")
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
 
 
-def test_ddpm_takes_the_published_timesteps() -> None:
-    """The released ReFL: 40 steps at 975, 950, ..., 0, although the folder says steps_offset 1."""
-    assert SCHEDULER_CONFIG["steps_offset"] == 1
-    assert make_scheduler(SCHEDULER_CONFIG, "ddpm", 40).timesteps.tolist() == list(range(975, -1, -25))
-    assert make_scheduler(SCHEDULER_CONFIG, "ddim", 40).timesteps.tolist() == list(range(976, 0, -25))
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_images_are_those_of_the_diffusers_pipeline(folder: Path, family: Family, solver: SolverName) -> None:
+    ours = images(family, PROMPTS, SEEDS, settings(solver, steps=5), negative="blurred")
+    exact = solver in ("ddim", "pndm", "dpm++")
+    torch.testing.assert_close(ours, theirs(folder, solver, 5), rtol=0, atol=0 if exact else 1e-4)
 
 
-@pytest.mark.parametrize("scheduler", ["ddpm", "ddim"])
-def test_x0_is_never_clipped(scheduler: SolverName) -> None:
-    """Latents leave [-1, 1]; a folder that asks for clipping would ruin them."""
-    config = {**SCHEDULER_CONFIG, "clip_sample": True, "thresholding": True}
-    built = make_scheduler(config, scheduler, 10)
-    x, output = torch.full((1, 4, 8, 8), 9.0), torch.ones(1, 4, 8, 8)
-    t = built.timesteps[3]
-    abar = built.alphas_cumprod[t]
-    x0 = built.step(output, t, x).pred_original_sample
-    torch.testing.assert_close(x0, x0_from(output, x, abar, "epsilon"))
-    assert x0.min() > 1
+@pytest.mark.parametrize("solver", ["ddpm", "ddim", "euler"])
+def test_zero_terminal_snr_is_that_of_the_diffusers_pipeline(zero_snr: Path, solver: SolverName) -> None:
+    """Trailing spacing, so that the first step is at pure noise. diffusers' Euler starts at alpha 2^-12."""
+    ours = images(
+        families.load(zero_snr), PROMPTS, SEEDS, settings(solver, steps=5, scale=1.0), negative="blurred"
+    )
+    expected = theirs(zero_snr, solver, 5, 1.0, timestep_spacing="trailing")
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-3 if solver == "euler" else 1e-4)
 
 
-def test_each_image_has_its_own_noise() -> None:
-    """x_T and the noise of a stochastic step come from the image's generator, and from nowhere else."""
-    scheduler = make_scheduler(SCHEDULER_CONFIG, "ddpm", 10)
-    x, output = torch.zeros(2, 4, 8, 8), torch.zeros(2, 4, 8, 8)
-    t = scheduler.timesteps[3]
-
-    def run(seeds: list[int]) -> torch.Tensor:
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return step(scheduler, output[: len(seeds)], t, x[: len(seeds)], generators)
-
-    both = run([1, 2])
-    assert torch.equal(both[:1], run([1]))
-    assert torch.equal(both[1:], run([2]))
-    assert (both[0] - both[1]).abs().max() > 0.1
-    expected = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(1))
-    drawn = noise_like_seeds((4, 8, 8), [torch.Generator().manual_seed(1)], "cpu")
-    assert torch.equal(drawn[0], expected)
-    # at x = output = 0 the step is its noise alone, of the deviation of DDPM's fixed_small variance
-    torch.testing.assert_close(both[0], expected * scheduler._get_variance(t) ** 0.5)
+@pytest.mark.parametrize("solver", ["pndm", "dpm++"])
+def test_zero_terminal_snr_refuses_the_others(zero_snr: Path, solver: SolverName) -> None:
+    with pytest.raises(ValueError, match="one of ddpm, ddim, euler can"):
+        images(families.load(zero_snr), PROMPTS, SEEDS, settings(solver))
 
 
-def test_what_is_refused(family: SD) -> None:
-    with pytest.raises(ValueError, match="2 prompts but 1 seeds"):
-        sample(family, PROMPTS[:2], [1], sampling("ddim"))
-    for settings, words in (
-        ({"num_inference_steps": 0}, "--sample.num-inference-steps must be a positive number, got 0"),
-        ({"batch_size": 0}, "--sample.batch-size must be a positive number, got 0"),
-        (
-            {"resolution": "60"},
-            "--sample.resolution must be positive multiples of 8, as 512 or 768x512, got 60",
-        ),
-        (
-            {"resolution": "-8"},
-            "--sample.resolution must be positive multiples of 8, as 512 or 768x512, got -8",
-        ),
-        ({"guidance_scale": -1.0}, "--sample.guidance-scale must be at least 0, got -1.0"),
-        ({"guidance_scale": float("nan")}, "--sample.guidance-scale must be at least 0, got nan"),
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_images_do_not_depend_on_the_sampler_a_folder_was_saved_with(
+    family: Family, solver: SolverName, tmp_path: Path
+) -> None:
+    """A folder saved with Euler says linspace, one saved by others asks for clipping: neither is about the model."""
+    copy = tiny.pipeline_folder(tmp_path, family.prediction_type)
+    configure(
+        copy,
+        _class_name="EulerDiscreteScheduler",
+        timestep_spacing="linspace",
+        steps_offset=0,
+        clip_sample=True,
+        thresholding=True,
+        set_alpha_to_one=True,
+        skip_prk_steps=False,
+        solver_order=3,
+        use_karras_sigmas=True,
+        variance_type="fixed_large",
+    )
+    other = families.load(copy)
+    size = Resolution(64, 64)
+    if solver in ("ddpm", "ddim", "euler"):
+        assert torch.equal(other.timesteps(40, solver, size), family.timesteps(40, solver, size))
+    expected = images(family, PROMPTS[:1], SEEDS[:1], settings(solver))
+    assert torch.equal(images(other, PROMPTS[:1], SEEDS[:1], settings(solver)), expected)
+
+
+def test_a_ddim_step_lands_on_the_next_timestep(family: Family) -> None:
+    """From the true x0 and eps, at every step: ten steps are 901, 801, ..., 1 and then 0."""
+    x0, eps = torch.randn(2, 1, 4, 8, 8, generator=Generator().manual_seed(0))
+    grid = family.timesteps(10, "ddim", Resolution(64, 64))
+    assert grid.tolist() == [*range(901, 0, -100), 0]
+    for t, t_next in itertools.pairwise(grid):
+        alpha, sigma = family.schedule(t_next)
+        after = step(family, Prediction(x0, eps, eps), t, t_next, "ddim", [])
+        assert torch.equal(after, alpha * x0 + sigma * eps)
+
+
+def test_guidance_and_prompts_change_the_image(family: Family) -> None:
+    one, other = images(family, PROMPTS[:2], [1, 1], settings("ddim"))
+    assert (one - other).abs().max() > 1e-3
+    negative = images(family, PROMPTS[:1], [1], settings("ddim"), negative="blurred")[0]
+    assert (one - negative).abs().max() > 1e-3
+    same = images(family, PROMPTS[:1], [1], settings("ddim"), negative=PROMPTS[0])
+    unguided = images(family, PROMPTS[:1], [1], settings("ddim", scale=1.0))
+    torch.testing.assert_close(same, unguided, rtol=0, atol=1e-5)
+
+
+def test_guidance_below_1_is_no_guidance(family: Family) -> None:
+    """As in diffusers; a scale of 0 must not turn to the negative prompt and ignore the prompt."""
+    expected = images(family, PROMPTS[:2], [1, 1], settings("ddim", scale=1.0))
+    for scale in (0.0, 0.5):
+        assert torch.equal(images(family, PROMPTS[:2], [1, 1], settings("ddim", scale=scale)), expected)
+    assert (expected[0] - expected[1]).abs().max() > 1e-3
+
+
+def test_sample_streams_and_leaves_grad_mode_alone(family: Family) -> None:
+    """No batch is made before it is asked for, and between two batches the caller's grad mode is its own."""
+    weight = next(family.denoiser.parameters())
+    weight.requires_grad_(True)
+    try:
+        made: list[int] = []
+        hook = family.denoiser.register_forward_hook(lambda *_: made.append(1))
+        batches = sample(family, PROMPTS, SEEDS, settings("ddim", batch_size=2, steps=3))
+        assert torch.is_grad_enabled()
+        assert not made
+        first = next(batches)
+        assert torch.is_grad_enabled()
+        assert (weight * 2).requires_grad
+        assert len(made) == 3
+        assert first.shape[0] == 2
+        assert not first.requires_grad
+        with torch.no_grad():
+            last = next(batches)
+            assert not torch.is_grad_enabled()
+        assert torch.is_grad_enabled()
+        assert last.shape[0] == 1
+        with pytest.raises(StopIteration):
+            next(batches)
+        batches = sample(family, PROMPTS, SEEDS, settings("ddim", batch_size=1, steps=1))
+        next(batches)
+        batches.close()
+        assert torch.is_grad_enabled()
+        hook.remove()
+    finally:
+        weight.requires_grad_(False)
+
+
+def test_no_prompts_no_images(family: Family) -> None:
+    assert list(sample(family, [], [], settings("ddim"))) == []
+
+
+def test_a_wide_image(family: Family) -> None:
+    wide = Sampling(num_inference_steps=1, guidance_scale=1.0, solver="ddim", resolution="64x32")
+    assert images(family, PROMPTS[:1], [0], wide).shape == (1, 3, 32, 64)
+
+
+def test_each_image_has_its_own_noise(family: Family) -> None:
+    """x_T and the noise of a stochastic step come from the image's generator, one torch.randn each, and from nowhere else."""
+    prediction = Prediction(*torch.zeros(3, 2, 4, 8, 8))
+    t, t_next = torch.tensor(501), torch.tensor(481)
+    generators = [Generator().manual_seed(1), Generator().manual_seed(2)]
+    after = step(family, prediction, t, t_next, "ddpm", generators)
+    expected = torch.stack([torch.randn(4, 8, 8, generator=Generator().manual_seed(seed)) for seed in (1, 2)])
+    torch.testing.assert_close(after, 0.294785 * expected, rtol=1e-5, atol=0)
+    assert torch.equal(initial_noise(SHAPE, [Generator().manual_seed(1)], "cpu")[0], expected[0])
+    again = [Generator().manual_seed(1), Generator().manual_seed(2)]
+    assert torch.equal(step_noise(prediction.x0, again), expected)
+
+
+def test_steps_without_noise_move_no_generator(family: Family) -> None:
+    prediction = Prediction(*torch.randn(3, 1, 4, 8, 8, generator=Generator().manual_seed(0)))
+    generator = Generator().manual_seed(1)
+    before = generator.get_state()
+    step(family, prediction, torch.tensor(501), torch.tensor(481), "ddim", [generator])
+    last = step(family, prediction, torch.tensor(0), torch.tensor(-1), "ddpm", [generator])
+    assert torch.equal(generator.get_state(), before)
+    assert torch.equal(last, prediction.x0)
+
+
+def test_defaults_stand_in_for_none() -> None:
+    defaults = Defaults(
+        resolution=Resolution(512, 768),
+        num_inference_steps=50,
+        guidance_scale=7.5,
+        solver="pndm",
+        lora_target_modules=("to_q",),
+        lora_learning_rate=1e-4,
+        full_learning_rate=1e-5,
+    )
+    resolved = Sampling().resolved(defaults)
+    assert (resolved.num_inference_steps, resolved.guidance_scale, resolved.solver) == (50, 7.5, "pndm")
+    assert (resolved.resolution, resolved.batch_size) == (Resolution(height=512, width=768), 8)
+    mine = Sampling(
+        num_inference_steps=3, guidance_scale=0.0, solver="ddim", resolution="64x32", batch_size=2
+    )
+    resolved = mine.resolved(defaults)
+    assert (resolved.num_inference_steps, resolved.guidance_scale, resolved.solver) == (3, 0.0, "ddim")
+    assert (resolved.resolution, resolved.batch_size) == (Resolution(height=32, width=64), 2)
+
+
+def test_what_is_refused(family: Family) -> None:
+    with pytest.raises(ValueError, match="2 prompts but 1 seeds"):  # at the call, not at the first image
+        sample(family, PROMPTS[:2], [1], settings("ddim"))
+    for values, words in (
+        ({"num_inference_steps": 0}, r"--sample.num-inference-steps must lie in 1..1000, got 0"),
+        ({"num_inference_steps": 1001}, r"--sample.num-inference-steps must lie in 1..1000, got 1001"),
+        ({"batch_size": 0}, "--sample.batch-size must be at least 1, got 0"),
+        ({"resolution": "60"}, "--sample.resolution: .*60"),
+        ({"resolution": "big"}, "--sample.resolution: .*big"),
+        ({"guidance_scale": -1.0}, "--sample.guidance-scale must be a number of at least 0, got -1.0"),
+        ({"guidance_scale": float("nan")}, "--sample.guidance-scale must be .* got nan"),
+        ({"guidance_scale": float("inf")}, "--sample.guidance-scale must be .* got inf"),
     ):
         with pytest.raises(ValueError, match=words):
-            Sampling(**settings)
+            Sampling(**values)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_processes_share_the_images(world_size: int) -> None:
+    parts = [sharded(PROMPTS, rank, world_size) for rank in range(world_size)]
+    assert sorted(pair for part in parts for pair in part) == list(enumerate(PROMPTS))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1

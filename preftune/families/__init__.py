@@ -1,20 +1,63 @@
-"""Model families: one file each, all with the methods of `base.Family`."""
+"""Model families: one file each, all with the methods of `base.Family`, chosen by the class that a folder was saved with."""
 
+import importlib
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from preftune.families import sd
-from preftune.families.base import Cond, Family
+from preftune.families.base import Cond, Defaults, Family
+from preftune.families.configs import read_json
 
-__all__ = ["Cond", "Family", "check", "load"]
+if TYPE_CHECKING:
+    from preftune.families.sd import SD
+
+    _HAVE_THE_WHOLE_PROTOCOL: list[type[Family]] = [SD]
+
+__all__ = ["FAMILIES", "Cond", "Defaults", "Family", "check", "load"]
+
+# The image-to-image and inpainting pipelines have the same parts but stay out: diffusers would load such a folder, and what is
+# tuned and saved from it, as a pipeline that wants an image; and the SDXL refiner is saved as an image-to-image pipeline.
+FAMILIES: dict[str, str] = {
+    "StableDiffusionPipeline": "sd",
+}
+"""`_class_name` of a folder's model_index.json -> module of this package."""
 
 
-def check(folder: Path) -> None:
-    """Raise ValueError, in milliseconds, unless the folder is a pipeline of a known family."""
-    sd.check(folder)
+def check(folder: Path, vae: Path | None = None) -> Defaults:
+    """Return the defaults of a pipeline folder, in milliseconds; reads JSON files alone.
+
+    `vae` is the folder of an autoencoder that takes the place of the pipeline's. ValueError, in one sentence, unless the folder
+    is a whole pipeline of a known family.
+    """
+    module, index = _module(folder)
+    defaults: Defaults = module.check(folder, index, vae)
+    return defaults
 
 
-def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> sd.SD:
-    """Load a diffusers pipeline folder as its family."""
-    return sd.load(folder, device, dtype)
+def load(
+    folder: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    vae: Path | None = None,
+) -> Family:
+    """Return a diffusers pipeline folder as its family, frozen; ValueError as `check`, before any weight is read."""
+    module, index = _module(folder)
+    module.check(folder, index, vae)
+    family: Family = module.load(folder, device, dtype, vae)
+    return family
+
+
+def _module(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
+    """The module of a folder's family, and its model_index.json."""
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is not a diffusers pipeline folder: it has no model_index.json; save one with pipe.save_pretrained(folder)"
+        )
+    index = read_json(path)
+    class_name = index.get("_class_name")
+    if not isinstance(class_name, str) or class_name not in FAMILIES:
+        raise ValueError(f"{folder} is a {class_name}; known are {', '.join(FAMILIES)}")
+    return importlib.import_module(f"preftune.families.{FAMILIES[class_name]}"), index

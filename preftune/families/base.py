@@ -1,69 +1,150 @@
-"""What a driver may ask of a model family. Drivers never mention UNet, SDXL or FLUX.
+"""What a program may ask of a model family. Programs never mention UNet, SDXL or FLUX.
 
-B batch, C h w latents, H W pixels, L tokens, D width of the text states.
+B batch, C h w latents, H W pixels, L tokens, D width of the text states. A timestep t is an integer in [0, 1000), 0 the
+least noise; t = -1 means no noise at all.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Generator, Tensor, nn
 
 from preftune.lora import LoRA
-from preftune.noise import Prediction
+from preftune.noise import Prediction, PredictionType
+from preftune.resolution import Framing, Resolution
+from preftune.solvers import SolverName
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a family does where the user says nothing."""
+
+    resolution: Resolution
+    num_inference_steps: int
+    guidance_scale: float
+    solver: SolverName
+    lora_target_modules: tuple[str, ...]
+    lora_learning_rate: float
+    full_learning_rate: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cond:
-    """Encoded prompts: states (B, L, D), and those of the negative prompt, (1, L, D), that guidance points away from."""
+    """Encoded prompts. What the tensors are is the family's business; programs only choose rows and join.
 
-    states: Tensor
-    negative: Tensor
+    `positive` has a tensor (B, ...) by name. `negative` has those of the negative prompt, which guidance points away from:
+    (1, ...), the same names but for what does not depend on the prompt.
+    """
+
+    positive: Mapping[str, Tensor]
+    negative: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        """Return B."""
+        return len(next(iter(self.positive.values())))
+
+    def rows(self, index: slice | Sequence[int]) -> "Cond":
+        """Return some of the prompts, in this order, with the same negative."""
+        chosen = index if isinstance(index, slice) else list(index)
+        return Cond(
+            positive={name: value[chosen] for name, value in self.positive.items()}, negative=self.negative
+        )
+
+    @staticmethod
+    def cat(conds: Sequence["Cond"]) -> "Cond":
+        """Return all prompts in one. ValueError unless they have the same names and the same negative."""
+        first = conds[0]
+        for other in conds[1:]:
+            if other.positive.keys() != first.positive.keys():
+                raise ValueError(f"prompts encoded as {sorted(first.positive)} and {sorted(other.positive)}")
+            if other.negative.keys() != first.negative.keys() or not all(
+                torch.equal(value, other.negative[name]) for name, value in first.negative.items()
+            ):
+                raise ValueError("prompts with different negative prompts cannot be joined")
+        positive = {name: torch.cat([cond.positive[name] for cond in conds]) for name in first.positive}
+        return Cond(positive=positive, negative=first.negative)
 
 
 class Family(Protocol):
-    """A text-to-image model as the drivers see it."""
+    """A text-to-image model as the programs see it."""
 
+    defaults: Defaults
     denoiser: nn.Module
-    """The module whose weights are tuned; a driver puts the prepared one here, so that processes share gradients."""
+    """The module whose weights are tuned; a program puts the prepared one here, so that processes share gradients."""
     device: torch.device
-    scheduler_config: Mapping[str, object]
-    prediction: Prediction
+    prediction_type: PredictionType
+    text_encoders: Sequence[nn.Module]
+    """They are frozen; one in training mode is differentiated, and its negative prompt encoded anew each time."""
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Return (C, h, w) for pixels of this size."""
+    def latent_shape(self, resolution: Resolution) -> tuple[int, int, int]:
+        """Return (C, h, w). ValueError for a size that the autoencoder cannot halve often enough."""
         ...
 
-    def encode(self, prompts: Sequence[str], negative: str = "") -> Cond:
-        """Return the encoded prompts; differentiable in the text encoder's weights where they require it."""
+    def encode(
+        self, prompts: Sequence[str], negative: str = "", framings: Sequence[Framing] | None = None
+    ) -> Cond:
+        """Return the encoded prompts; framings, one for each prompt, say how training images were cropped."""
         ...
 
-    def denoise(self, x: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0) -> Tensor:
-        """Return the network's output (B, C, h, w) at latents x and timesteps t (B,); guidance 1 = one pass."""
+    def predict(self, x: Tensor, t: Tensor, cond: Cond, guidance_scale: float = 1.0) -> Prediction:
+        """Return the clean latents and the noise that the denoiser sees in latents x (B, C, h, w) at timesteps t (B,).
+
+        A guidance_scale of 1 or less means no guidance: one pass, and the negative prompt plays no part.
+        """
+        ...
+
+    def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (alpha, sigma) of x_t = alpha x_0 + sigma eps, float32, in the shape of t; (1, 0) where t is -1."""
+        ...
+
+    def timesteps(self, num_inference_steps: int, solver: SolverName, resolution: Resolution) -> Tensor:
+        """Return (N + 1,) descending timesteps of a solver: N calls of the denoiser and the end."""
+        ...
+
+    def training_timesteps(self, generators: Sequence[Generator]) -> Tensor:
+        """Return timesteps (B,), one from each generator, from the distribution that the family is trained with."""
         ...
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Return pixels (B, 3, H, W), in [0, 1] up to overshoot: not clamped, since a clamp kills a reward's gradient."""
+        """Return pixels (B, 3, H, W), in [0, 1] up to overshoot: not clamped, since a clamp stops a reward's gradient."""
         ...
 
     def encode_pixels(self, pixels: Tensor, generators: Sequence[Generator] | None = None) -> Tensor:
-        """Return latents (B, C, h, w) of pixels in [0, 1]: a draw of the posterior by each generator, or its mean."""
+        """Return latents (B, C, h, w) of pixels in [0, 1]: a sample of the posterior by each generator, or its mean."""
         ...
 
-    def abar(self, t: Tensor) -> Tensor:
-        """Return the cumulative alphas (B,) of training timesteps t (B,) in [0, 1000)."""
+    def trainable(self, lora: LoRA | None, seed: int) -> nn.Module:
+        """Freeze everything, then open the denoiser's LoRA, or with None all its weights; what is trained is float32."""
         ...
 
-    def trainable(self, lora: LoRA, seed: int) -> nn.Module:
-        """Freeze all, then open the denoiser for training: LoRA layers, or at rank 0 all its weights (float32)."""
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside the block the model is the one before tuning. ValueError where all weights were tuned: they are gone."""
         ...
 
-    def set_speed(self, attention: str, *, checkpointing: bool, vae_checkpointing: bool) -> None:
-        """Choose the attention kernel ("sdpa" or "xformers") and gradient checkpointing; ValueError where it is not there."""
+    def set_speed(self, attention: str, *, gradient_checkpointing: bool, vae_checkpointing: bool) -> None:
+        """Choose the attention kernel ("sdpa" or "xformers"; ValueError where it is not there) and checkpointing."""
         ...
 
-    def save_tuned(self, folder: Path, lora: LoRA) -> None:
-        """Write what was tuned: a LoRA that `pipe.load_lora_weights(folder)` loads, or at rank 0 the denoiser's folder."""
+    def save_tuned(self, folder: Path, lora: LoRA | None) -> None:
+        """Write what was tuned: a LoRA that `pipe.load_lora_weights(folder)` loads, or the denoiser's folder."""
+        ...
+
+    def load_tuned(self, folder: Path, weight: float = 1.0) -> None:
+        """Put what `save_tuned` wrote on this model, frozen; weight scales a LoRA. ValueError where it does not fit."""
+        ...
+
+    def save_pipeline(self, folder: Path) -> None:
+        """Write the whole pipeline in diffusers' folder format."""
+        ...
+
+    def scheduler(self, solver: SolverName, num_inference_steps: int) -> Any:
+        """Return diffusers' scheduler for a solver that is not ours (pndm, dpm++), set to its steps; it holds state."""
+        ...
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        """Move everything, and cast what is frozen: trained weights stay float32."""
         ...

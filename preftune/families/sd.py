@@ -1,14 +1,15 @@
 """Stable Diffusion 1.x and 2.x: UNet2DConditionModel, AutoencoderKL and one CLIP text encoder, in diffusers' folder format."""
 
-import json
+import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDPMScheduler,
+    DDIMScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -17,31 +18,54 @@ from torch import Generator, Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from preftune import lora as loras
-from preftune.families.base import Cond
-from preftune.noise import Prediction
+from preftune.families import configs, text, vp
+from preftune.families import unet as unets
+from preftune.families.base import Cond, Defaults
+from preftune.noise import Prediction, PredictionType, predict_from
+from preftune.resolution import Framing, Resolution
+from preftune.solvers import SolverName
 
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+PARTS = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": configs.TOKENIZERS,
+    "scheduler": (),
+}
 
 
-def check(folder: Path) -> None:
-    """Raise ValueError unless the folder looks like a Stable Diffusion pipeline; reads its model_index.json only."""
-    index = folder / "model_index.json"
-    if not index.is_file():
+def check(folder: Path, index: Mapping[str, Any], vae: Path | None = None) -> Defaults:
+    """Return the defaults of a Stable Diffusion folder with this model_index.json; reads JSON files alone.
+
+    ValueError in one sentence for what it is instead. `vae` is the folder of another autoencoder, as in `load`.
+    """
+    configs.check_parts(folder, index, PARTS)
+    if index.get("text_encoder_2") not in (None, [None, None]):
         raise ValueError(
-            f"{folder} is not a diffusers pipeline folder: it has no model_index.json; save one with pipe.save_pretrained(folder)"
+            f"{folder} has a text_encoder_2; expected one text encoder in a {index['_class_name']}"
         )
-    try:
-        parts = json.loads(index.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{index} is not JSON: {error}") from error
-    if not isinstance(parts, dict):
-        raise ValueError(f"{index} holds no JSON object; save a pipeline with pipe.save_pretrained(folder)")
-    missing = [part for part in PARTS if part not in parts or not (folder / part).is_dir()]
-    if missing or "text_encoder_2" in parts:
-        what = f"lacks {', '.join(missing)}" if missing else "has a second text encoder"
-        raise ValueError(
-            f"{folder} is not a Stable Diffusion 1.x or 2.x pipeline: it {what} (its class is {parts.get('_class_name')})"
-        )
+    noise = vp.read(configs.read_json(folder / "scheduler" / "scheduler_config.json"), folder / "scheduler")
+    autoencoder = configs.check_vae(folder / "vae")
+    encoder = configs.check_text_encoder(folder / "text_encoder", "CLIPTextModel")
+    denoiser = configs.read_model(folder / "unet", "UNet2DConditionModel")
+    configs.check_unet(folder, denoiser, autoencoder, encoder["hidden_size"], addition=None)
+    configs.check_tokenizer(folder / "tokenizer")
+    if vae is not None:
+        configs.check_vae(vae, autoencoder)
+    return _defaults(denoiser, autoencoder, noise)
+
+
+def _defaults(denoiser: Mapping[str, Any], autoencoder: Mapping[str, Any], noise: vp.VP) -> Defaults:
+    """50 steps of PNDM at 7.5, as the pipeline; of DDIM at zero terminal SNR, where PNDM cannot start."""
+    return Defaults(
+        resolution=configs.trained_resolution(denoiser, autoencoder, 64),
+        num_inference_steps=50,
+        guidance_scale=7.5,
+        solver="ddim" if noise.zero_snr else "pndm",
+        lora_target_modules=loras.LoRA().target_modules,
+        lora_learning_rate=1e-4,
+        full_learning_rate=1e-5,
+    )
 
 
 class SD:
@@ -57,139 +81,152 @@ class SD:
         scheduler_config: Mapping[str, object],
     ) -> None:
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
-        self.scheduler_config = scheduler_config
+        self.text_encoders: Sequence[nn.Module] = (text_encoder,)
         self.denoiser: nn.Module = unet
         self.device: torch.device = vae.device
-        scheduler = DDPMScheduler.from_config(scheduler_config)
-        self.prediction: Prediction = scheduler.config["prediction_type"]
-        self._abar: Tensor = scheduler.alphas_cumprod
-        self._null: dict[str, Tensor] = {}
+        self.noise = vp.read(scheduler_config, "scheduler_config")
+        self.prediction_type: PredictionType = self.noise.prediction_type
+        self.defaults: Defaults = _defaults(unet.config, vae.config, self.noise)
+        self._negatives: dict[str, Tensor] = {}
+        self._replaced = False
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "SD":
-        """Move all parts, and cast those that are frozen: trained weights stay float32."""
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        """Move all parts, and cast those that are frozen."""
         for part in (self.unet, self.vae, self.text_encoder):
-            part.to(device)
-            for tensor in (*part.parameters(), *part.buffers()):
-                if dtype is not None and tensor.is_floating_point() and not tensor.requires_grad:
-                    tensor.data = tensor.data.to(dtype)
+            unets.cast(part, device, dtype)
         self.device = self.vae.device
-        self._abar = self._abar.to(device)
-        self._null.clear()
+        self.noise = dataclasses.replace(self.noise, alphas_cumprod=self.noise.alphas_cumprod.to(self.device))
+        self._negatives.clear()
         return self
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+    def latent_shape(self, resolution: Resolution) -> tuple[int, int, int]:
         """Return (C, h, w)."""
-        factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
-        if height % factor or width % factor:
-            raise ValueError(f"height and width must be multiples of {factor}, got {height} x {width}")
-        return int(self.vae.config["latent_channels"]), height // factor, width // factor
+        return unets.latent_shape(self.vae, resolution)
 
-    def _states(self, prompts: Sequence[str]) -> Tensor:
-        batch = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            truncation=True,
-            max_length=self.tokenizer.model_max_length,
-            return_tensors="pt",
-        )
-        return self.text_encoder(batch.input_ids.to(self.device))[0]
+    def _embeds(self, prompts: Sequence[str]) -> Tensor:
+        ids = text.token_ids(self.tokenizer, self.text_encoder, prompts, self.device)
+        embeds: Tensor = self.text_encoder(ids)[0]
+        return embeds
 
-    def encode(self, prompts: Sequence[str], negative: str = "") -> Cond:
-        """Return states (B, L, D) of the last hidden layer, as the pipeline's own; the negative's are computed once."""
+    def encode(
+        self, prompts: Sequence[str], negative: str = "", framings: Sequence[Framing] | None = None
+    ) -> Cond:
+        """Return embeds (B, L, D), the last hidden layer, as the pipeline's own; framings play no part."""
         if self.text_encoder.training:
-            return Cond(states=self._states(prompts), negative=self._states([negative]))
-        if negative not in self._null:
-            with torch.no_grad():
-                self._null[negative] = self._states([negative])
-        return Cond(states=self._states(prompts), negative=self._null[negative])
+            null = self._embeds([negative])
+        else:
+            if negative not in self._negatives:
+                with torch.no_grad():
+                    self._negatives[negative] = self._embeds([negative])
+            null = self._negatives[negative]
+        return Cond(positive={"embeds": self._embeds(prompts)}, negative={"embeds": null})
 
-    def denoise(self, x: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0) -> Tensor:
-        """Return the UNet's output in float32; with guidance, both passes in one batch."""
-        dtype = cond.states.dtype
-        if guidance == 1.0:
-            return self.denoiser(x.to(dtype), t, cond.states).sample.float()
-        states = torch.cat([cond.negative.expand(len(x), -1, -1), cond.states])
-        output = self.denoiser(torch.cat([x, x]).to(dtype), torch.cat([t, t]), states).sample.float()
-        without, given = output.chunk(2)
-        return without + guidance * (given - without)
+    def predict(self, x: Tensor, t: Tensor, cond: Cond, guidance_scale: float = 1.0) -> Prediction:
+        """Return the UNet's prediction in float32; with guidance, both passes in one batch."""
+
+        def call(x: Tensor, t: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+            output: Tensor = self.denoiser(x.to(rows["embeds"].dtype), t, rows["embeds"]).sample
+            return output
+
+        output = unets.guided(call, x, t, cond, guidance_scale)
+        return predict_from(output, x, *self.schedule(t), self.prediction_type)
+
+    def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (alpha, sigma)."""
+        return vp.schedule(self.noise, t)
+
+    def timesteps(self, num_inference_steps: int, solver: SolverName, resolution: Resolution) -> Tensor:
+        """Return the solver's timesteps, which depend on no resolution here."""
+        return vp.timesteps(self.noise, num_inference_steps, solver)
+
+    def training_timesteps(self, generators: Sequence[Generator]) -> Tensor:
+        """Return uniform timesteps."""
+        return vp.training_timesteps(self.noise, generators)
+
+    def scheduler(self, solver: SolverName, num_inference_steps: int) -> Any:
+        """Return diffusers' pndm or dpm++ with this model's betas."""
+        return vp.scheduler(self.noise, solver, num_inference_steps)
 
     def decode(self, x0: Tensor) -> Tensor:
         """Return pixels in float32, not clamped."""
-        latents = (x0 / self.vae.config["scaling_factor"]).to(self.vae.dtype)
-        return self.vae.decode(latents).sample.float() / 2 + 0.5
+        return unets.decode(self.vae, x0)
 
     def encode_pixels(self, pixels: Tensor, generators: Sequence[Generator] | None = None) -> Tensor:
         """Return scaled latents in float32."""
-        posterior = self.vae.encode((pixels.to(self.device) * 2 - 1).to(self.vae.dtype)).latent_dist
-        latents = posterior.mean.float()
-        if generators is not None:
-            noise = [torch.randn(latents.shape[1:], generator=generator) for generator in generators]
-            latents = latents + posterior.std.float() * torch.stack(noise).to(latents)
-        return latents * self.vae.config["scaling_factor"]
+        return unets.encode(self.vae, pixels.to(self.device), generators)
 
-    def abar(self, t: Tensor) -> Tensor:
-        """Return the cumulative alphas of training timesteps."""
-        return self._abar[t.to(self._abar.device)]
-
-    def trainable(self, lora: loras.LoRA, seed: int) -> nn.Module:
+    def trainable(self, lora: loras.LoRA | None, seed: int) -> nn.Module:
         """Freeze all parts, then open the UNet."""
-        for part in (self.unet, self.vae, self.text_encoder):
-            part.requires_grad_(False).eval()
-        if lora.rank:
-            loras.inject(self.unet, lora, seed)
-        else:
-            self.unet.float().requires_grad_(True)
-        return self.unet
+        unets.freeze((self.unet, self.vae, self.text_encoder))
+        self._replaced = self._replaced or lora is None
+        return unets.trainable(self.unet, lora, seed)
 
-    def set_speed(self, attention: str, *, checkpointing: bool, vae_checkpointing: bool) -> None:
+    def reference(self) -> AbstractContextManager[None]:
+        """The LoRA off, where there is one."""
+        return unets.reference(self.unet, replaced=self._replaced)
+
+    def set_speed(self, attention: str, *, gradient_checkpointing: bool, vae_checkpointing: bool) -> None:
         """Choose the attention kernel, and what is computed again in the backward pass instead of kept."""
-        if attention == "xformers":
-            try:
-                self.unet.enable_xformers_memory_efficient_attention()
-            except (ModuleNotFoundError, ValueError) as error:
-                raise ValueError(
-                    f'--attention xformers: {error}; pip install -e ".[xformers]" on a machine with a GPU, or use sdpa'
-                ) from error
-        if checkpointing:
-            self.unet.enable_gradient_checkpointing()
-        if vae_checkpointing:
-            self.vae.enable_gradient_checkpointing()
+        unets.set_speed(
+            self.unet,
+            self.vae,
+            attention,
+            gradient_checkpointing=gradient_checkpointing,
+            vae_checkpointing=vae_checkpointing,
+        )
 
-    def save_tuned(self, folder: Path, lora: loras.LoRA) -> None:
-        """Write `pytorch_lora_weights.safetensors`, or at rank 0 the UNet in diffusers' folder format."""
-        if lora.rank:
-            loras.save(self.unet, folder)
-        else:
-            self.unet.save_pretrained(folder)
+    def save_tuned(self, folder: Path, lora: loras.LoRA | None) -> None:
+        """Write the LoRA, or the UNet in diffusers' folder format."""
+        unets.save_tuned(self.unet, folder, lora)
+
+    def load_tuned(self, folder: Path, weight: float = 1.0) -> None:
+        """Load a LoRA or a UNet folder."""
+        self._replaced = unets.load_tuned(self.unet, folder, weight) or self._replaced
 
     def save_pipeline(self, folder: Path) -> None:
-        """Write the whole pipeline in diffusers' folder format, in float32."""
+        """Write the whole pipeline in diffusers' folder format, with Stable Diffusion's own sampler (DDIM at zero SNR)."""
+        settings = {
+            **self.noise.betas,
+            "prediction_type": self.prediction_type,
+            "set_alpha_to_one": False,
+            "steps_offset": 1,
+        }
+        scheduler = (
+            DDIMScheduler(
+                **settings, clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+            )
+            if self.noise.zero_snr
+            else PNDMScheduler(**settings, skip_prk_steps=True)
+        )
         StableDiffusionPipeline(
             unet=self.unet,
             vae=self.vae,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
-            scheduler=PNDMScheduler.from_config(self.scheduler_config),
+            scheduler=scheduler,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         ).save_pretrained(folder)
 
 
-def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> SD:
-    """Load a pipeline folder, all parts frozen and in eval mode. ValueError where `check` finds it is none."""
-    check(folder)
+def load(
+    folder: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    vae: Path | None = None,
+) -> SD:
+    """Load a checked pipeline folder, all parts frozen and in eval mode; `vae` is the folder of another autoencoder."""
     family = SD(
         unet=UNet2DConditionModel.from_pretrained(
             folder, subfolder="unet", torch_dtype=dtype, local_files_only=True
         ),
-        vae=AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, local_files_only=True),
+        vae=AutoencoderKL.from_pretrained(vae or folder / "vae", torch_dtype=dtype, local_files_only=True),
         text_encoder=CLIPTextModel.from_pretrained(
             folder, subfolder="text_encoder", dtype=dtype, local_files_only=True
         ),
         tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True),
-        scheduler_config=json.loads((folder / "scheduler" / "scheduler_config.json").read_text()),
+        scheduler_config=configs.read_json(folder / "scheduler" / "scheduler_config.json"),
     )
-    for part in (family.unet, family.vae, family.text_encoder):
-        part.requires_grad_(False).eval()
+    unets.freeze((family.unet, family.vae, family.text_encoder))
     return family.to(device)

@@ -1,0 +1,47 @@
+"""Percentile-bootstrap intervals over prompts (Efron and Tibshirani 1993, chapter 13): how sure a mean or a rate is.
+
+P prompts, M measures.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 10_000
+"""Of every interval."""
+_AT_ONCE = 1000  # resamples whose counts are in memory together
+
+Floats = NDArray[np.float64]
+
+
+def mean(differences: Floats, seed: int = 0) -> tuple[float, float, float]:
+    """Return the mean of P differences and its 95 % interval; NaN bounds for a single prompt."""
+    value, low, high = ratios(differences[None], np.ones((1, len(differences))), seed)[0].tolist()
+    return value, low, high
+
+
+def ratios(hits: Floats, totals: Floats, seed: int = 0) -> Floats:
+    """Return (M, 3): sum(hits) / sum(totals) over prompts, both (M, P), and the 95 % interval of it.
+
+    All M are resampled alike. NaN where the totals are 0; resamples whose totals are 0 do not count. The bounds are NaN, too,
+    where fewer than two prompts have a total: all resamples are equal then, and an interval without width would read as certainty.
+    """
+    rng, prompts = np.random.default_rng(seed), hits.shape[1]
+    resampled = np.full((RESAMPLES, len(hits)), np.nan)
+    for start in range(0, RESAMPLES, _AT_ONCE):
+        rows = resampled[start : start + _AT_ONCE]
+        chosen = rng.integers(prompts, size=(len(rows), prompts)) + prompts * np.arange(len(rows))[:, None]
+        counts = np.bincount(chosen.ravel(), minlength=len(rows) * prompts).reshape(len(rows), prompts)
+        below = counts @ totals.T
+        np.divide(counts @ hits.T, below, out=rows, where=below > 0)
+    found = np.full((len(hits), 3), np.nan)
+    counting = (totals > 0).sum(1)
+    some, several = counting > 0, counting > 1
+    found[some, 0] = hits[some].sum(1) / totals[some].sum(1)
+    if several.any():
+        found[several, 1:] = np.nanpercentile(resampled[:, several], [2.5, 97.5], axis=0).T
+    return found
+
+
+def interval(low: float, high: float, form: str) -> str:
+    """Return "[low, high]", each in a format such as "+.3f"; empty for bounds of NaN, where there is no interval."""
+    return "" if np.isnan(low) else f"[{low:{form}}, {high:{form}}]"

@@ -1,0 +1,166 @@
+"""Checks of a diffusers pipeline folder that read its JSON files alone: one sentence for what it is and what is expected."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from preftune.resolution import Resolution
+
+Config = Mapping[str, Any]
+
+_WEIGHTS = {
+    "diffusers": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
+    "transformers": ("model.safetensors", "pytorch_model.bin"),
+}
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+# UNets with more input channels than latents, which need a second image
+_CHANNELS = {
+    9: " (an inpainting model)",
+    8: " (such as InstructPix2Pix)",
+    7: " (an upscaler)",
+    5: " (a depth-to-image model)",
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object that a file holds; ValueError where it is not there or holds none."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not there; save a whole pipeline with pipe.save_pretrained(folder)")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object; save a pipeline with pipe.save_pretrained(folder)")
+    return content
+
+
+def check_parts(folder: Path, index: Config, parts: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise ValueError unless model_index.json names each part with one of its classes, and the part has a folder."""
+    for part, classes in parts.items():
+        entry = index.get(part)
+        found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        if found is None:
+            raise ValueError(
+                f"{folder} has no {part}; a {index['_class_name']} needs {' or '.join(classes) or 'one'}"
+            )
+        if classes and found not in classes:
+            raise ValueError(f"{folder}: its {part} is {found}; expected {' or '.join(classes)}")
+        if not (folder / part).is_dir():
+            raise ValueError(f"{folder} lacks the folder {part}, which its model_index.json names")
+
+
+def read_model(folder: Path, class_name: str, library: str = "diffusers") -> Config:
+    """Return the config.json of a model's folder; ValueError for another class or where the weights are missing.
+
+    transformers' configurations name a model type instead of the class: that of a CLIP text encoder.
+    """
+    config = read_json(folder / "config.json")
+    if library == "diffusers":
+        found, expected = config.get("_class_name"), [class_name]
+    else:
+        found, expected = config.get("model_type"), ["clip_text_model", "clip"]
+    if found not in expected:
+        raise ValueError(f"{folder} is {found}, not {class_name}: its config.json says so")
+    check_weights(folder, _WEIGHTS[library])
+    return config
+
+
+def check_weights(folder: Path, names: Sequence[str]) -> None:
+    """Raise ValueError unless the folder has the weights by one of these names, in one file or in all of its shards."""
+    if any((folder / name).is_file() for name in names):
+        return
+    for name in names:
+        listing = folder / f"{name}.index.json"
+        if listing.is_file():
+            shards = read_json(listing).get("weight_map")
+            files = set(shards.values()) if isinstance(shards, dict) else set()
+            missing = sorted(str(file) for file in files if not (folder / str(file)).is_file())
+            if missing:
+                raise ValueError(f"{folder} lacks {', '.join(missing)}, which {listing.name} names")
+            return
+    stem = names[0].partition(".")[0]
+    others = sorted(file.name for file in folder.glob(f"{stem}*.safetensors"))
+    hint = f"; it has {', '.join(others)}" if others else ""
+    raise ValueError(f"{folder} has no weights: neither {' nor '.join(names)} is there{hint}")
+
+
+def check_unet(folder: Path, unet: Config, vae: Config, text_width: int, *, addition: str | None) -> None:
+    """Raise ValueError unless the UNet takes latents, a timestep and text alone, as the other parts make them.
+
+    addition is the `addition_embed_type` that the family's call fills in, or None.
+    """
+    channels = (unet.get("in_channels", 4), unet.get("out_channels", 4))
+    latents = vae.get("latent_channels", 4)
+    if channels != (latents, latents):
+        raise ValueError(
+            f"{folder}: its unet has {channels[0]} input{_CHANNELS.get(channels[0], '')} and {channels[1]} output channels;"
+            f" expected {latents} and {latents}, the latent channels of its vae"
+        )
+    if unet.get("time_cond_proj_dim") is not None:
+        raise ValueError(
+            f"{folder}: its unet has time_cond_proj_dim {unet['time_cond_proj_dim']} (a latent consistency model, which takes"
+            " the guidance scale as an input); expected none"
+        )
+    for key, expected in (
+        ("addition_embed_type", addition),
+        ("class_embed_type", None),
+        ("num_class_embeds", None),
+        ("encoder_hid_dim", None),
+        ("encoder_hid_dim_type", None),
+    ):
+        if unet.get(key) != expected:
+            raise ValueError(f"{folder}: its unet has {key} {unet.get(key)}; expected {expected or 'none'}")
+    widths = unet.get("cross_attention_dim", 1280)
+    if any(width != text_width for width in (widths if isinstance(widths, list) else [widths])):
+        raise ValueError(
+            f"{folder}: its unet has cross_attention_dim {widths}, but its text is {text_width} wide (hidden_size); expected"
+            " the same"
+        )
+
+
+def check_vae(folder: Path, like: Config | None = None) -> Config:
+    """Return the configuration of an AutoencoderKL folder.
+
+    ValueError for another autoencoder, or where latents are not of the same kind as those of `like`, which it takes the place of.
+    """
+    vae = read_model(folder, "AutoencoderKL")
+    if not isinstance(vae.get("block_out_channels"), list):
+        raise ValueError(f"{folder}: its config.json lacks the list block_out_channels")
+    found = (vae.get("latent_channels", 4), vae_factor(vae))
+    if like is not None and found != (expected := (like.get("latent_channels", 4), vae_factor(like))):
+        raise ValueError(
+            f"{folder} has {found[0]} latent channels and a factor of {found[1]}; expected {expected[0]} and {expected[1]}"
+        )
+    return vae
+
+
+def check_text_encoder(folder: Path, class_name: str) -> Config:
+    """Return the configuration of a CLIP text encoder, with hidden_size; ValueError for another kind of model."""
+    config = read_model(folder, class_name, "transformers")
+    text = config.get("text_config") if config["model_type"] == "clip" else config
+    if not isinstance(text, dict) or not isinstance(text.get("hidden_size"), int):
+        raise ValueError(f"{folder}: its config.json has no hidden_size of the text encoder")
+    return text
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise ValueError unless a tokenizer's files are there."""
+    if not (folder / "tokenizer.json").is_file():
+        missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(f"{folder} has no tokenizer.json and lacks {' and '.join(missing)}")
+
+
+def trained_resolution(unet: Config, vae: Config, default: int) -> Resolution:
+    """Return the size that the UNet was trained at; `default` (in latents) where its configuration says none."""
+    size = unet.get("sample_size") or default
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    factor = vae_factor(vae)
+    return Resolution(height=int(height) * factor, width=int(width) * factor)
+
+
+def vae_factor(vae: Config) -> int:
+    """Return how many pixels one latent stands for, along each side."""
+    return int(2 ** (len(vae["block_out_channels"]) - 1))

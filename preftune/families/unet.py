@@ -1,0 +1,165 @@
+"""What the families with a UNet2DConditionModel and an AutoencoderKL share: plain functions of these parts."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Generator, Tensor, nn
+
+from preftune import lora as loras
+from preftune.families import configs
+from preftune.families.base import Cond
+from preftune.resolution import Resolution
+
+Call = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+"""(x (N, C, h, w), t (N,), conditions by name (N, ...)) -> the network's output (N, C, h, w)."""
+
+
+def latent_shape(vae: AutoencoderKL, resolution: Resolution) -> tuple[int, int, int]:
+    """Return (C, h, w); ValueError for a size that is no multiple of the autoencoder's factor."""
+    factor = configs.vae_factor(vae.config)
+    height, width = resolution
+    if height % factor or width % factor:
+        raise ValueError(f"height and width must be multiples of {factor}, got {height} x {width}")
+    return int(vae.config["latent_channels"]), height // factor, width // factor
+
+
+def guided(call: Call, x: Tensor, t: Tensor, cond: Cond, guidance_scale: float) -> Tensor:
+    """Return the network's output in float32; above a guidance_scale of 1 with both passes, [negative, positive], in one batch.
+
+    Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598, eq. 6, with their w = guidance_scale - 1).
+    """
+    if guidance_scale <= 1:
+        return call(x, t, cond.positive).float()
+    pairs = {}
+    for name, value in cond.positive.items():
+        negative = cond.negative.get(name, value)
+        pairs[name] = torch.cat([negative.expand_as(value), value])
+    without, given = call(torch.cat([x, x]), torch.cat([t, t]), pairs).float().chunk(2)
+    return without + guidance_scale * (given - without)
+
+
+def decode(vae: AutoencoderKL, x0: Tensor) -> Tensor:
+    """Return pixels in float32, not clamped."""
+    statistics = _latent_statistics(vae, x0)
+    if statistics is None:
+        latents = x0 / vae.config["scaling_factor"]
+    else:
+        mean, std = statistics
+        latents = x0 * std / vae.config["scaling_factor"] + mean
+    pixels: Tensor = vae.decode(latents.to(vae.dtype)).sample.float() / 2 + 0.5
+    return pixels
+
+
+def encode(vae: AutoencoderKL, pixels: Tensor, generators: Sequence[Generator] | None) -> Tensor:
+    """Return scaled latents in float32: the posterior's mean, or a sample of it by each image's generator."""
+    posterior = vae.encode((pixels * 2 - 1).to(vae.dtype)).latent_dist
+    latents: Tensor = posterior.mean.float()
+    if generators is not None:
+        noise = [torch.randn(latents.shape[1:], generator=generator) for generator in generators]
+        latents = latents + posterior.std.float() * torch.stack(noise).to(latents)
+    statistics = _latent_statistics(vae, latents)
+    if statistics is not None:
+        latents = (latents - statistics[0]) / statistics[1]
+    return latents * vae.config["scaling_factor"]
+
+
+def _latent_statistics(vae: AutoencoderKL, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the mean and standard deviation of each latent channel, (C, 1, 1), where the configuration has both."""
+    mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
+    if mean is None or std is None:
+        return None
+    return torch.tensor(list(mean)).to(x).reshape(-1, 1, 1), torch.tensor(list(std)).to(x).reshape(-1, 1, 1)
+
+
+def freeze(parts: Iterable[nn.Module]) -> None:
+    """Freeze all weights, and put the parts in eval mode."""
+    for part in parts:
+        part.requires_grad_(False).eval()
+
+
+def cast(part: nn.Module, device: torch.device | str, dtype: torch.dtype | None) -> None:
+    """Move a part, and cast what is frozen: trained weights stay float32, or an optimiser would lose its small updates."""
+    part.to(device)
+    for tensor in (*part.parameters(), *part.buffers()):
+        if dtype is not None and tensor.is_floating_point() and not tensor.requires_grad:
+            tensor.data = tensor.data.to(dtype)
+
+
+def trainable(unet: UNet2DConditionModel, lora: loras.LoRA | None, seed: int) -> nn.Module:
+    """Open the LoRA of a frozen UNet, or with None all its weights, in float32."""
+    if lora is None:
+        unet.float().requires_grad_(True)
+    else:
+        loras.inject(unet, lora, seed)
+    return unet
+
+
+def reference(unet: UNet2DConditionModel, *, replaced: bool) -> AbstractContextManager[None]:
+    """Return a context in which the UNet is the one before tuning; `replaced`: its own weights were tuned, so there is none."""
+    if replaced:
+        raise ValueError(
+            "all weights of the UNet are tuned, so the model before tuning is gone; use --train lora"
+        )
+    return loras.disabled(unet) if loras.is_on(unet) else nullcontext()
+
+
+def set_speed(
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    attention: str,
+    *,
+    gradient_checkpointing: bool,
+    vae_checkpointing: bool,
+) -> None:
+    """Choose the attention kernel, and what is computed again in the backward pass instead of kept."""
+    if attention == "xformers":
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except (ModuleNotFoundError, ValueError) as error:
+            raise ValueError(
+                f'--attention xformers: {error}; pip install -e ".[xformers]" on a machine with a GPU, or use sdpa'
+            ) from error
+    if gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if vae_checkpointing:
+        vae.enable_gradient_checkpointing()
+
+
+def save_tuned(unet: UNet2DConditionModel, folder: Path, lora: loras.LoRA | None) -> None:
+    """Write `pytorch_lora_weights.safetensors`, or without a LoRA the UNet in diffusers' folder format."""
+    if lora is None:
+        unet.save_pretrained(folder)
+    else:
+        loras.save(unet, folder)
+
+
+def load_tuned(unet: UNet2DConditionModel, folder: Path, weight: float) -> bool:
+    """Load what `save_tuned` wrote, frozen, and return whether it was a whole UNet. ValueError where it does not fit."""
+    if loras.find(folder) is not None:
+        loras.load(unet, folder, weight)
+        return False
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds neither a LoRA ({loras.FILE}) nor a UNet (config.json)")
+    if weight != 1:
+        raise ValueError(f"{folder} is a whole UNet, which has no weight {weight}; only a LoRA has one")
+    configs.read_model(folder, "UNet2DConditionModel")
+    if loras.is_on(unet):
+        unet.unload_lora()
+    state = UNet2DConditionModel.from_pretrained(folder, local_files_only=True).state_dict()
+    here = unet.state_dict()
+    wrong = [name for name in here.keys() | state.keys() if not _same_shape(here, state, name)]
+    if wrong:
+        raise ValueError(
+            f"{folder} is another UNet: {min(wrong)} and {len(wrong) - 1} more weights do not fit"
+        )
+    unet.load_state_dict(state)
+    unet.requires_grad_(False)
+    return True
+
+
+def _same_shape(one: Mapping[str, Tensor], other: Mapping[str, Tensor], name: str) -> bool:
+    """Whether both have the weight, in one shape."""
+    return name in one and name in other and one[name].shape == other[name].shape

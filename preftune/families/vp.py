@@ -1,0 +1,116 @@
+"""The noise of a variance-preserving model: x_t = alpha x_0 + sigma eps with alpha^2 + sigma^2 = 1 (arXiv 2006.11239, eq. 4).
+
+From a folder's scheduler_config.json only the betas, prediction_type and rescale_betas_zero_snr are read: which timesteps a
+solver visits is the solver's own business, whatever sampler the folder was saved with.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Generator, Tensor
+
+from preftune import solvers
+from preftune.noise import PredictionType
+from preftune.solvers import SolverName
+
+_KINDS = ("epsilon", "v_prediction", "sample")
+_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VP:
+    """A noise schedule and what the network predicts under it."""
+
+    betas: Mapping[str, Any]
+    """The arguments from which every scheduler of diffusers computes the same betas."""
+    prediction_type: PredictionType
+    zero_snr: bool
+    """The last timestep is pure noise (Lin et al. 2023, arXiv 2305.08891): alpha is 0 there."""
+    alphas_cumprod: Tensor
+    """(T + 1,) float32: alpha squared of the T timesteps, then the 1 of t = -1."""
+
+
+def read(config: Mapping[str, Any], where: object) -> VP:
+    """Return the noise schedule of a scheduler's configuration; ValueError, naming `where`, for one that is not of this kind."""
+    prediction_type = config.get("prediction_type", "epsilon")
+    if prediction_type not in _KINDS:
+        raise ValueError(f"{where}: prediction_type {prediction_type!r}; expected {', '.join(_KINDS)}")
+    zero_snr = bool(config.get("rescale_betas_zero_snr"))
+    if zero_snr and prediction_type == "epsilon":
+        raise ValueError(
+            f"{where}: rescale_betas_zero_snr with prediction_type epsilon, but at a signal of zero the noise says nothing"
+            " of the image; expected v_prediction"
+        )
+    betas = _betas(config, where)
+    table = DDPMScheduler(**betas, rescale_betas_zero_snr=zero_snr).alphas_cumprod
+    return VP(
+        betas=betas,
+        prediction_type=cast(PredictionType, prediction_type),
+        zero_snr=zero_snr,
+        alphas_cumprod=torch.cat([table, torch.ones(1)]),
+    )
+
+
+def _betas(config: Mapping[str, Any], where: object) -> dict[str, Any]:
+    """The configuration of the betas alone."""
+    num = config.get("num_train_timesteps", 1000)
+    if not isinstance(num, int) or num < 2:
+        raise ValueError(f"{where}: num_train_timesteps {num!r}; expected a whole number, as in 1000")
+    trained = config.get("trained_betas")
+    if trained is not None:
+        if (
+            not isinstance(trained, list)
+            or len(trained) != num
+            or not all(0 < _number(b) < 1 for b in trained)
+        ):
+            raise ValueError(f"{where}: trained_betas is not a list of {num} numbers between 0 and 1")
+        return {"num_train_timesteps": num, "trained_betas": trained}
+    start, end = _number(config.get("beta_start")), _number(config.get("beta_end"))
+    if not 0 < start <= end < 1:
+        raise ValueError(
+            f"{where} ({config.get('_class_name')}) has beta_start {config.get('beta_start')} and beta_end"
+            f" {config.get('beta_end')}; expected 0 < beta_start <= beta_end < 1, or trained_betas, as every scheduler of a"
+            " variance-preserving model has"
+        )
+    schedule = config.get("beta_schedule", "linear")
+    if schedule not in _SCHEDULES:
+        raise ValueError(f"{where}: beta_schedule {schedule!r}; expected {', '.join(_SCHEDULES)}")
+    return {"num_train_timesteps": num, "beta_start": start, "beta_end": end, "beta_schedule": schedule}
+
+
+def _number(value: object) -> float:
+    """The number, or nan, which every comparison refuses."""
+    return float(value) if isinstance(value, int | float) else float("nan")
+
+
+def schedule(vp: VP, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (alpha, sigma), float32, in the shape of t."""
+    abar = vp.alphas_cumprod[t.to(vp.alphas_cumprod.device).long()]
+    return abar.sqrt(), (1 - abar).sqrt()
+
+
+def timesteps(vp: VP, num_inference_steps: int, solver: SolverName) -> Tensor:
+    """Return the solver's timesteps (N + 1,); ValueError where this noise is not for it."""
+    num = int(vp.betas["num_train_timesteps"])
+    solvers.check(solver, num_inference_steps, vp.prediction_type, vp.zero_snr, num)
+    return solvers.timesteps(solver, num_inference_steps, num, vp.zero_snr)
+
+
+def training_timesteps(vp: VP, generators: Sequence[Generator]) -> Tensor:
+    """Return timesteps (B,), int64 on the CPU, uniform over the training timesteps: one from each generator."""
+    num = int(vp.betas["num_train_timesteps"])
+    return torch.cat([torch.randint(num, (1,), generator=generator) for generator in generators])
+
+
+def scheduler(vp: VP, solver: SolverName, num_inference_steps: int) -> Any:
+    """Return diffusers' scheduler with these betas; ValueError for a solver that has none or is not for them."""
+    return solvers.make_scheduler(
+        solver,
+        num_inference_steps,
+        betas=vp.betas,
+        prediction_type=vp.prediction_type,
+        zero_snr=vp.zero_snr,
+    )

@@ -1,0 +1,62 @@
+"""Files and folders that appear whole or not at all: written under a temporary name, then renamed.
+
+The temporary name of `a/b.json` is `a/.b.json.tmp-PID`. A killed process leaves it behind; `is_leftover` knows it again.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from rewards.atomic_folder import sync
+
+__all__ = ["is_leftover", "remove", "replacing", "sync", "write_text"]
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Yield a temporary name to write a file or folder under; at the end of the block it takes the place of `path`.
+
+    The parent folder is made. Where the block raises, `path` stays as it was and what was written is removed. A folder that is
+    in the way goes. durable: the content reaches the disk before the name does, so that it also survives a power cut.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    remove(temporary)
+    try:
+        yield temporary
+        if durable:
+            for inside in temporary.rglob("*") if temporary.is_dir() else ():
+                sync(inside)
+            sync(temporary)
+        if path.is_dir() and not path.is_symlink():
+            old = path.with_name(f".{path.name}.tmp-old-{os.getpid()}")
+            path.rename(old)  # renamed first: half removed, it must not look complete
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            temporary.replace(path)
+        if durable:
+            sync(path.parent)
+    finally:
+        remove(temporary)
+
+
+def write_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Write a UTF-8 text file in one piece."""
+    with replacing(path, durable=durable) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def is_leftover(path: Path) -> bool:
+    """Return whether a killed process left this behind while it wrote."""
+    return path.name.startswith(".") and ".tmp-" in path.name
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

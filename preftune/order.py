@@ -1,0 +1,32 @@
+"""Which sample, prompt or ranking belongs to which image of a run.
+
+The order is a function of (seed, epoch) alone: every rank can compute every other rank's samples, and a run that stops and
+goes on, or that changes its number of processes, sees the same sequence.
+"""
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from preftune import seeds
+
+Item = TypeVar("Item")
+
+
+def items_at(items: Sequence[Item], indices: Iterable[int], seed: int) -> list[Item]:
+    """The items (prompts, samples, rankings) of global image indices (0, 1, 2, ...) of a run.
+
+    With n items, index i is number i % n of epoch i // n; each epoch is a permutation of all items drawn from
+    (seed, epoch). Seed and indices are not negative.
+    """
+    assert items, "no items"
+    count = len(items)
+    return [items[_order(count, seed, index // count)[index % count]] for index in indices]
+
+
+@functools.lru_cache(maxsize=4)
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    """The permutation of an epoch."""
+    return seeds.rng(seed, epoch).permutation(count).tolist()
+
+

@@ -1,0 +1,107 @@
+"""Trajectories that are kept: `rollout` samples one, `replay` evaluates a step of it again, with gradient.
+
+For methods that need the past, such as DDPO (Black et al. 2023, arXiv 2305.13301): its ratio is
+exp(replayed.log_prob - trajectory.log_probs[i]), and for unchanged weights it is 1 exactly in float32, because
+(1) a sample is rounded to the storage dtype first, and its log-probability is that of the rounded sample;
+(2) the network sees the stored latents both times; (3) both times every timestep is a vector (B,).
+The caller keeps the rest equal: batch size, train or eval mode, autocast, and the LoRA on its layers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+from preftune.families.base import Cond, Family
+from preftune.resolution import Resolution
+from preftune.sampling import step_noise
+from preftune.solvers import SolverName, Step, Transition, stepper
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """B images on their way from noise to x_0, N steps, and how they went."""
+
+    timesteps: Tensor
+    """(N + 1,), falling, on the CPU; step i goes from timesteps[i] to timesteps[i + 1]."""
+    latents: Tensor
+    """(N + 1, B, C, h, w) in the storage dtype; latents[0] is x_T, latents[-1] is x_0."""
+    log_probs: Tensor
+    """(N, B) float32: log p(latents[i + 1] | latents[i]); nan at a step without noise, which has none."""
+    reduce: Literal["mean", "sum"]
+    """Over the elements of an image, in log_probs."""
+    guidance_scale: float
+    step: Step
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.timesteps) - 1
+
+
+@torch.no_grad()
+def rollout(
+    family: Family,
+    cond: Cond,
+    x_T: Tensor,  # noqa: N803 - the literature's name
+    solver: SolverName,
+    num_inference_steps: int,
+    guidance_scale: float,
+    generators: Sequence[Generator],
+    *,
+    resolution: Resolution | None = None,
+    step: Step | None = None,
+    dtype: torch.dtype = torch.float32,
+    reduce: Literal["mean", "sum"] = "mean",
+) -> Trajectory:
+    """Return a trajectory from x_T (B, C, h, w), without gradient, its noise from each image's generator.
+
+    The timesteps are those of `solver`, the step is its own unless one is given: DDPO is solver ddim with
+    partial(ddim, eta=1), whose last step still has noise. `resolution` matters to families whose timesteps depend on it;
+    None is the family's default. `dtype` is that of the stored latents. ValueError for pndm and dpm++.
+    """
+    step = step or stepper(solver)
+    timesteps = family.timesteps(num_inference_steps, solver, resolution or family.defaults.resolution).cpu()
+    latents, log_probs = [x_T.to(dtype)], []
+    for index in range(len(timesteps) - 1):
+        transition = _transition(
+            family, latents[-1], timesteps[index], timesteps[index + 1], cond, guidance_scale, step
+        )
+        if bool((transition.std > 0).all()):
+            latents.append(transition.sample(step_noise(x_T, generators)).to(dtype))
+            log_probs.append(transition.log_prob(latents[-1], reduce))
+        else:
+            latents.append(transition.mean.to(dtype))
+            log_probs.append(torch.full((len(x_T),), float("nan"), device=x_T.device))
+    return Trajectory(
+        timesteps=timesteps,
+        latents=torch.stack(latents),
+        log_probs=torch.stack(log_probs),
+        reduce=reduce,
+        guidance_scale=guidance_scale,
+        step=step,
+    )
+
+
+def replay(family: Family, trajectory: Trajectory, cond: Cond, index: int | Tensor) -> Transition:
+    """Return the transition from latents[index] under the present weights, with gradient to them.
+
+    `index` is one step for all images, or (B,) int64, one for each. The new log-probability is
+    `replay(...).log_prob(x_next, trajectory.reduce)` with x_next = latents[index + 1], image by image.
+    """
+    count = trajectory.latents.shape[1]
+    steps = torch.full((count,), index) if isinstance(index, int) else index.cpu()
+    x = trajectory.latents[steps, torch.arange(count)]
+    t, t_next = trajectory.timesteps[steps], trajectory.timesteps[steps + 1]
+    return _transition(family, x, t, t_next, cond, trajectory.guidance_scale, trajectory.step)
+
+
+def _transition(
+    family: Family, x: Tensor, t: Tensor, t_next: Tensor, cond: Cond, guidance_scale: float, step: Step
+) -> Transition:
+    """Return one step's transition from stored latents x; t and t_next are () or (B,)."""
+    x = x.float()
+    t, t_next = t.expand(len(x)).to(x.device), t_next.expand(len(x)).to(x.device)
+    prediction = family.predict(x, t, cond, guidance_scale)
+    return step(prediction, family.schedule(t), family.schedule(t_next))
