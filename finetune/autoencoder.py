@@ -28,6 +28,9 @@ from preftune.records import read_imagefolder
 from preftune.training.run import Run
 from preftune.training.run_config import RunConfig, check
 
+LEARNING_RATE = 1e-5
+"""Where --learning-rate says nothing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -76,7 +79,7 @@ def main(config: Config) -> int:
         samples = read_imagefolder(config.data)
         run = Run(config.run, driver="autoencoder", config_text=dump(config))
         vae = build_autoencoder(config.widths, config.resolution, seed=config.run.seed)
-        module = run.prepare(Reconstruct(vae))
+        module = run.prepare(Reconstruct(vae), learning_rate=LEARNING_RATE)
     paths = [sample.path for sample in samples]
 
     def load(chosen: list[Path]) -> Tensor:
@@ -88,8 +91,8 @@ def main(config: Config) -> int:
 
     latent = (4, config.resolution // 8, config.resolution // 8)
     for step in run.steps():
-        for micro in range(run.gradient_accumulation_steps):
-            indices = run.image_indices(step, micro)
+        for micro_batch in run.passes():
+            indices = run.image_indices(step, micro_batch)
             with run.accumulate():
                 images = load(items_at(paths, indices, config.run.seed))
                 noise = torch.stack([torch.randn(latent, generator=run.generator(i)) for i in indices]).to(

@@ -43,6 +43,10 @@ EMBED = 64
 """Width of the space that images and captions are compared in."""
 
 
+LEARNING_RATE = 1e-5
+"""Where --learning-rate says nothing."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
     """Sizes of the scorer that is built; both towers have heads of 32 channels."""
@@ -247,18 +251,18 @@ def main(config: Config) -> int:
         scorer: ImageReward | ClipScorer
         if config.architecture == "clip":
             scorer = build_clip(config)
-            module = run.prepare(Contrast(scorer))
+            module = run.prepare(Contrast(scorer), learning_rate=LEARNING_RATE)
         else:
             scorer = build_imagereward(config)
-            module = run.prepare(Pretraining(scorer, config.temperature))
+            module = run.prepare(Pretraining(scorer, config.temperature), learning_rate=LEARNING_RATE)
 
     def write(folder: Path) -> None:
         with run.ema_weights():
             scorer.save(folder / "scorer")
 
     for step in run.steps():
-        for micro in range(run.gradient_accumulation_steps):
-            indices = run.image_indices(step, micro)
+        for micro_batch in run.passes():
+            indices = run.image_indices(step, micro_batch)
             rows = items_at(samples, indices, config.run.seed)
             misses = [near_miss(row, run.generator(i)) for row, i in zip(rows, indices, strict=True)]
             with run.accumulate():

@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from preftune.augment import shifted, weak_view
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.order import items_at
-from preftune.records import read_jsonl, read_rankings
+from preftune.records import read_rankings
 from preftune.training.accuracy_plot import plot
 from preftune.training.preference_losses import (
     Favour,
@@ -55,6 +55,9 @@ from preftune.training.run import Run
 from preftune.training.run_config import RunConfig, check
 from rewards import Preprocess
 from rewards.training import Head, Trainable, check_trainable, freeze, load_trainable
+
+LEARNING_RATE = 1e-5
+"""Where --learning-rate says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,14 +292,14 @@ def main(config: Config) -> int:
             raise ValueError(
                 "--stable.through-weights needs all pairs of an update in one process; start one, or leave it out"
             )
-        module = run.prepare(Ranker(scorer))
-    best, preprocess = best_so_far(run.folder), preprocess_of(scorer)
+        module = run.prepare(Ranker(scorer), learning_rate=LEARNING_RATE)
+    best, preprocess = float(run.resumed_state.get("best", 0.0)), preprocess_of(scorer)
 
     for step in run.steps():
         module.train()
         parts = [
-            part_of(train, run.image_indices(step, micro), preprocess, config, run)
-            for micro in range(run.gradient_accumulation_steps)
+            part_of(train, run.image_indices(step, micro_batch), preprocess, config, run)
+            for micro_batch in run.passes()
         ]
         total = total_before(module, parts, config, step, run)
         for part in parts:
@@ -306,25 +309,20 @@ def main(config: Config) -> int:
                 mean = weighted_mean(losses, logits, log_total([logits], run) if total is None else total)
                 better, worse = raw[:, 0][untied(part.chosen)[0].to(run.device)]
                 right = (better > worse).float().mean() if len(better) else 0.5
-                run.update(mean * run.gradient_accumulation_steps * run.world, accuracy=right)
+                run.update(mean * len(parts) * run.world, accuracy=right)
         if run.due("validation_steps", step) or run.due("checkpointing_steps", step):
             with run.ema_weights():
                 accuracy = validate(scorer, held, run.device)
-                run.log(step, valid_accuracy=accuracy)
-                if run.is_main and accuracy >= best:
+                run.log(step, validation_accuracy=accuracy)
+                if accuracy >= best:
                     best = accuracy
-                    scorer.save(run.folder / "scorer")
+                    if run.is_main:
+                        scorer.save(run.folder / "scorer")
         if run.due("checkpointing_steps", step):
-            run.save(step)
+            run.save(step, state={"best": best})
     if run.is_main:
         plot(run.folder)
     return run.finish()
-
-
-def best_so_far(folder: Path) -> float:
-    """Return the highest accuracy that the run has noted before it was stopped; 0 for a new run."""
-    rows = read_jsonl(folder / "metrics.jsonl")
-    return max((row["valid_accuracy"] for row in rows if "valid_accuracy" in row), default=0.0)
 
 
 def preprocess_of(scorer: Trainable) -> Preprocess:

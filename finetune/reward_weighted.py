@@ -27,10 +27,9 @@ from torch import Tensor
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.order import items_at
 from preftune.records import CaptionedImage, read_imagefolder
-from preftune.training import validation, workspace
-from preftune.training.run import Run
+from preftune.training import workspace
+from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig, check_dropout
 from preftune.training.run_config import RunConfig, check
-from preftune.training.workspace import Tuning
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -51,7 +50,11 @@ class Config:
     """Imagefolder of captioned images that are learned with weight --beta."""
     beta: float = 0.5
     """Weight of the plain loss on --pretraining-data; 0 leaves it out."""
-    tuning: Annotated[Tuning, tyro.conf.arg(name="")]
+    caption_dropout: float = 0.0
+    """Share of captions left empty, in [0, 1)."""
+    model: Annotated[ModelConfig, tyro.conf.arg(name="")]
+    reward: Annotated[RewardConfig, tyro.conf.arg(name="")] = field(default_factory=RewardConfig)
+    validation: Annotated[ValidationConfig, tyro.conf.arg(name="")] = field(default_factory=ValidationConfig)
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: RunConfig(output_dir=Path("runs/reward_weighted"))
     )
@@ -63,6 +66,7 @@ class Config:
             raise ValueError(f"--beta must be 0 or more and finite, got {self.beta}")
         if self.beta and self.pretraining_data is None:
             raise ValueError(f"--beta {self.beta:g} needs --pretraining-data IMAGEFOLDER; or choose --beta 0")
+        check_dropout(self.caption_dropout)
 
 
 def reward_weights(scores: Tensor, weighting: Literal["minmax", "exp"], temperature: float) -> Tensor:
@@ -77,9 +81,9 @@ def reward_weights(scores: Tensor, weighting: Literal["minmax", "exp"], temperat
     return (scores - low) / (high - low)
 
 
-def weighted_loss(errors: Tensor, weights: Tensor) -> Tensor:
-    """Return mean(w e) of errors (B,) and weights (B,): the first term of eq. 4, -log p being the error."""
-    return (weights * errors).mean()
+def weighted_loss(losses: Tensor, weights: Tensor) -> Tensor:
+    """Return mean(w l) of losses (B,) and weights (B,): the first term of eq. 4, -log p being the diffusion loss."""
+    return (weights * losses).mean()
 
 
 def read_scores(samples: Sequence[CaptionedImage], name: str, folder: Path) -> Tensor:
@@ -95,57 +99,38 @@ def read_scores(samples: Sequence[CaptionedImage], name: str, folder: Path) -> T
     return torch.tensor(scores, dtype=torch.float32)
 
 
-def main(config: Config) -> int:  # noqa: C901 - the loop stays in one piece
-    """Tune, show and save."""
+def main(config: Config) -> int:
+    """Tune, validate and save."""
     with exit_on_user_error():
         check(config.run)
-        workspace.check_inputs(config.tuning)
+        config.validation.check(config.model.check())
+        config.reward.check()
         samples = read_imagefolder(config.data)
         scores = read_scores(samples, config.score, config.data)
         weights = reward_weights(scores, config.weighting, config.temperature)
         others = read_imagefolder(config.pretraining_data) if config.pretraining_data and config.beta else []
-        validation_prompts = workspace.read_validation_prompts(
-            config.tuning, [sample.text for sample in samples]
-        )
-        run = Run(config.run, driver="reward_weighted", config_text=dump(config))
-        family, mix = workspace.load(config.tuning, run)
+        prompts = config.validation.prompts([sample.text for sample in samples])
+    groups = config.model, config.reward, config.validation, config.run
+    with workspace.open(*groups, driver="reward_weighted", config_text=dump(config), prompts=prompts) as w:
+        run = w.run
 
-    def write(folder: Path) -> None:
-        workspace.write(family, run, config.tuning.lora, folder)
+        def losses(chosen: Sequence[CaptionedImage], indices: range, stream: int) -> Tensor:
+            texts, dropout = [sample.text for sample in chosen], config.caption_dropout
+            return w.losses(chosen, texts, indices, caption_dropout=dropout, stream=stream)
 
-    def show(name: str) -> validation.Shown:
-        return workspace.show(family, mix, validation_prompts, config.tuning.sample, run, name)
-
-    def errors(chosen: Sequence[CaptionedImage], indices: range, stream: int) -> Tensor:
-        texts = [sample.text for sample in chosen]
-        return workspace.errors(family, run, config.tuning, chosen, texts, indices, stream)
-
-    if not run.resumed:  # samples, scores and saves once before training: whatever cannot work fails here
-        if run.is_main:
-            show("before")
-        run.save(-1, write=write)
-
-    for step in run.steps():
-        for micro in range(run.gradient_accumulation_steps):
-            indices = run.image_indices(step, micro)
-            rows = items_at(range(len(samples)), indices, config.run.seed)
-            with run.accumulate():
-                error = errors([samples[row] for row in rows], indices, stream=0)
-                loss = weighted_loss(error, weights[rows].to(error.device))
-                if others:
-                    plain = errors(items_at(others, indices, config.run.seed), indices, stream=1).mean()
-                    loss = loss + config.beta * plain
-                run.update(loss, error=error.mean())
-        if run.due("validation_steps", step) and run.is_main and step + 1 < config.run.max_train_steps:
-            run.log(step, **show(f"step_{step + 1:06d}").means())
-        if run.due("checkpointing_steps", step):
-            run.save(step, write=write)
-
-    if run.is_main and not run.interrupted:
-        write(run.folder)
-        show("after")
-        validation.conclude(run.folder, {"before": "before", "after": "after"})
-    return run.finish()
+        for step in run.steps():
+            for micro_batch in run.passes():
+                indices = run.image_indices(step, micro_batch)
+                rows = items_at(range(len(samples)), indices, config.run.seed)
+                with run.accumulate():
+                    own = losses([samples[row] for row in rows], indices, stream=0)
+                    loss = weighted_loss(own, weights[rows].to(own.device))
+                    if others:
+                        plain = losses(items_at(others, indices, config.run.seed), indices, stream=1).mean()
+                        loss = loss + config.beta * plain
+                    run.update(loss, diffusion_loss=own.mean())
+            w.after(step)
+        return w.finish()
 
 
 if __name__ == "__main__":

@@ -25,22 +25,17 @@ from preftune.cli import dump, exit_on_user_error, parse
 from preftune.lora import LoRA
 from preftune.order import items_at
 from preftune.records import CaptionedImage, read_imagefolder
-from preftune.training import validation, workspace
-from preftune.training.run import Run
+from preftune.training import workspace
+from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig, check_dropout
 from preftune.training.run_config import RunConfig, check
-from preftune.training.workspace import Tuning
 
 KINDS = ("preferred", "non_preferred", "regularisation")
-SHOWN = {
-    "base": "base",
-    "base, negative prompt": "base_negative",
-    "tuned": "tuned",
-    "tuned, negative prompt": "tuned_negative",
-}
+NEGATIVE = "_negative"
+"""Ending of the names of validation images with the negative prompt."""
 
 
-def _published_tuning() -> Tuning:
-    return Tuning(model=tyro.MISSING, lora=LoRA(rank=32))
+def _published_model() -> ModelConfig:
+    return ModelConfig(model=tyro.MISSING, lora=LoRA(rank=32))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +50,11 @@ class Config:
     """Share of --regularisation among all images seen, in (0, 1); None = as many as there are."""
     prefix: str = "Weird image. "
     """Stands before the captions of non-preferred images, and is the negative prompt when images are generated."""
-    tuning: Annotated[Tuning, tyro.conf.arg(name="")] = field(default_factory=_published_tuning)
+    caption_dropout: float = 0.0
+    """Share of captions left empty, in [0, 1); those of non-preferred images keep the prefix."""
+    model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=_published_model)
+    reward: Annotated[RewardConfig, tyro.conf.arg(name="")] = field(default_factory=RewardConfig)
+    validation: Annotated[ValidationConfig, tyro.conf.arg(name="")] = field(default_factory=ValidationConfig)
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: RunConfig(
             output_dir=Path("runs/weird_lora"),
@@ -72,12 +71,14 @@ class Config:
         share = self.regularisation_share
         if share is not None and not 0 < share < 1:
             raise ValueError(f"--regularisation-share must lie strictly between 0 and 1, got {share}")
-        if self.tuning.sample.guidance_scale == 1:
+        scale = self.validation.sample.guidance_scale
+        if scale is not None and scale <= 1:
             raise ValueError(
-                "--sample.guidance-scale 1 has no negative prompt, which is the point here; choose another, such as 7.5"
+                f"--sample.guidance-scale {scale:g} has no negative prompt, which is the point here; choose another, such as 7.5"
             )
         if share is not None and self.regularisation is None:
             raise ValueError("--regularisation-share needs --regularisation IMAGEFOLDER")
+        check_dropout(self.caption_dropout)
 
 
 def captions(samples: Sequence[CaptionedImage], prefix: str) -> tuple[list[str], list[str]]:
@@ -120,46 +121,36 @@ def read(config: Config) -> list[CaptionedImage]:
 
 
 def main(config: Config) -> int:
-    """Tune, show and save."""
+    """Tune, validate and save."""
     with exit_on_user_error():
         check(config.run)
-        workspace.check_inputs(config.tuning)
+        config.validation.check(config.model.check())
+        config.reward.check()
         samples = read(config)
-        validation_prompts = workspace.read_validation_prompts(
-            config.tuning, [sample.text for sample in samples]
-        )
-        run = Run(config.run, driver="weird_lora", config_text=dump(config))
-        family, mix = workspace.load(config.tuning, run)
-
-    def write(folder: Path) -> None:
-        workspace.write(family, run, config.tuning.lora, folder)
-
-    def show(name: str, negative: str = "") -> validation.Shown:
-        return workspace.show(family, mix, validation_prompts, config.tuning.sample, run, name, negative)
-
-    if not run.resumed:  # samples, scores and saves once before training: whatever cannot work fails here
-        if run.is_main:
-            show("base"), show("base_negative", config.prefix)
-        run.save(-1, write=write)
-
-    for step in run.steps():
-        for micro in range(run.gradient_accumulation_steps):
-            indices = run.image_indices(step, micro)
-            chosen = items_at(samples, indices, config.run.seed)
-            with run.accumulate():
-                texts, dropped = captions(chosen, config.prefix)
-                error = workspace.errors(family, run, config.tuning, chosen, texts, indices, dropped=dropped)
-                run.update(error.mean())
-        if run.due("validation_steps", step) and run.is_main and step + 1 < config.run.max_train_steps:
-            run.log(step, **show(f"step_{step + 1:06d}", config.prefix).means())
-        if run.due("checkpointing_steps", step):
-            run.save(step, write=write)
-
-    if run.is_main and not run.interrupted:
-        write(run.folder)
-        show("tuned"), show("tuned_negative", config.prefix)
-        validation.conclude(run.folder, SHOWN)
-    return run.finish()
+        prompts = config.validation.prompts([sample.text for sample in samples])
+    start, end = "step_000000", f"step_{config.run.max_train_steps:06d}"
+    moments = {
+        "base": start,
+        "base, negative prompt": start + NEGATIVE,
+        "tuned": end,
+        "tuned, negative prompt": end + NEGATIVE,
+    }
+    with workspace.open(
+        config.model, config.reward, config.validation, config.run, driver="weird_lora", config_text=dump(config),
+        prompts=prompts, moments=moments, negatives={"": "", NEGATIVE: config.prefix},
+    ) as w:  # fmt: skip
+        run = w.run
+        for step in run.steps():
+            for micro_batch in run.passes():
+                indices = run.image_indices(step, micro_batch)
+                chosen = items_at(samples, indices, config.run.seed)
+                with run.accumulate():
+                    texts, dropped = captions(chosen, config.prefix)
+                    dropout = config.caption_dropout
+                    losses = w.losses(chosen, texts, indices, caption_dropout=dropout, dropped=dropped)
+                    run.update(losses.mean())
+            w.after(step)
+        return w.finish()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Every image has a torch.Generator of its own, so it is a function of (weights, p
 the batch it was generated in, nor of the number of processes.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -52,6 +53,10 @@ class Sampling:
                 resolutions.parse(self.resolution)
             except ValueError as error:
                 raise ValueError(f"--sample.resolution: {error}") from error
+
+    def by_groups_of(self, number: int) -> "Sampling":
+        """Return the same with whole groups of `number` images in a batch, one at least: for images that compete."""
+        return dataclasses.replace(self, batch_size=max(1, self.batch_size // number) * number)
 
     def resolved(self, defaults: Defaults) -> "Resolved":
         """Return the settings with the family's defaults in place of None."""

@@ -3,6 +3,7 @@
 So what is random is a function of what it belongs to: an image, or a step; never of the batch, the process or the past.
 """
 
+import random
 from enum import IntEnum
 
 import numpy as np
@@ -36,3 +37,11 @@ def generator(seed: int, *key: int) -> torch.Generator:
 def rng(seed: int, *key: int) -> np.random.Generator:
     """Return a generator of numpy."""
     return np.random.default_rng((seed, *key))
+
+
+def seed_everything(seed: int, *key: int) -> None:
+    """Seed the global generators of Python, numpy and torch, for libraries that use them."""
+    first = word(seed, *key, bits=32)
+    random.seed(first)
+    np.random.seed(first)
+    torch.manual_seed(first)

@@ -18,6 +18,7 @@ From a pipeline folder only betas and prediction type are used. Spacing, offset 
 because a folder's file describes the sampler that was last saved with it.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -212,6 +213,16 @@ def check(
         raise ValueError(f"solver {name} cannot start at zero terminal SNR; one of {usable} can")
     if name == "pndm" and prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(f"solver pndm does not know prediction type {prediction_type}; one of {usable} does")
+
+
+def usable(prediction_type: PredictionType, zero_snr: bool) -> tuple[SolverName, ...]:
+    """Return the solvers that such a model can be sampled with."""
+    found: list[SolverName] = []
+    for name in get_args(SolverName):
+        with contextlib.suppress(ValueError):
+            check(name, 1, prediction_type, zero_snr)
+            found.append(name)
+    return tuple(found)
 
 
 def make_scheduler(

@@ -15,6 +15,10 @@ from rewards.card import Card, Scorer
 from rewards.shared_towers import score_all, share_towers
 
 
+Normalization = Literal["none", "card", "dataset"]
+"""How scores come to common units before they are weighted."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mixed:
     """What a mix of n scorers says about B images."""
@@ -26,8 +30,8 @@ class Mixed:
 
 
 class Mix:
-    """The weighted sum of scorers. `raw` adds scores as they are, the others add (score - mean) / std: `card` those of
-    the card, `sample` those of a file that data_build/score.py wrote about images like these (summary.json).
+    """The weighted sum of scorers. `none` adds scores as they are, the others add (score - mean) / std: `card` with
+    those of the card, `dataset` with those that data_build/score.py found on images like these (summary.json).
 
     Columns stand in the order of scorers, and `names` says whose they are. Scorers with equal image towers come to
     share one.
@@ -37,8 +41,8 @@ class Mix:
         self,
         scorers: Sequence[Scorer],
         weights: Mapping[str, float],
-        normalise: Literal["raw", "card", "sample"],
-        sample: Path | None = None,
+        normalization: Normalization,
+        stats: Path | None = None,
     ) -> None:
         self.names = tuple(scorer.card.name for scorer in scorers)
         if not scorers or len(set(self.names)) != len(self.names) or set(self.names) != set(weights):
@@ -48,7 +52,7 @@ class Mix:
             )
         self.scorers = tuple(scorers)
         self.weights = tuple(weights[name] for name in self.names)
-        self.units = units([scorer.card for scorer in scorers], normalise, sample)
+        self.units = units([scorer.card for scorer in scorers], normalization, stats)
         share_towers(self.scorers)
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Mixed:
@@ -72,42 +76,42 @@ class Mix:
 
 
 def units(
-    cards: Sequence[Card], normalise: Literal["raw", "card", "sample"], sample: Path | None
+    cards: Sequence[Card], normalization: Normalization, stats: Path | None
 ) -> list[tuple[float, float]]:
     """Return what to subtract and to divide by for each scorer; a driver calls it before it loads weights.
 
-    ValueError for an unknown normalise, and for a sample that is missing, not needed, or without usable numbers.
+    ValueError for an unknown normalization, and for statistics that are missing, not needed, or without usable numbers.
     """
-    if normalise not in ("raw", "card", "sample"):
-        raise ValueError(f"unknown normalise {normalise!r}; one of raw, card, sample")
-    if (normalise == "sample") != (sample is not None):
+    if normalization not in ("none", "card", "dataset"):
+        raise ValueError(f"unknown reward normalization {normalization!r}; one of none, card, dataset")
+    if (normalization == "dataset") != (stats is not None):
         raise ValueError(
-            f"units {normalise!r} with {'no sample file' if sample is None else sample}; the units 'sample', and they"
-            " alone, need a summary.json of data_build/score.py"
+            f"reward normalization {normalization} with {'no file of statistics' if stats is None else stats}; dataset, and"
+            " dataset alone, needs --reward-stats, a summary.json of data_build/score.py"
         )
-    if sample is not None:
-        return _sample_units([card.name for card in cards], sample)
-    return [(card.mean, card.std) if normalise == "card" else (0.0, 1.0) for card in cards]
+    if stats is not None:
+        return _dataset_units([card.name for card in cards], stats)
+    return [(card.mean, card.std) if normalization == "card" else (0.0, 1.0) for card in cards]
 
 
-def _sample_units(names: Sequence[str], sample: Path) -> list[tuple[float, float]]:
+def _dataset_units(names: Sequence[str], stats: Path) -> list[tuple[float, float]]:
     """Return (mean, std) of each scorer from a summary.json."""
     try:
-        scores = json.loads(sample.read_text(encoding="utf-8"))["scores"]
+        scores = json.loads(stats.read_text(encoding="utf-8"))["scores"]
         found = {name: (float(row["mean"]), float(row["std"])) for name, row in scores.items()}
     except OSError as error:
-        raise ValueError(f"cannot read the sample file {sample}: {error.strerror}") from error
+        raise ValueError(f"cannot read the file of statistics {stats}: {error.strerror}") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{sample} is no summary.json of data_build/score.py ({type(error).__name__}: {error})"
+            f"{stats} is no summary.json of data_build/score.py ({type(error).__name__}: {error})"
         ) from error
     for name in names:
         if name not in found:
-            raise ValueError(f"{sample} has no {name}; it has {', '.join(found) or 'no scores'}")
+            raise ValueError(f"{stats} has no {name}; it has {', '.join(found) or 'no scores'}")
         if not (all(map(math.isfinite, found[name])) and found[name][1] > 0):
             raise ValueError(
-                f"{sample} gives {name} mean {found[name][0]:g} and std {found[name][1]:g}; scores that do not differ"
-                " cannot be brought to common units"
+                f"{stats} gives {name} mean {found[name][0]:g} and std {found[name][1]:g}; scores that do not differ"
+                " cannot be normalized"
             )
     return [found[name] for name in names]
 

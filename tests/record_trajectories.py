@@ -36,22 +36,22 @@ UPDATES = 3
 # Adam divides a gradient by its own size, so that rounding decides the sign of the smallest; a large epsilon makes updates
 # a smooth function of the gradient, which is what lets the numbers be compared between processors.
 _RUN = "--max-train-steps 3 --train-batch-size 2 --gradient-accumulation-steps 2 --learning-rate 1e-2 --adam-epsilon 1e-2 --threads 1 --checkpointing-steps 1 --checkpoints-total-limit 0"
-_DRAW = "--sample.num-inference-steps 2 --sample.solver ddim --sample.resolution 32"
+_SAMPLE = "--sample.num-inference-steps 2 --sample.solver ddim --sample.resolution 32"
 
 _FLAGS = {
     "autoencoder": "--data {root}/images --resolution 32 --widths 8 8 16 16 --kl-weight 0.1",
-    "pretrain": f"--model {{root}}/pipeline --data {{root}}/images --resolution 32 --train-text-encoder --lora.rank 0 {_DRAW}",
+    "pretrain": f"--model {{root}}/pipeline --data {{root}}/images --resolution 32 --train-text-encoder --train full {_SAMPLE}",
     "pretrain_scorer": "--data {root}/images --vocab {root}/vocab.txt --sizes.image 32 --sizes.patch 16 --sizes.width 32"
     " --sizes.vision-layers 1 --sizes.text-layers 1 --sizes.head 16 8 8 4",
     "raft": f"--model {{root}}/pipeline --prompts {{root}}/prompts.txt --rewards brightness=1 --resolution 32 --iterations 1"
-    f" --prompts-per-iteration 4 --images-per-prompt 2 {_DRAW}",
+    f" --prompts-per-iteration 4 --images-per-prompt 2 {_SAMPLE}",
     "refl": "--model {root}/pipeline --prompts {root}/prompts.txt --rewards brightness=1 --data {root}/images --resolution 32"
-    f" --num-inference-steps 4 --window 1 2 --guidance-scale 2 --reward-scale 1 --pretraining alternate {_DRAW}",
+    f" --num-inference-steps 4 --window 1 2 --guidance-scale 2 --reward-scale 1 --pretraining alternate {_SAMPLE}",
     "reward_model": "--model {root}/scorer --data {root}/rankings --frozen-share 0 --validation-share 0.25",
     "reward_weighted": "--model {root}/pipeline --data {root}/images --score liking --pretraining-data {root}/images"
-    f" --resolution 32 {_DRAW}",
+    f" --resolution 32 {_SAMPLE}",
     "weird_lora": "--model {root}/pipeline --data {root}/images --regularisation {root}/images --regularisation-share 0.3"
-    f" --resolution 32 --lora.rank 4 {_DRAW}",
+    f" --resolution 32 --lora.rank 4 {_SAMPLE}",
 }
 
 

@@ -220,7 +220,7 @@ def test_rankings_that_say_nothing_are_refused() -> None:
 
 
 def test_the_best_accuracy_outlives_a_stop(tmp_path: Path) -> None:
-    rows = [{"step": 0, "loss": 1.0}, {"step": 1, "valid_accuracy": 0.7}, {"step": 2, "valid_accuracy": 0.6}]
+    rows = [{"step": 0, "loss": 1.0}, {"step": 1, "validation_accuracy": 0.7}, {"step": 2, "validation_accuracy": 0.6}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert reward_model.best_so_far(tmp_path) == 0.7
     (tmp_path / "metrics.jsonl").write_text("")
@@ -300,7 +300,7 @@ def test_every_objective_trains(flags: str, root: Path, tmp_path: Path) -> None:
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1]
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
-    assert all(0 <= row["valid_accuracy"] <= 1 for row in rows)
+    assert all(0 <= row["validation_accuracy"] <= 1 for row in rows)
     with Image.open(tmp_path / "accuracy.png") as image:
         assert image.width > 800
     before, after = ImageReward.load(root / "scorer"), ImageReward.load(tmp_path / "scorer")
@@ -460,7 +460,7 @@ def test_the_driver_by_hand(
     for step, row in enumerate(rows):
         loss, accuracy = by_hand(step, 2)
         assert row["loss"] == pytest.approx(loss, rel=1e-5), step
-        assert row["valid_accuracy"] == pytest.approx(accuracy)
+        assert row["validation_accuracy"] == pytest.approx(accuracy)
     assert rows[2]["loss"] != pytest.approx(rows[1]["loss"], rel=1e-2), "the stages differ"
     assert grey.logit_scale.item() == pytest.approx(math.log(100)), "brought back before each pass"
     (held,) = split(by_images([ranking(prompt, "abc", (1, 2, 3)) for prompt in GREYS]), 0.25, 0)[1]
@@ -472,7 +472,7 @@ def test_the_best_scorer_is_kept(grey: Brightness, tmp_path: Path, monkeypatch: 
     accuracies = iter([0.6, 0.7, 0.5])
     monkeypatch.setattr(reward_model, "validate", lambda *_: next(accuracies))
     rows = train_grey(tmp_path, "--train-batch-size 3 --gradient-accumulation-steps 1 --learning-rate 1e-2")
-    assert [row["valid_accuracy"] for row in rows] == [0.6, 0.7, 0.5]
+    assert [row["validation_accuracy"] for row in rows] == [0.6, 0.7, 0.5]
     assert len(grey.saved) == 2, "the third is worse than the second"
     assert grey.saved[1] != grey.saved[0]
     assert grey.saved[1] != grey.weight.item()

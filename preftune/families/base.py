@@ -27,6 +27,8 @@ class Defaults:
     num_inference_steps: int
     guidance_scale: float
     solver: SolverName
+    solvers: tuple[SolverName, ...]
+    """Those that this model can be sampled with; some cannot start at zero terminal SNR."""
     lora_target_modules: tuple[str, ...]
     lora_learning_rate: float
     full_learning_rate: float

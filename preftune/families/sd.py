@@ -23,7 +23,7 @@ from preftune.families import unet as unets
 from preftune.families.base import Cond, Defaults
 from preftune.noise import Prediction, PredictionType, predict_from
 from preftune.resolution import Framing, Resolution
-from preftune.solvers import SolverName
+from preftune.solvers import SolverName, usable
 
 PARTS = {
     "unet": ("UNet2DConditionModel",),
@@ -62,6 +62,7 @@ def _defaults(denoiser: Mapping[str, Any], autoencoder: Mapping[str, Any], noise
         num_inference_steps=50,
         guidance_scale=7.5,
         solver="ddim" if noise.zero_snr else "pndm",
+        solvers=usable(noise.prediction_type, noise.zero_snr),
         lora_target_modules=loras.LoRA().target_modules,
         lora_learning_rate=1e-4,
         full_learning_rate=1e-5,

@@ -13,7 +13,7 @@ from preftune.records import read_jsonl
 def plot(folder: Path) -> None:
     """Write RUN/accuracy.png of RUN/metrics.jsonl: training (mean of the updates between) and held-out accuracy, and loss."""
     rows = read_jsonl(folder / "metrics.jsonl")
-    held = [(row["step"] + 1, row["valid_accuracy"]) for row in rows if "valid_accuracy" in row]
+    held = [(row["step"] + 1, row["validation_accuracy"]) for row in rows if "validation_accuracy" in row]
     if not held:
         return
     bounds = [0, *(step for step, _ in held)]

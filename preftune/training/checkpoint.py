@@ -1,7 +1,7 @@
 """What a run leaves on disk, and how it survives a kill at any moment.
 
 A checkpoint is a folder `step_000500` (500 updates done) that appears in one rename, so a folder with that exact name is
-always complete; a killed write leaves only `step_000500.tmp-<pid>`, which the next start removes. `state.pt` inside
+always complete; what a killed write leaves behind, the next start removes. `state.pt` inside
 holds tensors, numbers and strings only and is read with `weights_only=True`: nothing is ever unpickled.
 """
 
@@ -9,17 +9,17 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from preftune import files
+
 _STEP = re.compile(r"step_(\d{6,})")
-_LEFTOVER = re.compile(r"(step_\d{6,}|metrics\.jsonl|config\.yaml)\.tmp-.*")
 _RUN_FILES = ("config.yaml", "metrics.jsonl", "tensorboard", "samples")
 
 
@@ -40,24 +40,27 @@ def holds_run(output: Path) -> bool:
     return (output / "metrics.jsonl").exists() or bool(find_checkpoints(output))
 
 
-def clear(output: Path, *, resume_from: Path | None, overwrite: bool) -> None:
+def clear(
+    output: Path, *, resume_from: Path | None, overwrite: bool, driver_files: Sequence[str] = ()
+) -> None:
     """Remove what killed writes left behind and, to overwrite, the earlier run.
 
-    Only a run's own files go, so that a mistyped folder keeps everything else. Where the new run starts from a
-    checkpoint in this very folder, only the later checkpoints go.
+    Only a run's own files go, and those of the driver's patterns, so that a mistyped folder keeps everything else. Where the new
+    run starts from a checkpoint in this very folder, only the later checkpoints go.
     """
     for path in output.iterdir():
-        if _LEFTOVER.fullmatch(path.name):
-            _remove(path)
+        if files.is_leftover(path):
+            files.remove(path)
     if not overwrite or not holds_run(output):
         return
     inside = resume_from is not None and resume_from.resolve().parent == output.resolve()
     kept = (updates_of(resume_from) or 0) if inside and resume_from is not None else -1
     for path in output.glob("step_*"):
         if (updates_of(path) or 0) > kept:
-            _remove(path)
-    for name in () if inside else _RUN_FILES:
-        _remove(output / name)
+            files.remove(path)
+    for pattern in () if inside else (*_RUN_FILES, *driver_files):
+        for path in output.glob(pattern):
+            files.remove(path)
 
 
 def write(
@@ -69,18 +72,15 @@ def write(
     """
     target = output / f"step_{updates:06d}"
     assert not target.exists(), f"{target} is already saved: call save() once per step"
-    unfinished = output / f"{target.name}.tmp-{os.getpid()}"
-    unfinished.mkdir()
-    torch.save(state, unfinished / "state.pt")
-    if extra is not None:
-        extra(unfinished)
-    for path in unfinished.rglob("*"):  # the content must reach the disk before the name does
-        _fsync(path)
-    _fsync(unfinished)
-    unfinished.replace(target)
-    _fsync(output)
+    with files.replacing(target, durable=True) as unfinished:
+        unfinished.mkdir()
+        torch.save(state, unfinished / "state.pt")
+        if extra is not None:
+            extra(unfinished)
     for old in find_checkpoints(output)[:-keep] if keep else []:
-        shutil.rmtree(old.replace(f"{old}.tmp-old"))  # renamed first: half removed, it must not look complete
+        files.remove(
+            old.rename(old.with_name(f".{old.name}.tmp-old"))
+        )  # half removed, it must not look complete
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class Metrics:
     def __init__(self, folder: Path, *, start: int) -> None:
         path = folder / "metrics.jsonl"
         if path.exists():
-            write_text(path, _rows_before(path, start))
+            files.write_text(path, _rows_before(path, start), durable=True)
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
 
@@ -160,14 +160,6 @@ def _rows_before(path: Path, start: int) -> str:
     return "".join(kept)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in one piece."""
-    unfinished = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    _fsync(unfinished)
-    unfinished.replace(path)
-
-
 def commit() -> str:
     """Commit of this checkout, with `+` where files differ from it; `unknown` outside git."""
     command = [
@@ -185,18 +177,3 @@ def commit() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return done.stdout.strip() or "unknown"
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

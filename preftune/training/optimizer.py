@@ -1,4 +1,4 @@
-"""AdamW as configured, the course of its learning rate, and the moving average of the weights that it trains."""
+"""AdamW as configured, the course of its learning rate, and the exponential moving average (EMA) of the weights that it trains."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -28,22 +28,26 @@ def adamw(config: RunConfig, parameters: list[nn.Parameter], lr: float) -> torch
         }
         groups = [{"params": matrices}, others]
     optimizer: torch.optim.Optimizer = kind(
-        groups, lr=lr, betas=config.adam_betas, eps=config.adam_epsilon, weight_decay=config.adam_weight_decay
+        groups,
+        lr=lr,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.adam_weight_decay,
     )
     return optimizer
 
 
 def lr_factor(config: RunConfig, step: int) -> float:
-    """Share of the peak learning rate at update `step` (from 0): (step + 1) / warmup_updates, then 1 or a half cosine."""
+    """Share of the peak learning rate at update `step` (from 0): (step + 1) / lr_warmup_steps, then 1, a line or a half cosine."""
     if step < config.lr_warmup_steps:
         return (step + 1) / config.lr_warmup_steps
-    if config.lr_scheduler == "constant":
+    if config.lr_scheduler in ("constant", "constant_with_warmup"):
         return 1.0
     progress = (step - config.lr_warmup_steps) / (config.max_train_steps - config.lr_warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - progress if config.lr_scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class Average:
+class EMA:
     """Exponential moving average of trained parameters; with ema_decay 0 it holds none and does nothing.
 
     The n-th update (from 1) decays by min(ema_decay, (1 + n) / (10 + n)), so that short runs forget their start.

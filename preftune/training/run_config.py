@@ -27,18 +27,20 @@ class RunConfig:
     """Images per process in one forward and backward pass."""
     gradient_accumulation_steps: int = 4
     """Passes per update; one update sees batch x accumulation x processes images."""
-    learning_rate: float = 1e-5
-    """Peak learning rate."""
-    lr_scheduler: Literal["constant", "cosine"] = "constant"
-    """Course of the learning rate after the warmup; cosine falls to 0 at the last update."""
+    learning_rate: float | None = None
+    """Peak learning rate; None = what suits what is trained: a LoRA of Stable Diffusion 1e-4, all of its weights 1e-5."""
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warmup; linear and cosine fall to 0 at the last update."""
     lr_warmup_steps: int = 0
     """Updates over which the learning rate rises linearly to its peak."""
     adam_weight_decay: float = 1e-2
     """Decoupled weight decay of AdamW."""
     decay_vectors: bool = True
     """Decay biases, norms and scalars as well as matrices; CLIP and HPS v2 leave them alone."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of AdamW's two moments."""
+    adam_beta1: float = 0.9
+    """Decay rate of AdamW's first moment."""
+    adam_beta2: float = 0.999
+    """Decay rate of AdamW's second moment."""
     adam_epsilon: float = 1e-8
     """Added to AdamW's denominator."""
     use_8bit_adam: bool = False
@@ -76,7 +78,8 @@ class RunConfig:
         ):
             _demand(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("learning_rate", "adam_epsilon"):
-            _demand(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0 and finite")
+            value = getattr(self, name)
+            _demand(value is None or 0 < value < math.inf, name, value, "above 0 and finite")
         _demand(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)")
         _demand(
             0 <= self.adam_weight_decay < math.inf,
@@ -84,9 +87,8 @@ class RunConfig:
             self.adam_weight_decay,
             "0 or more and finite",
         )
-        _demand(
-            all(0 <= b < 1 for b in self.adam_betas), "adam_betas", self.adam_betas, "two numbers in [0, 1)"
-        )
+        for name in ("adam_beta1", "adam_beta2"):
+            _demand(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         _demand(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0; inf never clips")
         _demand(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1); 0 keeps no average")
         if self.overwrite_output_dir and self.resume_from_checkpoint == "latest":

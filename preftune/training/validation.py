@@ -1,12 +1,11 @@
-"""What a driver shows of its progress: images from fixed seeds, their scores, and the comparison of before and after.
+"""Validation images: generated from fixed prompts and seeds, scored, and compared before and after.
 
-Images generated at one time lie in `RUN/samples/NAME/`: 0000.png, ... and `scores.json`, so that a resumed run, or a
-reader, finds the ones from before. Gold is the judge's, where every prompt is a caption of the shapes world.
+Those of one moment lie in `RUN/samples/NAME/`: 0000.png, ... and `scores.json`, so that a resumed run, or a reader, finds
+the ones from before. Prompts are shared out over processes and images are written as they come: none waits in memory.
+Gold is the judge's score, where every prompt is a caption of the shapes world.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,21 +15,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from preftune import bootstrap, files
 from preftune.families.base import Family
 from preftune.images import captioned_grid, load_pixels, save_image, to_pil
-from preftune.sampling import Sampling, sample
+from preftune.records import read_jsonl, write_jsonl
+from preftune.sampling import Sampling, sample, sharded
+from preftune.training.run import Run
 from rewards.mix import Mix
 from rewards.shapes import SIZE, in_world, judge
 
-_KEPT_IMAGES = 16  # of those generated, how many are kept as files
+_KEPT = 16  # images of a moment that stay on the disk
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
-    """Images of some prompts with what was said of them; proxy is None without scorers, gold outside the shapes world."""
+class Validation:
+    """Images of some prompts and their scores; proxy is None without scorers, gold outside the shapes world."""
 
+    folder: Path
+    """Holds the first images as 0000.png, ..."""
     prompts: list[str]
-    images: Tensor  # (at most _KEPT_IMAGES, 3, H, W) in [0, 1]
     proxy: list[float] | None
     gold: list[float] | None
 
@@ -41,116 +44,148 @@ class Shown:
 
     def means(self) -> dict[str, float]:
         """Return the mean proxy and gold scores."""
-        return {f"held_out_{name}": float(np.mean(values)) for name, values in self.scores().items()}
+        return {f"validation_{name}": float(np.mean(values)) for name, values in self.scores().items()}
+
+    def images(self) -> list[Tensor]:
+        """Return the images on the disk, (3, H, W) each."""
+        return [load_pixels(path) for path in sorted(self.folder.glob("*.png"))]
+
+    def caption(self, index: int) -> str:
+        """Return the scores of one image in words."""
+        return ", ".join(f"{name} {values[index]:.2f}" for name, values in self.scores().items())
+
+
+def validate(
+    family: Family,
+    mix: Mix | None,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    run: Run,
+    name: str,
+    negative: str = "",
+) -> Validation:
+    """Generate prompt i with seed i, score it, and keep what comes of it in `RUN/samples/NAME`; call it on every process.
+
+    `negative` is the prompt that guidance points away from. Images beyond the first 16 are scored and forgotten.
+    """
+    folder = run.folder / "samples" / name
+    partial = folder.with_name(f".{name}.tmp-shared")  # of all processes, so its name has no process in it
+    if run.is_main:
+        files.remove(partial)
+        partial.mkdir(parents=True)
+    run.wait()
+    mine = sharded(prompts, run.rank, run.world)
+    rows: list[dict[str, float]] = []
+    batches = sample(
+        family,
+        [prompt for _, prompt in mine],
+        [index for index, _ in mine],
+        sampling,
+        negative=negative,
+        progress=f"sampling {len(prompts)} validation prompts" if run.is_main else None,
+    )
+    for pixels in batches:
+        part = mine[len(rows) : len(rows) + len(pixels)]
+        scores = _score(mix, pixels, [prompt for _, prompt in part], run.device)
+        for (index, _), image, values in zip(part, pixels, scores, strict=True):
+            if index < _KEPT:
+                to_pil(image).save(partial / f"{index:04d}.png")
+            rows.append({"index": index, **values})
+    write_jsonl(partial / f"rank_{run.rank}.jsonl", rows)
+    run.wait()
+    if run.is_main:
+        _collect(partial, prompts, run.world)
+        with files.replacing(folder) as place:
+            partial.rename(place)
+        found = read(run.folder, name)
+        assert found is not None, "it was written just now"
+        save_image(_grid(found), run.folder / "samples" / f"{name}.png")
+    run.wait()
+    found = read(run.folder, name)
+    assert found is not None, "the main process has written it"
+    return found
 
 
 @torch.no_grad()
-def show(
-    family: Family,
-    mix: Mix | None,
-    prompts: list[str],
-    sampling: Sampling,
-    device: torch.device,
-    negative: str = "",
-) -> Shown:
-    """CaptionedImage prompt i with seed i and score it; guidance points away from `negative`."""
-    pixels = sample(
-        family,
-        prompts,
-        range(len(prompts)),
-        sampling,
-        negative=negative,
-        progress=f"sampling {len(prompts)} validation prompts",
-    )
-    proxy: list[float] = []
-    for start in range(0, len(prompts), sampling.batch_size) if mix else ():
-        part = slice(start, start + sampling.batch_size)
-        assert mix is not None
-        proxy += mix(pixels[part].to(device), prompts[part]).rewards.cpu().tolist()
-    gold = (
-        judge(pixels, prompts).gold.tolist()
-        if in_world(prompts) and pixels.shape[-2:] == (SIZE, SIZE)
-        else None
-    )
-    return Shown(prompts=prompts, images=pixels[:_KEPT_IMAGES], proxy=proxy or None, gold=gold)
+def _score(
+    mix: Mix | None, pixels: Tensor, prompts: list[str], device: torch.device
+) -> list[dict[str, float]]:
+    """Proxy and gold of each image, where there are such."""
+    columns: dict[str, list[float]] = {}
+    if mix is not None:
+        columns["proxy"] = mix(pixels.to(device), prompts).rewards.cpu().tolist()
+    if in_world(prompts) and tuple(pixels.shape[-2:]) == (SIZE, SIZE):
+        columns["gold"] = judge(pixels, prompts).gold.tolist()
+    return [{name: values[row] for name, values in columns.items()} for row in range(len(pixels))]
 
 
-def save(shown: Shown, run: Path, name: str) -> None:
-    """Write images and scores to `run/samples/name`, and a grid of them beside it."""
-    folder = run / "samples" / name
-    partial = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for index, image in enumerate(shown.images):
-        to_pil(image).save(partial / f"{index:04d}.png")
-    text = json.dumps({"prompts": shown.prompts, "proxy": shown.proxy, "gold": shown.gold})
-    (partial / "scores.json").write_text(text)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    columns = range(0, len(shown.images), 4)
-    images = list(shown.images)
-    captions = [f"{prompt}\n{caption(shown, i)}" for i, prompt in enumerate(shown.prompts[: len(images)])]
-    grid = captioned_grid(
-        [images[i : i + 4] for i in columns], cell_captions=[captions[i : i + 4] for i in columns]
-    )
-    save_image(grid, run / "samples" / f"{name}.png")
+def _collect(folder: Path, prompts: Sequence[str], world: int) -> None:
+    """Join what the processes have written into scores.json; a score that some images lack is left out."""
+    paths = [folder / f"rank_{rank}.jsonl" for rank in range(world)]
+    rows = sorted((row for path in paths for row in read_jsonl(path)), key=lambda row: int(row["index"]))
+    scores = {
+        name: [row[name] for row in rows] if all(name in row for row in rows) else None
+        for name in ("proxy", "gold")
+    }
+    files.write_text(folder / "scores.json", json.dumps({"prompts": list(prompts), **scores}))
+    for path in paths:
+        path.unlink()
 
 
-def read(run: Path, name: str) -> Shown | None:
-    """Return what `save` wrote, or None where it did not."""
+def read(run: Path, name: str) -> Validation | None:
+    """Return what `validate` wrote, or None where it did not."""
     folder = run / "samples" / name
     if not (folder / "scores.json").is_file():
         return None
-    images = torch.stack([load_pixels(path) for path in sorted(folder.glob("*.png"))])
-    return Shown(images=images, **json.loads((folder / "scores.json").read_text()))
+    return Validation(folder=folder, **json.loads((folder / "scores.json").read_text(encoding="utf-8")))
 
 
-def caption(shown: Shown, index: int) -> str:
-    """Return the scores of one image in words."""
-    return ", ".join(f"{name} {values[index]:.2f}" for name, values in shown.scores().items())
-
-
-def comparison(shown: Mapping[str, Shown], number: int = 8) -> Image.Image:
-    """Return a grid with a row for each showing of the same prompts and seeds, scores below."""
-    first = next(iter(shown.values()))
+def _grid(found: Validation) -> Image.Image:
+    """The images of one moment, four in a row."""
+    images = found.images()
+    captions = [f"{found.prompts[i]}\n{found.caption(i)}" for i in range(len(images))]
+    starts = range(0, len(images), 4)
     return captioned_grid(
-        [list(row.images[:number]) for row in shown.values()],
-        row_captions=list(shown),
-        column_titles=first.prompts[: min(number, len(first.images))],
-        cell_captions=[[caption(row, i) for i in range(len(row.images[:number]))] for row in shown.values()],
+        [images[i : i + 4] for i in starts], cell_captions=[captions[i : i + 4] for i in starts]
     )
 
 
-def interval(before: Sequence[float], after: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
-    """Return the mean paired difference and its 95 % percentile-bootstrap interval over prompts (10,000 resamples)."""
-    difference = np.asarray(after) - np.asarray(before)
-    rng = np.random.default_rng(seed)
-    means = [difference[rng.integers(len(difference), size=len(difference))].mean() for _ in range(10_000)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(difference.mean()), float(low), float(high)
+def comparison(moments: Mapping[str, Validation], number: int = 8) -> Image.Image:
+    """Return a grid with a row for each moment of the same prompts and seeds, scores below."""
+    first = next(iter(moments.values()))
+    rows = [found.images()[:number] for found in moments.values()]
+    return captioned_grid(
+        rows,
+        row_captions=list(moments),
+        column_titles=first.prompts[: len(rows[0])],
+        cell_captions=[
+            [found.caption(i) for i in range(len(row))]
+            for found, row in zip(moments.values(), rows, strict=True)
+        ],
+    )
 
 
-def summary(shown: Mapping[str, Shown]) -> str:
-    """Return lines that say how each later showing of the same prompts differs from the first."""
-    (title, first), *others = shown.items()
-    lines = [f"{len(first.prompts)} held-out prompts; change with its 95 % interval:"]
+def summary(moments: Mapping[str, Validation]) -> str:
+    """Return lines that say how each later moment of the same prompts differs from the first, with 95 % intervals."""
+    (title, first), *others = moments.items()
+    lines = [f"{len(first.prompts)} validation prompts; change with its 95 % interval:"]
     for other_title, other in others:
         for name, old in first.scores().items():
             new = other.scores().get(name, [])
             if len(new) != len(old):  # the run was resumed with other scorers or prompts
                 continue
-            mean, low, high = interval(old, new)
+            mean, low, high = bootstrap.mean(np.asarray(new) - np.asarray(old))
             lines.append(
                 f"{name:5s} {title} {np.mean(old):.3f} -> {other_title} {np.mean(new):.3f}"
-                f"  change {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+                f"  change {mean:+.3f} {bootstrap.interval(low, high, '+.3f')}".rstrip()
             )
     return "\n".join(lines)
 
 
-def conclude(run: Path, names: Mapping[str, str]) -> None:
-    """Write `run/before_after.png` of showings that were saved, {title: name}, and print what changed since the first."""
-    shown = {title: found for title, name in names.items() if (found := read(run, name)) is not None}
-    if len(shown) == len(names):
-        save_image(comparison(shown), run / "before_after.png")
-        print(summary(shown))  # noqa: T201
+def write_comparison(run: Path, names: Mapping[str, str]) -> None:
+    """Write `RUN/before_after.png` of moments that were validated, {title: name}, and print what changed since the first."""
+    moments = {title: found for title, name in names.items() if (found := read(run, name)) is not None}
+    if len(moments) == len(names):
+        save_image(comparison(moments), run / "before_after.png")
+        print(summary(moments))  # noqa: T201
     print(f"tuned weights, metrics and images: {run}")  # noqa: T201

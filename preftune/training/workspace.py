@@ -1,141 +1,175 @@
-"""What drivers that tune a model on captioned images share: its settings, loading it, and showing what became of it."""
+"""What programs that tune a model share around their loop: load everything, show the start, then after each step what is due.
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+with workspace.open(config.model, config.reward, config.validation, config.run, driver="refl", ...) as w:
+    for step in w.run.steps():
+        ...
+        w.after(step)
+    return w.finish()
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import rewards
 from preftune import families
-from preftune.diffusion_loss import captioned_error
-from preftune.families.base import Family
-from preftune.lora import LoRA
-from preftune.prompts import read_prompts
+from preftune.cli import exit_on_user_error
+from preftune.diffusion_loss import captioned_loss
+from preftune.families import Family
 from preftune.records import CaptionedImage
-from preftune.sampling import Sampling
+from preftune.resolution import Resolution
 from preftune.training import validation
+from preftune.training.config import DTYPES, ModelConfig, RewardConfig, ValidationConfig
 from preftune.training.run import Run
-from rewards.mix import Mix, parse_files, parse_weights
+from preftune.training.run_config import RunConfig
+from rewards.mix import Mix
 from rewards.shared_towers import load_all
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+@dataclass(kw_only=True)
+class Workspace:
+    """A model that is tuned, its scorers and its run."""
+
+    run: Run
+    family: Family
+    mix: Mix | None
+    """None without --rewards."""
+    resolution: Resolution
+    """Of the images in training."""
+    model: ModelConfig
+    validation: ValidationConfig
+    prompts: Sequence[str]
+    """Those whose images are generated."""
+    moments: dict[str, str]
+    """What is compared at the end: title -> name of a folder in RUN/samples."""
+    negatives: Mapping[str, str]
+    """Ending of a folder's name -> negative prompt of its images: at each moment, images for each."""
+
+    def write(self, folder: Path) -> None:
+        """Write the tuned weights, or their EMA where the run has one, to folder/lora or folder/unet."""
+        lora = self.model.tuned()
+        with self.run.ema_weights():
+            self.family.save_tuned(folder / ("unet" if lora is None else "lora"), lora)
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Generate and score the validation images after so many updates, and return the mean scores."""
+        means: dict[str, float] = {}
+        for ending, negative in self.negatives.items():
+            name = self.name_of(step, ending)
+            with self.run.ema_weights():
+                found = validation.validate(
+                    self.family, self.mix, self.prompts, self.validation.sample, self.run, name, negative
+                )
+            means |= {f"{score}{ending}": value for score, value in found.means().items()}
+        return means
+
+    def after(self, step: int, *, milestone: bool = False, state: Mapping[str, Any] | None = None) -> None:
+        """Validate and save after the updates of a step, where that is due or the driver has reached a milestone.
+
+        `state` is the driver's own, see Run.save.
+        """
+        run = self.run
+        if milestone or run.due("validation_steps", step):  # also after the last step
+            run.log(step, **self.validate(step + 1))
+        if milestone or run.due("checkpointing_steps", step):
+            run.save(step, write=self.write, state=state)
+
+    def finish(self) -> int:
+        """Write the tuned weights, compare before and after, and return the exit code."""
+        run, steps = self.run, self.run.config.max_train_steps
+        if not run.interrupted:
+            if run.is_main:
+                self.write(run.folder)
+            if any(validation.read(run.folder, self.name_of(steps, ending)) is None for ending in self.negatives):
+                self.validate(steps)  # the run was stopped between its last step and here
+            if run.is_main:
+                validation.write_comparison(run.folder, self.moments)
+        return run.finish()
+
+    @staticmethod
+    def name_of(step: int, ending: str) -> str:
+        """Return the name of the folder in RUN/samples of the images after so many updates."""
+        return f"step_{step:06d}{ending}"
+
+    def losses(
+        self,
+        samples: Sequence[CaptionedImage],
+        captions: Sequence[str],
+        indices: range,
+        *,
+        caption_dropout: float,
+        stream: int = 0,
+        dropped: Sequence[str] | None = None,
+    ) -> Tensor:
+        """Return the diffusion loss (B,) of images with these captions; `indices` and `stream` give their noise.
+
+        `dropped`: what stands in place of captions that caption_dropout takes away; None = nothing.
+        """
+        return captioned_loss(
+            self.family,
+            [sample.path for sample in samples],
+            captions,
+            [self.run.generator(i, stream) for i in indices],
+            resolution=self.resolution,
+            caption_dropout=caption_dropout,
+            dropped=dropped,
+        )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """The model that is tuned, what of it, and what is generated to show it."""
+@contextmanager
+def open(
+    model: ModelConfig,
+    reward: RewardConfig,
+    validation: ValidationConfig,
+    run_config: RunConfig,
+    *,
+    driver: str,
+    config_text: str,
+    prompts: Sequence[str],
+    settings: Mapping[str, object] | None = None,
+    driver_files: tuple[str, ...] = (),
+    moments: Mapping[str, str] | None = None,
+    negatives: Mapping[str, str] | None = None,
+) -> Iterator[Workspace]:
+    """Load scorers and model, open the run, and where it is new show and save the model as it is.
 
-    model: Path
-    """Pipeline folder in diffusers' format (Stable Diffusion 1.x or 2.x)."""
-    resolution: int = 512
-    """Side of the square that images are scaled and cropped to, pixels."""
-    caption_dropout: float = 0.0
-    """Share of captions left empty, in [0, 1)."""
-    gradient_checkpointing: bool = False
-    """Recompute the denoiser's activations in the backward pass."""
-    attention: Literal["sdpa", "xformers"] = "sdpa"
-    """Attention kernel of the denoiser."""
-    validation_prompts: Path | None = None
-    """Prompt file that is generated before and after; None = the first eight captions or prompts of the training data."""
-    num_validation_prompts: int = 256
-    """At most so many prompts of --validation-prompts."""
-    rewards: tuple[str, ...] = ()
-    """Scorers with weights, as imagereward=1.0; `python -m rewards` lists them."""
-    reward_files: tuple[str, ...] = ()
-    """Weights of scorers on disk, as imagereward=PATH; others come from this repository or the hub's cache."""
-    lora: LoRA = field(default_factory=LoRA)
-    sample: Sampling = field(default_factory=Sampling)
-
-    def __post_init__(self) -> None:
-        if self.resolution < 8 or self.resolution % 8:
-            raise ValueError(f"--resolution must be a positive multiple of 8, got {self.resolution}")
-        if not 0 <= self.caption_dropout < 1:
-            raise ValueError(f"--caption-dropout must lie in [0, 1), got {self.caption_dropout}")
-        if self.num_validation_prompts < 1:
-            raise ValueError(
-                f"--num-validation-prompts must be at least 1, got {self.num_validation_prompts}"
-            )
-        self.scorers()
-
-    def scorers(self) -> tuple[dict[str, float], dict[str, Path]]:
-        """Return scorer name -> weight, and scorer name -> weights on disk; ValueError for a wrong term."""
-        weights = parse_weights(self.rewards) if self.rewards else {}
-        return weights, parse_files(self.reward_files, weights)
-
-
-def check_inputs(config: Tuning) -> None:
-    """Raise ValueError for a wrong pipeline folder or missing weights of a scorer, before any weight is read."""
-    families.check(config.model)
-    weights, files = config.scorers()
-    for name in weights:
-        rewards.check(name, files.get(name))
-
-
-def read_validation_prompts(config: Tuning, texts: Sequence[str]) -> list[str]:
-    """Return the prompts to draw: those of --validation-prompts, else the first eight different ones of texts."""
-    if config.validation_prompts is None:
-        return list(dict.fromkeys(texts))[:8]
-    return read_prompts(config.validation_prompts)[: config.num_validation_prompts]
-
-
-def load(config: Tuning, run: Run) -> tuple[Family, Mix | None]:
-    """Return the model, its denoiser open for training and prepared, and the scorers; ValueError for what does not fit."""
-    weights, files = config.scorers()
-    scorers = load_all(list(weights), files=files, device=run.device, dtype=torch.float32)
-    mix = Mix(scorers, weights, "raw") if scorers else None
-    family = families.load(config.model, run.device)
-    denoiser = family.trainable(config.lora, run.config.seed)
-    family.set_speed(config.attention, checkpointing=config.gradient_checkpointing, vae_checkpointing=False)
-    family.to(run.device, DTYPES[run.config.mixed_precision])
-    family.denoiser = run.prepare(denoiser)
-    return family, mix
-
-
-def errors(
-    family: Family,
-    run: Run,
-    config: Tuning,
-    samples: Sequence[CaptionedImage],
-    captions: Sequence[str],
-    indices: range,
-    stream: int = 0,
-    dropped: Sequence[str] | None = None,
-) -> Tensor:
-    """Return the noise-prediction error (B,) of images with these captions; `indices` and `stream` give their noise.
-
-    `dropped`: what stands in place of captions that --caption-dropout takes away; None = nothing.
+    Whatever cannot work fails here, before training: one sentence and exit code 2 for what the user can mend. `settings` and
+    `driver_files` are Run's; `prompts` those of validation; `negatives` and `moments` see Workspace.
     """
-    return captioned_error(
-        family,
-        [sample.path for sample in samples],
-        captions,
-        [run.generator(i, stream) for i in indices],
-        size=config.resolution,
-        caption_dropout=config.caption_dropout,
-        dropped=dropped,
+    with exit_on_user_error():
+        defaults = model.check()
+        run = Run(
+            run_config, driver=driver, config_text=config_text, settings=settings, driver_files=driver_files
+        )
+        weights, precision = reward.weights(), DTYPES[reward.reward_precision]
+        scorers = load_all(list(weights), files=reward.files(), device=run.device, dtype=precision)
+        mix = Mix(scorers, weights, reward.reward_normalization, reward.reward_stats) if scorers else None
+        family = families.load(model.model, run.device, torch.float32, model.vae)
+        denoiser = family.trainable(model.tuned(), run_config.seed)
+        family.set_speed(
+            model.attention,
+            gradient_checkpointing=model.gradient_checkpointing,
+            vae_checkpointing=model.vae_checkpointing,
+        )
+        family.to(run.device, DTYPES[run_config.mixed_precision])
+        family.denoiser = run.prepare(denoiser, learning_rate=model.learning_rate(defaults))
+    steps = run_config.max_train_steps
+    w = Workspace(
+        run=run,
+        family=family,
+        mix=mix,
+        resolution=model.size(defaults),
+        model=model,
+        validation=validation,
+        prompts=prompts,
+        moments=dict(moments or {"before": "step_000000", "after": f"step_{steps:06d}"}),
+        negatives=negatives or {"": ""},
     )
-
-
-def write(family: Family, run: Run, lora: LoRA, folder: Path) -> None:
-    """Write the tuned weights, averaged if the run averages, to folder/lora or, at rank 0, folder/unet."""
-    with run.ema_weights():
-        family.save_tuned(folder / ("lora" if lora.rank else "unet"), lora)
-
-
-def show(
-    family: Family,
-    mix: Mix | None,
-    prompts: list[str],
-    sampling: Sampling,
-    run: Run,
-    name: str,
-    negative: str = "",
-) -> validation.Shown:
-    """CaptionedImage the prompts with the weights as they are, score them, and keep them under RUN/samples/name."""
-    with run.ema_weights():
-        shown = validation.show(family, mix, prompts, sampling, run.device, negative)
-    validation.save(shown, run.folder, name)
-    return shown
+    if not run.resumed:
+        w.validate(0)
+        run.save(-1, write=w.write)
+    yield w

@@ -1,0 +1,156 @@
+"""Groups of settings that programs for tuning share; each has the checks that need no weights."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import rewards
+from preftune import resolution as resolutions
+from preftune.families import Defaults, check
+from preftune.lora import LoRA
+from preftune.prompts import read_prompts
+from preftune.resolution import Resolution
+from preftune.sampling import Sampling
+from preftune.solvers import SolverName
+from rewards.mix import Normalization, parse_files, parse_weights, units
+
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Names of precisions in flags."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model that is tuned, what of it, and the size that it is tuned at."""
+
+    model: Path
+    """Pipeline folder in diffusers' format: Stable Diffusion 1.x, 2.x or XL."""
+    vae: Path | None = None
+    """Folder of an autoencoder in place of the pipeline's, such as one of SDXL's that was repaired for fp16."""
+    train: Literal["lora", "full"] = "lora"
+    """What is trained: a LoRA, or all weights of the denoiser."""
+    lora: LoRA = field(default_factory=LoRA)
+    resolution: str | None = None
+    """Pixels in training: 512, or WIDTHxHEIGHT as 768x512; None = what the model was trained at."""
+    gradient_checkpointing: bool = False
+    """Recompute the denoiser's activations in the backward pass."""
+    vae_checkpointing: bool = False
+    """Recompute the decoder's activations in the backward pass: at 512 px they are the largest part of ReFL's memory."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """Attention kernel of the denoiser."""
+
+    def __post_init__(self) -> None:
+        if self.resolution is not None:
+            try:
+                resolutions.parse(self.resolution)
+            except ValueError as error:
+                raise ValueError(f"--resolution: {error}") from error
+        if self.train == "full" and self.lora != LoRA():
+            raise ValueError(
+                "--lora settings do nothing with --train full; leave them out, or choose --train lora"
+            )
+
+    def tuned(self) -> LoRA | None:
+        """Return the LoRA that is trained, or None for all weights."""
+        return self.lora if self.train == "lora" else None
+
+    def check(self) -> Defaults:
+        """Return the model's defaults, in milliseconds; ValueError for what is no pipeline folder of a known family."""
+        return check(self.model, self.vae)
+
+    def size(self, defaults: Defaults) -> Resolution:
+        """Return the resolution in training."""
+        return defaults.resolution if self.resolution is None else resolutions.parse(self.resolution)
+
+    def learning_rate(self, defaults: Defaults) -> float:
+        """Return the peak learning rate that suits what is trained."""
+        return defaults.full_learning_rate if self.tuned() is None else defaults.lora_learning_rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """Scorers, their weights, and how their scores become one reward."""
+
+    rewards: tuple[str, ...] = ()
+    """Scorers with weights, as imagereward=1.0; `python -m rewards` lists them."""
+    reward_files: tuple[str, ...] = ()
+    """Weights of scorers on disk, as imagereward=PATH; others come from this repository or the hub's cache."""
+    reward_normalization: Normalization = "none"
+    """none adds the scores as they are; card and dataset first bring each scorer to mean 0 and standard deviation 1."""
+    reward_stats: Path | None = None
+    """summary.json of data_build/score.py, whose means and standard deviations --reward-normalization dataset uses."""
+    reward_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Arithmetic of the scorers."""
+
+    def __post_init__(self) -> None:
+        self.files()
+
+    def weights(self) -> dict[str, float]:
+        """Return scorer name -> weight; ValueError for a wrong term."""
+        return parse_weights(self.rewards) if self.rewards else {}
+
+    def files(self) -> dict[str, Path]:
+        """Return scorer name -> weights on disk; ValueError for a wrong term."""
+        return parse_files(self.reward_files, self.weights())
+
+    def check(self, *, differentiable: bool = False) -> None:
+        """Raise ValueError for missing files of scorers or wrong statistics, and for a scorer without the gradient that is needed."""
+        names, files = list(self.weights()), self.files()
+        units([rewards.find_card(name) for name in names], self.reward_normalization, self.reward_stats)
+        for name in names:
+            rewards.check(name, files.get(name))
+            if differentiable and not rewards.find_card(name).differentiable:
+                usable = ", ".join(card.name for card in rewards.CARDS.values() if card.differentiable)
+                raise ValueError(
+                    f"--rewards {name} is not differentiable, and its gradient is needed; one of {usable}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Which prompts show what training does, and how their images are generated."""
+
+    validation_prompts: Path | None = None
+    """Prompt file whose images are generated and scored before and after; None = the first eight of the training data."""
+    num_validation_prompts: int = 256
+    """At most so many prompts of --validation-prompts."""
+    sample: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        if self.num_validation_prompts < 1:
+            raise ValueError(
+                f"--num-validation-prompts must be at least 1, got {self.num_validation_prompts}"
+            )
+
+    def check(self, defaults: Defaults) -> None:
+        """Raise ValueError for a solver that the model cannot be sampled with."""
+        check_solver(self.sample.resolved(defaults).solver, defaults, "--sample.solver")
+
+    def prompts(self, texts: Sequence[str]) -> list[str]:
+        """Return the prompts: those of --validation-prompts, else the first eight different ones of texts."""
+        if self.validation_prompts is None:
+            return list(dict.fromkeys(texts))[:8]
+        return read_prompts(self.validation_prompts)[: self.num_validation_prompts]
+
+
+def check_guidance(scale: float, name: str = "--guidance-scale") -> None:
+    """Raise ValueError unless training can use this guidance: 1 for none, or more."""
+    if not (1 <= scale < math.inf):
+        raise ValueError(f"{name} must be 1 (no guidance) or more in training, got {scale:g}")
+
+
+def check_dropout(share: float) -> None:
+    """Raise ValueError for a share of captions that is none."""
+    if not 0 <= share < 1:
+        raise ValueError(f"--caption-dropout must lie in [0, 1), got {share}")
+
+
+def check_solver(name: SolverName, defaults: Defaults, flag: str) -> None:
+    """Raise ValueError, before weights load, for a solver that the model cannot be sampled with."""
+    if name not in defaults.solvers:
+        raise ValueError(
+            f"{flag} {name} cannot start at this model's zero terminal SNR; one of {', '.join(defaults.solvers)}"
+        )

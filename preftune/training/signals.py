@@ -1,0 +1,49 @@
+"""Ctrl-C and SIGTERM while a run trains: the first lets the update finish, a second one kills at once."""
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from tqdm import tqdm
+
+
+class Received:
+    """The first signal that this process has received; 0 = none."""
+
+    number = 0
+
+
+@contextmanager
+def caught() -> Iterator[Received]:
+    """Context in which SIGINT and SIGTERM are noted; yields what was received.
+
+    A second one, a second later or more, has its usual effect: sooner, it is the same request, sent by both the launcher and the
+    cluster. Outside the main thread nothing is caught, since Python allows it there alone.
+    """
+    received = Received()
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    first = 0.0
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        now = time.monotonic()
+        if not received.number:
+            received.number, first = number, now
+            name = signal.Signals(number).name
+            tqdm.write(f"{name}: stopping after this update; once more kills at once", file=sys.stderr)
+        elif now > first + 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
