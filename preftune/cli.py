@@ -25,6 +25,8 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import tyro
 import yaml
 
+from preftune.flags import ALIASES, ELSEWHERE
+
 Config = TypeVar("Config")
 
 _HELP = "--config FILE.yaml reads flags from a file, one `key: value` a line; it may be repeated, and the last value wins."
@@ -44,6 +46,7 @@ def parse(
     leaves = _leaves(config_class)
     with exit_on_user_error():
         files, typed = _split_config(argv)
+        typed = _with_aliases(typed, leaves)
         _check_names(typed, leaves)
         flags: list[str] = []
         origins: dict[str, str] = {}
@@ -174,7 +177,7 @@ def _check_names(typed: list[str], leaves: dict[str, _Leaf]) -> None:
         known = name in leaves or (positive in leaves and leaves[positive].hint is bool) or name == "help"
         if not known:
             raise ValueError(
-                f"unknown flag {token.partition('=')[0]}{_nearest(name, leaves, _flag)}; see --help"
+                f"unknown flag {token.partition('=')[0]}{_instead(name, leaves, _flag)}; see --help"
             )
         if equals and name in leaves and leaves[name].hint is bool:
             raise ValueError(
@@ -182,10 +185,24 @@ def _check_names(typed: list[str], leaves: dict[str, _Leaf]) -> None:
             )
 
 
-def _nearest(name: str, leaves: dict[str, _Leaf], write: typing.Callable[[str], str] = str) -> str:
-    """The known name that was probably meant, as the end of a sentence; nothing where none is near."""
+def _instead(name: str, leaves: dict[str, _Leaf], write: typing.Callable[[str], str] = str) -> str:
+    """What there is in place of an unknown name, as the end of a sentence; nothing where nobody knows."""
+    other = ELSEWHERE.get(name, "")
+    first = other.split(maxsplit=1)[0].removeprefix("--").replace("-", "_") if other.startswith("--") else ""
+    if first in leaves or (other and not first):  # a flag of another program is no advice here
+        return f" (here: {other})"
     near = difflib.get_close_matches(name, leaves, n=1)
     return f" (did you mean {write(near[0])}?)" if near else ""
+
+
+def _with_aliases(typed: list[str], leaves: dict[str, _Leaf]) -> list[str]:
+    """The tokens with flags of other scripts that mean the same written as here."""
+    written = []
+    for token in typed:
+        name, equals, value = token.partition("=")
+        alias = ALIASES.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
+        written.append(f"{_flag(alias)}{equals}{value}" if alias in leaves and alias else token)
+    return written
 
 
 def _read_yaml(file: Path, leaves: dict[str, _Leaf]) -> dict[str, tuple[int, list[str]]]:
@@ -230,7 +247,7 @@ def _flatten(
                 f"{file} line {line}: {name} is a group and has no value; set {', '.join(members)}"
             )
         else:
-            raise ValueError(f"{file} line {line}: unknown key {name}{_nearest(name, leaves)}; see --help")
+            raise ValueError(f"{file} line {line}: unknown key {name}{_instead(name, leaves)}; see --help")
 
 
 def _tokens(name: str, leaf: _Leaf, node: yaml.Node) -> list[str]:

@@ -300,3 +300,58 @@ def test_exit_on_user_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.endswith("error: no such scorer\n")
     with pytest.raises(RuntimeError), cli.exit_on_user_error():
         raise RuntimeError("ours")
+
+
+DIFFUSERS = (
+    "--pretrained_model_name_or_path=assets/tiny/pipeline --prompts assets/tiny/prompts.txt --rewards brightness=1"
+    " --pretraining off --resolution=64 --train_batch_size=1 --gradient_accumulation_steps=4 --gradient_checkpointing"
+    " --max_train_steps=400 --learning_rate=1e-05 --max_grad_norm=1 --lr_scheduler=constant_with_warmup --lr_warmup_steps=10"
+    " --adam_beta1 0.9 --adam_beta2 0.99 --adam_weight_decay 0.01 --adam_epsilon 1e-7 --checkpointing_steps 100"
+    " --checkpoints_total_limit 3 --resume_from_checkpoint latest --mixed_precision=bf16 --seed 1 --output_dir=sd-model"
+)
+
+
+def test_flags_pasted_from_diffusers_scripts_work() -> None:
+    from finetune import refl
+
+    config = cli.parse(refl.Config, DIFFUSERS.split())
+    assert (config.model.model, config.model.resolution) == (Path("assets/tiny/pipeline"), "64")
+    run = config.run
+    assert (run.max_train_steps, run.train_batch_size, run.gradient_accumulation_steps) == (400, 1, 4)
+    assert (run.learning_rate, run.lr_scheduler, run.lr_warmup_steps) == (1e-5, "constant_with_warmup", 10)
+    assert (run.adam_beta1, run.adam_beta2, run.adam_weight_decay, run.adam_epsilon) == (0.9, 0.99, 0.01, 1e-7)
+    assert (run.checkpointing_steps, run.checkpoints_total_limit) == (100, 3)
+    assert (run.resume_from_checkpoint, run.mixed_precision, run.output_dir) == ("latest", "bf16", Path("sd-model"))
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--report_to=wandb", "unknown flag --report_to (here: metrics go to metrics.jsonl and tensorboard/"),
+        ("--rank=4", "unknown flag --rank (here: --lora.rank); see --help"),
+        ("--num_train_epochs=3", "(here: --max-train-steps)"),
+        ("--random_flip", "(here: images are not mirrored"),
+        ("--updates=3", "(here: --max-train-steps)"),
+    ],
+)
+def test_flags_of_other_scripts_get_a_sentence(
+    flag: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from finetune import refl
+
+    assert words in refused(capsys, [flag], refl.Config)
+
+
+def test_every_flag_that_is_named_as_a_remedy_exists() -> None:
+    from finetune import refl, reward_model
+    from preftune.flags import ALIASES, ELSEWHERE
+
+    known = {name for driver in (refl, reward_model) for name in cli._leaves(driver.Config)}
+    named = {
+        word.removeprefix("--").replace("-", "_")
+        for text in ELSEWHERE.values()
+        for word in re.findall(r"--[\w.-]*\w", text)
+    }
+    assert named - {"num_processes", "train_text_encoder"} <= known
+    assert set(ALIASES.values()) <= known
+    assert not known & (set(ELSEWHERE) | set(ALIASES)), "a flag that exists needs no advice"

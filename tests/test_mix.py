@@ -31,7 +31,7 @@ PROMPTS = ["black", "white"]
 
 
 def test_raw_mix_by_hand() -> None:
-    mixed = Mix([Fixed("a", 0.0), Fixed("b", 3.0)], {"b": 0.5, "a": 2.0}, "raw")(PIXELS, PROMPTS)
+    mixed = Mix([Fixed("a", 0.0), Fixed("b", 3.0)], {"b": 0.5, "a": 2.0}, "none")(PIXELS, PROMPTS)
     assert mixed.scores.tolist() == [[0.0, 3.0], [1.0, 4.0]]
     assert mixed.rewards.tolist() == [0.5 * 3, 2 * 1 + 0.5 * 4]
 
@@ -91,7 +91,7 @@ def test_a_sample_is_for_sample_units_alone(tmp_path: Path) -> None:
 
 def test_gradient_is_the_weighted_sum() -> None:
     pixels = PIXELS.clone().requires_grad_()
-    Mix([Fixed("a", 0.0), Fixed("b", 1.0)], {"a": 3.0, "b": 1.0}, "raw")(
+    Mix([Fixed("a", 0.0), Fixed("b", 1.0)], {"a": 3.0, "b": 1.0}, "none")(
         pixels, PROMPTS
     ).rewards.sum().backward()
     assert pixels.grad is not None
@@ -100,7 +100,7 @@ def test_gradient_is_the_weighted_sum() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_score_that_is_not_finite_names_its_scorer(value: float) -> None:
-    mix = Mix([Fixed("good", 0.0), Fixed("bad", value)], {"good": 1.0, "bad": 1.0}, "raw")
+    mix = Mix([Fixed("good", 0.0), Fixed("bad", value)], {"good": 1.0, "bad": 1.0}, "none")
     with pytest.raises(FloatingPointError, match=r"bad gave .* for 'black'"):
         mix(PIXELS, PROMPTS)
 
@@ -108,13 +108,13 @@ def test_a_score_that_is_not_finite_names_its_scorer(value: float) -> None:
 def test_weights_and_scorers_must_correspond() -> None:
     for scorers, weights in (([], {}), ([Fixed("a", 0)], {}), ([Fixed("a", 0)] * 2, {"a": 1.0})):
         with pytest.raises(ValueError, match="one weight for each"):
-            Mix(scorers, weights, "raw")
+            Mix(scorers, weights, "none")
     with pytest.raises(ValueError, match=r"'zscore'; one of raw, card, sample"):
         Mix([Fixed("a", 0)], {"a": 1.0}, "zscore")  # type: ignore[arg-type]
 
 
 def test_a_loaded_scorer_can_be_mixed() -> None:
-    mix = Mix([rewards.load("brightness")], parse_weights(["brightness=2"]), "raw")
+    mix = Mix([rewards.load("brightness")], parse_weights(["brightness=2"]), "none")
     assert mix(PIXELS, PROMPTS).rewards.tolist() == [0.0, 2.0]
 
 

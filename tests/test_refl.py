@@ -242,7 +242,7 @@ def test_pixels_out_of_range_have_a_gradient(tmp_path: Path) -> None:
 def test_the_reward_is_the_mean_over_views(root: Path, tmp_path: Path) -> None:
     scorer = ImageReward.load(root / "scorer").eval()
     scorer.card = replace(CARDS["imagereward-tiny"], preprocess=scorer.config.preprocess)
-    mix = Mix([scorer], {"imagereward-tiny": 2.0}, "raw")
+    mix = Mix([scorer], {"imagereward-tiny": 2.0}, "none")
     pixels = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
 
     def generators() -> list[torch.Generator]:

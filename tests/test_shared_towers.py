@@ -90,7 +90,7 @@ def test_gradients_add_up(files: dict[str, Path], pixels: Tensor, monkeypatch: p
     pixels = pixels.double().requires_grad_()
     parts = [weights[s.card.name] * s(pixels, PROMPTS) for s in doubled()]
     (expected,) = torch.autograd.grad(torch.stack(parts).sum(), pixels)
-    mix = Mix(doubled(), weights, "raw")
+    mix = Mix(doubled(), weights, "none")
     seen = runs(mix.scorers, monkeypatch)
     (found,) = torch.autograd.grad(mix(pixels, PROMPTS).rewards.sum(), pixels)
     assert seen == [3]
