@@ -319,9 +319,18 @@ def test_flags_pasted_from_diffusers_scripts_work() -> None:
     run = config.run
     assert (run.max_train_steps, run.train_batch_size, run.gradient_accumulation_steps) == (400, 1, 4)
     assert (run.learning_rate, run.lr_scheduler, run.lr_warmup_steps) == (1e-5, "constant_with_warmup", 10)
-    assert (run.adam_beta1, run.adam_beta2, run.adam_weight_decay, run.adam_epsilon) == (0.9, 0.99, 0.01, 1e-7)
+    assert (run.adam_beta1, run.adam_beta2, run.adam_weight_decay, run.adam_epsilon) == (
+        0.9,
+        0.99,
+        0.01,
+        1e-7,
+    )
     assert (run.checkpointing_steps, run.checkpoints_total_limit) == (100, 3)
-    assert (run.resume_from_checkpoint, run.mixed_precision, run.output_dir) == ("latest", "bf16", Path("sd-model"))
+    assert (run.resume_from_checkpoint, run.mixed_precision, run.output_dir) == (
+        "latest",
+        "bf16",
+        Path("sd-model"),
+    )
 
 
 @pytest.mark.parametrize(

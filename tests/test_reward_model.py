@@ -220,7 +220,11 @@ def test_rankings_that_say_nothing_are_refused() -> None:
 
 
 def test_the_best_accuracy_outlives_a_stop(tmp_path: Path) -> None:
-    rows = [{"step": 0, "loss": 1.0}, {"step": 1, "validation_accuracy": 0.7}, {"step": 2, "validation_accuracy": 0.6}]
+    rows = [
+        {"step": 0, "loss": 1.0},
+        {"step": 1, "validation_accuracy": 0.7},
+        {"step": 2, "validation_accuracy": 0.6},
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert reward_model.best_so_far(tmp_path) == 0.7
     (tmp_path / "metrics.jsonl").write_text("")

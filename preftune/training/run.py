@@ -315,9 +315,7 @@ class Run:
 
     def due(self, what: Literal["checkpointing_steps", "validation_steps"], step: int) -> bool:
         """Whether to save or sample after this step: every so many, at the last one, and save when interrupted."""
-        every = (
-            self.config.checkpointing_steps if what == "checkpointing_steps" else self.config.validation_steps
-        )
+        every = int(getattr(self.config, what))
         last = step + 1 == self.config.max_train_steps
         return (
             last

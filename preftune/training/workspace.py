@@ -84,7 +84,9 @@ class Workspace:
         if not run.interrupted:
             if run.is_main:
                 self.write(run.folder)
-            if any(validation.read(run.folder, self.name_of(steps, ending)) is None for ending in self.negatives):
+            if any(
+                validation.read(run.folder, self.name_of(steps, ending)) is None for ending in self.negatives
+            ):
                 self.validate(steps)  # the run was stopped between its last step and here
             if run.is_main:
                 validation.write_comparison(run.folder, self.moments)

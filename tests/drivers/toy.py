@@ -62,7 +62,9 @@ def main(config: Config) -> int:
     text = "".join(f"{f.name}: {getattr(config.run, f.name)}\n" for f in fields(config.run))
     run = Run(config.run, driver="toy", config_text=text)
     torch.manual_seed(0)
-    model = run.prepare(nn.Sequential(nn.Linear(3, config.width), nn.Tanh(), nn.Linear(config.width, 1)), learning_rate=1e-5)
+    model = run.prepare(
+        nn.Sequential(nn.Linear(3, config.width), nn.Tanh(), nn.Linear(config.width, 1)), learning_rate=1e-5
+    )
     for step in run.steps():
         for phase in ("first", "second") if config.two_phases else ("",):
             for micro in run.passes():
