@@ -59,6 +59,7 @@ class Config:
         default_factory=lambda: RunConfig(
             output_dir=Path("runs/weird_lora"),
             max_train_steps=10_000,
+            learning_rate=1e-5,
             train_batch_size=10,
             gradient_accumulation_steps=4,
             checkpointing_steps=500,
