@@ -26,7 +26,8 @@ import tiny
 from preftune.cli import parse
 from preftune.records import write_jsonl
 from preftune.training.checkpoint import read
-from rewards.imagereward import ImageReward, ImageRewardConfig
+from rewards.card import ImageRewardConfig
+from rewards.imagereward import ImageReward
 from rewards.shapes import COLOURS, SHAPES
 from rewards.shapes_rendering import place, random_scene, render, to_bytes
 

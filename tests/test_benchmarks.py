@@ -19,7 +19,8 @@ from finetune import refl, reward_model
 from golden_weights import tiny_card
 from preftune import cli
 from rewards import CARDS
-from rewards.imagereward import ImageReward, ImageRewardConfig
+from rewards.card import ImageRewardConfig
+from rewards.imagereward import ImageReward
 
 
 def small_scorer(folder: Path) -> Path:
