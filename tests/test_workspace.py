@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import record_trajectories as recorded
 from finetune import raft, reward_weighted, weird_lora
@@ -19,6 +20,7 @@ from preftune.images import load_pixels
 from preftune.prompts import read_prompts
 from preftune.records import CaptionedImage, read_imagefolder, read_jsonl, write_jsonl
 from preftune.resolution import Resolution
+from preftune.training import validation
 from preftune.training.checkpoint import read
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -108,6 +110,62 @@ def test_the_prefix_reaches_the_model(root: Path, tmp_path: Path) -> None:
     last = read_jsonl(tmp_path / "a" / "metrics.jsonl")[-1]
     assert last["step"] == 1
     assert (tmp_path / "a" / "before_after.png").is_file()
+
+
+# ---------------------------------------------------------------- the workspace
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_model_that_does_not_load_leaves_the_earlier_run_alone(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its files are there, so what looks at configurations alone is content; the weights are not what they should be."""
+    argv = arguments("raft", root, tmp_path / "run", "--max-train-steps", "1")
+    recorded.train("raft", argv)
+    before = contents(tmp_path / "run")
+    shutil.copytree(root / "pipeline", tmp_path / "torn")
+    weights = tmp_path / "torn" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises((SystemExit, SafetensorError, OSError)):
+        recorded.train("raft", [*argv, "--model", str(tmp_path / "torn"), "--overwrite-output-dir"])
+    with pytest.raises(SystemExit):
+        recorded.train("raft", [*argv, "--lora.target-modules", "to_z", "--overwrite-output-dir"])
+    assert "no layer is called to_z" in capsys.readouterr().err
+    assert contents(tmp_path / "run") == before
+
+
+def test_validation_images_are_due_and_kept_by_step(root: Path, tmp_path: Path) -> None:
+    flags = ["--validation-steps", "2", "--rewards", "brightness=1"]
+    argv = arguments("reward_weighted", root, tmp_path, *flags)
+    recorded.train("reward_weighted", argv)
+    steps = [0, 2, 3]
+    assert sorted(path.name for path in (tmp_path / "samples").glob("*.png")) == [
+        f"step_00000{step}.png" for step in steps
+    ]
+    means = {}
+    for step in steps:
+        shown = validation.read(tmp_path, f"step_00000{step}")
+        assert shown is not None
+        assert shown.prompts == [sample.text for sample in read_imagefolder(root / "images")][:8]
+        assert shown.proxy is not None
+        for value, image in zip(shown.proxy, shown.images(), strict=True):
+            assert value == pytest.approx(image.mean().item(), abs=0.5 / 255), (
+                "scores and images belong together"
+            )
+        means[step] = shown.means()["validation_proxy"]
+    rows = {row["step"]: row for row in read_jsonl(tmp_path / "metrics.jsonl")}
+    assert [step for step, row in rows.items() if "validation_proxy" in row] == [1, 2]
+    assert rows[1]["validation_proxy"] == pytest.approx(means[2], rel=1e-6)
+    assert rows[2]["validation_proxy"] == pytest.approx(means[3], rel=1e-6)
+    assert (tmp_path / "before_after.png").is_file()
+    # Stopped between the last step and the comparison: the images of that moment are made by the run that resumes.
+    kept = (tmp_path / "samples" / "step_000003" / "scores.json").read_text()
+    shutil.rmtree(tmp_path / "samples" / "step_000003")
+    recorded.train("reward_weighted", [*argv, "--resume-from-checkpoint", "latest"])
+    assert (tmp_path / "samples" / "step_000003" / "scores.json").read_text() == kept
 
 
 # ---------------------------------------------------------------- reward-weighted
