@@ -223,16 +223,16 @@ def test_full_size_command_is_one_the_driver_takes(tmp_path: Path) -> None:
     argv = full_size.command(config)
     driver = next(i for i, word in enumerate(argv) if word.endswith("finetune/refl.py"))
     parsed = cli.parse(refl.Config, argv[driver + 1 :])
-    assert (parsed.num_inference_steps, parsed.window, parsed.resolution) == (40, (30, 39), 512)
+    assert (parsed.num_inference_steps, parsed.window, parsed.model.resolution) == (40, (30, 39), "512")
     assert (
         parsed.run.max_train_steps,
         parsed.run.train_batch_size,
         parsed.run.gradient_accumulation_steps,
     ) == (2, 1, 1)
-    assert parsed.lora.rank > 0
-    assert parsed.gradient_checkpointing
-    assert parsed.vae_checkpointing
-    assert parsed.files() == {"imagereward": tmp_path / "scorer"}
+    assert parsed.model.tuned() is not None
+    assert parsed.model.gradient_checkpointing
+    assert parsed.model.vae_checkpointing
+    assert parsed.reward.files() == {"imagereward": tmp_path / "scorer"}
 
 
 def test_watch_sees_the_peak_of_a_child() -> None:
@@ -471,7 +471,8 @@ def test_the_recipe_is_that_of_the_configuration(tmp_path: Path) -> None:
         "gradient_accumulation_steps",
         "learning_rate",
         "adam_weight_decay",
-        "adam_betas",
+        "adam_beta1",
+        "adam_beta2",
     ):
         assert getattr(timed.run, name) == getattr(published.run, name), name
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from preftune import families
 from preftune.cli import exit_on_user_error
@@ -122,6 +122,23 @@ class Workspace:
         )
 
 
+def load_parts(
+    model: ModelConfig, reward: RewardConfig, run: RunConfig, device: torch.device
+) -> tuple[Family, nn.Module, Mix | None]:
+    """Return the model on its device in the run's precision, what of it is trained, and the scorers, None without --rewards."""
+    weights, precision = reward.weights(), DTYPES[reward.reward_precision]
+    scorers = load_all(list(weights), files=reward.files(), device=device, dtype=precision)
+    mix = Mix(scorers, weights, reward.reward_normalization, reward.reward_stats) if scorers else None
+    family = families.load(model.model, device, torch.float32, model.vae)
+    denoiser = family.trainable(model.tuned(), run.seed)
+    family.set_speed(
+        model.attention,
+        gradient_checkpointing=model.gradient_checkpointing,
+        vae_checkpointing=model.vae_checkpointing,
+    )
+    return family.to(device, DTYPES[run.mixed_precision]), denoiser, mix
+
+
 @contextmanager
 def open(
     model: ModelConfig,
@@ -147,17 +164,7 @@ def open(
         run = Run(
             run_config, driver=driver, config_text=config_text, settings=settings, driver_files=driver_files
         )
-        weights, precision = reward.weights(), DTYPES[reward.reward_precision]
-        scorers = load_all(list(weights), files=reward.files(), device=run.device, dtype=precision)
-        mix = Mix(scorers, weights, reward.reward_normalization, reward.reward_stats) if scorers else None
-        family = families.load(model.model, run.device, torch.float32, model.vae)
-        denoiser = family.trainable(model.tuned(), run_config.seed)
-        family.set_speed(
-            model.attention,
-            gradient_checkpointing=model.gradient_checkpointing,
-            vae_checkpointing=model.vae_checkpointing,
-        )
-        family.to(run.device, DTYPES[run_config.mixed_precision])
+        family, denoiser, mix = load_parts(model, reward, run_config, run.device)
         family.denoiser = run.prepare(denoiser, learning_rate=model.learning_rate(defaults))
     steps = run_config.max_train_steps
     w = Workspace(
