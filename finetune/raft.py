@@ -31,7 +31,7 @@ from preftune.seeds import Stream
 from preftune.training import workspace
 from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig, check_dropout
 from preftune.training.run import Run
-from preftune.training.run_config import RunConfig, check
+from preftune.training.run_config import RunConfig
 from preftune.training.workspace import Workspace
 
 
@@ -168,9 +168,7 @@ def remove_later(run: Run, steps_per_iteration: int) -> None:
 def main(config: Config) -> int:
     """Tune, validate and save."""
     with exit_on_user_error():
-        check(config.run)
-        config.validation.check(config.model.check())
-        config.reward.check()
+        workspace.check(config.model, config.reward, config.validation, config.run)
         prompts = read_prompts(config.prompts)
         validation_prompts = config.validation.prompts(prompts)
     steps = config.run.max_train_steps // config.iterations

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from preftune import families
 from preftune.cli import exit_on_user_error
 from preftune.diffusion_loss import captioned_loss
-from preftune.families import Family
+from preftune.families import Defaults, Family
 from preftune.records import CaptionedImage
 from preftune.resolution import Resolution
 from preftune.training import validation
 from preftune.training.config import DTYPES, ModelConfig, RewardConfig, ValidationConfig
 from preftune.training.run import Run
 from preftune.training.run_config import RunConfig
+from preftune.training.run_config import check as check_run
 from rewards.mix import Mix
 from rewards.shared_towers import load_all
 
@@ -120,6 +121,25 @@ class Workspace:
             caption_dropout=caption_dropout,
             dropped=dropped,
         )
+
+
+def check(
+    model: ModelConfig,
+    reward: RewardConfig,
+    validation: ValidationConfig,
+    run: RunConfig,
+    *,
+    differentiable: bool = False,
+) -> Defaults:
+    """Return the model's defaults; ValueError, in milliseconds, for what could not work once all has loaded.
+
+    differentiable: the gradient of the scorers is needed.
+    """
+    check_run(run)
+    defaults = model.check()
+    validation.check(defaults)
+    reward.check(differentiable=differentiable)
+    return defaults
 
 
 def load_parts(
