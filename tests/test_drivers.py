@@ -275,9 +275,17 @@ TUNING = [name for name in DRIVERS if "--sample.resolution" in " ".join(recorded
 """The drivers that tune a text-to-image model."""
 
 
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.pipeline_xl_folder(tmp_path_factory.mktemp("sdxl") / "pipeline")
+
+
+@pytest.mark.parametrize("family", ["SD", "SDXL"])
 @pytest.mark.parametrize("driver", TUNING)
-def test_one_update_at_a_resolution_that_is_not_square(driver: str, root: Path, tmp_path: Path) -> None:
-    """Width 48 and height 32 while training, the other way round in validation images."""
+def test_one_update_at_a_resolution_that_is_not_square(
+    driver: str, family: str, root: Path, sdxl: Path, tmp_path: Path
+) -> None:
+    """Width 48 and height 32 while training, the other way round in validation images; of each family alike."""
     seen: set[tuple[int, ...]] = set()
 
     def note(module: torch.nn.Module, args: tuple[object, ...]) -> None:
@@ -287,7 +295,9 @@ def test_one_update_at_a_resolution_that_is_not_square(driver: str, root: Path, 
     flags = "--resolution 48x32 --sample.resolution 32x48 --max-train-steps 1 --sample.num-inference-steps 1"
     handle = register_module_forward_pre_hook(note)
     try:
-        recorded.train(driver, [*recorded.arguments(driver, root, tmp_path), *flags.split()])
+        own = recorded.arguments(driver, root, tmp_path)
+        model = ["--model", str(root / "pipeline" if family == "SD" else sdxl)]
+        recorded.train(driver, [*own, *flags.split(), *model])
     finally:
         handle.remove()
     assert seen == {(4, 32 // 8, 48 // 8)}, "the latents that are trained on"
