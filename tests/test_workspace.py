@@ -27,7 +27,9 @@ pytestmark = pytest.mark.usefixtures("cpu")
 
 
 def arguments(driver: str, root: Path, output: Path, *flags: str) -> list[str]:
-    return [*recorded.arguments(driver, root, output), *flags]
+    """The recorded ones, with two validation images only: most of the time goes into them."""
+    few = ["--validation-prompts", str(root / "prompts.txt"), "--num-validation-prompts", "2"]
+    return [*recorded.arguments(driver, root, output), *few, *flags]
 
 
 def weights(output: Path, updates: int) -> dict[str, torch.Tensor]:
@@ -139,7 +141,7 @@ def test_a_model_that_does_not_load_leaves_the_earlier_run_alone(
 
 def test_validation_images_are_due_and_kept_by_step(root: Path, tmp_path: Path) -> None:
     flags = ["--validation-steps", "2", "--rewards", "brightness=1"]
-    argv = arguments("reward_weighted", root, tmp_path, *flags)
+    argv = [*recorded.arguments("reward_weighted", root, tmp_path), *flags]
     recorded.train("reward_weighted", argv)
     steps = [0, 2, 3]
     assert sorted(path.name for path in (tmp_path / "samples").glob("*.png")) == [
