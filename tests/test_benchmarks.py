@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import Decoder
+from torch.nn.modules.module import register_module_forward_hook
 
 import rewards
 import tiny
@@ -119,8 +121,17 @@ def test_both_loops_have_the_same_loss(trial: refl_step.Trial, monkeypatch: pyte
         "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda shape, **_: torch.zeros(shape)
     )
     monkeypatch.setattr(torch.Tensor, "clamp", lambda self, *_, **__: self)  # the one intended difference
-    losses = [float(make(trial)(0)) for make in (refl_step.ours, refl_step.plain)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    decoded: list[torch.Tensor] = []  # the scorer hardly sees a difference; the decoder's images show it
+
+    def note(module: torch.nn.Module, args: object, output: torch.Tensor) -> None:
+        if isinstance(module, Decoder):
+            decoded.append(output.detach())
+
+    with register_module_forward_hook(note):
+        losses = [float(make(trial)(0)) for make in (refl_step.ours, refl_step.plain)]
+    torch.testing.assert_close(decoded[0], decoded[1], atol=1e-5, rtol=0)
+    assert decoded[0].std() > 0.01
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def _shape(size: tuple[object, ...]) -> tuple[int, ...]:

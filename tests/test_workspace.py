@@ -21,7 +21,7 @@ from preftune.prompts import read_prompts
 from preftune.records import CaptionedImage, read_imagefolder, read_jsonl, write_jsonl
 from preftune.resolution import Resolution
 from preftune.training import validation
-from preftune.training.checkpoint import read
+from preftune.training.checkpoint import find_checkpoints, read
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -281,7 +281,13 @@ def test_each_prompt_keeps_its_best_image(root: Path, tmp_path: Path) -> None:
     assert sorted(seen[:12]) == sorted(prompts), "iterations go on through the prompts"
     first = load_pixels(tmp_path / "iteration_01" / "000000.png")
     same = ["--sample.batch-size", "15", "--prompts-per-iteration", "12", "--learning-rate", "1e-30"]
+    same += ["--checkpointing-steps", "0"]
     recorded.train("raft", arguments("raft", root, tmp_path / "again", *RAFT, *same))
+    # The end of an iteration is a moment to look at and to resume from, whatever the intervals are.
+    moments = [f"step_{step:06d}" for step in range(4)]
+    assert sorted(path.stem for path in (tmp_path / "again" / "samples").glob("*.png")) == moments
+    assert [path.name for path in find_checkpoints(tmp_path / "again")] == moments
+    assert (tmp_path / "again" / "before_after.png").is_file()
     again = load_pixels(tmp_path / "again" / "iteration_01" / "000000.png")
     torch.testing.assert_close(first, again, atol=1.01 / 255, rtol=0)
     # All prompts in each iteration, and weights that do not move: what differs between iterations are the seeds.
