@@ -115,10 +115,10 @@ def test_an_update_trains_the_denoiser_only(
 
 
 def test_both_loops_have_the_same_loss(trial: refl_step.Trial, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without noise, from the same x_T, the plain loop computes what the driver computes: the same work is timed."""
+    """With the same x_T and the same noise, the plain loop computes what the driver does: the same work is timed."""
     monkeypatch.setattr(torch, "randn", lambda *size, **_: torch.full(_shape(size), 0.3))
     monkeypatch.setattr(  # DDPM draws the noise of a step from where it imported randn_tensor
-        "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda shape, **_: torch.zeros(shape)
+        "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda shape, **_: torch.full(shape, 0.3)
     )
     monkeypatch.setattr(torch.Tensor, "clamp", lambda self, *_, **__: self)  # the one intended difference
     decoded: list[torch.Tensor] = []  # the scorer hardly sees a difference; the decoder's images show it
