@@ -36,17 +36,19 @@ from benchmarks.models import PROMPTS, TINY, build_sd1
 from finetune import refl
 from preftune import families
 from preftune.cli import exit_on_user_error, parse
-from preftune.lora import LoRA
 from preftune.order import items_at
 from preftune.prompts import read_prompts
+from preftune.training.config import DTYPES, ModelConfig, RewardConfig
 from preftune.training.optimizer import adamw
 from preftune.training.run_config import RunConfig
+from preftune.training.workspace import load_parts
 
 WARMUP = 2
 """Updates before time counts: libraries choose kernels, compilers compile, AdamW makes its moments."""
 
 Precision = Literal["no", "bf16", "fp16"]
 Switch = Literal["off", "on"]
+Train = Literal["lora", "full"]
 read_once = functools.cache(read_prompts)
 Update = Callable[[int], Tensor]
 """Does update i and returns its loss."""
@@ -60,7 +62,7 @@ class Config:
     """tiny on the CPU, sd1 at 512 px on a CUDA device; None = what this machine can do."""
     precision: tuple[Precision, ...] | None = None
     """Arithmetic of model and scorer, the base first; None = no bf16 on the CPU, bf16 no fp16 on CUDA."""
-    train: tuple[Literal["lora", "full"], ...] = ("lora", "full")
+    train: tuple[Train, ...] = ("lora", "full")
     """LoRA of rank 4, or all weights of the UNet."""
     checkpointing: tuple[Switch, ...] = ("off", "on")
     """Gradient checkpointing of UNet and decoder."""
@@ -110,7 +112,7 @@ class Trial:
     scorer_files: Path
     device: str
     precision: Precision
-    train: str
+    train: Train
     checkpointing: Switch
     compile: Switch
     train_batch_size: int
@@ -123,18 +125,22 @@ class Trial:
         """Return the driver's configuration."""
         checkpointing = self.checkpointing == "on"
         return refl.Config(
-            model=self.pipeline,
             prompts=PROMPTS,
-            rewards=(f"{self.scorer}=1.0",),
-            reward_files=(f"{self.scorer}={self.scorer_files}",),
-            reward_precision="fp32" if self.precision == "no" else self.precision,
             num_inference_steps=self.num_inference_steps,
             window=(self.late, self.late),
             pretraining="off",
-            resolution=64 if self.model == "tiny" else 512,
-            gradient_checkpointing=checkpointing,
-            vae_checkpointing=checkpointing,
-            lora=LoRA(rank=4 if self.train == "lora" else 0),
+            model=ModelConfig(
+                model=self.pipeline,
+                train=self.train,
+                resolution="64" if self.model == "tiny" else "512",
+                gradient_checkpointing=checkpointing,
+                vae_checkpointing=checkpointing,
+            ),
+            reward=RewardConfig(
+                rewards=(f"{self.scorer}=1.0",),
+                reward_files=(f"{self.scorer}={self.scorer_files}",),
+                reward_precision="fp32" if self.precision == "no" else self.precision,
+            ),
             run=RunConfig(train_batch_size=self.train_batch_size, mixed_precision=self.precision),
         )
 
@@ -149,9 +155,9 @@ def optimised(trial: Trial, denoiser: nn.Module, loss: Update) -> Update:
 
     FloatingPointError where the loss is not a number.
     """
-    config = trial.refl().run
+    config, model = trial.refl().run, trial.refl().model
     weights = [weight for weight in denoiser.parameters() if weight.requires_grad]
-    optimizer = adamw(config, weights, config.learning_rate)
+    optimizer = adamw(config, weights, model.learning_rate(model.check()))
     scaler = torch.amp.GradScaler(trial.device, enabled=trial.precision == "fp16")
 
     def update(index: int) -> Tensor:
@@ -172,14 +178,16 @@ def optimised(trial: Trial, denoiser: nn.Module, loss: Update) -> Update:
 def autocast(trial: Trial, denoiser: nn.Module) -> None:
     """Let the module compute in the trial's precision, as accelerate's preparation does."""
     if trial.precision != "no":
-        cast = torch.autocast(trial.device, refl.DTYPES[trial.precision])
+        cast = torch.autocast(trial.device, DTYPES[trial.precision])
         denoiser.forward = cast(denoiser.forward)
 
 
 def ours(trial: Trial) -> Update:
     """Return the update of finetune/refl.py: its own functions, without the plumbing."""
     config = trial.refl()
-    family, mix, denoiser = refl.load(config, torch.device(trial.device))
+    family, denoiser, mix = load_parts(config.model, config.reward, config.run, torch.device(trial.device))
+    assert mix is not None, "a trial has a scorer"
+    resolution = config.model.size(family.defaults)
     if trial.compile == "on":
         denoiser.compile()
     autocast(trial, denoiser)
@@ -188,7 +196,7 @@ def ours(trial: Trial) -> Update:
         texts = trial.prompts(index)
         first = index * trial.train_batch_size
         generators = [torch.Generator().manual_seed(first + i) for i in range(trial.train_batch_size)]
-        pixels = refl.late_pixels(family, texts, generators, trial.late, config)
+        pixels = refl.late_pixels(family, texts, generators, trial.late, resolution, config)
         return refl.reward_loss(mix(pixels, texts).rewards, config.margin, config.reward_scale)
 
     return optimised(trial, denoiser, loss)
@@ -197,18 +205,19 @@ def ours(trial: Trial) -> Update:
 def plain(trial: Trial) -> Update:
     """Return the update of the released loop, written out; only the trained weights are the trial's."""
     config, device = trial.refl(), torch.device(trial.device)
-    half = refl.DTYPES[trial.precision]
+    half = DTYPES[trial.precision]
     parts = families.load(trial.pipeline)
     unet, vae, text_encoder, tokenizer = parts.unet, parts.vae, parts.text_encoder, parts.tokenizer
-    parts.trainable(config.lora, seed=0)
+    parts.trainable(config.model.tuned(), seed=0)
     unet.enable_gradient_checkpointing()
     unet.to(device)  # float32, also what is frozen: autocast converts it in every pass
     vae.to(device, half)
     text_encoder.to(device, half)
     scorer = rewards.load(trial.scorer, weights=trial.scorer_files, device=device, dtype=half)
-    scheduler = DDPMScheduler.from_config({**parts.scheduler_config, "steps_offset": 0, "clip_sample": False})
+    folder = trial.pipeline / "scheduler"
+    scheduler = DDPMScheduler.from_pretrained(folder, steps_offset=0, clip_sample=False)
     autocast(trial, unet)
-    side, length = config.resolution // 8, tokenizer.model_max_length
+    side, length = config.model.size(parts.defaults).height // 8, tokenizer.model_max_length
 
     def loss(index: int) -> Tensor:
         texts = trial.prompts(index)

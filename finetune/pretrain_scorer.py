@@ -33,10 +33,11 @@ from preftune.training.preference_losses import clamp_scale
 from preftune.training.run import Run
 from preftune.training.run_config import RunConfig, check
 from rewards import Clip, Preprocess
+from rewards.card import ImageRewardConfig
 from rewards.clip import ClipScorer
 from rewards.clip_tokenizer import vocab_size
 from rewards.head import apply_head
-from rewards.imagereward import ImageReward, ImageRewardConfig
+from rewards.imagereward import ImageReward
 from rewards.trained_cards import clip_card
 
 EMBED = 64

@@ -29,9 +29,9 @@ from preftune.records import CaptionedImage, read_imagefolder, read_jsonl, write
 from preftune.sampling import sample, sharded
 from preftune.seeds import Stream
 from preftune.training import workspace
-from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig
+from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig, check_dropout
 from preftune.training.run import Run
-from preftune.training.run_config import RunConfig, check
+from preftune.training.run_config import RunConfig
 from preftune.training.workspace import Workspace
 
 
@@ -72,6 +72,7 @@ class Config:
             raise ValueError(
                 f"--max-train-steps {self.run.max_train_steps} must be a multiple of --iterations {self.iterations}"
             )
+        check_dropout(self.caption_dropout)
 
 
 def seed_of(seed: int, iteration: int, image: int) -> int:
@@ -167,9 +168,7 @@ def remove_later(run: Run, steps_per_iteration: int) -> None:
 def main(config: Config) -> int:
     """Tune, validate and save."""
     with exit_on_user_error():
-        check(config.run)
-        config.validation.check(config.model.check())
-        config.reward.check()
+        workspace.check(config.model, config.reward, config.validation, config.run)
         prompts = read_prompts(config.prompts)
         validation_prompts = config.validation.prompts(prompts)
     steps = config.run.max_train_steps // config.iterations

@@ -42,7 +42,7 @@ from preftune.training.config import (
     check_guidance,
     check_solver,
 )
-from preftune.training.run_config import RunConfig, check
+from preftune.training.run_config import RunConfig
 from preftune.training.workspace import Workspace
 from rewards.mix import Mix
 
@@ -164,11 +164,9 @@ def pretraining_loss(
 
 def check_inputs(config: Config) -> tuple[list[str], list[str], list[CaptionedImage]]:
     """Return prompts, validation prompts and pre-training samples; ValueError for whatever is wrong, before weights load."""
-    check(config.run)
-    defaults = config.model.check()
+    groups = config.model, config.reward, config.validation, config.run
+    defaults = workspace.check(*groups, differentiable=True)
     check_solver(config.solver, defaults, "--solver")
-    config.validation.check(defaults)
-    config.reward.check(differentiable=True)
     size = config.model.size(defaults)
     if config.jitter >= min(size):
         raise ValueError(f"--jitter {config.jitter} must be less than the image's side, {min(size)} pixels")

@@ -29,7 +29,7 @@ from preftune.order import items_at
 from preftune.records import CaptionedImage, read_imagefolder
 from preftune.training import workspace
 from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig, check_dropout
-from preftune.training.run_config import RunConfig, check
+from preftune.training.run_config import RunConfig
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -101,16 +101,14 @@ def read_scores(samples: Sequence[CaptionedImage], name: str, folder: Path) -> T
 
 def main(config: Config) -> int:
     """Tune, validate and save."""
+    groups = config.model, config.reward, config.validation, config.run
     with exit_on_user_error():
-        check(config.run)
-        config.validation.check(config.model.check())
-        config.reward.check()
+        workspace.check(*groups)
         samples = read_imagefolder(config.data)
         scores = read_scores(samples, config.score, config.data)
         weights = reward_weights(scores, config.weighting, config.temperature)
         others = read_imagefolder(config.pretraining_data) if config.pretraining_data and config.beta else []
         prompts = config.validation.prompts([sample.text for sample in samples])
-    groups = config.model, config.reward, config.validation, config.run
     with workspace.open(*groups, driver="reward_weighted", config_text=dump(config), prompts=prompts) as w:
         run = w.run
 

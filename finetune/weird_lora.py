@@ -27,7 +27,7 @@ from preftune.order import items_at
 from preftune.records import CaptionedImage, read_imagefolder
 from preftune.training import workspace
 from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig, check_dropout
-from preftune.training.run_config import RunConfig, check
+from preftune.training.run_config import RunConfig
 
 KINDS = ("preferred", "non_preferred", "regularisation")
 NEGATIVE = "_negative"
@@ -59,6 +59,7 @@ class Config:
         default_factory=lambda: RunConfig(
             output_dir=Path("runs/weird_lora"),
             max_train_steps=10_000,
+            learning_rate=1e-5,
             train_batch_size=10,
             gradient_accumulation_steps=4,
             checkpointing_steps=500,
@@ -123,9 +124,7 @@ def read(config: Config) -> list[CaptionedImage]:
 def main(config: Config) -> int:
     """Tune, validate and save."""
     with exit_on_user_error():
-        check(config.run)
-        config.validation.check(config.model.check())
-        config.reward.check()
+        workspace.check(config.model, config.reward, config.validation, config.run)
         samples = read(config)
         prompts = config.validation.prompts([sample.text for sample in samples])
     start, end = "step_000000", f"step_{config.run.max_train_steps:06d}"

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from rewards.blip_state_dict import to_transformers
-from rewards.card import Card
-from rewards.imagereward import FULL_SIZE, ImageReward, ImageRewardConfig, find_parts
+from rewards.card import Card, ImageRewardConfig
+from rewards.imagereward import FULL_SIZE, ImageReward, find_parts
 from rewards.pixels import check_prompts
 from rewards.text_cache import TextCache
 from rewards.trained_cards import with_statistics

@@ -1,14 +1,19 @@
 """What is known about a scorer before any weight is read: data only, importable without torch."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HEAD_WIDTHS = (1024, 128, 64, 16)
+"""Widths between the layers of ImageReward's head (rewards.head), as published."""
+HEAD_DROPOUT = (0.2, 0.2, 0.1)
+"""Probabilities of dropout after its first three layers, as published."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +70,71 @@ class Clip:
             raise ValueError(f"head_dropout must be three numbers in [0, 1), got {self.head_dropout}")
         if not self.scaled:
             raise ValueError("the output of a head is no cosine: with head_dropout, scaled must be true")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRewardConfig:
+    """The sizes of an ImageReward and the two constants that bring its raw scores to mean 0 and deviation 1.
+
+    The defaults are the published model's. `vocab_size` counts two tokens more than vocab.txt has lines:
+    BLIP's [DEC] and [ENC], which no caption uses.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    vision_width: int = 1024
+    vision_layers: int = 24
+    vision_heads: int = 16
+    vocab_size: int = 30524
+    max_positions: int = 512
+    max_length: int = 35
+    text_width: int = 768
+    text_layers: int = 12
+    text_heads: int = 12
+    text_intermediate: int = 3072
+    text_dropout: float = 0.1
+    projection: int = 256
+    head: tuple[int, int, int, int] = HEAD_WIDTHS
+    head_dropout: tuple[float, float, float] = HEAD_DROPOUT
+    mean: float = 0.16717362830052426
+    std: float = 1.0333394966054072
+
+    def __post_init__(self) -> None:
+        for heads, width in (("vision_heads", "vision_width"), ("text_heads", "text_width")):
+            if getattr(self, width) % getattr(self, heads):
+                raise ValueError(
+                    f"{width} {getattr(self, width)} is not a multiple of {heads} {getattr(self, heads)}"
+                )
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        if not 2 <= self.max_length <= self.max_positions:
+            raise ValueError(
+                f"max_length {self.max_length} is not in 2..max_positions ({self.max_positions})"
+            )
+        if self.std <= 0:
+            raise ValueError(f"std must be > 0, got {self.std}")
+        if not all(0 <= probability < 1 for probability in self.head_dropout):
+            raise ValueError(f"head_dropout must lie in [0, 1), got {self.head_dropout}")
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """Return what happens to pixels before the image tower."""
+        return Preprocess(size=self.image_size, mean=CLIP_MEAN, std=CLIP_STD)
+
+    @staticmethod
+    def from_json(text: str) -> "ImageRewardConfig":
+        """Return the config of a config.json; ValueError names a missing or unknown key."""
+        values = json.loads(text)
+        names = {field.name for field in fields(ImageRewardConfig)}
+        if not isinstance(values, dict) or values.keys() != names:
+            different = sorted(names.symmetric_difference(values)) if isinstance(values, dict) else "all"
+            raise ValueError(
+                f"config.json of an ImageReward must have exactly its fields; different: {different}"
+            )
+        fitting: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return ImageRewardConfig(**fitting)
 
 
 @dataclass(frozen=True, kw_only=True)

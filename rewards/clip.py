@@ -30,10 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
-from rewards.card import Card, Clip, Preprocess
+from rewards.card import HEAD_DROPOUT, Card, Clip, Preprocess
 from rewards.clip_state_dict import to_authors, to_transformers
 from rewards.clip_tokenizer import ClipTokenizer, find_vocab
-from rewards.head import DROPOUT, apply_head, draw_head, new_head, set_dropout
+from rewards.head import apply_head, draw_head, new_head, set_dropout
 from rewards.pixels import at_least_float32, check_prompts, prepare
 from rewards.text_cache import TextCache
 from rewards.towers import Tower
@@ -164,7 +164,7 @@ class ClipScorer(nn.Module):
     def renew_head(self, seed: int) -> None:
         """Put an MLP head with random weights that depend on seed alone on the towers; scores are its output from now on."""
         assert self.card.clip is not None
-        clip = replace(self.card.clip, scaled=True, head_dropout=DROPOUT)
+        clip = replace(self.card.clip, scaled=True, head_dropout=HEAD_DROPOUT)
         self.card = with_statistics(replace(self.card, clip=clip), 0.0, 1.0)  # nothing is known about them
         self.scaled = True
         self.mlp = draw_head(clip.embed, seed)

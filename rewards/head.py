@@ -11,18 +11,14 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+from rewards.card import HEAD_DROPOUT, HEAD_WIDTHS
 from rewards.pixels import at_least_float32
-
-WIDTHS = (1024, 128, 64, 16)
-"""Between the layers, as published."""
-DROPOUT = (0.2, 0.2, 0.1)
-"""Probabilities after the first three layers, as published."""
 
 
 def new_head(
     width: int,
-    widths: tuple[int, int, int, int] = WIDTHS,
-    dropout: tuple[float, float, float] = DROPOUT,
+    widths: tuple[int, int, int, int] = HEAD_WIDTHS,
+    dropout: tuple[float, float, float] = HEAD_DROPOUT,
 ) -> nn.Sequential:
     """Return a head for vectors of this width, which `initialise` gives its weights: linear layers are 0, 2, 4, 6 and 7."""
     linear = [nn.Linear(before, after) for before, after in itertools.pairwise((width, *widths, 1))]
@@ -41,8 +37,8 @@ def initialise(head: nn.Sequential) -> None:
 def draw_head(
     width: int,
     seed: int,
-    widths: tuple[int, int, int, int] = WIDTHS,
-    dropout: tuple[float, float, float] = DROPOUT,
+    widths: tuple[int, int, int, int] = HEAD_WIDTHS,
+    dropout: tuple[float, float, float] = HEAD_DROPOUT,
 ) -> nn.Sequential:
     """Return a head with the authors' random weights, which depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):

@@ -13,9 +13,8 @@ S = config.image_size.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +22,8 @@ from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from rewards.blip_state_dict import to_authors, to_transformers
-from rewards.card import CLIP_MEAN, CLIP_STD, Card, Preprocess
-from rewards.head import DROPOUT, WIDTHS, apply_head, draw_head, initialise, new_head, set_dropout
+from rewards.card import Card, ImageRewardConfig
+from rewards.head import apply_head, draw_head, initialise, new_head, set_dropout
 from rewards.pixels import at_least_float32, check_prompts, prepare
 from rewards.towers import Tower
 from rewards.trained_cards import CARD_FILE, card_of, facts_to_json, imagereward_card
@@ -32,71 +31,6 @@ from rewards.weights import FOLDER_FILE, LOOSE, cached, check, find, loose, read
 
 VOCAB_REPO = "google-bert/bert-base-uncased"
 VOCAB_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageRewardConfig:
-    """The sizes of a model and the two constants that bring its raw scores to mean 0 and deviation 1.
-
-    The defaults are the published model's. `vocab_size` counts two tokens more than vocab.txt has lines:
-    BLIP's [DEC] and [ENC], which no caption uses.
-    """
-
-    image_size: int = 224
-    patch_size: int = 16
-    vision_width: int = 1024
-    vision_layers: int = 24
-    vision_heads: int = 16
-    vocab_size: int = 30524
-    max_positions: int = 512
-    max_length: int = 35
-    text_width: int = 768
-    text_layers: int = 12
-    text_heads: int = 12
-    text_intermediate: int = 3072
-    text_dropout: float = 0.1
-    projection: int = 256
-    head: tuple[int, int, int, int] = WIDTHS
-    head_dropout: tuple[float, float, float] = DROPOUT
-    mean: float = 0.16717362830052426
-    std: float = 1.0333394966054072
-
-    def __post_init__(self) -> None:
-        for heads, width in (("vision_heads", "vision_width"), ("text_heads", "text_width")):
-            if getattr(self, width) % getattr(self, heads):
-                raise ValueError(
-                    f"{width} {getattr(self, width)} is not a multiple of {heads} {getattr(self, heads)}"
-                )
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
-            )
-        if not 2 <= self.max_length <= self.max_positions:
-            raise ValueError(
-                f"max_length {self.max_length} is not in 2..max_positions ({self.max_positions})"
-            )
-        if self.std <= 0:
-            raise ValueError(f"std must be > 0, got {self.std}")
-        if not all(0 <= probability < 1 for probability in self.head_dropout):
-            raise ValueError(f"head_dropout must lie in [0, 1), got {self.head_dropout}")
-
-    @property
-    def preprocess(self) -> Preprocess:
-        """Return what happens to pixels before the image tower."""
-        return Preprocess(size=self.image_size, mean=CLIP_MEAN, std=CLIP_STD)
-
-    @staticmethod
-    def from_json(text: str) -> "ImageRewardConfig":
-        """Return the config of a config.json; ValueError names a missing or unknown key."""
-        values = json.loads(text)
-        names = {field.name for field in fields(ImageRewardConfig)}
-        if not isinstance(values, dict) or values.keys() != names:
-            different = sorted(names.symmetric_difference(values)) if isinstance(values, dict) else "all"
-            raise ValueError(
-                f"config.json of an ImageReward must have exactly its fields; different: {different}"
-            )
-        fitting: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return ImageRewardConfig(**fitting)
 
 
 FULL_SIZE = ImageRewardConfig()

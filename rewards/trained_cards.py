@@ -10,7 +10,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from rewards.card import Card, Clip, Preprocess
+from rewards.card import Card, Clip, ImageRewardConfig, Preprocess
 
 _CARD_FIELDS = ("typical_range", "mean", "std", "licence", "paper")
 CARD_FILE = "card.json"
@@ -135,8 +135,6 @@ def _clip(name: str, values: dict[str, Any]) -> Card:
 
 
 def _imagereward(name: str, values: dict[str, Any]) -> Card:
-    from rewards.imagereward import ImageRewardConfig  # not before it is needed: it imports torch
-
     config = ImageRewardConfig.from_json(json.dumps(values))
     return imagereward_card(name, config.preprocess)
 

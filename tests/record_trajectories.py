@@ -2,7 +2,7 @@
 
     python tests/record_trajectories.py            # writes tests/golden/trajectories.json; say in the commit why it moved
 
-A trajectory holds the losses and gradient norms of the updates, and digests of the trained weights: mean, deviation and
+A trajectory holds the losses and gradient norms of the updates, and digests of the trained weights: mean, standard deviation and
 four fixed random projections of all of them after the last update, and of what moved since the first. Unlike a hash, these can
 be compared with a tolerance, and so from machine to machine.
 """
@@ -26,7 +26,8 @@ import tiny
 from preftune.cli import parse
 from preftune.records import write_jsonl
 from preftune.training.checkpoint import read
-from rewards.imagereward import ImageReward, ImageRewardConfig
+from rewards.card import ImageRewardConfig
+from rewards.imagereward import ImageReward
 from rewards.shapes import COLOURS, SHAPES
 from rewards.shapes_rendering import place, random_scene, render, to_bytes
 
@@ -139,7 +140,7 @@ def scorer(vocab: Path) -> ImageReward:
 
 
 def digest(weights: dict[str, torch.Tensor]) -> list[float]:
-    """Mean, deviation and four random projections, of unit length on average, of all weights in their order."""
+    """Mean, standard deviation and four random projections, of unit length on average, of all weights in their order."""
     flat = torch.cat([weight.flatten() for weight in weights.values()]).double().numpy()
     directions = np.random.default_rng(0).standard_normal((4, len(flat))) / len(flat) ** 0.5
     return [float(flat.mean()), float(flat.std()), *(directions @ flat).tolist()]
@@ -158,7 +159,7 @@ def trajectory(driver: str, root: Path, output: Path, *flags: str) -> dict[str, 
     rows: list[dict[str, Any]] = [
         json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()
     ]
-    names = [name for name in rows[0] if name.endswith(("loss", "grad_norm"))]
+    names = [name for name in rows[0] if name.removeprefix("pretrain_") in ("loss", "grad_norm")]
     first, last = (read(output / f"step_{updates:06d}")["parameters"] for updates in (1, UPDATES))
     moved = {name: last[name] - first[name] for name in last}
     return {name: [row[name] for row in rows] for name in names} | {

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import Decoder
+from torch.nn.modules.module import register_module_forward_hook
 
 import rewards
 import tiny
@@ -19,7 +21,8 @@ from finetune import refl, reward_model
 from golden_weights import tiny_card
 from preftune import cli
 from rewards import CARDS
-from rewards.imagereward import ImageReward, ImageRewardConfig
+from rewards.card import ImageRewardConfig
+from rewards.imagereward import ImageReward
 
 
 def small_scorer(folder: Path) -> Path:
@@ -112,14 +115,23 @@ def test_an_update_trains_the_denoiser_only(
 
 
 def test_both_loops_have_the_same_loss(trial: refl_step.Trial, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without noise, from the same x_T, the plain loop computes what the driver computes: the same work is timed."""
+    """With the same x_T and the same noise, the plain loop computes what the driver does: the same work is timed."""
     monkeypatch.setattr(torch, "randn", lambda *size, **_: torch.full(_shape(size), 0.3))
     monkeypatch.setattr(  # DDPM draws the noise of a step from where it imported randn_tensor
-        "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda shape, **_: torch.zeros(shape)
+        "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda shape, **_: torch.full(shape, 0.3)
     )
     monkeypatch.setattr(torch.Tensor, "clamp", lambda self, *_, **__: self)  # the one intended difference
-    losses = [float(make(trial)(0)) for make in (refl_step.ours, refl_step.plain)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    decoded: list[torch.Tensor] = []  # the scorer hardly sees a difference; the decoder's images show it
+
+    def note(module: torch.nn.Module, args: object, output: torch.Tensor) -> None:
+        if isinstance(module, Decoder):
+            decoded.append(output.detach())
+
+    with register_module_forward_hook(note):
+        losses = [float(make(trial)(0)) for make in (refl_step.ours, refl_step.plain)]
+    torch.testing.assert_close(decoded[0], decoded[1], atol=1e-5, rtol=0)
+    assert decoded[0].std() > 0.01
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def _shape(size: tuple[object, ...]) -> tuple[int, ...]:
@@ -222,16 +234,16 @@ def test_full_size_command_is_one_the_driver_takes(tmp_path: Path) -> None:
     argv = full_size.command(config)
     driver = next(i for i, word in enumerate(argv) if word.endswith("finetune/refl.py"))
     parsed = cli.parse(refl.Config, argv[driver + 1 :])
-    assert (parsed.num_inference_steps, parsed.window, parsed.resolution) == (40, (30, 39), 512)
+    assert (parsed.num_inference_steps, parsed.window, parsed.model.resolution) == (40, (30, 39), "512")
     assert (
         parsed.run.max_train_steps,
         parsed.run.train_batch_size,
         parsed.run.gradient_accumulation_steps,
     ) == (2, 1, 1)
-    assert parsed.lora.rank > 0
-    assert parsed.gradient_checkpointing
-    assert parsed.vae_checkpointing
-    assert parsed.files() == {"imagereward": tmp_path / "scorer"}
+    assert parsed.model.tuned() is not None
+    assert parsed.model.gradient_checkpointing
+    assert parsed.model.vae_checkpointing
+    assert parsed.reward.files() == {"imagereward": tmp_path / "scorer"}
 
 
 def test_watch_sees_the_peak_of_a_child() -> None:
@@ -470,7 +482,8 @@ def test_the_recipe_is_that_of_the_configuration(tmp_path: Path) -> None:
         "gradient_accumulation_steps",
         "learning_rate",
         "adam_weight_decay",
-        "adam_betas",
+        "adam_beta1",
+        "adam_beta2",
     ):
         assert getattr(timed.run, name) == getattr(published.run, name), name
 

@@ -34,7 +34,9 @@ CASES = {  # driver, flags, metrics that must agree
     ),
     "guided refl": (
         "refl",
-        "--guidance-scale 2 --window 0 3 --pretraining off",
+        # and validation images at a size that has a gold score, one at a time: they must not depend on who makes them
+        "--guidance-scale 2 --window 0 3 --pretraining off --sample.resolution 64 --sample.batch-size 1"
+        " --validation-prompts {inputs}/prompts.txt --num-validation-prompts 5",
         ("loss", "reward", "late_step", "grad_norm"),
     ),
     # the weights of all pairs sum to one over both processes, in each of the two stages
@@ -58,7 +60,11 @@ def run_case(case: str, inputs: Path, notes: Path, *flags: str) -> None:
         seen.append([weight.grad.clone() for weight in weights])
 
     handle = register_optimizer_step_pre_hook(note)
-    command = [*record_trajectories.arguments(driver, inputs, notes), *own.split(), *flags]
+    command = [
+        *record_trajectories.arguments(driver, inputs, notes),
+        *own.format(inputs=inputs).split(),
+        *flags,
+    ]
     sys.argv = [str(ROOT / "finetune" / f"{driver}.py"), *command]
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(sys.argv[0], run_name="__main__")
@@ -114,10 +120,29 @@ def test_two_processes_equal_one_with_twice_the_batch(
     for a, b in zip(rows(tmp_path), rows(two / case), strict=True):
         for name in CASES[case][2]:
             assert b[name] == pytest.approx(a[name], rel=1e-5), name
+    if case == "guided refl":
+        assert_same_validation(tmp_path / "samples", two / case / "samples")
     if case != "reward_model":
         assert len({row["late_step"] for row in rows(tmp_path)}) > 1, (
             "choose a seed that draws different steps"
         )
+
+
+def assert_same_validation(one: Path, other: Path) -> None:
+    """The same files; before training the same bytes, for the weights are equal then; after it nearly the same scores."""
+    names = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (one, other)]
+    assert names[0] == names[1], "nothing is left over, nothing is missing"
+    assert [f"step_000000/{index:04d}.png" in names[0] for index in range(6)] == [True] * 5 + [False]
+    for path in (one / "step_000000").iterdir():
+        assert path.read_bytes() == (other / "step_000000" / path.name).read_bytes(), path.name
+    assert (one / "step_000000.png").read_bytes() == (other / "step_000000.png").read_bytes()
+    before, *after = (
+        json.loads((folder / name / "scores.json").read_text())
+        for folder, name in ((one, "step_000000"), (one, "step_000003"), (other, "step_000003"))
+    )
+    assert len(set(before["proxy"])) == len(before["gold"]) == len(before["prompts"]) == 5
+    assert after[0]["proxy"] != before["proxy"]
+    assert after[1]["proxy"] == pytest.approx(after[0]["proxy"], rel=1e-4)
 
 
 if __name__ == "__main__":

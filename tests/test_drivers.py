@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import record_trajectories as recorded
+import tiny
 from preftune.training.checkpoint import find_checkpoints, read
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -51,6 +54,10 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
         line = {"file_name": "a.png", "text": "a", **json.loads(row)}
         (folder / name / "metadata.jsonl").write_text(json.dumps(line) + "\n")
     (folder / "stray" / "metadata.jsonl").write_text('{"file_name": "../a.png", "text": "a"}\n')
+    for weights in tiny.pipeline_folder(folder / "zero_snr", "v_prediction", zero_snr=True).rglob(
+        "*.safetensors"
+    ):
+        weights.write_bytes(b"")  # what refuses it must come before the weights load
     return folder
 
 
@@ -67,7 +74,18 @@ EVERY = [
 PIPELINE = [
     (["--model", "{bad}/nothing"], "has no model_index.json"),
     (["--model", "{root}/scorer"], "has no model_index.json"),
-    (["--resolution", "30"], "--resolution must be a positive multiple of 8"),
+    (["--model", "{bad}/zero_snr", "--sample.solver", "pndm"], "--sample.solver pndm cannot start at this"),
+    (
+        ["--resolution", "48x30"],
+        "--resolution: resolution '48x30': width and height must be positive multiples",
+    ),
+    (["--resolution", "48by32"], "'48by32' is neither a number, as in 512, nor WIDTHxHEIGHT, as in 768x512"),
+    (["--sample.resolution", "30"], "--sample.resolution: resolution '30'"),
+    (["--lora.rank", "0"], "--train full"),
+    (["--train", "full", "--lora.rank", "3"], "--lora settings do nothing with --train full"),
+    (["--caption-dropout", "1"], "--caption-dropout must lie in [0, 1)"),
+    (["--num-validation-prompts", "0"], "--num-validation-prompts must be at least 1, got 0"),
+    (["--validation-prompts", "{bad}/blank.txt"], "blank.txt line 2 is empty"),
 ]
 IMAGES = [
     (["--data", "{bad}/absent"], "absent"),
@@ -78,12 +96,12 @@ ONE: dict[str, list[tuple[list[str], str]]] = {
     "autoencoder": [*IMAGES, (["--resolution", "30"], "--resolution must be")],
     "pretrain": [
         *PIPELINE,
+        (["--train", "lora"], "--train-text-encoder goes with --train full, got --train lora"),
         (
-            ["--no-train-text-encoder", "--lora.rank", "2", "--lora.target-modules", "to_z"],
+            ["--no-train-text-encoder", "--train", "lora", "--lora.target-modules", "to_z"],
             "no layer is called to_z",
         ),
         *IMAGES,
-        (["--caption-dropout", "1"], "--caption-dropout must lie in [0, 1)"),
     ],
     "pretrain_scorer": [*IMAGES, (["--vocab", "{bad}/absent.txt"], "absent.txt")],
     "raft": [
@@ -104,19 +122,28 @@ ONE: dict[str, list[tuple[list[str], str]]] = {
         (["--rewards", "brightness"], "is not scorer=weight"),
         (["--rewards", "shapes=1"], "shapes is not differentiable"),
         (["--reward-files", "imagereward=x"], "imagereward, which --rewards does not use"),
-        (["--reward-normalization", "sample"], "units 'sample' with no sample file"),
-        (["--reward-stats", "{bad}/empty.txt"], "the units 'sample', and they alone, need a summary.json"),
-        (["--reward-normalization", "sample", "--reward-stats", "{bad}/empty.txt"], "is no summary.json"),
+        (["--reward-normalization", "dataset"], "normalization dataset with no file of statistics"),
+        (["--reward-stats", "{bad}/empty.txt"], "dataset, and dataset alone, needs --reward-stats"),
+        (["--reward-normalization", "dataset", "--reward-stats", "{bad}/empty.txt"], "is no summary.json"),
         (["--prompts", "{bad}/absent.txt"], "absent.txt does not exist"),
         (["--prompts", "{bad}/blank.txt"], "blank.txt line 2 is empty"),
         (["--prompts", "{bad}/prompts.jsonl"], "prompts.jsonl line 2"),
         (["--prompts", "{bad}/empty.txt"], "empty.txt holds no prompts"),
-        (["--validation-prompts", "{bad}/blank.txt"], "blank.txt line 2 is empty"),
         (["--window", "1", "4"], "--window 1 4 must lie in 0..3"),
         (["--window", "2", "1"], "--window 2 1 must lie in 0..3"),
+        (
+            ["--guidance-scale", "0.5"],
+            "--guidance-scale must be 1 (no guidance) or more in training, got 0.5",
+        ),
+        (
+            ["--guidance-scale", "nan"],
+            "--guidance-scale must be 1 (no guidance) or more in training, got nan",
+        ),
+        (["--solver", "pndm"], "pndm"),
+        (["--rewards"], "--rewards is empty"),
         (["--num-inference-steps", "0"], "--num-inference-steps must be at least 1"),
-        (["--jitter", "-1"], "--jitter must lie in 0..31, got -1"),
-        (["--jitter", "32"], "--jitter must lie in 0..31, got 32"),
+        (["--jitter", "-1"], "--jitter must be 0 or more, got -1"),
+        (["--jitter", "32"], "--jitter 32 must be less than the image's side, 32 pixels"),
         (["--jitter-copies", "0"], "--jitter-copies must be 1, or more with a --jitter, got 0"),
         (["--jitter-copies", "2"], "--jitter-copies must be 1, or more with a --jitter, got 2"),
     ],
@@ -148,8 +175,6 @@ ONE: dict[str, list[tuple[list[str], str]]] = {
         (["--temperature", "0"], "--temperature must be above 0 and finite, got 0"),
         (["--beta", "-1"], "--beta must be 0 or more and finite, got -1"),
         (["--pretraining-data", "None"], "--beta 0.5 needs --pretraining-data IMAGEFOLDER"),
-        (["--caption-dropout", "1"], "--caption-dropout must lie in [0, 1)"),
-        (["--validation-prompts", "{bad}/blank.txt"], "blank.txt line 2 is empty"),
         (["--reward-files", "imagereward=x"], "imagereward, which --rewards does not use"),
     ],
     "weird_lora": [
@@ -158,6 +183,7 @@ ONE: dict[str, list[tuple[list[str], str]]] = {
         (["--data", "{bad}/kindless"], "metadata.jsonl line 1: kind is None; it must be one of preferred"),
         (["--data", "{bad}/liked"], "holds no non_preferred image"),
         (["--prefix", " "], "--prefix must hold words"),
+        (["--sample.guidance-scale", "1"], "--sample.guidance-scale 1 has no negative prompt"),
         (["--regularisation-share", "1"], "--regularisation-share must lie strictly between 0 and 1, got 1"),
         (["--regularisation", "None"], "--regularisation-share needs --regularisation IMAGEFOLDER"),
     ],
@@ -243,6 +269,43 @@ def test_three_updates_are_the_recorded_ones(
         assert len(values) == (6 if name in ("weights", "moved") else recorded.UPDATES)
         slack = TOLERANCE * max(map(abs, values))
         np.testing.assert_allclose(found[name], values, rtol=0, atol=slack, err_msg=f"{driver}: {name}")
+
+
+TUNING = [name for name in DRIVERS if "--sample.resolution" in " ".join(recorded.arguments(name, ROOT, ROOT))]
+"""The drivers that tune a text-to-image model."""
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.pipeline_xl_folder(tmp_path_factory.mktemp("sdxl") / "pipeline")
+
+
+@pytest.mark.parametrize("family", ["SD", "SDXL"])
+@pytest.mark.parametrize("driver", TUNING)
+def test_one_update_at_a_resolution_that_is_not_square(
+    driver: str, family: str, root: Path, sdxl: Path, tmp_path: Path
+) -> None:
+    """Width 48 and height 32 while training, the other way round in validation images; of each family alike."""
+    seen: set[tuple[int, ...]] = set()
+
+    def note(module: torch.nn.Module, args: tuple[object, ...]) -> None:
+        if isinstance(module, UNet2DConditionModel) and torch.is_grad_enabled():
+            seen.add(tuple(args[0].shape[1:]))
+
+    flags = "--resolution 48x32 --sample.resolution 32x48 --max-train-steps 1 --sample.num-inference-steps 1"
+    handle = register_module_forward_pre_hook(note)
+    try:
+        own = recorded.arguments(driver, root, tmp_path)
+        model = ["--model", str(root / "pipeline" if family == "SD" else sdxl)]
+        recorded.train(driver, [*own, *flags.split(), *model])
+    finally:
+        handle.remove()
+    assert seen == {(4, 32 // 8, 48 // 8)}, "the latents that are trained on"
+    (row,) = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert row["loss"] > 0
+    shown = sorted((tmp_path / "samples" / "step_000001").glob("*.png"))
+    assert len(shown) == 8
+    assert {Image.open(path).size for path in shown} == {(32, 48)}
 
 
 def assert_saved_weights_are_the_ema(output: Path) -> None:

@@ -18,7 +18,8 @@ from golden_weights import BLIP as GOLDEN
 from golden_weights import FOLDER as GOLDEN_FOLDER
 from golden_weights import SHARED, fill, write_bert_vocab
 from rewards import Preprocess
-from rewards.imagereward import FULL_SIZE, ImageReward, ImageRewardConfig, to_authors, to_transformers
+from rewards.card import ImageRewardConfig
+from rewards.imagereward import FULL_SIZE, ImageReward, to_authors, to_transformers
 from rewards.pixels import from_pil
 
 TOLERANCE = 5e-6  # independent float32 implementations on a CPU differ by less

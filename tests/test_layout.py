@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,12 @@ FOLDERS = ("rewards", "preftune", "finetune", "data_build", "eval", "benchmarks"
 LIBRARIES = {"rewards": ("rewards",), "preftune": ("rewards", "preftune")}
 """What the two libraries may import of ours: rewards itself alone, preftune also rewards."""
 
-RUN = ("preftune.training.checkpoint", "preftune.training.optimizer")
-RUN_ITSELF = ("preftune.training.run", "preftune.training.run_config")
-"""The parts of Run, which drivers leave to it."""
+RUN = ("preftune.training.checkpoint", "preftune.training.optimizer", "preftune.training.signals")
+"""The parts of Run, which programs leave to it."""
 
 HOMES = {
     "accelerate": ("preftune/training/run.py",),
+    "diffusers": ("preftune/families/", "preftune/solvers.py", "preftune/lora.py"),
     "peft": ("preftune/lora.py",),
     "open_clip": ("rewards/",),
     "ray": ("data_build/cluster.py",),
@@ -56,6 +57,10 @@ def imports(path: Path) -> set[str]:
     return names
 
 
+def module_of(path: Path) -> str:
+    return short(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
 def is_program(path: Path) -> bool:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body)
@@ -74,17 +79,66 @@ def allowed(module: str) -> tuple[str, ...]:
     if folder in LIBRARIES:
         return LIBRARIES[folder]
     plumbing = [f"{folder}.{path.stem}" for path in (ROOT / folder).glob("*.py") if not is_program(path)]
-    if module not in RUN + RUN_ITSELF:
-        plumbing = [name for name in plumbing if name not in RUN]
     return ("rewards", "preftune", *plumbing)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=short)
 def test_arrows(path: Path) -> None:
-    """Programs never import each other: they meet through files."""
-    may = allowed(short(path).removesuffix(".py").replace("/", "."))
+    """rewards <- preftune <- {finetune, data_build, eval}; programs never import each other: they meet through files."""
+    module = module_of(path)
+    may = allowed(module)
     wrong = {name for name in imports(path) if under(name, FOLDERS) and not under(name, may)}
     assert not wrong, f"{short(path)} imports {wrong}; of ours it may import {may}"
+    if not under(module, tuple(LIBRARIES)):
+        inner = {name for name in imports(path) if under(name, RUN)}
+        assert not inner, f"{short(path)} imports {inner}, which it must leave to preftune.training.run"
+
+
+def test_finetune_holds_programs_only() -> None:
+    """What drivers share is in preftune/training."""
+    others = [
+        path for path in (ROOT / "finetune").rglob("*.py") if path.stem != "__init__" and not is_program(path)
+    ]
+    assert not others, f"move to preftune/training: {[short(path) for path in others]}"
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Of nodes and what they point to: every group whose members all reach each other; a node that points to itself."""
+    reach = {node: set(others) for node, others in graph.items()}
+    for middle in graph:
+        for others in reach.values():
+            if middle in others:
+                others |= reach[middle]
+    groups = {frozenset(n for n in graph if node in reach[n] and n in reach[node]) for node in graph}
+    return sorted(sorted(group) for group in groups if group)
+
+
+def test_a_circle_is_seen() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": {"d"}}) == [["a", "b", "c"]]
+    assert circles({"a": {"a"}, "b": {"a"}}) == [["a"]]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_no_two_files_import_each_other() -> None:
+    """Not even through others, or inside a function: such files can only be understood together."""
+    modules = {module_of(path) for path in SOURCES}
+    graph = {
+        module_of(path): {
+            name if name in modules else name.rpartition(".")[0]
+            for name in imports(path)
+            if {name, name.rpartition(".")[0]} & modules
+        }
+        for path in SOURCES
+    }
+    assert "rewards.card" in graph["rewards.trained_cards"], "imports are found"
+    assert "preftune.training.checkpoint" in graph["preftune.training.run"], "imports are found"
+    assert not circles(graph)
+
+
+def test_no_rule_for_a_file_that_is_not_there() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    for pattern in settings["tool"]["ruff"]["lint"]["per-file-ignores"]:
+        assert list(ROOT.glob(pattern)), f"pyproject.toml has a rule for {pattern}, which no file matches"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=short)

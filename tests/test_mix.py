@@ -44,22 +44,22 @@ def test_card_units_by_hand() -> None:
     assert mixed.rewards.tolist() == [-2.0 - 1.0, 2.0 - 1.5]
 
 
-def sample_file(folder: Path, **scores: object) -> Path:
+def stats_file(folder: Path, **scores: object) -> Path:
     """A summary.json as data_build/score.py writes it, as far as a mix reads it."""
     (folder / "summary.json").write_text(json.dumps({"count": 9, "scores": scores}), encoding="utf-8")
     return folder / "summary.json"
 
 
-def test_sample_units_by_hand(tmp_path: Path) -> None:
+def test_dataset_units_by_hand(tmp_path: Path) -> None:
     """Mean and std of the file, not of the card; scorers that the mix lacks may be there, too."""
     a, b, c = {"mean": 0.5, "std": 0.25}, {"mean": 1.0, "std": 2.0}, {"mean": 0.0, "std": 0.0}
-    sample = sample_file(tmp_path, b=b, c=c, a=a)
-    mixed = Mix([Fixed("a", 0.0), Fixed("b", 3.0)], {"a": 1.0, "b": -1.0}, "sample", sample)(PIXELS, PROMPTS)
+    stats = stats_file(tmp_path, b=b, c=c, a=a)
+    mixed = Mix([Fixed("a", 0.0), Fixed("b", 3.0)], {"a": 1.0, "b": -1.0}, "dataset", stats)(PIXELS, PROMPTS)
     assert mixed.scores.tolist() == [[0.0, 3.0], [1.0, 4.0]]
     assert mixed.rewards.tolist() == [-2.0 - 1.0, 2.0 - 1.5]
 
 
-def test_a_sample_that_cannot_be_used(tmp_path: Path) -> None:
+def test_statistics_that_cannot_be_used(tmp_path: Path) -> None:
     cards = [Fixed("a", 0.0).card]
     for row, words in (
         ({"mean": 0.5, "std": 0.0}, "gives a mean 0.5 and std 0; scores that do not differ"),
@@ -69,24 +69,24 @@ def test_a_sample_that_cannot_be_used(tmp_path: Path) -> None:
         ("x", "is no summary.json"),
     ):
         with pytest.raises(ValueError, match=words):
-            units(cards, "sample", sample_file(tmp_path, a=row))
+            units(cards, "dataset", stats_file(tmp_path, a=row))
     with pytest.raises(ValueError, match=r"summary\.json has no a; it has b"):
-        units(cards, "sample", sample_file(tmp_path, b={"mean": 0, "std": 1}))
+        units(cards, "dataset", stats_file(tmp_path, b={"mean": 0, "std": 1}))
     (tmp_path / "list.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"list\.json is no summary\.json"):
-        units(cards, "sample", tmp_path / "list.json")
-    with pytest.raises(ValueError, match=r"cannot read the sample file .*gone: No such file"):
-        units(cards, "sample", tmp_path / "gone")
+        units(cards, "dataset", tmp_path / "list.json")
+    with pytest.raises(ValueError, match=r"cannot read the file of statistics .*gone: No such file"):
+        units(cards, "dataset", tmp_path / "gone")
 
 
-def test_a_sample_is_for_sample_units_alone(tmp_path: Path) -> None:
-    sample = sample_file(tmp_path, a={"mean": 0, "std": 1})
+def test_statistics_are_for_dataset_alone(tmp_path: Path) -> None:
+    stats = stats_file(tmp_path, a={"mean": 0, "std": 1})
     with pytest.raises(
-        ValueError, match=r"units 'card' with .*summary.json; the units 'sample', and they alone"
+        ValueError, match=r"reward normalization card with .*summary\.json; dataset, and dataset alone"
     ):
-        Mix([Fixed("a", 0)], {"a": 1.0}, "card", sample)
-    with pytest.raises(ValueError, match="units 'sample' with no sample file"):
-        Mix([Fixed("a", 0)], {"a": 1.0}, "sample")
+        Mix([Fixed("a", 0)], {"a": 1.0}, "card", stats)
+    with pytest.raises(ValueError, match="reward normalization dataset with no file of statistics"):
+        Mix([Fixed("a", 0)], {"a": 1.0}, "dataset")
 
 
 def test_gradient_is_the_weighted_sum() -> None:
@@ -109,7 +109,7 @@ def test_weights_and_scorers_must_correspond() -> None:
     for scorers, weights in (([], {}), ([Fixed("a", 0)], {}), ([Fixed("a", 0)] * 2, {"a": 1.0})):
         with pytest.raises(ValueError, match="one weight for each"):
             Mix(scorers, weights, "none")
-    with pytest.raises(ValueError, match=r"'zscore'; one of raw, card, sample"):
+    with pytest.raises(ValueError, match=r"'zscore'; one of none, card, dataset"):
         Mix([Fixed("a", 0)], {"a": 1.0}, "zscore")  # type: ignore[arg-type]
 
 

@@ -7,7 +7,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from preftune.order import items_at
 from preftune.prompts import read_prompts
 
 SHARED = Path(__file__).parents[2] / "shared/data/prompts"
@@ -114,18 +113,3 @@ def test_published_files() -> None:
     assert sum('"' in prompt for prompt in parti) > 5
     assert len(read_prompts(SHARED / "dpg_bench/dpg_bench_prompts.jsonl")) == 1065
     assert len(read_prompts(SHARED / "flow_grpo/pickscore_test.txt")) == 2048
-
-
-def test_an_epoch_is_a_permutation_and_depends_on_seed_and_epoch_only() -> None:
-    prompts = [f"p{number}" for number in range(10)]
-    epochs = [items_at(prompts, range(start, start + 10), seed=3) for start in (0, 10, 20)]
-    assert all(sorted(epoch) == sorted(prompts) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert items_at(prompts, range(10), seed=4) != epochs[0]
-    assert items_at(prompts, [25, 3], seed=3) == [epochs[2][5], epochs[0][3]]
-    assert items_at(["only"], [0, 7, 10**9], seed=0) == ["only"] * 3
-
-
-def test_the_order_is_pinned() -> None:
-    """Runs must be repeatable from one version to the next."""
-    assert items_at("abcdefgh", range(16), seed=0) == list("cedgfabhbdhgaecf")

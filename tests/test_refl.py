@@ -28,8 +28,11 @@ from preftune.cli import dump
 from preftune.families.sd import SD
 from preftune.families.tiny import SCHEDULER_CONFIG
 from preftune.lora import LoRA
+from preftune.resolution import Resolution
 from preftune.sampling import Sampling, sample
+from preftune.training import validation
 from preftune.training.checkpoint import find_checkpoints, read
+from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig
 from preftune.training.run import RunConfig
 from rewards import CARDS
 from rewards.brightness import Brightness
@@ -51,20 +54,24 @@ def config(root: Path, output: Path, *, run: dict[str, Any] | None = None, **cha
         "learning_rate": 1e-2,
         "threads": 1,
     }
+    sampling = Sampling(num_inference_steps=4, guidance_scale=3.0, solver="pndm", resolution=str(SIZE))
     settings: dict[str, Any] = {
-        "model": root / "pipeline",
         "prompts": root / "prompts.txt",
-        "rewards": ("brightness=1",),
         "reward_scale": 1.0,
         "num_inference_steps": STEPS,
         "window": (1, 3),
         "pretraining": "off",
         "data": root / "images",
-        "resolution": SIZE,
-        "sample": Sampling(num_inference_steps=4, guidance_scale=3.0, solver="pndm", resolution=str(SIZE)),
+        "model": model_config(root),
+        "reward": RewardConfig(rewards=("brightness=1",)),
+        "validation": ValidationConfig(sample=sampling),
         "run": RunConfig(output_dir=output, **{**few, **(run or {})}),
     }
     return refl.Config(**{**settings, **changes})
+
+
+def model_config(root: Path, **changes: Any) -> ModelConfig:
+    return ModelConfig(**{"model": root / "pipeline", "resolution": str(SIZE), **changes})
 
 
 def rows(output: Path) -> list[dict[str, Any]]:
@@ -93,8 +100,8 @@ def test_loss_by_hand() -> None:
 class Case:
     """A tiny Stable Diffusion in float64, all of whose trained weights matter, and a curved reward of its pixels."""
 
-    def __init__(self, folder: Path, prediction: str, rank: int, **changes: Any) -> None:
-        self.config = config(folder, folder, lora=LoRA(rank=rank), **changes)
+    def __init__(self, folder: Path, prediction: str, lora: LoRA | None, **changes: Any) -> None:
+        self.config = config(folder, folder, **changes)
         self.family = SD(
             unet=tiny.unet(),
             vae=tiny.vae(),
@@ -102,7 +109,7 @@ class Case:
             tokenizer=tiny.tokenizer(folder / "tokenizer"),
             scheduler_config={**SCHEDULER_CONFIG, "prediction_type": prediction},
         )
-        self.family.trainable(self.config.lora, seed=0)
+        self.family.trainable(lora, seed=0)
         self.family.to("cpu", torch.float64)
         draws = torch.Generator().manual_seed(3)
         self.weights = [weight for weight in self.family.unet.parameters() if weight.requires_grad]
@@ -120,24 +127,31 @@ class Case:
         return refl.reward_loss(scores, margin=2.0, scale=1e3)
 
     def driver_loss(self, late: int = LATE) -> Tensor:
-        return self.loss(refl.late_pixels(self.family, PROMPTS, self.generators(), late, self.config))
+        return self.loss(self.late_pixels(late))
+
+    def late_pixels(self, late: int = LATE) -> Tensor:
+        return refl.late_pixels(
+            self.family, PROMPTS, self.generators(), late, Resolution(SIZE, SIZE), self.config
+        )
 
     def plain_loss(self, late: int = LATE, detach: bool = True) -> Tensor:
         """The same from the papers' formulas: no scheduler, no guidance batch, no shared code but the networks."""
         family, guidance = self.family, self.config.guidance_scale
         generators = self.generators()
-        given, without = (family.encode(texts).states for texts in (PROMPTS, [""] * len(PROMPTS)))
-        abar = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
-        stride, ddim = 1000 // STEPS, self.config.solver == "ddim"
+        given, without = (family.encode(texts).positive["embeds"] for texts in (PROMPTS, [""] * len(PROMPTS)))
+        alphas_cumprod = (
+            1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        ).cumprod(0)
+        stride, ddim = 1000 // STEPS, self.config.solver != "ddpm"  # euler is ddim in other coordinates
         x = torch.cat([torch.randn(1, 4, SIZE // 8, SIZE // 8, generator=g) for g in generators]).double()
         for index in range(late + 1):
-            t = stride * (STEPS - 1 - index) + ddim  # steps_offset is 1 with ddim only
-            a, b = abar[t], abar[t - stride] if t >= stride else torch.tensor(1.0)
+            t = stride * (STEPS - 1 - index) + ddim  # ddpm has no offset
+            a, b = alphas_cumprod[t], alphas_cumprod[t - stride] if t >= stride else torch.tensor(1.0)
             output = family.unet(x, t, given).sample
             if guidance != 1:
                 plain = family.unet(x, t, without).sample
                 output = plain + guidance * (output - plain)
-            if family.prediction == "epsilon":
+            if family.prediction_type == "epsilon":
                 eps, x0 = output, (x - (1 - a).sqrt() * output) / a.sqrt()
             else:
                 eps, x0 = a.sqrt() * output + (1 - a).sqrt() * x, a.sqrt() * x - (1 - a).sqrt() * output
@@ -192,13 +206,13 @@ class Case:
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
+@pytest.mark.parametrize("solver", ["ddpm", "ddim", "euler"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
 def test_gradient(
-    rank: int,
+    lora: LoRA | None,
     prediction: str,
-    solver: Literal["ddpm", "ddim"],
+    solver: Literal["ddpm", "ddim", "euler"],
     guidance_scale: float,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -210,7 +224,7 @@ def test_gradient(
     def in_float32(*shape: Any, dtype: torch.dtype | None = None, **rest: Any) -> Tensor:
         return normal(*shape, **rest).to(dtype or torch.float32)  # one stream of numbers for both loops
 
-    case = Case(tmp_path, prediction, rank, solver=solver, guidance_scale=guidance_scale)
+    case = Case(tmp_path, prediction, lora, solver=solver, guidance_scale=guidance_scale)
     monkeypatch.setattr(torch, "randn", in_float32)
     loss, plain = case.driver_loss(), case.plain_loss()
     slope = case.slope(loss)
@@ -224,13 +238,13 @@ def test_gradient(
 
 
 def test_pixels_out_of_range_have_a_gradient(tmp_path: Path) -> None:
-    case = Case(tmp_path, "epsilon", 2)
+    case = Case(tmp_path, "epsilon", LoRA(rank=2))
     case.family.to("cpu", torch.float32)
     for weight in case.weights:
         weight.data = weight.data.float()
     for bias, inside in ((20.0, lambda pixels: pixels > 1), (-20.0, lambda pixels: pixels < 0)):
         case.family.vae.decoder.conv_out.bias.data.fill_(bias)
-        pixels = refl.late_pixels(case.family, PROMPTS, case.generators(), LATE, case.config)
+        pixels = case.late_pixels()
         assert inside(pixels).all()
         gradient = torch.autograd.grad(pixels.mean(), case.weights)
         assert all(part.abs().max() > 0 for part in gradient)
@@ -239,7 +253,7 @@ def test_pixels_out_of_range_have_a_gradient(tmp_path: Path) -> None:
 # The driver
 
 
-def test_the_reward_is_the_mean_over_views(root: Path, tmp_path: Path) -> None:
+def test_the_reward_is_the_mean_over_moved_copies(root: Path, tmp_path: Path) -> None:
     scorer = ImageReward.load(root / "scorer").eval()
     scorer.card = replace(CARDS["imagereward-tiny"], preprocess=scorer.config.preprocess)
     mix = Mix([scorer], {"imagereward-tiny": 2.0}, "none")
@@ -253,12 +267,12 @@ def test_the_reward_is_the_mean_over_views(root: Path, tmp_path: Path) -> None:
     seen = generators()
     by_hand = [2 * scorer(shifted(pixels, seen, 5), PROMPTS) for _ in range(3)]
     torch.testing.assert_close(found, torch.stack(by_hand).mean(0))
-    assert (by_hand[0] - by_hand[1]).abs().min() > 1e-4, "views differ"
+    assert (by_hand[0] - by_hand[1]).abs().min() > 1e-4, "copies differ"
     as_published = refl.mean_reward(mix, pixels, PROMPTS, generators(), config(root, tmp_path))
     torch.testing.assert_close(as_published, 2 * scorer(pixels, PROMPTS))
 
 
-def test_the_late_step_is_drawn_from_the_window(root: Path, tmp_path: Path) -> None:
+def test_the_late_step_is_chosen_from_the_window(root: Path, tmp_path: Path) -> None:
     refl.main(config(root, tmp_path, window=(1, 3), run={"max_train_steps": 6, "seed": 5}))
     generated = [row["late_step"] for row in rows(tmp_path)]
     # (seed, stream 3, 0, step, micro batch), as Run.rng says
@@ -267,18 +281,17 @@ def test_the_late_step_is_drawn_from_the_window(root: Path, tmp_path: Path) -> N
     assert set(wanted) == {1, 2, 3}, "choose a seed that reaches both ends"
 
 
-@pytest.mark.parametrize("rank", [4, 0])
-def test_brightness_rises(rank: int, root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_brightness_rises(train: Literal["lora", "full"], root: Path, tmp_path: Path) -> None:
     sampling = Sampling(num_inference_steps=STEPS, guidance_scale=1.0, solver="ddim", resolution=str(SIZE))
-    lr = 1e-2 if rank else 1e-3
     refl.main(
         config(
             root,
             tmp_path,
-            lora=LoRA(rank=rank),
+            model=model_config(root, train=train),
             window=(2, 4),
-            sample=sampling,
-            run={"max_train_steps": 20, "learning_rate": lr},
+            validation=ValidationConfig(sample=sampling),
+            run={"max_train_steps": 20, "learning_rate": 1e-2 if train == "lora" else 1e-3},
         )
     )
     rewards = [row["reward"] for row in rows(tmp_path)]
@@ -287,18 +300,20 @@ def test_brightness_rises(rank: int, root: Path, tmp_path: Path) -> None:
         json.loads((tmp_path / "samples" / f"step_{step:06d}" / "scores.json").read_text())["proxy"]
         for step in (0, 20)
     )
-    assert all(new > old for old, new in zip(before, after, strict=True)), "every held-out image is brighter"
-
-
-def test_diffusers_draws_what_was_tuned(root: Path, tmp_path: Path) -> None:
-    settings = config(
-        root, tmp_path, lora=LoRA(rank=4, alpha=8.0), run={"learning_rate": 3e-2, "ema_decay": 0.9}
+    assert all(new > old for old, new in zip(before, after, strict=True)), (
+        "every validation image is brighter"
     )
+
+
+def test_diffusers_generates_what_was_tuned(root: Path, tmp_path: Path) -> None:
+    tuned = model_config(root, lora=LoRA(rank=4, alpha=8.0))
+    settings = config(root, tmp_path, model=tuned, run={"learning_rate": 3e-2, "ema_decay": 0.9})
     refl.main(settings)
+    sampling = settings.validation.sample
     family = families.load(root / "pipeline")
-    base = sample(family, PROMPTS, [0, 1], settings.sample)
-    lora.load(family.unet, tmp_path / "lora")
-    ours = sample(family, PROMPTS, [0, 1], settings.sample)
+    (base,) = sample(family, PROMPTS, [0, 1], sampling)
+    family.load_tuned(tmp_path / "lora")
+    (ours,) = sample(family, PROMPTS, [0, 1], sampling)
     pipe = StableDiffusionPipeline.from_pretrained(root / "pipeline", safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
 
@@ -306,7 +321,6 @@ def test_diffusers_draws_what_was_tuned(root: Path, tmp_path: Path) -> None:
         latents = [
             torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(len(prompts))
         ]
-        sampling = settings.sample
         return pipe(
             prompts,
             num_inference_steps=sampling.num_inference_steps,
@@ -321,10 +335,13 @@ def test_diffusers_draws_what_was_tuned(root: Path, tmp_path: Path) -> None:
     pipe.load_lora_weights(tmp_path / "lora")
     torch.testing.assert_close(generated(PROMPTS), ours, atol=1e-4, rtol=0)
     assert (ours - base).abs().max() > 1e-2, "nothing was tuned"
-    # What the driver itself drew at the end, with the weights in its memory; its files hold 8 bits.
-    shown = refl.validation.read(tmp_path, f"step_{settings.run.max_train_steps:06d}")
+    # What the driver itself generated at the end, with the weights in its memory; its files hold 8 bits.
+    shown = validation.read(tmp_path, f"step_{settings.run.max_train_steps:06d}")
     assert shown is not None
-    torch.testing.assert_close(generated(shown.prompts), shown.images, atol=0.5 / 255 + 1e-4, rtol=0)
+    assert len(shown.prompts) == 8
+    torch.testing.assert_close(
+        generated(shown.prompts), torch.stack(shown.images()), atol=0.5 / 255 + 1e-4, rtol=0
+    )
 
 
 def test_accumulation_equals_a_larger_batch(root: Path, tmp_path: Path) -> None:
@@ -404,7 +421,13 @@ def test_killed_runs_resume_bit_for_bit(kills: int, root: Path, tmp_path: Path) 
         "ema_decay": 0.9,
     }
     small = Sampling(num_inference_steps=1, guidance_scale=1.0, solver="ddim", resolution=str(SIZE))
-    straight = config(root, tmp_path / "straight", pretraining="alternate", sample=small, run=run)
+    straight = config(
+        root,
+        tmp_path / "straight",
+        pretraining="alternate",
+        validation=ValidationConfig(sample=small),
+        run=run,
+    )
     refl.main(straight)
     output = tmp_path / "killed"
     broken = replace(straight, run=replace(straight.run, output_dir=output, resume_from_checkpoint="latest"))

@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import record_trajectories as recorded
 import rewards
 from finetune import pretrain_scorer, reward_model
 from finetune.reward_model import Config, Stable
 from preftune import cli
 from preftune.records import CaptionedImage, Ranking, read_jsonl
+from preftune.training import checkpoint
 from preftune.training.optimizer import adamw
 from preftune.training.preference_losses import weighted_mean
 from preftune.training.rankings import Ranked, by_images, check_split, choices, pairs, split, untied, votes
@@ -219,16 +221,19 @@ def test_rankings_that_say_nothing_are_refused() -> None:
         check_split([tied, shared], [sound], "choice")
 
 
-def test_the_best_accuracy_outlives_a_stop(tmp_path: Path) -> None:
-    rows = [
-        {"step": 0, "loss": 1.0},
-        {"step": 1, "validation_accuracy": 0.7},
-        {"step": 2, "validation_accuracy": 0.6},
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert reward_model.best_so_far(tmp_path) == 0.7
-    (tmp_path / "metrics.jsonl").write_text("")
-    assert reward_model.best_so_far(tmp_path) == 0.0
+def test_the_best_accuracy_outlives_a_stop(root: Path, tmp_path: Path) -> None:
+    """A run that resumes does not replace a scorer that was better: as if the first two updates had been luckier."""
+    argv = recorded.arguments("reward_model", root, tmp_path)
+    recorded.train("reward_model", argv)
+    reached = [row["validation_accuracy"] for row in read_jsonl(tmp_path / "metrics.jsonl")]
+    assert checkpoint.read(tmp_path / "step_000003")["driver"] == {"best": max(reached)}
+    shutil.rmtree(tmp_path / "step_000003")
+    state = checkpoint.read(tmp_path / "step_000002")
+    torch.save(state | {"driver": {"best": 1.5}}, tmp_path / "step_000002" / "state.pt")
+    (tmp_path / "scorer" / "model.safetensors").write_bytes(b"the lucky one")
+    recorded.train("reward_model", [*argv, "--resume-from-checkpoint", "latest"])
+    assert (tmp_path / "scorer" / "model.safetensors").read_bytes() == b"the lucky one"
+    assert checkpoint.read(tmp_path / "step_000003")["driver"] == {"best": 1.5}
 
 
 def test_contrast_by_hand() -> None:

@@ -128,6 +128,21 @@ def test_accumulation_equals_a_larger_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=0)
 
 
+def test_each_update_may_have_passes_of_its_own(tmp_path: Path) -> None:
+    train(tmp_path / "whole", train_batch_size=6, gradient_accumulation_steps=1)
+    cut = {"train_batch_size": 2, "gradient_accumulation_steps": 3}
+    train(tmp_path / "cut", driver={"passes": (2, 1, 6, 3)}, **cut)
+    for one, other in zip(rows(tmp_path / "whole"), rows(tmp_path / "cut"), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+    whole, parts = (state(tmp_path / name, 8) for name in ("whole", "cut"))
+    for name, weight in whole["parameters"].items():
+        torch.testing.assert_close(weight, parts["parameters"][name], atol=1e-6, rtol=0)
+    assert parts["optimizer"][0]["step"] == 8, "one optimizer step an update"
+    # position is 10 step + pass: its mean over the passes of the update
+    assert [row["position"] for row in rows(tmp_path / "cut")][:4] == [0.5, 10, 22.5, 31]
+
+
 def test_first_update_is_adamw_by_hand(tmp_path: Path) -> None:
     # One weight w = 2, loss = w^2 / 2 on average over two micro batches (1/4 w^2 and 3/4 w^2): gradient w = 2, clipped to
     # 0.5. AdamW's first step is lr in the direction of the sign, after decay by lr * weight_decay.
@@ -138,9 +153,10 @@ def test_first_update_is_adamw_by_hand(tmp_path: Path) -> None:
     )
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, 2.0)
-    prepared = run.prepare(model)
+    prepared = run.prepare(model, learning_rate=1.0)
     for _ in run.steps():
-        for factor in (0.25, 0.75):
+        for micro in run.passes():
+            factor = (0.25, 0.75)[micro]
             with run.accumulate():
                 run.update(factor * prepared(torch.ones(1, 1)).square().sum(), factor=factor)
     assert run.finish() == 0
@@ -170,6 +186,35 @@ def test_learning_rate_by_hand() -> None:
     assert lr_factor(RunConfig(max_train_steps=2, lr_warmup_steps=4), 1) == 0.5
 
 
+@pytest.mark.parametrize(
+    ("lr_scheduler", "expected"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("constant_with_warmup", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]),
+    ],
+)
+def test_courses_of_the_learning_rate(lr_scheduler: Any, expected: list[float]) -> None:
+    config = RunConfig(max_train_steps=6, lr_warmup_steps=2, lr_scheduler=lr_scheduler)
+    assert [lr_factor(config, step) for step in range(6)] == pytest.approx(expected)
+
+
+def test_the_learning_rate_is_the_users_or_that_of_the_program(tmp_path: Path) -> None:
+    train(tmp_path / "none", max_train_steps=1, learning_rate=None)
+    train(tmp_path / "given", max_train_steps=1, learning_rate=3e-3)
+    assert [rows(tmp_path / name)[0]["lr"] for name in ("none", "given")] == [1e-5, 3e-3]
+
+
+def test_adamw_is_the_configured_one(tmp_path: Path) -> None:
+    changes = {"adam_beta1": 0.5, "adam_beta2": 0.75, "adam_epsilon": 1e-3, "adam_weight_decay": 0.1}
+    run = Run(run_config(tmp_path, decay_vectors=False, **changes), driver="toy", config_text="")
+    run.prepare(nn.Linear(2, 1), learning_rate=1.0)
+    matrix, vector = run._optimizer.param_groups
+    assert (matrix["betas"], matrix["eps"], matrix["lr"]) == ((0.5, 0.75), 1e-3, 1e-2)
+    assert (matrix["weight_decay"], vector["weight_decay"]) == (0.1, 0.0)
+    assert [weight.ndim for group in (matrix, vector) for weight in group["params"]] == [2, 1]
+
+
 def test_rows_carry_the_schedule(tmp_path: Path) -> None:
     train(tmp_path, max_train_steps=4, lr_scheduler="cosine", learning_rate=0.1)
     assert [row["lr"] for row in rows(tmp_path)] == pytest.approx([0.1, 0.0853553, 0.05, 0.0146447], abs=1e-6)
@@ -188,7 +233,7 @@ def test_bf16_trains_float32_weights(tmp_path: Path) -> None:
 
 
 def test_resume_equals_straight(tmp_path: Path) -> None:
-    noisy = {"local_noise": True}
+    noisy = {"local_noise": True, "remembers": True}  # the loss depends on what the driver itself saved
     hard = {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "max_train_steps": 10}
     train(tmp_path / "straight", driver=noisy, **hard)
     assert train(tmp_path / "broken", driver=noisy | {"signal_at": 4}, **hard) == 128 + signal.SIGTERM
@@ -214,10 +259,11 @@ def test_killed_runs_resume_bit_for_bit(tmp_path: Path) -> None:
         time.sleep(moments.uniform(0, 0.1))
         process.kill()
         assert process.wait() == -signal.SIGKILL, "finished before it was killed"
-    (output / "step_000099.tmp-1").mkdir()  # as a kill in the middle of a save leaves it
+    (output / ".step_000099.tmp-1").mkdir()  # as a kill in the middle of a save leaves it
     train(output, resume_from_checkpoint="latest", driver={"local_noise": True}, **changes)
     assert_same_run(tmp_path / "straight", output, 40)
     assert sorted(p.name for p in output.glob("step_*")) == ["step_000038", "step_000039", "step_000040"]
+    assert not list(output.glob(".*")), "leftovers are removed"
 
 
 def wait_for_rows(output: Path, count: int, process: subprocess.Popen[bytes]) -> None:
@@ -231,14 +277,14 @@ def wait_for_rows(output: Path, count: int, process: subprocess.Popen[bytes]) ->
 
 def test_second_signal_kills_and_repeats_do_not(tmp_path: Path) -> None:
     run = Run(run_config(tmp_path), driver="toy", config_text="")
-    run.prepare(nn.Linear(1, 1))
+    run.prepare(nn.Linear(1, 1), learning_rate=1e-5)
     killed: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: killed.append(number))
     try:
         for _ in run.steps():
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)  # the same request, delivered twice
-            for _ in range(2):
+            for _ in run.passes():
                 with run.accumulate():
                     run.update(next(run._module.parameters()).sum())
             assert run.interrupted
@@ -317,6 +363,59 @@ def test_resume_with_other_settings_is_refused(
         train(tmp_path, resume_from_checkpoint="latest", driver=driver, **changes)
 
 
+def test_the_drivers_own_settings_must_not_change(tmp_path: Path) -> None:
+    def open_run(**settings: object) -> Run:
+        run = Run(
+            run_config(tmp_path, resume_from_checkpoint="latest"),
+            driver="toy",
+            config_text="",
+            settings=settings,
+        )
+        run.prepare(nn.Linear(1, 1), learning_rate=1e-5)
+        return run
+
+    first = open_run(iterations=3, prompts="a.txt")
+    assert first.resumed_state == {}
+    first.save(-1, state={"best": 0.5, "seen": ["a", "b"]})
+    again = open_run(iterations=3, prompts="a.txt")
+    assert (again.start, again.resumed) == (0, True)
+    assert again.resumed_state == {"best": 0.5, "seen": ["a", "b"]}
+    with pytest.raises(ValueError, match=r"iterations was 3, is 4"):
+        open_run(iterations=4, prompts="a.txt")
+    with pytest.raises(ValueError, match=r"prompts was a\.txt, is absent"):
+        open_run(iterations=3)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_an_earlier_run_goes_when_all_of_the_new_one_has_loaded(tmp_path: Path) -> None:
+    train(tmp_path, max_train_steps=2)
+    (tmp_path / "iteration_01").mkdir()
+    before = files_of(tmp_path)
+    new = Run(
+        run_config(tmp_path, overwrite_output_dir=True),
+        driver="toy",
+        config_text="new: 1\n",
+        driver_files=("iteration_*",),
+    )
+    with pytest.raises(AssertionError, match="float32"):  # as a model that is not what it should be
+        new.prepare(nn.Linear(1, 1).double(), learning_rate=1e-5)
+    assert files_of(tmp_path) == before
+    other = Run(run_config(tmp_path, seed=1, resume_from_checkpoint="latest"), driver="toy", config_text="")
+    with pytest.raises(ValueError, match="seed was 0, is 1"):
+        other.prepare(nn.Linear(1, 1), learning_rate=1e-5)
+    assert files_of(tmp_path) == before
+    assert (tmp_path / "iteration_01").is_dir()
+    new.prepare(nn.Linear(1, 1), learning_rate=1e-5)
+    assert "new: 1" in (tmp_path / "config.yaml").read_text()
+    assert not rows(tmp_path)
+    assert not list(tmp_path.glob("step_*"))
+    assert not (tmp_path / "iteration_01").exists(), "the driver's own files go, too"
+    assert (tmp_path / "rank0.pt").is_file(), "others stay"
+
+
 def test_current_hyperparameters_apply_after_resume(tmp_path: Path) -> None:
     train(tmp_path, max_train_steps=2)
     run = Run(
@@ -324,7 +423,7 @@ def test_current_hyperparameters_apply_after_resume(tmp_path: Path) -> None:
         driver="toy",
         config_text="",
     )
-    run.prepare(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)))
+    run.prepare(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), learning_rate=1e-5)
     assert run.start == 2
     assert run._optimizer.param_groups[0]["weight_decay"] == 0.5
 
@@ -366,7 +465,7 @@ def train_with_scaler(output: Path, *, bad: set[int], **changes: Any) -> Run:
     run._accelerator.state._mixed_precision = "fp16"
     torch.manual_seed(0)
     module = nn.Linear(3, 1)
-    run.prepare(module)
+    run.prepare(module, learning_rate=1e-5)
     for step in run.steps():
         with run.accumulate():
             x = torch.stack([torch.randn(3, generator=run.generator(i)) for i in run.image_indices(step, 0)])
@@ -410,7 +509,7 @@ def test_fp16_skips_an_infinite_gradient(tmp_path: Path) -> None:
 def test_two_processes_equal_one_with_twice_the_batch_also_after_a_stop(tmp_path: Path) -> None:
     train(tmp_path / "one", train_batch_size=2, gradient_accumulation_steps=2)
     output = tmp_path / "two"
-    flags = "--max-train-steps 8 --train-batch-size 1 --gradient-accumulation-steps 2 --learning-rate 1e-2 --threads 1 --ema-decay 0.9 --resume-from-checkpoint latest"
+    flags = "--max-train-steps 8 --train-batch-size 1 --gradient-accumulation-steps 2 --learning-rate 1e-2 --threads 1 --ema-decay 0.9 --resume-from-checkpoint latest --passes 1 2"
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     command = (*torchrun, TOY, "--output-dir", str(output), *flags.split())
     # One process gets a signal: both must stop after the same update.
@@ -456,7 +555,9 @@ def test_accelerate_launch_without_a_config_file(tmp_path: Path) -> None:
         {"checkpointing_steps": -1},
         {"checkpoints_total_limit": -1},
         {"adam_weight_decay": -0.1},
-        {"adam_betas": (0.9, 1.0)},
+        {"adam_beta1": 1.0},
+        {"adam_beta2": -0.1},
+        {"adam_epsilon": 0.0},
         {"max_grad_norm": 0.0},
         {"ema_decay": 1.0},
     ],
@@ -510,18 +611,18 @@ def test_an_earlier_run_is_protected(tmp_path: Path) -> None:
 def test_misuse_by_a_driver_is_caught(tmp_path: Path) -> None:
     run = Run(run_config(tmp_path), driver="toy", config_text="")
     model = nn.Linear(1, 1)
-    with pytest.raises(AssertionError, match="that require a gradient"):
-        run.prepare(model, parameters=[model.weight])
+    with pytest.raises(AssertionError, match="no parameter that requires a gradient"):
+        run.prepare(nn.Linear(1, 1).requires_grad_(False), learning_rate=1e-5)
     with pytest.raises(AssertionError, match="float32"):
-        run.prepare(nn.Linear(1, 1).double())
-    prepared = run.prepare(model)
+        run.prepare(nn.Linear(1, 1).double(), learning_rate=1e-5)
+    prepared = run.prepare(model, learning_rate=1e-5)
 
     def once_per_step() -> None:
         for _ in run.steps():
             with run.accumulate():
                 run.update(prepared(torch.ones(1, 1)).sum())
 
-    with pytest.raises(AssertionError, match="must be called 2 times"):
+    with pytest.raises(AssertionError, match="once in each of the passes"):
         once_per_step()
 
 
@@ -531,7 +632,7 @@ def test_log_joins_the_row_until_it_is_saved(tmp_path: Path) -> None:
         driver="toy",
         config_text="a: 1\n",
     )
-    prepared = run.prepare(nn.Linear(1, 1))
+    prepared = run.prepare(nn.Linear(1, 1), learning_rate=1e-5)
     for step in run.steps():
         with run.accumulate():
             run.update(prepared(torch.ones(1, 1)).sum())

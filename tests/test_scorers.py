@@ -18,7 +18,8 @@ from golden_weights import CLIP_NAMES, tiny_card
 from rewards import CARDS, Preprocess, Scorer
 from rewards.aesthetic import load_scorer
 from rewards.blipscore import BlipScore
-from rewards.imagereward import ImageReward, ImageRewardConfig, to_transformers
+from rewards.card import ImageRewardConfig
+from rewards.imagereward import ImageReward, to_transformers
 from rewards.pixels import from_pil, prepare
 from rewards.weights import local
 

@@ -14,7 +14,7 @@ from preftune.families import sd
 from preftune.families import tiny as builders
 from preftune.resolution import Resolution
 from preftune.sampling import Sampling, sample
-from rewards.shapes_drawing import random_scene
+from rewards.shapes_rendering import random_scene
 
 
 @pytest.fixture(scope="module")

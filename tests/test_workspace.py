@@ -9,22 +9,27 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import record_trajectories as recorded
 from finetune import raft, reward_weighted, weird_lora
 from preftune import families
 from preftune.cli import parse
-from preftune.diffusion_loss import captioned_error
+from preftune.diffusion_loss import captioned_loss
 from preftune.images import load_pixels
 from preftune.prompts import read_prompts
 from preftune.records import CaptionedImage, read_imagefolder, read_jsonl, write_jsonl
-from preftune.training.checkpoint import read
+from preftune.resolution import Resolution
+from preftune.training import validation
+from preftune.training.checkpoint import find_checkpoints, read
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
 
 def arguments(driver: str, root: Path, output: Path, *flags: str) -> list[str]:
-    return [*recorded.arguments(driver, root, output), *flags]
+    """The recorded ones, with two validation images only: most of the time goes into them."""
+    few = ["--validation-prompts", str(root / "prompts.txt"), "--num-validation-prompts", "2"]
+    return [*recorded.arguments(driver, root, output), *few, *flags]
 
 
 def weights(output: Path, updates: int) -> dict[str, torch.Tensor]:
@@ -68,22 +73,13 @@ def test_the_share_of_regularisation(root: Path, tmp_path: Path, share: float | 
 def test_published_settings_are_the_defaults(root: Path, tmp_path: Path) -> None:
     config = parse(weird_lora.Config, ["--model", str(root / "pipeline"), "--data", str(root / "images")])
     run = config.run
-    assert (config.tuning.lora.rank, config.tuning.lora.target_modules) == (
-        32,
-        ("to_q", "to_k", "to_v", "to_out.0"),
-    )
-    assert (
-        run.learning_rate,
-        run.lr_scheduler,
-        run.train_batch_size * run.gradient_accumulation_steps,
-        run.max_train_steps,
-    ) == (
-        1e-5,
-        "constant",
-        40,
-        10_000,
-    )
-    assert (run.adam_weight_decay, run.max_grad_norm, config.tuning.caption_dropout) == (1e-2, 1.0, 0.0)
+    lora = config.model.tuned()
+    assert lora is not None
+    assert (lora.rank, lora.target_modules) == (32, ("to_q", "to_k", "to_v", "to_out.0"))
+    images = run.train_batch_size * run.gradient_accumulation_steps
+    assert (run.learning_rate, run.lr_scheduler) == (1e-5, "constant")
+    assert (images, run.max_train_steps) == (40, 10_000)
+    assert (run.adam_weight_decay, run.max_grad_norm, config.caption_dropout) == (1e-2, 1.0, 0.0)
     assert config.prefix == "Weird image. "
 
 
@@ -106,8 +102,72 @@ def test_the_prefix_reaches_the_model(root: Path, tmp_path: Path) -> None:
     assert found["d"] != found["a"], "captions are dropped"
     assert found["d"] != found["e"], "but the prefix of non-preferred images stays"
     shown = {path.name for path in (tmp_path / "a" / "samples").iterdir() if path.is_dir()}
-    assert shown == {"base", "base_negative", "tuned", "tuned_negative"}
+    assert shown == {f"step_00000{step}{ending}" for step in (0, 2) for ending in ("", "_negative")}
+    for step in (0, 2):
+        plain, negative = (
+            load_pixels(tmp_path / "a" / "samples" / f"step_00000{step}{ending}" / "0000.png")
+            for ending in ("", "_negative")
+        )
+        assert not torch.equal(plain, negative), "guidance points away from the prefix"
+    last = read_jsonl(tmp_path / "a" / "metrics.jsonl")[-1]
+    assert last["step"] == 1
     assert (tmp_path / "a" / "before_after.png").is_file()
+
+
+# ---------------------------------------------------------------- the workspace
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_model_that_does_not_load_leaves_the_earlier_run_alone(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its files are there, so what looks at configurations alone is content; the weights are not what they should be."""
+    argv = arguments("raft", root, tmp_path / "run", "--max-train-steps", "1")
+    recorded.train("raft", argv)
+    before = contents(tmp_path / "run")
+    shutil.copytree(root / "pipeline", tmp_path / "torn")
+    weights = tmp_path / "torn" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises((SystemExit, SafetensorError, OSError)):
+        recorded.train("raft", [*argv, "--model", str(tmp_path / "torn"), "--overwrite-output-dir"])
+    with pytest.raises(SystemExit):
+        recorded.train("raft", [*argv, "--lora.target-modules", "to_z", "--overwrite-output-dir"])
+    assert "no layer is called to_z" in capsys.readouterr().err
+    assert contents(tmp_path / "run") == before
+
+
+def test_validation_images_are_due_and_kept_by_step(root: Path, tmp_path: Path) -> None:
+    flags = ["--validation-steps", "2", "--rewards", "brightness=1"]
+    argv = [*recorded.arguments("reward_weighted", root, tmp_path), *flags]
+    recorded.train("reward_weighted", argv)
+    steps = [0, 2, 3]
+    assert sorted(path.name for path in (tmp_path / "samples").glob("*.png")) == [
+        f"step_00000{step}.png" for step in steps
+    ]
+    means = {}
+    for step in steps:
+        shown = validation.read(tmp_path, f"step_00000{step}")
+        assert shown is not None
+        assert shown.prompts == [sample.text for sample in read_imagefolder(root / "images")][:8]
+        assert shown.proxy is not None
+        for value, image in zip(shown.proxy, shown.images(), strict=True):
+            assert value == pytest.approx(image.mean().item(), abs=0.5 / 255), (
+                "scores and images belong together"
+            )
+        means[step] = shown.means()["validation_proxy"]
+    rows = {row["step"]: row for row in read_jsonl(tmp_path / "metrics.jsonl")}
+    assert [step for step, row in rows.items() if "validation_proxy" in row] == [1, 2]
+    assert rows[1]["validation_proxy"] == pytest.approx(means[2], rel=1e-6)
+    assert rows[2]["validation_proxy"] == pytest.approx(means[3], rel=1e-6)
+    assert (tmp_path / "before_after.png").is_file()
+    # Stopped between the last step and the comparison: the images of that moment are made by the run that resumes.
+    kept = (tmp_path / "samples" / "step_000003" / "scores.json").read_text()
+    shutil.rmtree(tmp_path / "samples" / "step_000003")
+    recorded.train("reward_weighted", [*argv, "--resume-from-checkpoint", "latest"])
+    assert (tmp_path / "samples" / "step_000003" / "scores.json").read_text() == kept
 
 
 # ---------------------------------------------------------------- reward-weighted
@@ -132,10 +192,10 @@ def test_exp_by_hand() -> None:
 
 
 def test_weighted_loss_by_hand_and_no_gradient_without_reward() -> None:
-    errors = torch.tensor([2.0, 4.0, 8.0], requires_grad=True)
-    loss = reward_weighted.weighted_loss(errors, torch.tensor([0.0, 0.5, 1.0]))
+    losses = torch.tensor([2.0, 4.0, 8.0], requires_grad=True)
+    loss = reward_weighted.weighted_loss(losses, torch.tensor([0.0, 0.5, 1.0]))
     assert loss.item() == pytest.approx((0 * 2 + 0.5 * 4 + 1 * 8) / 3)
-    (gradient,) = torch.autograd.grad(loss, errors)
+    (gradient,) = torch.autograd.grad(loss, losses)
     assert gradient.tolist() == pytest.approx([0.0, 0.5 / 3, 1 / 3])
 
 
@@ -157,7 +217,7 @@ def test_equal_weights_are_plain_fine_tuning(root: Path, tmp_path: Path) -> None
     data = scored(root, tmp_path / "equal", [3.0] * 12)
     flags = ["--data", str(data), "--weighting", "exp", "--beta", "0"]
     recorded.train("reward_weighted", arguments("reward_weighted", root, tmp_path / "weighted", *flags))
-    plainly = ["--no-train-text-encoder", "--lora.rank", "4", "--caption-dropout", "0", "--data", str(data)]
+    plainly = ["--no-train-text-encoder", "--train", "lora", "--caption-dropout", "0", "--data", str(data)]
     recorded.train("pretrain", arguments("pretrain", root, tmp_path / "plain", *plainly))
     weighted, plain = (
         [row["loss"] for row in read_jsonl(tmp_path / name / "metrics.jsonl")]
@@ -178,7 +238,7 @@ def test_beta_adds_the_plain_loss(root: Path, tmp_path: Path) -> None:
     plain = found[1.0]["loss"] - found[0.0]["loss"]
     assert plain > 0.1
     assert found[0.5]["loss"] - found[0.0]["loss"] == pytest.approx(plain / 2, rel=1e-4)
-    assert found[0.0]["loss"] < found[0.0]["error"], "half of the images count nothing"
+    assert found[0.0]["loss"] < found[0.0]["diffusion_loss"], "half of the images count nothing"
 
 
 # ---------------------------------------------------------------- RAFT
@@ -221,7 +281,13 @@ def test_each_prompt_keeps_its_best_image(root: Path, tmp_path: Path) -> None:
     assert sorted(seen[:12]) == sorted(prompts), "iterations go on through the prompts"
     first = load_pixels(tmp_path / "iteration_01" / "000000.png")
     same = ["--sample.batch-size", "15", "--prompts-per-iteration", "12", "--learning-rate", "1e-30"]
+    same += ["--checkpointing-steps", "0"]
     recorded.train("raft", arguments("raft", root, tmp_path / "again", *RAFT, *same))
+    # The end of an iteration is a moment to look at and to resume from, whatever the intervals are.
+    moments = [f"step_{step:06d}" for step in range(4)]
+    assert sorted(path.stem for path in (tmp_path / "again" / "samples").glob("*.png")) == moments
+    assert [path.name for path in find_checkpoints(tmp_path / "again")] == moments
+    assert (tmp_path / "again" / "before_after.png").is_file()
     again = load_pixels(tmp_path / "again" / "iteration_01" / "000000.png")
     torch.testing.assert_close(first, again, atol=1.01 / 255, rtol=0)
     # All prompts in each iteration, and weights that do not move: what differs between iterations are the seeds.
@@ -283,7 +349,7 @@ def test_raft_goes_on_in_the_middle_of_an_iteration(
     assert "iteration_01 is gone" in capsys.readouterr().err
 
 
-def test_overwriting_draws_anew(root: Path, tmp_path: Path) -> None:
+def test_overwriting_generates_anew(root: Path, tmp_path: Path) -> None:
     recorded.train("raft", arguments("raft", root, tmp_path, *RAFT))
     before = json.dumps(read_jsonl(tmp_path / "iteration_01" / "metadata.jsonl"))
     recorded.train("raft", arguments("raft", root, tmp_path, *RAFT, "--overwrite-output-dir", "--seed", "5"))
@@ -294,15 +360,21 @@ def test_what_stands_in_place_of_a_dropped_caption(root: Path) -> None:
     family = families.load(root / "pipeline", torch.device("cpu"))
     paths = [root / "images" / f"{i:02d}.png" for i in range(2)]
 
-    def errors(captions: list[str], dropout: float, dropped: list[str] | None) -> torch.Tensor:
+    def losses(captions: list[str], dropout: float, dropped: list[str] | None) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(i) for i in range(2)]
         with torch.no_grad():
-            return captioned_error(
-                family, paths, captions, generators, size=32, caption_dropout=dropout, dropped=dropped
+            return captioned_loss(
+                family,
+                paths,
+                captions,
+                generators,
+                resolution=Resolution(32, 32),
+                caption_dropout=dropout,
+                dropped=dropped,
             )
 
     texts, instead = ["a red circle", "Weird image. a cross"], ["", "Weird image. "]
-    torch.testing.assert_close(errors(texts, 0.999, instead), errors(instead, 0.0, None))
-    torch.testing.assert_close(errors(texts, 0.999, None), errors(["", ""], 0.0, None))
-    torch.testing.assert_close(errors(texts, 0.0, instead), errors(texts, 0.0, None))
-    assert (errors(instead, 0.0, None)[1] - errors(["", ""], 0.0, None)[1]).abs() > 1e-6
+    torch.testing.assert_close(losses(texts, 0.999, instead), losses(instead, 0.0, None))
+    torch.testing.assert_close(losses(texts, 0.999, None), losses(["", ""], 0.0, None))
+    torch.testing.assert_close(losses(texts, 0.0, instead), losses(texts, 0.0, None))
+    assert (losses(instead, 0.0, None)[1] - losses(["", ""], 0.0, None)[1]).abs() > 1e-6

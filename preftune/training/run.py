@@ -47,9 +47,7 @@ from preftune.training.run_config import RunConfig, check, cpu_threads
 
 __all__ = ["Run", "RunConfig", "check"]
 
-MAX_SKIPPED = (
-    50  # fp16 updates skipped in a row: the loss scale has halved 50 times by then and will not recover
-)
+MAX_SKIPPED = 50  # fp16 updates skipped in a row: a loss scale that has halved so often will not recover
 _REMEDY = "lower --learning-rate, or find what this step's images have in common"
 
 

@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from preftune import families
 from preftune.cli import exit_on_user_error
 from preftune.diffusion_loss import captioned_loss
-from preftune.families import Family
+from preftune.families import Defaults, Family
 from preftune.records import CaptionedImage
 from preftune.resolution import Resolution
 from preftune.training import validation
 from preftune.training.config import DTYPES, ModelConfig, RewardConfig, ValidationConfig
 from preftune.training.run import Run
 from preftune.training.run_config import RunConfig
+from preftune.training.run_config import check as check_run
 from rewards.mix import Mix
 from rewards.shared_towers import load_all
 
@@ -122,6 +123,42 @@ class Workspace:
         )
 
 
+def check(
+    model: ModelConfig,
+    reward: RewardConfig,
+    validation: ValidationConfig,
+    run: RunConfig,
+    *,
+    differentiable: bool = False,
+) -> Defaults:
+    """Return the model's defaults; ValueError, in milliseconds, for what could not work once all has loaded.
+
+    differentiable: the gradient of the scorers is needed.
+    """
+    check_run(run)
+    defaults = model.check()
+    validation.check(defaults)
+    reward.check(differentiable=differentiable)
+    return defaults
+
+
+def load_parts(
+    model: ModelConfig, reward: RewardConfig, run: RunConfig, device: torch.device
+) -> tuple[Family, nn.Module, Mix | None]:
+    """Return the model on its device in the run's precision, what of it is trained, and the scorers, None without --rewards."""
+    weights, precision = reward.weights(), DTYPES[reward.reward_precision]
+    scorers = load_all(list(weights), files=reward.files(), device=device, dtype=precision)
+    mix = Mix(scorers, weights, reward.reward_normalization, reward.reward_stats) if scorers else None
+    family = families.load(model.model, device, torch.float32, model.vae)
+    denoiser = family.trainable(model.tuned(), run.seed)
+    family.set_speed(
+        model.attention,
+        gradient_checkpointing=model.gradient_checkpointing,
+        vae_checkpointing=model.vae_checkpointing,
+    )
+    return family.to(device, DTYPES[run.mixed_precision]), denoiser, mix
+
+
 @contextmanager
 def open(
     model: ModelConfig,
@@ -147,17 +184,7 @@ def open(
         run = Run(
             run_config, driver=driver, config_text=config_text, settings=settings, driver_files=driver_files
         )
-        weights, precision = reward.weights(), DTYPES[reward.reward_precision]
-        scorers = load_all(list(weights), files=reward.files(), device=run.device, dtype=precision)
-        mix = Mix(scorers, weights, reward.reward_normalization, reward.reward_stats) if scorers else None
-        family = families.load(model.model, run.device, torch.float32, model.vae)
-        denoiser = family.trainable(model.tuned(), run_config.seed)
-        family.set_speed(
-            model.attention,
-            gradient_checkpointing=model.gradient_checkpointing,
-            vae_checkpointing=model.vae_checkpointing,
-        )
-        family.to(run.device, DTYPES[run_config.mixed_precision])
+        family, denoiser, mix = load_parts(model, reward, run_config, run.device)
         family.denoiser = run.prepare(denoiser, learning_rate=model.learning_rate(defaults))
     steps = run_config.max_train_steps
     w = Workspace(

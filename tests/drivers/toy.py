@@ -39,13 +39,26 @@ class Config:
     """Rank of that process."""
     sleep: float = 0.0
     """Seconds per micro batch."""
+    passes: tuple[int, ...] = ()
+    """Backward passes of each update in turn, over and over; empty = --gradient-accumulation-steps."""
+    remembers: bool = False
+    """Add to the losses what the driver remembers of the updates before."""
+
+
+def images_of(run: Run, config: Config, step: int, micro: int) -> range:
+    """Global indices of this process' images: the run's own, or with --passes the same images cut into other passes."""
+    if not config.passes:
+        return run.image_indices(step, micro)
+    mine = run.images_per_update // run.world
+    each = mine // config.passes[step % len(config.passes)]
+    first = step * run.images_per_update + run.rank * mine + micro * each
+    return range(first, first + each)
 
 
 def loss_of(run: Run, config: Config, model: nn.Module, step: int, micro: int) -> torch.Tensor:
     """Mean squared error of one micro batch."""
-    x = torch.stack(
-        [torch.randn(3, generator=run.generator(index)) for index in run.image_indices(step, micro)]
-    )
+    indices = images_of(run, config, step, micro)
+    x = torch.stack([torch.randn(3, generator=run.generator(index)) for index in indices])
     with run.autocast():
         loss = (model(x.to(run.device)).float() - x.sum(1, keepdim=True).to(run.device)).square().mean()
     if config.local_noise:
@@ -65,22 +78,22 @@ def main(config: Config) -> int:
     model = run.prepare(
         nn.Sequential(nn.Linear(3, config.width), nn.Tanh(), nn.Linear(config.width, 1)), learning_rate=1e-5
     )
+    memory = float(run.resumed_state.get("memory", 0.0))
     for step in run.steps():
         for phase in ("first", "second") if config.two_phases else ("",):
-            for micro in run.passes():
+            for micro in run.passes(config.passes[step % len(config.passes)] if config.passes else None):
                 time.sleep(config.sleep)
                 if (step, micro, run.rank) == (config.signal_at, 0, config.signal_rank):
                     signal.raise_signal(signal.SIGTERM)
                 with run.accumulate():
-                    run.update(
-                        loss_of(run, config, model, step, micro),
-                        phase=phase,
-                        position=float(step * 10 + micro),
-                    )
+                    loss = loss_of(run, config, model, step, micro) * (1 + memory)
+                    run.update(loss, phase=phase, position=float(step * 10 + micro))
+        if config.remembers:
+            memory = 0.5 * memory + 0.1 * step
         if run.due("validation_steps", step):
             run.log(step, sampled=1.0)
         if run.due("checkpointing_steps", step):
-            run.save(step, write=lambda folder: write_extra(folder, run, model))
+            run.save(step, write=lambda folder: write_extra(folder, run, model), state={"memory": memory})
     torch.save(model.state_dict(), run.folder / f"rank{run.rank}.pt")
     return run.finish()
 
