@@ -18,7 +18,7 @@ from typing import Any
 from data_build import score_folder
 
 
-def check() -> None:
+def check_ray_installed() -> None:
     """Raise ValueError where Ray is not installed."""
     try:
         import ray.data  # noqa: F401
@@ -29,7 +29,7 @@ def check() -> None:
 class Worker:
     """What a process of the cluster does: the number of a part to its rows, as JSON."""
 
-    def __init__(self, make: Callable[[], Callable[[int], list[score_folder.Row]]]) -> None:
+    def __init__(self, make: Callable[[], Callable[[int], list[score_folder.ScoreRow]]]) -> None:
         self.rows_of = make()
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
@@ -40,7 +40,7 @@ class Worker:
 def score_parts(
     folder: Path,
     parts: range,
-    make: Callable[[], Callable[[int], list[score_folder.Row]]],
+    make: Callable[[], Callable[[int], list[score_folder.ScoreRow]]],
     *,
     address: str,
     workers: int,
@@ -61,7 +61,7 @@ def score_parts(
 
 
 def _written(
-    folder: Path, parts: range, make: Callable[[], Callable[[int], list[score_folder.Row]]], workers: int
+    folder: Path, parts: range, make: Callable[[], Callable[[int], list[score_folder.ScoreRow]]], workers: int
 ) -> Iterator[int]:
     """Score and write on the cluster that this process is connected to, and leave it."""
     import ray.data

@@ -1,4 +1,4 @@
-"""DiffusionDB to a data set of preferred and non-preferred images: what finetune/weird_lora.py learns from (paper 001).
+"""DiffusionDB to a data set of preferred and non-preferred images: what finetune/weird_lora.py learns from (HPS (arXiv 2303.14420)).
 
 Reads the zip files as published (2M: PNG, Large: WebP, each with its JSON), scores every image that passes the filters,
 groups by prompt over all parts, and takes the best and the worst image of a prompt where they stand out (selection.py).
@@ -37,7 +37,7 @@ from tqdm import tqdm
 from data_build import cluster, score_folder, scoring, selected_folder
 from data_build.filters import Filters, Nsfw
 from data_build.readers import DataSet, entries, survey
-from data_build.scoring import DTYPES, Batch, Preparing
+from data_build.scoring import DTYPES, Batch, PrepareEntry
 from data_build.selection import Selection
 from preftune.cli import exit_on_user_error, parse
 from rewards import CARDS, Scorer, find_card
@@ -98,7 +98,7 @@ class Config:
         return published if self.selection.scale is None else self.selection.scale
 
 
-def find(terms: tuple[str, ...]) -> DataSet:
+def find_parts(terms: tuple[str, ...]) -> DataSet:
     """Return the parts that these folders, files and patterns name, sorted; ValueError where there is none."""
     paths: list[Path] = []
     for term in terms:
@@ -153,7 +153,7 @@ def check_inputs(config: Config) -> Job | None:
         name: path.absolute() for name, path in parse_files(config.reward_files, (config.rewards,)).items()
     }
     weights = scoring.digests([config.rewards], files)
-    data = find(config.data)
+    data = find_parts(config.data)
     digest, total = survey(data)
     filters = asdict(config.filters)
     if config.filters.metadata is not None:
@@ -177,38 +177,38 @@ def check_inputs(config: Config) -> Job | None:
         return None
     nsfw = Nsfw(config.filters, data.sources) if config.filters.metadata is not None else None
     if config.ray is not None:
-        cluster.check()
+        cluster.check_ray_installed()
     score_folder.begin(building, scores)  # another rule may be tried on the same scores
     return Job(data=data, total=total, files=files, building=building, nsfw=nsfw, record=record)
 
 
-def load(config: Config, job: Job, device: torch.device) -> tuple[list[Scorer], Preparing]:
+def load_scorer(config: Config, job: Job, device: torch.device) -> tuple[list[Scorer], PrepareEntry]:
     """Return the scorer, alone in a list, and what prepares images for it."""
     scorers = load_all([config.rewards], files=job.files, device=device, dtype=DTYPES[config.precision])
-    return scorers, Preparing(job.data, list(scoring.by_rule(scorers)), config.filters)
+    return scorers, PrepareEntry(data=job.data, unwanted=config.filters)
 
 
 def score_here(config: Config, job: Job, parts: range, device: torch.device) -> Iterator[int]:
     """Write a chunk for each part; yields how many entries are done."""
     with exit_on_user_error():
-        scorers, preparing = load(config, job, device)
+        scorers, prepare = load_scorer(config, job, device)
     listed = (
         batch
         for part in parts
         for batch in batches(job.data, part, config.batch_size, config.filters, job.nsfw)
     )
-    return scoring.score_chunks(job.building, preparing, listed, scorers, device, workers=config.workers)
+    return scoring.write_score_chunks(job.building, prepare, listed, scorers, device, workers=config.workers)
 
 
-def part_scorer(config: Config, job: Job) -> Callable[[int], list[score_folder.Row]]:
+def part_scorer(config: Config, job: Job) -> Callable[[int], list[score_folder.ScoreRow]]:
     """Return what gives the rows of a part, with a scorer of its own: for the processes of a cluster."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    scorers, preparing = load(config, job, device)
+    scorers, prepare = load_scorer(config, job, device)
 
     @torch.no_grad()
-    def rows_of(part: int) -> list[score_folder.Row]:
+    def rows_of(part: int) -> list[score_folder.ScoreRow]:
         listed = batches(job.data, part, config.batch_size, config.filters, job.nsfw)
-        found = scoring.score_batches(preparing, listed, scorers, device, workers=config.workers)
+        found = scoring.score_batches(prepare, listed, scorers, device, workers=config.workers)
         return [row for _, rows in found for row in rows]
 
     return rows_of
@@ -233,7 +233,7 @@ def score(config: Config, job: Job, device: torch.device) -> None:
             bar.update(count)
 
 
-def conclude(config: Config, job: Job) -> None:
+def write_data_set(config: Config, job: Job) -> None:
     """Select, write the data set under a temporary name, and rename it."""
     selected_folder.write(
         job.building, job.data, config.selection, config.scale,
@@ -250,8 +250,8 @@ def main(config: Config) -> None:
         job = check_inputs(config)
     if job is not None:
         score(config, job, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        conclude(config, job)
-    print(f"{selected_folder.report(config.output_dir)}\n{config.output_dir}")  # noqa: T201
+        write_data_set(config, job)
+    print(f"{selected_folder.summary_text(config.output_dir)}\n{config.output_dir}")  # noqa: T201
 
 
 if __name__ == "__main__":

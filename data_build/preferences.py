@@ -22,7 +22,6 @@ import functools
 import itertools
 import json
 import os
-import shutil
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -32,11 +31,12 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from data_build.decode import MAX_BYTES, ImageEntry, UnusableError, decode, or_unusable
-from data_build.published import Aspect, Judged, Layout, SetAside, Shown, read
-from data_build.readers import DataSet
-from data_build.readers import read as read_bytes
+from data_build.decode import ImageEntry, UnusableError, decode, or_unusable
+from data_build.published import Aspect, Layout, PublishedImage, PublishedRanking, SetAside, read_published
+from data_build.readers import DataSet, read_bytes
 from preftune.cli import exit_on_user_error, parse
+from preftune.files import replacing
+from preftune.images import MAX_BYTES
 from preftune.records import check_name, inside, write_jsonl, write_lines
 
 IMAGES = "images"
@@ -79,21 +79,21 @@ class Work:
     """Names of files that were set aside."""
 
 
-def check(config: Config) -> None:
+def check_inputs(config: Config) -> None:
     """Raise ValueError for an output that exists, a missing folder, or a file that does not begin as its layout does."""
     if config.output_dir.exists():
         raise ValueError(f"{config.output_dir} exists already; remove it or choose another --output-dir")
     if config.images is not None and not config.images.is_dir():
         raise ValueError(f"--images {config.images} is no folder")
     for path in config.input:
-        next(read(config.layout, path, config.aspect or "mean"), None)
+        next(read_published(config.layout, path, config.aspect or "mean"), None)
 
 
-def entries(config: Config) -> Iterator[Judged | SetAside]:
+def entries(config: Config) -> Iterator[PublishedRanking | SetAside]:
     """All rankings of all files; a file that breaks off ends the program."""
     with exit_on_user_error():
         for path in config.input:
-            yield from read(config.layout, path, config.aspect or "mean")
+            yield from read_published(config.layout, path, config.aspect or "mean")
 
 
 def rows(config: Config, work: Work) -> Iterator[dict[str, Any]]:
@@ -128,7 +128,7 @@ def reject(work: Work, name: str, reason: str, detail: str) -> None:
     work.rejected.write(json.dumps({"name": name[:500], "reason": reason, "detail": detail[:500]}) + "\n")
 
 
-def keep(work: Work, image: Shown) -> bool:
+def keep(work: Work, image: PublishedImage) -> bool:
     """Store an image; False where it cannot be used, which is noted: once for a file, for bytes in a row each time."""
     if image.name in work.unusable:
         return False
@@ -142,7 +142,7 @@ def keep(work: Work, image: Shown) -> bool:
     return True
 
 
-def store(work: Work, image: Shown) -> None:
+def store(work: Work, image: PublishedImage) -> None:
     """Put an image into its place, unless it is there."""
     target = work.folder / IMAGES / image.name
     with or_unusable("unsafe name"):
@@ -152,7 +152,7 @@ def store(work: Work, image: Shown) -> None:
         if image.content is not None and target.read_bytes() != image.content:
             raise UnusableError("bad metadata", "another image has this name")
         return
-    content = image.content if image.content is not None else find(work.images, image.name)
+    content = image.content if image.content is not None else read_image(work.images, image.name)
     decode(content)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ def link(source: Path, target: Path, content: bytes) -> None:
         target.write_bytes(content)
 
 
-def find(images: Path, name: str) -> bytes:
+def read_image(images: Path, name: str) -> bytes:
     """The bytes of an image of that name: of a file, or of a member of FOLDER.zip where FOLDER would be."""
     archive, member = f"{PurePosixPath(name).parent}.zip", ""
     with or_unusable("unsafe name"):
@@ -231,7 +231,7 @@ def write(config: Config, folder: Path) -> dict[str, Any]:
     return summary
 
 
-def first(folder: Path) -> str:
+def first_rejected(folder: Path) -> str:
     """What was set aside first, and why; it tells a file whose values are all of another kind."""
     with (folder / "rejected.jsonl").open(encoding="utf-8") as file:
         row = json.loads(file.readline())
@@ -242,18 +242,18 @@ def first(folder: Path) -> str:
 def main(config: Config) -> None:
     """Check, write under a temporary name, rename."""
     with exit_on_user_error():
-        check(config)
-    partial = config.output_dir.with_name(f"{config.output_dir.name}.tmp-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
+        check_inputs(config)
+    with replacing(config.output_dir) as partial:
+        partial.mkdir()
         summary = write(config, partial)
         with exit_on_user_error():
             if not summary["rankings"]:
-                aside = f"{summary['rejected']}; first {first(partial)}" if summary["rejected"] else "nothing"
+                aside = (
+                    f"{summary['rejected']}; first {first_rejected(partial)}"
+                    if summary["rejected"]
+                    else "nothing"
+                )
                 raise ValueError(f"no ranking is left; set aside: {aside}")
-        partial.rename(config.output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     print(json.dumps(summary))  # noqa: T201
 
 

@@ -2,7 +2,7 @@
 
 A data set is a row of sources, and each of those a row of entries: images with a prompt, not yet read, or what is set
 aside and why. Entries are listed lazily, in an order that depends on the data alone, and from any place on, so that a
-killed job goes on where it was. `read` then runs in other processes. Nothing is unzipped to the disk.
+killed job goes on where it was. `read_bytes` then runs in other processes. Nothing is unzipped to the disk.
 """
 
 import functools
@@ -20,15 +20,14 @@ import pyarrow.parquet
 
 from data_build.decode import (
     BROKEN,
-    MAX_BYTES,
     MAX_RATIO,
-    SUFFIXES,
     Entry,
     ImageEntry,
     UnusableError,
     made_of,
     or_unusable,
 )
+from preftune.images import MAX_BYTES, SUFFIXES
 from preftune.records import check_name, field, inside, parse_object, read_lines
 
 Kind = Literal["imagefolder", "images", "parquet", "zip"]
@@ -43,7 +42,7 @@ TAIL = 1 << 18
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """Images with prompts on the disk; `find` makes it."""
+    """Images with prompts on the disk; `find_data_set` makes it."""
 
     root: Path
     """The folder that names of files are relative to."""
@@ -62,7 +61,7 @@ class DataSet:
 # ---------------------------------------------------------------- what there is
 
 
-def find(path: Path, *, prompted: bool, prompt: str, image_column: str, text_column: str) -> DataSet:
+def find_data_set(path: Path, *, prompted: bool, prompt: str, image_column: str, text_column: str) -> DataSet:
     """Return the data set of a folder or file, recognised from what is there; ValueError says what is wrong with it.
 
     prompted: somebody reads the prompts. No image is read, and broken archives and tables are left for later.
@@ -359,7 +358,7 @@ def _unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
 # ---------------------------------------------------------------- reading
 
 
-def read(data: DataSet, image: ImageEntry) -> bytes:
+def read_bytes(data: DataSet, image: ImageEntry) -> bytes:
     """Return the encoded image; UnusableError where it is broken, or larger than MAX_BYTES."""
     if image.content is not None:
         return image.content

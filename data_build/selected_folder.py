@@ -29,9 +29,10 @@ from PIL import Image
 from data_build import score_folder
 from data_build.decode import ImageEntry, decode
 from data_build.filters import identity, number
-from data_build.readers import DataSet, read
+from data_build.readers import DataSet, read_bytes
 from data_build.selection import KINDS, Chosen, Selection, select
-from preftune.images import captioned_grid, save_image, to_pil
+from preftune.grid import captioned_grid
+from preftune.images import save_image, to_pil
 from preftune.records import read_jsonl, write_jsonl, write_lines
 from rewards.pixels import from_pil
 
@@ -135,7 +136,7 @@ def copied(
             file_name = f"{count // 1000:03d}/{count:06d}{suffix}"
             (folder / file_name).parent.mkdir(exist_ok=True)
             image = ImageEntry(file=row["file"], member=row["member"], text=row["text"])
-            (folder / file_name).write_bytes(read(data, image))
+            (folder / file_name).write_bytes(read_bytes(data, image))
             count += 1
             yield {
                 "file_name": file_name,
@@ -178,7 +179,7 @@ def is_of(folder: Path, record: Mapping[str, Any]) -> bool:
     return path.is_file() and read_jsonl(path) == [json.loads(json.dumps(record))]
 
 
-def report(folder: Path) -> str:
+def summary_text(folder: Path) -> str:
     """Return the summary of a data set in words."""
     return "\n".join(
         ": ".join(line) for line in lines(json.loads((folder / "summary.json").read_text(encoding="utf-8")))

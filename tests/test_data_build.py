@@ -332,7 +332,7 @@ def test_agreement_by_hand() -> None:
     assert found["annotator_agrees_with_judge"] == pytest.approx(0.760250, abs=1e-5)
     assert found["annotator_agrees_with_annotator"] == pytest.approx(0.760250**2 + 0.239750**2, abs=1e-5)
     assert found["gold_mean"] == 0.5
-    assert found["gold_deviation_within_ranking"] == 0.5
+    assert found["gold_std_within_ranking"] == 0.5
     exact = simulate_rankings.agreement(np.array([[0.0, 1.0, 0.5]], np.float32), 0.0)
     assert exact["annotator_agrees_with_judge"] == 1
     assert exact["annotator_agrees_with_annotator"] == 1

@@ -30,6 +30,7 @@ from data_build import diffusiondb, filters, scoring, selected_folder
 from data_build.decode import made_of
 from data_build.filters import Filters
 from data_build.selection import Selection
+from preftune import score_files
 from preftune.cli import parse
 from preftune.records import read_imagefolder, read_jsonl
 from rewards import CARDS
@@ -562,7 +563,7 @@ def test_no_worker_outlives_a_killed_builder(
         (tmp_path / "waits").touch()
         time.sleep(60)
 
-    monkeypatch.setattr(scoring, "score_batch", wait)
+    monkeypatch.setattr(score_files, "_score", wait)
     process = child(lambda: diffusiondb.main(config(parts[0], tmp_path / "out", workers=1)))
     until((tmp_path / "waits").exists)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

@@ -9,7 +9,7 @@ import pytest
 
 from data_build import generate
 from data_build.decode import ImageEntry, decode
-from data_build.readers import entries, find, read
+from data_build.readers import entries, find_data_set, read_bytes
 from preftune import cli, families
 from preftune.prompts import read_prompts
 from preftune.sampling import Sampling, sample
@@ -32,7 +32,7 @@ def config(root: Path, output: Path, *flags: str) -> generate.Config:
 def test_the_reader_takes_what_was_drawn(root: Path, tmp_path: Path) -> None:
     settings = config(root, tmp_path / "parts")
     generate.main(settings)
-    data = find(tmp_path / "parts", prompted=True, prompt="", image_column="", text_column="")
+    data = find_data_set(tmp_path / "parts", prompted=True, prompt="", image_column="", text_column="")
     assert data.sources == ("part-000001.zip", "part-000002.zip", "part-000003.zip")
     images = [entry for *_, entry in entries(data)]
     assert all(isinstance(image, ImageEntry) for image in images)
@@ -45,9 +45,9 @@ def test_the_reader_takes_what_was_drawn(root: Path, tmp_path: Path) -> None:
     note = notes["000003-01.png"]
     assert (note["p"], note["c"], note["st"], note["sa"]) == (prompts[3], 7.5, 2, "pndm")
     sampling = Sampling(num_inference_steps=2, resolution="32")
-    alone = sample(families.load(root / "pipeline"), [note["p"]], [note["se"]], sampling)[0]
+    (alone,) = next(sample(families.load(root / "pipeline"), [note["p"]], [note["se"]], sampling))
     chosen = next(p for p in images if isinstance(p, ImageEntry) and p.member == "000003-01.png")
-    found = np.asarray(decode(read(data, chosen))).transpose(2, 0, 1) / 255
+    found = np.asarray(decode(read_bytes(data, chosen))).transpose(2, 0, 1) / 255
     np.testing.assert_allclose(
         found, alone, atol=0.6 / 255, err_msg="an image is that of its prompt and seed"
     )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from rewards.shapes_drawing import random_scene
 from transformers import CLIPTokenizer
 
 import tiny
@@ -14,7 +15,6 @@ from preftune.families import sd
 from preftune.families import tiny as builders
 from preftune.resolution import Resolution
 from preftune.sampling import Sampling, sample
-from rewards.shapes_drawing import random_scene
 
 
 @pytest.fixture(scope="module")
