@@ -8,7 +8,7 @@ import pytest
 
 from eval import agreement, correlation
 from eval.agreement import ACCURACY, ANNOTATORS, AS_IS, CHANGES, JUDGE, MEAN, ONE, OTHERS, Compared, RankedSet
-from eval.win_rates import bootstrap, ratios
+from preftune.bootstrap import mean, ratios
 
 
 def rows(*values: list[float]) -> agreement.Floats:
@@ -306,7 +306,7 @@ def test_ratios_resample_prompts() -> None:
     assert (pooled, low, high) == (0.25, 0, 1)
     assert np.isnan(nothing).all()
     values = np.random.default_rng(0).normal(size=(1, 50))
-    mean, low, high = bootstrap(values)
-    assert mean == pytest.approx(values.mean())
+    value, low, high = mean(values[0])
+    assert value == pytest.approx(values.mean())
     deviation = values.std() / math.sqrt(50)
     assert (high - low) / deviation == pytest.approx(2 * 1.96, rel=0.1), "as the normal distribution has it"

@@ -12,7 +12,7 @@ import pytest
 
 from conftest import run_here
 from eval import compare_methods, trainings, win_rates
-from preftune import cli
+from preftune import bootstrap, cli
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -37,18 +37,18 @@ def test_wins_and_bootstrap_by_hand() -> None:
 
 
 def test_a_constant_change_has_no_width() -> None:
-    change, low, high = win_rates.bootstrap(np.full((3, 20), 0.25))
+    change, low, high = bootstrap.mean(np.full(20, 0.25))
     assert change == low == high == 0.25
 
 
 def test_one_prompt_has_no_interval() -> None:
     """However many seeds: an interval over prompts of width 0 would read as certainty."""
-    change, low, high = win_rates.bootstrap(np.array([[1.0], [2.0]]))
+    change, low, high = bootstrap.mean(np.array([1.5]))
     assert change == 1.5
     assert math.isnan(low)
     assert math.isnan(high)
-    assert win_rates.interval(low, high, "+.3f") == ""
-    assert win_rates.interval(-0.5, 1, "+.1f") == "[-0.5, +1.0]"
+    assert bootstrap.interval(low, high, "+.3f") == ""
+    assert bootstrap.interval(-0.5, 1, "+.1f") == "[-0.5, +1.0]"
     scores = {"base": np.zeros((2, 1, 1)), "x": np.array([[[1.0]], [[2.0]]])}
     rows = win_rates.table(scores, ["gold"], {"base": 0, "x": 64})
     assert "nan" not in win_rates.to_text(rows)

@@ -83,7 +83,7 @@ def test_one_prompt_has_no_interval(tmp_path: Path) -> None:
     rows = measurements({("x", ANNOTATORS, AS_IS, ACCURACY): np.array([[2.0, 0.0], [4.0, 0.0]])})
     assert comparing.to_text({"d": rows}).endswith("50.0")
     comparing.plot({"d": rows}, tmp_path / "accuracy.png")
-    comparing.report({"d": rows}, [], tmp_path)
+    comparing.write_report({"d": rows}, [], tmp_path)
     assert (tmp_path / "table.csv").read_text().endswith(",0.5,,\n")
 
 

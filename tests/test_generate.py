@@ -1,4 +1,4 @@
-"""data_build/generate.py: parts that the reader of DiffusionDB takes, drawn once and always alike."""
+"""data_build/generate.py: parts that the reader of DiffusionDB takes, generated once and always alike."""
 
 import json
 import zipfile
@@ -29,7 +29,7 @@ def config(root: Path, output: Path, *flags: str) -> generate.Config:
     return cli.parse(generate.Config, argv)
 
 
-def test_the_reader_takes_what_was_drawn(root: Path, tmp_path: Path) -> None:
+def test_the_reader_takes_what_was_generated(root: Path, tmp_path: Path) -> None:
     settings = config(root, tmp_path / "parts")
     generate.main(settings)
     data = find_data_set(tmp_path / "parts", prompted=True, prompt="", image_column="", text_column="")
@@ -60,11 +60,11 @@ def test_parts_that_are_there_stay(root: Path, tmp_path: Path, monkeypatch: pyte
     whole = {path.name: path.read_bytes() for path in folder.glob("*.zip")}
     (folder / "part-000002.zip").unlink()
     (folder / ".part-000002.zip.tmp-1").write_bytes(b"of a killed process")
-    drawn: list[int] = []
+    written: list[int] = []
     write = generate.write_part
-    monkeypatch.setattr(generate, "write_part", lambda *args: (drawn.append(args[3]), write(*args)))
+    monkeypatch.setattr(generate, "write_part", lambda *args: (written.append(args[3]), write(*args)))
     generate.main(config(root, folder))
-    assert drawn == [1]
+    assert written == [1]
     assert {path.name: path.read_bytes() for path in folder.glob("*.zip")} == whole, "byte for byte"
     assert not list(folder.glob(".*"))
 
