@@ -1,9 +1,9 @@
 """Parts scored by the processes of a Ray cluster, on one machine or on many; the only file that knows Ray.
 
-Ray Data hands out the numbers of parts, processes with a scorer of their own give back the rows, and this process alone writes
-them, in the order of the parts. So the chunks are those of a run without Ray, byte for byte where the arithmetic is the same
-(equal hardware and threads), a part is never there twice though Ray may score it again after a machine was lost, and a killed
-job goes on, with Ray or without, at the first part that was not written.
+Ray Data hands out the numbers of parts, processes with a scorer of their own give back the rows, and this process alone
+writes them, in the order of the parts. So the chunks are those of a run without Ray, byte for byte where the arithmetic
+is the same (equal hardware and threads), a part is never there twice though Ray may score it again after a machine was
+lost, and a killed job goes on, with Ray or without, at the first part that was not written.
 
 What is not written when this process is killed is scored again: the parts that were being scored, and those that were done
 before an earlier one.
@@ -47,8 +47,8 @@ def score_parts(
 ) -> Iterator[int]:
     """Write the chunks of parts after those that the folder has; yields how many rows are done, part by part.
 
-    make: called once in each process, gives what scores a part. A part without rows has no chunk. ValueError where no cluster
-    answers.
+    make: called once in each process, gives what scores a part. A part without rows has no chunk. ValueError where no
+    cluster answers.
     """
     import ray
 

@@ -1,7 +1,7 @@
 """An image of a data set: read, decoded, or set aside with a reason.
 
 What a data set holds is hostile until checked: names that lead elsewhere, archives and images that grow without bound,
-captions that are no text. A bad image costs its own row, a broken archive or table one row, and neither is silent.
+captions that are no text. A bad image costs one row, a broken archive or table one row, and both are recorded.
 """
 
 import contextlib
@@ -48,19 +48,19 @@ class ImageEntry:
     file: str
     """Its file, or the archive or table that holds it, relative to the data set."""
     member: str
-    """Its name in the archive or its row in the table, from 0; empty for a file of its own."""
+    """Its name in the archive or its row in the table, from 0; empty for a file that is the image."""
     text: str
     content: bytes | None = None
     """The encoded image, where listing had to read it: in tables."""
     made: tuple[int | float | str | None, ...] = ()
-    """In DiffusionDB its seed, guidance scale, number of steps and sampler; None where that is not said."""
+    """In DiffusionDB its seed, guidance scale, number of steps and sampler; None where that is not known."""
     size: tuple[int, int] | None = None
     """Width and height, once it is decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rejected:
-    """What is set aside: an image, or with an empty member a whole file."""
+    """What is set aside: an image, or with an empty member a file with all that it holds."""
 
     file: str
     member: str

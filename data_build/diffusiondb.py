@@ -1,10 +1,11 @@
-"""DiffusionDB to a data set of preferred and non-preferred images: what finetune/weird_lora.py learns from (HPS (arXiv 2303.14420)).
+"""DiffusionDB to a data set of preferred and non-preferred images: what finetune/weird_lora.py learns from (HPS (arXiv
+2303.14420)).
 
 Reads the zip files as published (2M: PNG, Large: WebP, each with its JSON), scores every image that passes the filters,
 groups by prompt over all parts, and takes the best and the worst image of a prompt where they stand out (selection.py).
-Nothing is unzipped to the disk, and what is in memory grows by at most 100 bytes a scored image (and nine for each in the NSFW
-metadata). What is broken is set aside with the reason. Killed and started again with the same flags, it goes on at the part
-where it was and ends in the same bytes. What is written: see selected_folder.py.
+Nothing is unzipped to the disk, and what is in memory grows by at most 100 bytes a scored image (and nine for each in
+the NSFW metadata). What is broken is set aside with the reason. Killed and started again with the same flags, it goes
+on at the part where it was and ends in the same bytes. What is written: see selected_folder.py.
 
     python data_build/diffusiondb.py --data images/ --rewards hpsv1 --output-dir data/filtered
     python data_build/diffusiondb.py --data large-1/ large-2/ --rewards hpsv2.1 --metadata metadata-large.parquet --max-image-nsfw 0.9
@@ -14,8 +15,8 @@ With --ray the processes of a Ray cluster score the parts, and the data set is t
     python data_build/diffusiondb.py --data /shared/images/ --rewards hpsv2.1 --output-dir data/filtered --ray auto --ray-workers 8
 
 2M has nearly always one image a prompt; groups of four are in Large. The released code scored with another activation than
-the one HPS v1 was trained with; rewards/ scores as its README does. Captions stay free of the "Weird image. " prefix, and ordinary
-images join when a driver starts (--regularisation): both are finetune/weird_lora.py's.
+the one HPS v1 was trained with; rewards/ scores as its README does. Captions stay free of the "Weird image. " prefix,
+and ordinary images join when a driver starts (--regularisation): both are finetune/weird_lora.py's.
 Hardware: as score.py. Left out: several GPUs without Ray; prompts that are too rare to be selected are scored all the same.
 """
 
@@ -70,10 +71,10 @@ class Config:
     workers: int = 2
     """Processes that read and decode, for each that scores; 0 = the one that scores does it."""
     ray: str | None = None
-    """Ray cluster that scores the parts: its address, auto = where this machine belongs, local = a new one here; None = no Ray.
-    Parts, weights and preftune must be on all its machines, under the same paths."""
+    """Ray cluster that scores the parts: its address, auto = where this machine belongs, local = a new one here; None =
+    no Ray. Parts, weights and preftune must be on all its machines, under the same paths."""
     ray_workers: int = 2
-    """With --ray: processes that score, each with its own scorer, and its own GPU where the cluster has any."""
+    """With --ray: processes that score, each with a scorer, and with a GPU where the cluster has any."""
     shown: int = 12
     """Prompts whose images the report shows."""
 
@@ -178,7 +179,7 @@ def check_inputs(config: Config) -> Job | None:
     nsfw = Nsfw(config.filters, data.sources) if config.filters.metadata is not None else None
     if config.ray is not None:
         cluster.check_ray_installed()
-    score_folder.begin(building, scores)  # another rule may be tried on the same scores
+    score_folder.begin_job(building, scores)  # another rule may be tried on the same scores
     return Job(data=data, total=total, files=files, building=building, nsfw=nsfw, record=record)
 
 
@@ -201,7 +202,7 @@ def score_here(config: Config, job: Job, parts: range, device: torch.device) -> 
 
 
 def part_scorer(config: Config, job: Job) -> Callable[[int], list[score_folder.ScoreRow]]:
-    """Return what gives the rows of a part, with a scorer of its own: for the processes of a cluster."""
+    """Return what gives the rows of a part, with a separate scorer: for the processes of a cluster."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scorers, prepare = load_scorer(config, job, device)
 
@@ -214,7 +215,7 @@ def part_scorer(config: Config, job: Job) -> Callable[[int], list[score_folder.S
     return rows_of
 
 
-def score(config: Config, job: Job, device: torch.device) -> None:
+def score_remaining_parts(config: Config, job: Job, device: torch.device) -> None:
     """Score the parts that are left, and write a chunk for each."""
     _, (first, _) = score_folder.progress(job.building)
     parts = range(first, len(job.data.sources))
@@ -235,7 +236,7 @@ def score(config: Config, job: Job, device: torch.device) -> None:
 
 def write_data_set(config: Config, job: Job) -> None:
     """Select, write the data set under a temporary name, and rename it."""
-    selected_folder.write(
+    selected_folder.write_data_set(
         job.building, job.data, config.selection, config.scale,
         keep_duplicates=config.filters.keep_duplicates, name=config.rewards, shown=config.shown, record=job.record,
     )  # fmt: skip
@@ -249,7 +250,7 @@ def main(config: Config) -> None:
     with exit_on_user_error():
         job = check_inputs(config)
     if job is not None:
-        score(config, job, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        score_remaining_parts(config, job, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         write_data_set(config, job)
     print(f"{selected_folder.summary_text(config.output_dir)}\n{config.output_dir}")  # noqa: T201
 

@@ -1,12 +1,13 @@
 """Several images of each prompt by a pipeline, in the layout that DiffusionDB is published in.
 
-What data_build/diffusiondb.py filters, reward_weighted.py weighs and people rank need not be downloaded: any model generates
-its own. A part is `part-000001.zip` with PNG images and a JSON {file name: {p: prompt, se: seed, c: guidance, st: steps,
+What data_build/diffusiondb.py filters, reward_weighted.py weighs and people rank need not be downloaded: any model can
+generate it. A part is `part-000001.zip` with PNG images and a JSON {file name: {p: prompt, se: seed, c: guidance, st: steps,
 sa: sampler}}. An image is a function of (model, prompt, seed) alone; all images of a prompt lie in one part. Parts are
-written whole, and those that are there already are not generated again.
+written in one piece, and those that exist are not generated again.
 
     python data_build/generate.py --model assets/tiny/pipeline --prompts assets/tiny/prompts.txt --count 400 --images 8 \
-        --output-dir data/parts --sample.resolution 64 --sample.guidance-scale 2 --sample.num-inference-steps 16 --sample.solver ddim
+        --output-dir data/parts --sample.resolution 64 --sample.guidance-scale 2 --sample.num-inference-steps 16
+        --sample.solver ddim
 
 Hardware: the embedded model generates 25 images/s on one CPU core at 16 steps; Stable Diffusion wants a GPU.
 """
@@ -68,7 +69,7 @@ def seed_of(seed: int, prompt: int, image: int) -> int:
     return seeds.word(seed, prompt, image, bits=32)
 
 
-def begin(config: Config) -> list[str]:
+def begin_folder(config: Config) -> list[str]:
     """Return the prompts, and begin the folder; ValueError for what is wrong, before the model loads."""
     sampling = config.sample.resolved(families.check(config.model))
     prompts = read_prompts(config.prompts)[: config.count]
@@ -129,7 +130,7 @@ def main(config: Config) -> None:
     """Generate the parts that are not there."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with exit_on_user_error():
-        prompts = begin(config)
+        prompts = begin_folder(config)
         family = families.load(config.model, device)
     for path in filter(is_leftover, config.output_dir.iterdir()):
         path.unlink()

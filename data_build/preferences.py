@@ -1,7 +1,8 @@
 """Published preference data to a folder that finetune/reward_model.py trains on: images, and rankings with ties.
 
-Reads every layout of data_build/published.py, a few rows at a time; zip files and tables are not unpacked. Each image is decoded
-once to check it: one that is missing, empty, cut off or too large is set aside, and its rankings keep their other images.
+Reads every layout of data_build/published.py, a few rows at a time; zip files and tables are not unpacked. Each image
+is decoded once to check it: one that is missing, empty, cut off or too large is set aside, and its rankings keep their
+other images.
 
     python data_build/preferences.py --layout hpdv2-test --input HPD/test.json --images HPD/test --output-dir data/hpd
     python data_build/preferences.py --layout pickapic --input pickapic_v2/data/train-*.parquet --output-dir data/pickapic
@@ -89,20 +90,22 @@ def check_inputs(config: Config) -> None:
         next(read_published(config.layout, path, config.aspect or "mean"), None)
 
 
-def entries(config: Config) -> Iterator[PublishedRanking | SetAside]:
+def published_entries(config: Config) -> Iterator[PublishedRanking | SetAside]:
     """All rankings of all files; a file that breaks off ends the program."""
     with exit_on_user_error():
         for path in config.input:
             yield from read_published(config.layout, path, config.aspect or "mean")
 
 
-def rows(config: Config, work: Work) -> Iterator[dict[str, Any]]:
+def ranking_rows(config: Config, work: Work) -> Iterator[dict[str, Any]]:
     """The lines of rankings.jsonl; their images are stored on the way."""
-    for entry in tqdm(entries(config), desc="reading", unit="ranking", mininterval=1):
+    for entry in tqdm(published_entries(config), desc="reading", unit="ranking", mininterval=1):
         if isinstance(entry, SetAside):
             reject(work, entry.place, entry.reason, entry.detail)
             continue
-        kept = [(one, rank) for one, rank in zip(entry.images, entry.ranks, strict=True) if keep(work, one)]
+        kept = [
+            (one, rank) for one, rank in zip(entry.images, entry.ranks, strict=True) if keep_image(work, one)
+        ]
         ranks = [rank for _, rank in kept]
         if len(kept) < 2:
             detail = f"{len(kept)} of {len(entry.images)} images are left"
@@ -128,12 +131,12 @@ def reject(work: Work, name: str, reason: str, detail: str) -> None:
     work.rejected.write(json.dumps({"name": name[:500], "reason": reason, "detail": detail[:500]}) + "\n")
 
 
-def keep(work: Work, image: PublishedImage) -> bool:
+def keep_image(work: Work, image: PublishedImage) -> bool:
     """Store an image; False where it cannot be used, which is noted: once for a file, for bytes in a row each time."""
     if image.name in work.unusable:
         return False
     try:
-        store(work, image)
+        store_image(work, image)
     except UnusableError as unusable:
         reject(work, image.name, unusable.reason, str(unusable))
         if image.content is None:
@@ -142,7 +145,7 @@ def keep(work: Work, image: PublishedImage) -> bool:
     return True
 
 
-def store(work: Work, image: PublishedImage) -> None:
+def store_image(work: Work, image: PublishedImage) -> None:
     """Put an image into its place, unless it is there."""
     target = work.folder / IMAGES / image.name
     with or_unusable("unsafe name"):
@@ -157,7 +160,7 @@ def store(work: Work, image: PublishedImage) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if image.content is None and (work.images / image.name).is_file():
-            link(work.images / image.name, target, content)
+            link_or_copy(work.images / image.name, target, content)
         else:
             target.write_bytes(content)
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
@@ -165,7 +168,7 @@ def store(work: Work, image: PublishedImage) -> None:
     work.counts["images"] += 1
 
 
-def link(source: Path, target: Path, content: bytes) -> None:
+def link_or_copy(source: Path, target: Path, content: bytes) -> None:
     """Make a hard link, or a copy where the file system cannot."""
     try:
         os.link(source.resolve(), target)
@@ -186,7 +189,7 @@ def read_image(images: Path, name: str) -> bytes:
         else:
             raise UnusableError("missing", f"there is neither {images / name} nor such a member of {archive}")
     if member:
-        held = members(images / archive)
+        held = archive_members(images / archive)
         if member not in held:
             raise UnusableError("missing", f"{archive} has no member {member}")
         info = held[member]
@@ -202,7 +205,7 @@ def read_image(images: Path, name: str) -> bytes:
 
 
 @functools.lru_cache(maxsize=2)
-def members(archive: Path) -> dict[str, zipfile.ZipInfo | None]:
+def archive_members(archive: Path) -> dict[str, zipfile.ZipInfo | None]:
     """What a zip file holds, by the last part of its name, for some hold their folder and some do not.
 
     None for a name that several have: nothing says which of them is meant.
@@ -216,14 +219,14 @@ def members(archive: Path) -> dict[str, zipfile.ZipInfo | None]:
     return found
 
 
-def write(config: Config, folder: Path) -> dict[str, Any]:
+def write_folder(config: Config, folder: Path) -> dict[str, Any]:
     """Write the folder and return its summary."""
     images = config.images or config.input[0].parent
     with (folder / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
         work = Work(
             folder=folder, images=images, rejected=rejected, reasons=Counter(), counts=Counter(), unusable=set()
         )  # fmt: skip
-        write_jsonl(folder / "rankings.jsonl", rows(config, work))
+        write_jsonl(folder / "rankings.jsonl", ranking_rows(config, work))
     names = ("rankings", "images", "untied_pairs", "ties")
     counts = {name: work.counts[name] for name in names}
     summary = {"layout": config.layout, **counts, "rejected": dict(sorted(work.reasons.items()))}
@@ -245,7 +248,7 @@ def main(config: Config) -> None:
         check_inputs(config)
     with replacing(config.output_dir) as partial:
         partial.mkdir()
-        summary = write(config, partial)
+        summary = write_folder(config, partial)
         with exit_on_user_error():
             if not summary["rankings"]:
                 aside = (

@@ -10,11 +10,11 @@
     pickapic             parquet: two images, label_0 and label_1 (0.5 = tie); weighs 1 / num_example_per_prompt
     aspects              JSON lines: prompt, images with an image_id and a score for each aspect (VisionPrefer (arXiv 2404.15100))
     ratings              CSV: prompt, image, rater, score; a ranking for each rater of a prompt, higher is better
-    rankings             our own rankings.jsonl, such as the shapes world's
+    rankings             our rankings.jsonl, such as the shapes world's
 
 A choice of one among n is ranked 1, 2, ..., 2. Where a row holds no bytes, images have names alone, so that rankings can be
-read without them. Annotators of HPD v2 are taken to give each image's place, as the averaged rank does. VisionPrefer's data are
-not public: the fields of `aspects` are ours.
+read without them. Annotators of HPD v2 are taken to give each image's place, as the averaged rank does. VisionPrefer's
+data are not public: the fields of `aspects` are ours.
 """
 
 import functools
@@ -62,7 +62,7 @@ Aspect = Literal["mean", "prompt_following", "aesthetics", "fidelity", "harmless
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedImage:
-    """An image that somebody judged."""
+    """An image in a published ranking."""
 
     name: str
     """Its file name in the data, unchecked; equal names are one image."""
@@ -72,7 +72,7 @@ class PublishedImage:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedRanking:
-    """Images of one prompt, ordered by somebody; what records.Ranking is of images on the disk."""
+    """Images of one prompt, ordered by an annotator; what records.Ranking is of images on the disk."""
 
     place: str
     """Where it stands, for messages."""
@@ -82,7 +82,7 @@ class PublishedRanking:
     ranks: tuple[int, ...]
     """One for each image; 1 is best, equal ranks are ties."""
     source: str = ""
-    """Who judged; empty where it is not said."""
+    """The annotator; empty where it is not known."""
     weight: float = 1.0
 
 
@@ -101,7 +101,8 @@ def read_published(
     """The rankings of a file, in its order (grouped rows: in that of their first); aspect is for `aspects` alone.
 
     Raises ValueError that names the field where the first row (or group of rows) lacks one or has another type in it, as a
-    file of another layout does, and the place where the file is broken. A bad value, and what does not fit later, is set aside.
+    file of another layout does, and the place where the file is broken. A bad value, and what does not fit later, is
+    set aside.
     """
     rows, judge = LAYOUTS[layout]
     if layout == "aspects":

@@ -1,4 +1,5 @@
-"""The rows of published files, read a few at a time: JSON lists, JSON lines, CSV, parquet, and the zip files of ImageRewardDB.
+"""The rows of published files, read a few at a time: JSON lists, JSON lines, CSV, parquet, and the zip files of
+ImageRewardDB.
 
 A row is (place for messages, object). Files hold up to millions of rows, so none is read as a whole; where rows have to be
 gathered into groups, those are rows of text, and images are read for one group at a time. Every fault of a file is a

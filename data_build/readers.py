@@ -64,7 +64,7 @@ class DataSet:
 def find_data_set(path: Path, *, prompted: bool, prompt: str, image_column: str, text_column: str) -> DataSet:
     """Return the data set of a folder or file, recognised from what is there; ValueError says what is wrong with it.
 
-    prompted: somebody reads the prompts. No image is read, and broken archives and tables are left for later.
+    prompted: a scorer reads the prompts. No image is read, and broken archives and tables are left for later.
     """
     root, kind, sources = _recognise(path)
     if kind == "images" and prompted and not prompt.strip():
@@ -73,7 +73,7 @@ def find_data_set(path: Path, *, prompted: bool, prompt: str, image_column: str,
             " or scorers that read none"
         )
     if kind != "images" and prompt:
-        raise ValueError(f"--prompt is for images without captions, and {path} has its own; leave it out")
+        raise ValueError(f"--prompt is for images without captions, and {path} has captions; leave it out")
     columns: tuple[str, ...] = ()
     if kind == "parquet":
         columns = _columns(root, sources, image_column, text_column if prompted else None)
@@ -144,7 +144,9 @@ def _names(folder: Path, suffixes: tuple[str, ...], *, deep: bool) -> Iterator[s
 
 
 def _columns(root: Path, sources: tuple[str, ...], image: str, text: str | None) -> tuple[str, ...]:
-    """Return the columns of the first table that can be read; ValueError where one that is needed is missing or of no use."""
+    """Return the columns of the first table that can be read; ValueError where one that is needed is missing or of no
+    use.
+    """
     for name in sources:
         try:
             schema = pyarrow.parquet.read_schema(root / name)

@@ -10,7 +10,7 @@ on where it was and ends in the same files. What is written where: see score_fol
     python data_build/score.py --data images/part-000001.zip --rewards hpsv2.1 clipscore aesthetic --output-dir scored/part-1
 
 Hardware: the embedded scorer needs a CPU; published ones want a GPU, and use one where there is one.
-Left out: several GPUs; a scorer that is asked for later, which is a job of its own with another --output-dir.
+Left out: several GPUs; a scorer that is asked for later, which is another job with another --output-dir.
 """
 
 from collections.abc import Iterator, Sequence
@@ -111,7 +111,7 @@ def check_inputs(config: Config) -> tuple[DataSet, int, dict[str, Path]]:
         raise ValueError(f"{config.data} holds no images")
     names = ("precision", "prompt", "image_column", "text_column", "chunk")
     settings = {name: getattr(config, name) for name in names}
-    score_folder.begin(
+    score_folder.begin_job(
         config.output_dir, {"rewards": list(config.rewards), "data": digest, **settings, "weights": weights}
     )
     return data, total, files

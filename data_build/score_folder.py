@@ -1,4 +1,4 @@
-"""A folder of scores: what `score.py` writes, chunk by chunk while it runs and whole at the end.
+"""A folder of scores: what `score.py` writes, chunk by chunk while it runs and in one table at the end.
 
     job.json        which data, scorers, weights and settings; another job in this folder is refused
     chunks/         finished runs of entries, one file each, gone at the end; the last one says where to go on
@@ -7,7 +7,7 @@
     best_worst.png  the best and the worst images of each scorer
     summary.json    counts and statistics; it is written last, so a folder that has it is complete
 
-Every file is whole or not there. A number is a chunk's place in the order of the data, so nothing is lost or doubled.
+Every file is written in one piece. A number is a chunk's place in the order of the data, so nothing is lost or doubled.
 """
 
 import json
@@ -41,7 +41,7 @@ ScoreRow = Mapping[str, Any]
 """An image's line in a chunk: file and member, then text and scores, or reason and detail."""
 
 
-def begin(folder: Path, job: Mapping[str, Any]) -> None:
+def begin_job(folder: Path, job: Mapping[str, Any]) -> None:
     """Make the folder, or find in it the same job; ValueError for another one, and for a folder of something else."""
     record = folder / "job.json"
     inside = [folder] if folder.is_file() else [*folder.iterdir()] if folder.is_dir() else []

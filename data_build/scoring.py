@@ -119,7 +119,9 @@ def write_score_chunks(
     *,
     workers: int,
 ) -> Iterator[int]:
-    """Write the chunks of these batches after those that the folder has; yields how many entries are done, batch by batch."""
+    """Write the chunks of these batches after those that the folder has; yields how many entries are done, batch by
+    batch.
+    """
     done, rows = score_folder.progress(folder)[0], list[ScoreRow]()
     for batch, more in score_batches(prepare, batches, scorers, device, workers=workers):
         rows += more

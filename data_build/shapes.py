@@ -1,12 +1,12 @@
 """Render captioned images of the shapes world: an imagefolder with metadata.jsonl, seeded, deliberately imperfect.
 
-A stated share of the captions is wrong (one word of the scene was changed after rendering) and a stated share of the rendering
-is weird (specks, noise, blur, colours off the palette, wobbly outlines), so that a model trained on the folder has
+A stated share of the captions is wrong (one word of the scene was changed after rendering) and a stated share of the
+rendering is weird (specks, noise, blur, colours off the palette, wobbly outlines), so that a model trained on the folder has
 something left to learn. `metadata.jsonl` rows: file_name, text, rendered (the caption of what was really rendered), defects
 ({name: strength}), near_misses (captions that differ from `rendered` in one word: hard negatives for image-text matching).
 With `--name-defects` the captions say what is weird and how much, as alt texts of the web say "blurry" ("a red circle on a
-white background, with strong blur"), and half the near misses are wrong about that: whoever learns to match them sees
-defects, too.
+white background, with strong blur"), and half the near misses are wrong about that: a model that learns to match them
+learns to see defects, too.
 
     python data_build/shapes.py --output-dir data/shapes --count 20000          # hardware: one CPU core; > 500 images/s
 
@@ -84,8 +84,8 @@ def render_image(index: int, config: Config) -> tuple[NDArray[np.uint8], dict[st
 
 def with_defects(defects: Mapping[str, float]) -> str:
     """Return what a caption says of these defects: "", ", with blur" or ", with slight blur and strong specks"."""
-    said = sorted((DEFECT_WORDS[name], degree(strength)) for name, strength in defects.items())
-    return f", with {' and '.join(f'{how} {word}'.lstrip() for word, how in said)}" if said else ""
+    named = sorted((DEFECT_WORDS[name], degree(strength)) for name, strength in defects.items())
+    return f", with {' and '.join(f'{how} {word}'.lstrip() for word, how in named)}" if named else ""
 
 
 def degree(strength: float) -> str:

@@ -4,8 +4,9 @@ Each ranking holds several images for one caption, ordered by gold score plus no
 (the caption's scene or one or two words away from it, with or without defects), or *generated* by a pipeline at several
 guidance scales and step counts: a scorer that was trained on rendered images alone does not carry over to generated ones.
 
-The noise is set so that two annotators order a pair alike about 65 % of the time, which is what HPS (arXiv 2303.14420) and ImageReward
-(arXiv 2304.05977) report of people; both that and one annotator's agreement with the noiseless judge are printed and written to `summary.json`.
+The noise is set so that two annotators order a pair alike about 65 % of the time, which is what HPS (arXiv 2303.14420)
+and ImageReward (arXiv 2304.05977) report of people; both that and one annotator's agreement with the noiseless judge
+are printed and written to `summary.json`.
 
     python data_build/simulate_rankings.py --output-dir data/rankings_rendered --count 20000 --images 8 --annotators 5
     python data_build/simulate_rankings.py --output-dir data/rankings_drawn --count 1500 --images 8 --annotators 5 --model assets/tiny/pipeline

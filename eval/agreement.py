@@ -1,7 +1,8 @@
 """How a rater agrees with a reference about images of the same prompt: plain arithmetic on scores and ranks.
 
-A rater is a scorer or an annotator, a reference somebody's ranks. A metric takes both for one set of images and returns
-(hits, total), so that its value over prompts is sum(hits) / sum(totals) and a bootstrap can resample prompts.
+A rater is a scorer or an annotator; a reference is ranks that it is compared with. A metric takes both for one set of
+images and returns (hits, total), so that its value over prompts is sum(hits) / sum(totals) and a bootstrap can resample
+prompts.
 
 What one annotator reaches stands beside the scorers only where both are held against the same, and a set of images weighs
 alike for both whatever the number of its annotators.
@@ -26,7 +27,7 @@ Metric = Callable[[Floats, Floats], tuple[float, float]]
 """scores (K, n) and ranks (K, n) -> hits and total."""
 
 ANNOTATORS, MEAN, OTHERS, JUDGE = "annotators", "annotators' mean", "mean of the others", "judge"
-"""The references: every annotator's own ranking; the mean of all annotators' places, which HPD v2 publishes; that of all but
+"""The references: every annotator's ranking; the mean of all annotators' places, which HPD v2 publishes; that of all but
 one, for each of them; the judge of the shapes world."""
 GOLD = "shapes"
 """The scorer that is this judge."""
@@ -71,7 +72,8 @@ def choices(values: Floats) -> Floats:
 def pooled_accuracy(scores: Floats, ranks: Floats) -> tuple[float, float]:
     """ImageReward's accuracy (its test.py): the share of the reference's untied pairs; a predicted tie counts as wrong.
 
-    All pairs count alike. The text of ImageReward (arXiv 2304.05977), Table 3, says "averaged per prompt"; its code does not do that.
+    All pairs count alike. The text of ImageReward (arXiv 2304.05977), Table 3, says "averaged per prompt"; its code
+    does not do that.
     """
     truth = choices(-ranks)
     return float(((choices(scores) == truth) & (truth != 0)).sum()), float((truth != 0).sum())
@@ -102,7 +104,8 @@ def soft_agreement(scores: Floats, ranks: Floats) -> tuple[float, float]:
     """PickScore's points (its eval_preference_predictor.py): 1 for the same choice, 1/2 where one of the two ties, else 0.
 
     The mean over all pairs, ties too. Without ties it is (1 + Kendall's tau) / 2. For its place between people see
-    HPS (arXiv 2303.14420), Table 3, ImageReward (arXiv 2304.05977), Table 2a, and Stable Preference, Table 5 ("single human vs. averaged human").
+    HPS (arXiv 2303.14420), Table 3, ImageReward (arXiv 2304.05977), Table 2a, and Stable Preference, Table 5 ("single
+    human vs. averaged human").
     """
     points = 1 - np.abs(choices(scores) - choices(-ranks)) / 2
     return float(points.sum()), float(points.size)
@@ -111,8 +114,8 @@ def soft_agreement(scores: Floats, ranks: Floats) -> tuple[float, float]:
 def buckets(scores: Floats, ranks: Floats, *, worst: bool = False) -> Floats:
     """Return (n,): how often the rater puts the reference's best (or worst) image in each place, summed over K.
 
-    ImageReward (arXiv 2304.05977), Fig. 16. Where the rater ties, an image is spread evenly over the places of the tie; where the reference ties
-    several as best, each has its part of the 1.
+    ImageReward (arXiv 2304.05977), Fig. 16. Where the rater ties, an image is spread evenly over the places of the tie;
+    where the reference ties several as best, each has its part of the 1.
     """
     marked = ranks == (ranks.max(1) if worst else ranks.min(1))[:, None]
     higher = (scores[:, None, :] > scores[:, :, None]).sum(2)[..., None]
@@ -124,12 +127,14 @@ def buckets(scores: Floats, ranks: Floats, *, worst: bool = False) -> Floats:
 
 
 def recall(scores: Floats, ranks: Floats, k: int) -> tuple[float, float]:
-    """Recall@k: how often the best image is among the rater's k best (ImageReward (arXiv 2304.05977), Table 3 and C.2); for more than k images."""
+    """Recall@k: how often the best image is among the rater's k best (ImageReward, arXiv 2304.05977, Table 3 and C.2);
+    for more than k images.
+    """
     return (float(buckets(scores, ranks)[:k].sum()), float(len(ranks))) if scores.shape[1] > k else (0.0, 0.0)
 
 
 def filtering(scores: Floats, ranks: Floats, k: int) -> tuple[float, float]:
-    """Filter@k: how often the worst image is among the rater's k worst (ImageReward (arXiv 2304.05977), Table 3 and C.2)."""
+    """Filter@k: how often the worst image is among the rater's k worst (ImageReward, arXiv 2304.05977, Table 3 and C.2)."""
     found = buckets(scores, ranks, worst=True)[-k:].sum()
     return (float(found), float(len(ranks))) if scores.shape[1] > k else (0.0, 0.0)
 
@@ -171,7 +176,7 @@ def by_prompt(metric: Metric, compared: Sequence[Compared], prompts: int) -> Flo
 def places(ranks: Floats) -> Floats:
     """Return mid-ranks (K, n): equal images share the mean of the places that they take together.
 
-    Whether somebody wrote 1 1 1 2, 1 1 1 4 or 3 3 3 9, it is 2 2 2 4: places of several people can only be averaged so.
+    Whether an annotator wrote 1 1 1 2, 1 1 1 4 or 3 3 3 9, it is 2 2 2 4: places of several people can only be averaged so.
     """
     these, others = ranks[:, :, None], ranks[:, None, :]
     found: Floats = (others < these).sum(2) + ((others == these).sum(2) + 1) / 2
@@ -181,7 +186,8 @@ def places(ranks: Floats) -> Floats:
 def references(judged: Sequence[RankedSet], gold: Floats | None) -> dict[str, list[Floats]]:
     """Return name -> for each set the ranks (Q, n) of the reference; `gold` (N,): the judge's scores, where there is one.
 
-    Means are of mid-ranks. They need two annotators: sets of one have none (Q = 0), and both are left out where no set has two.
+    Means are of mid-ranks. They need two annotators: sets of one have none (Q = 0), and both are left out where no set
+    has two.
     """
     found = {ANNOTATORS: [one.ranks for one in judged]}
     several = [places(one.ranks) if len(one.ranks) > 1 else one.ranks[:0] for one in judged]
@@ -206,7 +212,7 @@ def of_annotator(judged: Sequence[RankedSet], name: str, reference: Sequence[Flo
     """Return what one annotator reaches: each beside every other, beside the mean of the others, or beside the judge.
 
     Weights are such that a set counts as much as it does for a scorer beside the same reference: A rankings, or once for the
-    judge. A set of one annotator has nobody else, and only the judge. Nobody is held against a mean that he is part of.
+    judge. A set of one annotator has only the judge. No annotator is compared with a mean that includes him.
     """
     assert name in (ANNOTATORS, OTHERS, JUDGE), f"no single annotator is comparable to a scorer beside {name}"
     found = []
@@ -250,7 +256,7 @@ Sums = dict[tuple[str, str, str, str], Floats]
 """(rater, reference, view, metric) -> hits and totals of each prompt, (2, P)."""
 
 
-def table(
+def agreement_table(
     judged: Sequence[RankedSet], scores: Mapping[str, Floats], views: Sequence[str], prompts: int
 ) -> list[Measurement]:
     """Return every rater against every reference by every metric, then robustness; scores are name -> (V, N)."""
@@ -296,8 +302,8 @@ def robustness(
 ) -> Sums:
     """Return a scorer's accuracies on all views but the first, their changes from it, and the share of choices that flip.
 
-    Scores are (V, N), `reference_ranks` is name -> ranks of the reference. Choices between two images are the scorer's own: who they
-    are held against says nothing there, and stands as the annotators.
+    Scores are (V, N), `reference_ranks` is name -> ranks of the reference. Choices between two images are the scorer's
+    own: who they are held against says nothing there, and stands as the annotators.
     """
     before, *changed = (
         reached(
@@ -339,7 +345,9 @@ def measurements(sums: Sums) -> list[Measurement]:
 def commonest_buckets(
     compared: Mapping[str, Sequence[Compared]], *, worst: bool
 ) -> tuple[int, dict[str, Floats]]:
-    """Return the first rater's commonest number of images n in a set, and each rater's shares (n,) of the best or worst by place."""
+    """Return the first rater's commonest number of images n in a set, and each rater's shares (n,) of the best or worst
+    by place.
+    """
     sizes = [one.scores.shape[1] for one in next(iter(compared.values()))]
     size = max(set(sizes), key=lambda n: (sizes.count(n), n))
     shares = {}

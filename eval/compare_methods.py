@@ -1,17 +1,20 @@
 """The methods table: train several methods from one model with several seeds, and judge all of them on the same images.
 
 A method is NAME=DRIVER FLAGS, a command as one would type it: each is started by `accelerate launch` with --model, --seed
-and --output-dir added, in RUNS/NAME-SEED, and goes on where it was when the comparison is started again; a finished run is not
-trained twice. All then generate the same held-out prompts from the same noise as the base. ImageReward (arXiv 2304.05977), Table 4 and Fig. 6: wins,
-ties and win rate of a method against the base, and between all methods. The budget is set by the methods' flags: give each the
-same number of images, and see the column `images`, which counts those that updates were computed on. NAME=OTHER@UPDATES is no
-separate training but another method's checkpoint after so many updates, as RAFT's after its first iteration.
+and --output-dir added, in RUNS/NAME-SEED, and goes on where it was when the comparison is started again; a finished run
+is not trained twice. All then generate the same held-out prompts from the same noise as the base. ImageReward (arXiv
+2304.05977), Table 4 and Fig. 6: wins, ties and win rate of a method against the base, and between all methods. The
+budget is set by the methods' flags: give each the same number of images, and see the column `images`, which counts
+those that updates were computed on. NAME=OTHER@UPDATES is no separate training but another method's checkpoint after so
+many updates, as RAFT's after its first iteration.
 
     python eval/compare_methods.py --methods "refl=finetune/refl.py --config refl.yaml" "weird=finetune/weird_lora.py --config weird.yaml" \
         --negatives "weird=Weird image. " --model SD_FOLDER --prompts held_out.txt --rewards imagereward=1 hpsv2.1=1
 
-Win rate is wins / (wins + losses), as there. Intervals are 95 % bootstrap intervals over prompts, seeds pooled; a single prompt has none.
-In the shapes world `shapes` is the gold score that no method was trained on. Writes table.csv, scores.csv, wins.png, grid.png and report.html.
+Win rate is wins / (wins + losses), as there. Intervals are 95 % bootstrap intervals over prompts, seeds pooled; a
+single prompt has none. In the shapes world `shapes` is the gold score that no method was trained on. Writes images/ (all
+generated images, used again on a rerun: eval/generated.py), table.csv,
+scores.csv, wins.png, grid.png and report.html.
 """
 
 import re
@@ -30,7 +33,7 @@ from eval.generated import Request, generate, missing_columns, score_generated
 from eval.models import Column, check_scorers, parse_column
 from eval.pages import base64_of, render
 from eval.trainings import check_commands, check_seeds, split_named, train
-from eval.win_rates import BASE, MethodResult, heat_maps, scores_csv, table, to_csv, to_text
+from eval.win_rates import BASE, MethodResult, heat_maps, method_table, scores_csv, to_csv, to_text
 from preftune import families
 from preftune.bootstrap import interval
 from preftune.cli import exit_on_user_error, parse
@@ -63,7 +66,9 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
     """A training run of each method for each; prompt i is generated with seed i whatever the run's."""
     rewards: tuple[str, ...] = ("imagereward-tiny=1.0", "shapes=1.0")
-    """Scorers that judge, a column each: NAME=WEIGHT, as hpsv2=1; the folder of a trained scorer is a name, too. Weights do nothing here."""
+    """Scorers that judge, a column each: NAME=WEIGHT, as hpsv2=1; the folder of a trained scorer is a name, too.
+    Weights do nothing here.
+    """
     reward_files: tuple[str, ...] = ()
     """Weights of scorers on disk, as imagereward=PATH."""
     negatives: tuple[str, ...] = ()
@@ -217,7 +222,7 @@ def main(config: Config) -> int:
         scored = score_generated(request, scorers, device, workers=config.workers)
     scores = {BASE: np.stack([scored[BASE]] * len(config.seeds))}
     scores |= {name: np.stack([scored[f"{name}-{seed}"] for seed in config.seeds]) for name in config.names()}
-    rows = table(scores, list(weights), images_by_method(config, runs))
+    rows = method_table(scores, list(weights), images_by_method(config, runs))
     write_report(config, rows, scores, list(weights), request)
     return 0
 

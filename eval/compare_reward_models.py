@@ -1,20 +1,21 @@
 """Train scorers by several objectives, and hold all of them against the same held-out rankings: ablations of reward models.
 
-A method is NAME=DRIVER FLAGS, as in compare.py: finetune/reward_model.py with an objective, a start and data. Each is trained
-with each seed, once. All then score the same held-out images, as they are and mirrored and cropped (Stable Preference, Table 1). Its
-Tables 2 and 3 are such comparisons, from the first method's plain loss to all that it adds.
+A method is NAME=DRIVER FLAGS, as in compare.py: finetune/reward_model.py with an objective, a start and data. Each is
+trained with each seed, once. All then score the same held-out images, as they are and mirrored and cropped (Stable
+Preference, Table 1). Its Tables 2 and 3 are such comparisons, from the first method's plain loss to all that it adds.
 
     python eval/compare_reward_models.py --methods "plain=finetune/reward_model.py --config a.yaml" \\
         "stable=finetune/reward_model.py --config a.yaml --stable.views 3 --stable.weighting two-stage" --data data/held_out
 
-Printed and plotted are ImageReward's accuracy (pooled pairs, a predicted tie is wrong) against the annotators and, in the shapes
-world, against the noiseless judge, which is the measure that matters; and HPD v2's inversion score against the annotators' mean,
-where sets have several. What one annotator reaches stands beside the accuracies. `over the first` is the difference from the
-first method. Intervals are 95 % bootstrap intervals over prompts, where there are two or more, seeds pooled.
+Printed and plotted are ImageReward's accuracy (pooled pairs, a predicted tie is wrong) against the annotators and, in
+the shapes world, against the noiseless judge, which is the measure that matters; and HPD v2's inversion score against
+the annotators' mean, where sets have several. What one annotator reaches stands beside the accuracies. `over the first`
+is the difference from the first method. Intervals are 95 % bootstrap intervals over prompts, where there are two or
+more, seeds pooled.
 
-Held-out images are read, and judged in the shapes world, before anything is trained; a damaged one is set aside and counted, and
-its rankings keep the others. Writes table.csv with all three published accuracies against every reference of agreement.py,
-seeds.csv, rejected.jsonl and accuracy.png.
+Held-out images are read, and judged in the shapes world, before anything is trained; a damaged one is set aside and
+counted, and its rankings keep the others. Writes table.csv with all three published accuracies against every reference
+of agreement.py, seeds.csv, rejected.jsonl and accuracy.png.
 """
 
 import shlex
@@ -71,7 +72,9 @@ from preftune.records import write_jsonl
 from rewards.shapes import in_world
 
 SHOWN = {ANNOTATORS: ACCURACY, MEAN: INVERSION, JUDGE: ACCURACY}
-"""The references that are printed and plotted, and by which metric: the first two are those of Stable Preference's Tables 1 to 3."""
+"""The references that are printed and plotted, and by which metric: the first two are those of Stable Preference's
+Tables 1 to 3.
+"""
 OVER = {name: f"{name} over the first" for name in PUBLISHED}
 SIGNED = {*OVER.values(), *CHANGES.values()}
 """Metrics that are differences."""
@@ -82,7 +85,9 @@ class Config:
     """Train scorers by several objectives and measure them on the same held-out rankings."""
 
     methods: tuple[str, ...]
-    """NAME=DRIVER FLAGS each, DRIVER finetune/reward_model.py; --seed and --output-dir are added. The first is what others are held against."""
+    """NAME=DRIVER FLAGS each, DRIVER finetune/reward_model.py; --seed and --output-dir are added. The first is what
+    others are held against.
+    """
     data: tuple[Path, ...]
     """Folders of held-out rankings, each measured by itself."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -191,7 +196,7 @@ def to_text(tables: Mapping[str, Sequence[Measurement]]) -> str:
     return "\n".join(text)
 
 
-def plot(tables: Mapping[str, Sequence[Measurement]], path: Path) -> None:
+def plot_accuracies(tables: Mapping[str, Sequence[Measurement]], path: Path) -> None:
     """Draw accuracies with their intervals, a panel for each folder and reference, and the flipped choices of the first."""
     panels: dict[tuple[str, str], list[Measurement]] = {}
     for data, rows in tables.items():
@@ -251,7 +256,9 @@ def check_inputs(config: Config) -> dict[str, HeldOut]:
 
 
 def read_held_out(ranked: RankedImages, batch: int) -> HeldOut:
-    """Read all images, judge them in the shapes world, and set aside what cannot be read; ValueError where no set is left."""
+    """Read all images, judge them in the shapes world, and set aside what cannot be read; ValueError where no set is
+    left.
+    """
     judges = [rewards.load(GOLD)] if in_world(ranked.prompts) else []
     scored, rejected = score_views(
         ranked.images, judges, (), torch.device("cpu"), batch_size=batch, workers=0
@@ -365,7 +372,7 @@ def write_report(
     write_text(output / "table.csv", csv_text(heads, lines))
     heads = ["data", "method", "seed", "reference", "view", "metric", "value"]
     write_text(output / "seeds.csv", csv_text(heads, by_seed))
-    plot(tables, output / "accuracy.png")
+    plot_accuracies(tables, output / "accuracy.png")
 
 
 if __name__ == "__main__":

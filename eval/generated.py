@@ -2,10 +2,11 @@
 
     images/TITLE/0000.png ...     image i of prompt i with seed i
     images/TITLE/metadata.jsonl   file_name, text, seed: `datasets.load_dataset("imagefolder")` reads the folder
-    images/TITLE/generated.json   what decides the images: SHA-256 of the weights and of the prompts, seeds, sampling settings
+    images/TITLE/generated.json   what decides the images: SHA-256 of the weights and of the prompts, seeds, sampling
+    settings
 
-A folder appears when it is complete. Another folder of that name is refused, or with `overwrite` replaced. Letters that do not
-belong into a file name are _ in that of a folder.
+A folder appears when it is complete. Another folder of that name is refused, or with `overwrite` replaced. Letters that
+do not belong into a file name are _ in that of a folder.
 """
 
 import hashlib
@@ -78,7 +79,9 @@ class Request:
 
 
 def missing_columns(request: Request, *, overwrite: bool) -> list[Column]:
-    """Return the columns whose images are not there. ValueError for a folder of other images, unless it may be overwritten."""
+    """Return the columns whose images are not there. ValueError for a folder of other images, unless it may be
+    overwritten.
+    """
     missing = []
     for column in request.columns:
         folder = request.folder_of(column.title)
@@ -122,7 +125,9 @@ def generate(request: Request, columns: Sequence[Column], device: torch.device) 
 
 
 def _generate_group(request: Request, group: Sequence[Column], pipeline: Path, device: torch.device) -> None:
-    """Generate the columns of one pipeline: with a LoRA on or off; whole weights take the pipeline's place for one column."""
+    """Generate the columns of one pipeline: with a LoRA on or off; a UNet replaces that of the pipeline, which is then
+    loaded again.
+    """
     dtype = DTYPES[request.precision]
     with exit_on_user_error():
         family: Family | None = families.load(pipeline, device, dtype)

@@ -1,8 +1,8 @@
 """Compare models side by side: a row is a prompt with a seed, a column a model, and scores stand under every image.
 
 All images of a row start from the same noise, so what differs is the weights. Columns are TITLE=WHAT, where WHAT is empty
-(the model itself), a LoRA folder, a run's folder, a folder with a UNet, or another pipeline; FOLDER@0.5 puts a LoRA on at half
-strength. Written into --output-dir:
+(the model itself), a LoRA folder, a run's folder, a folder with a UNet, or another pipeline; FOLDER@0.5 puts a LoRA on
+at half strength. Written into --output-dir:
 
     images/TITLE/   the images of a column, their prompts and seeds; a rerun uses them again (eval/generated.py)
     index.html      all images small, each linked to its file, with scores, each column's means, and how often it wins against
@@ -13,8 +13,9 @@ strength. Written into --output-dir:
     python eval/grid.py --columns base= tuned=runs/refl-tiny half=runs/refl-tiny@0.5 --guidance-scale 3 --num-inference-steps 25
     python eval/grid.py --model SD_FOLDER --columns base= tuned=runs/refl --prompts refl_data.json --rewards imagereward=1
 
-Hardware: the embedded model runs on a CPU; Stable Diffusion wants a GPU, and uses one where there is one. Memory does not grow
-with the number of images. Left out: confidence intervals, since the few images one looks at are too few for a claim.
+Hardware: the embedded model runs on a CPU; Stable Diffusion wants a GPU, and uses one where there is one. Memory does
+not grow with the number of images. Left out: confidence intervals, since the few images one looks at are too few for a
+claim.
 """
 
 import os
@@ -54,7 +55,7 @@ class Config:
     """Generate the same prompts and seeds with several models, score the images, and write a page and a grid of them."""
 
     model: Path = Path("assets/tiny/pipeline")
-    """Pipeline folder in diffusers' format (Stable Diffusion 1.x or 2.x) that the columns build on."""
+    """Pipeline folder in diffusers' format that the columns build on."""
     columns: tuple[str, ...] = ("base=",)
     """TITLE=WHAT each: nothing, a LoRA folder, a run, a UNet folder or a pipeline; a LoRA or run may end in @WEIGHT."""
     prompts: Path = Path("assets/tiny/held_out.txt")
@@ -105,7 +106,7 @@ class Config:
             raise ValueError("--columns is empty; name at least one, as in --columns base= tuned=runs/refl")
         titles = [split_term(term)[0] for term in self.columns]
         if repeated := {title for title in titles if titles.count(title) > 1}:
-            raise ValueError(f"--columns repeats the title {min(repeated)}; give each column its own")
+            raise ValueError(f"--columns repeats the title {min(repeated)}; give each column another")
         if self.negative and self.guidance_scale is not None and self.guidance_scale <= 1:
             raise ValueError(
                 f"--negative does nothing at --guidance-scale {self.guidance_scale:g}; choose another, such as 3"
@@ -236,7 +237,7 @@ def to_png(sheet: Sheet, rows: int) -> Image.Image:
 def write_thumbnails(sheet: Sheet, folder: Path) -> list[list[Path]]:
     """Return the small images of the page, C of N; those that are missing, or older than their image, are written.
 
-    A small image is its own thumbnail.
+    For an image that is no larger than a thumbnail, the image itself.
     """
     shown = []
     for files in sheet.files:

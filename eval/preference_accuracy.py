@@ -1,21 +1,24 @@
 """How well scorers predict preferences: accuracies, selection, robustness and correlation on ranked images.
 
 Reads folders of images with rankings.jsonl. Several annotators may rank the same images: `source` tells them apart, so that
-a second ranking by the same one is skipped and counted; rankings without a source are by somebody else each. A scorer is held
-against every single ranking, against the annotators' mean places (as HPD v2 publishes it), and against the mean of all
-annotators but one, for each of them. Beside it stands "one annotator": what a single person reaches against another, and
-against the mean of the others; sets that one annotator ranked have no such row. In the shapes world the scorer `shapes` is the
-noiseless judge, and one more reference. All folders are pooled; for each by itself, run it on each.
+a second ranking by the same one is skipped and counted; each ranking without a source counts as another annotator's. A
+scorer is held against every single ranking, against the annotators' mean places (as HPD v2 publishes it), and against
+the mean of all annotators but one, for each of them. Beside it stands "one annotator": what a single person reaches
+against another, and against the mean of the others; sets that one annotator ranked have no such row. In the shapes
+world the scorer `shapes` is the noiseless judge, and one more reference. All folders are pooled; for each by itself,
+run it on each.
 
     python eval/preference_accuracy.py --data data/held_out --rewards imagereward-tiny=1 shapes=1 --output-dir runs/preference
     python eval/preference_accuracy.py --data data/imagereward_test --rewards imagereward=1 hpsv2.1=1 --reward-files imagereward=x.pt
 
-The metrics and their sources are in agreement.py, the views of robustness (Stable Preference, Table 1) in view_scores.py. Intervals are
-95 % bootstrap intervals over prompts, where there are two or more. An image that cannot be read is set aside and counted, and
-its rankings keep the others. Writes table.csv, scores.csv, rejected.jsonl, five plots and report.html.
+The metrics and their sources are in agreement.py, the views of robustness (Stable Preference, Table 1) in
+view_scores.py. Intervals are 95 % bootstrap intervals over prompts, where there are two or more. An image that cannot
+be read is set aside and counted, and its rankings keep the others. Writes table.csv, scores.csv, rejected.jsonl, five
+plots and report.html.
 
-Left out: correlation over generative models (Stable Preference, Fig. 5), since rankings do not say which model generated an image; it is
-over images here. Hardware: the embedded scorer needs a CPU; published ones want a GPU, and use one where there is one.
+Left out: correlation over generative models (Stable Preference, Fig. 5), since rankings do not say which model
+generated an image; it is over images here. Hardware: the embedded scorer needs a CPU; published ones want a GPU, and
+use one where there is one.
 """
 
 import sys
@@ -27,7 +30,7 @@ import torch
 
 import rewards
 from eval import preference_plots as plots
-from eval.agreement import GOLD, Floats, Measurement, RankedSet, table
+from eval.agreement import GOLD, Floats, Measurement, RankedSet, agreement_table
 from eval.pages import base64_of, render
 from eval.rankings import RankedImages, check_folders, read_ranked_images, rejected_rows, sound_sets, summary
 from eval.view_scores import PromptedImage, check_crops, score_views, view_names
@@ -49,7 +52,9 @@ class Config:
     data: tuple[Path, ...]
     """Folders with rankings.jsonl and the images that it names; several are pooled."""
     rewards: tuple[str, ...] = ("imagereward-tiny=1.0", "shapes=1.0")
-    """NAME=WEIGHT each, as hpsv2=1; the folder of a trained scorer is a name, too. Weights do nothing here: write 1, even for one scorer."""
+    """NAME=WEIGHT each, as hpsv2=1; the folder of a trained scorer is a name, too. Weights do nothing here: write 1,
+    even for one scorer.
+    """
     reward_files: tuple[str, ...] = ()
     """Weights of scorers on disk, as imagereward=PATH; others come from this repository or the hub's cache."""
     count: int | None = None
@@ -115,7 +120,7 @@ def write_report(
     aside: Sequence[Mapping[str, str]],
 ) -> None:
     """Write the table, the plots and the page, and print the accuracies."""
-    rows = table(judged, scores, view_names(config.crops), len(ranked.prompts))
+    rows = agreement_table(judged, scores, view_names(config.crops), len(ranked.prompts))
     names = [field.name for field in fields(Measurement)]
     write_text(config.output_dir / "table.csv", csv_text(names, (list(asdict(row).values()) for row in rows)))
     figures = plots.plot_all(rows, judged, scores, config.output_dir)

@@ -95,7 +95,9 @@ def to_text(rows: Sequence[Measurement]) -> str:
 def plot_all(
     rows: Sequence[Measurement], judged: Sequence[RankedSet], scores: Mapping[str, Floats], folder: Path
 ) -> list[Path]:
-    """Write the plots and return their files; scores are name -> (views, N). No robustness without views, no pairs of one scorer."""
+    """Write the plots and return their files; scores are name -> (views, N). No robustness without views, no pairs of
+    one scorer.
+    """
     first = {name: columns[0] for name, columns in scores.items()}
     paths = [folder / f"{name}.png" for name in ("accuracy", "buckets")]
     draw_accuracies(rows, paths[0])
@@ -138,9 +140,11 @@ def draw_accuracies(rows: Sequence[Measurement], path: Path) -> None:
 
 
 def draw_robustness(rows: Sequence[Measurement], path: Path) -> None:
-    """Draw changes of accuracy and flipped choices of each scorer over the views, with what Stable Preference's Table 1 has of each data set.
+    """Draw changes of accuracy and flipped choices of each scorer over the views, with what Stable Preference's Table 1
+    has of each data set.
 
-    That is ImageReward's accuracy against rankings, and HPD v2's score against their mean. What nothing was counted for is left out.
+    That is ImageReward's accuracy against rankings, and HPD v2's score against their mean. What nothing was counted for
+    is left out.
     """
     changed = [row for row in rows if row.view != AS_IS]
     views = list(dict.fromkeys(row.view for row in changed))
@@ -174,7 +178,7 @@ def draw_robustness(rows: Sequence[Measurement], path: Path) -> None:
 
 
 def draw_buckets(judged: Sequence[RankedSet], scores: Mapping[str, Floats], path: Path) -> None:
-    """Draw in which places the raters put the annotators' best and worst images (ImageReward (arXiv 2304.05977), Fig. 16)."""
+    """Draw in which places the raters put the annotators' best and worst images (ImageReward, arXiv 2304.05977, Fig. 16)."""
     ranks = [one.ranks for one in judged]
     compared = {name: of_scorer(columns, judged, ranks) for name, columns in scores.items()}
     if any(len(one) > 1 for one in ranks):
@@ -195,7 +199,7 @@ def draw_buckets(judged: Sequence[RankedSet], scores: Mapping[str, Floats], path
 
 
 def draw_interpolation(judged: Sequence[RankedSet], scores: Mapping[str, Floats], path: Path) -> None:
-    """Draw the accuracy of mixtures of any two scorers (ImageReward (arXiv 2304.05977), Fig. 17)."""
+    """Draw the accuracy of mixtures of any two scorers (ImageReward, arXiv 2304.05977, Fig. 17)."""
     couples = [*combinations(scores, 2)]
     figure, axis = plt.subplots(figsize=(6.5, 4 + 0.18 * len(couples)), layout="constrained")
     ranks = [one.ranks for one in judged]

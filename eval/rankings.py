@@ -42,8 +42,8 @@ def check_folders(folders: Sequence[Path]) -> None:
 def read_ranked_images(folders: Sequence[Path], count: int | None) -> RankedImages:
     """Return the rankings of the folders, at most `count` prompts of each; ValueError for what is wrong with them.
 
-    A second ranking of the same images by the same source is skipped, also from another folder. Rankings without a source
-    are by somebody else each.
+    A second ranking of the same images by the same source is skipped, also from another folder. Each ranking without a
+    source counts as another annotator's.
     """
     prompts: dict[str, int] = {}
     images: dict[PromptedImage, int] = {}

@@ -1,7 +1,7 @@
-"""Trainings that a comparison starts: drivers as commands, each with each seed in a folder of its own, each once.
+"""Trainings that a comparison starts: drivers as commands, each with each seed in a separate folder, each once.
 
-A method is NAME=DRIVER FLAGS, a command as one would type it. Programs of eval/ import no driver: they start it by `accelerate
-launch`, and read the folder that it leaves.
+A method is NAME=DRIVER FLAGS, a command as one would type it. Programs of eval/ import no driver: they start it by
+`accelerate launch`, and read the folder that it leaves.
 
 Beside the folder NAME-SEED lie NAME-SEED.log, NAME-SEED.command, the record of its command, written before it began, and
 NAME-SEED.done once it has ended well. A folder is never used for another command than that one.
@@ -37,7 +37,9 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 
 def check_commands(commands: Mapping[str, Sequence[str]], taken: Sequence[str] = ()) -> None:
-    """Raise ValueError for a command that is no driver, that has a flag which the comparison sets, or no readable --config."""
+    """Raise ValueError for a command that is no driver, that has a flag which the comparison sets, or no readable
+    --config.
+    """
     for name, command in commands.items():
         if not command[0].endswith(".py") or not Path(command[0]).is_file():
             raise ValueError(
@@ -52,7 +54,8 @@ def check_commands(commands: Mapping[str, Sequence[str]], taken: Sequence[str] =
 
 
 def command_record(command: Sequence[str]) -> str:
-    """Return the record of a training: the command, and the SHA-256 of the content of each --config file, which may be edited.
+    """Return the record of a training: the command, and the SHA-256 of the content of each --config file, which may be
+    edited.
 
     Not looked into are data, prompts and models that it names. ValueError for a --config file that cannot be read.
     """

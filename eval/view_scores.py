@@ -1,8 +1,8 @@
 """Images to scores, view by view: as they are, and mirrored with the centre cut out (Stable Preference, Table 1).
 
 Each image is read and decoded once, in worker processes (preftune/score_files.py); each view is prepared as the scorers'
-authors do and scored once. The judge of the shapes world takes uncropped images only and scores the first view. In captions of
-that world left and right change sides with the image; other prompts stay as they are, as in the paper.
+authors do and scored once. The judge of the shapes world takes uncropped images only and scores the first view. In
+captions of that world left and right change sides with the image; other prompts stay as they are, as in the paper.
 
 Letters: N images, V views, S scorers.
 """
@@ -62,7 +62,9 @@ def views_of(image: Image.Image, crops: Sequence[float]) -> Iterator[Image.Image
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareImage:
-    """What worker processes do: read and decode an image once, and prepare its views. Items are (place, why it was set aside)."""
+    """What worker processes do: read and decode an image once, and prepare its views. Items are (place, why it was set
+    aside).
+    """
 
     images: Sequence[PromptedImage]
     crops: Sequence[float]
@@ -104,8 +106,8 @@ def score_views(
 ) -> tuple[dict[str, Floats], dict[int, str]]:
     """Return name -> scores (V, N), NaN for images that were set aside, and why those were.
 
-    The judge scores the first view only, and leaves NaN elsewhere. FloatingPointError names scorer and image for a score that
-    is no finite number.
+    The judge scores the first view only, and leaves NaN elsewhere. FloatingPointError names scorer and image for a
+    score that is no finite number.
     """
     names = [scorer.card.name for scorer in scorers]
     prepare = PrepareImage(images=images, crops=crops, judged=GOLD in names)

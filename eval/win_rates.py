@@ -49,7 +49,7 @@ def wins_of(one: NDArray[np.float64], other: NDArray[np.float64]) -> tuple[int, 
     return int((one > other).sum()), int((one == other).sum()), int((one < other).sum())
 
 
-def table(
+def method_table(
     scores: Mapping[str, NDArray[np.float64]], scorers: Sequence[str], images: Mapping[str, int]
 ) -> list[MethodResult]:
     """Return the rows of all methods and scorers; scores are name -> (seeds, prompts, scorers), the base's first."""
@@ -70,7 +70,9 @@ def table(
 
 
 def win_rates(scores: Mapping[str, NDArray[np.float64]], column: int) -> NDArray[np.float64]:
-    """Return (methods, methods): the win rate of the row's method against the column's by one scorer; NaN on the diagonal."""
+    """Return (methods, methods): the win rate of the row's method against the column's by one scorer; NaN on the
+    diagonal.
+    """
     names = list(scores)
     rates = np.full((len(names), len(names)), np.nan)
     for i, one in enumerate(names):

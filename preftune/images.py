@@ -57,13 +57,13 @@ def decode(content: bytes) -> Image.Image:
         raise ImageError("too large", f"{len(content)} bytes; at most {MAX_BYTES}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's own limit only warns, and ours is lower
+            warnings.simplefilter("ignore")  # PIL's limit only warns, and ours is lower
             image = Image.open(io.BytesIO(content), formats=FORMATS)
             check_size(image)
             image.load()
     except ImageError:
         raise
-    except UnidentifiedImageError as error:  # its own words end in an address in memory, another each time
+    except UnidentifiedImageError as error:  # its message ends in an address in memory, another each time
         raise ImageError("undecodable", f"none of {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
         raise ImageError("too large", error) from error

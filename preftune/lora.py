@@ -101,7 +101,7 @@ def save(unet: UNet2DConditionModel, folder: Path) -> None:
         "lora_dropout": 0.0,
         "bias": "none",
     }
-    # In peft's own names: diffusers' renaming knows attention alone, and of a file in two styles it loads but one.
+    # In peft's names: diffusers' renaming knows attention alone, and of a file in two styles it loads but one.
     layers = get_peft_model_state_dict(unet, adapter_name=_ADAPTER)
     with replacing(folder / FILE) as temporary:  # diffusers takes a folder, and the file's name in it
         _FILES.save_lora_weights(
@@ -120,7 +120,7 @@ def find(folder: Path) -> Path | None:
 def load(unet: UNet2DConditionModel, folder: Path, weight: float = 1.0) -> None:
     """Put a saved update on the UNet, frozen, in place of any that it has; weight scales its effect.
 
-    Raises ValueError when the folder holds no update, or one that this UNet cannot take whole.
+    Raises ValueError when the folder holds no update, or one with layers that this UNet lacks.
     """
     path = find(folder)
     if path is None:

@@ -26,7 +26,7 @@ class CaptionedImage:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """Images of one prompt, ordered by somebody."""
+    """Images of one prompt, ordered by an annotator."""
 
     prompt: str
     paths: tuple[Path, ...]

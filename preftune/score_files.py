@@ -164,7 +164,7 @@ def _score(
 
 
 def _end_with_parent(_: int) -> None:
-    """Let a worker process end when its parent was killed; else it would wait for ever to hand over what nobody reads."""
+    """Let a worker process end when its parent was killed; else it would wait for ever to hand over its batch."""
     parent = os.getppid()
 
     def watch() -> None:

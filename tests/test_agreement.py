@@ -211,7 +211,7 @@ def test_the_table(judged: list[RankedSet]) -> None:
     }
     found = {
         (row.rater, row.reference, row.view, row.metric): row
-        for row in agreement.table(judged, scores, [AS_IS, "crop"], 2)
+        for row in agreement.agreement_table(judged, scores, [AS_IS, "crop"], 2)
     }
     assert found["x", JUDGE, AS_IS, ACCURACY].value == 1
     assert found["x", ANNOTATORS, AS_IS, ACCURACY].value == pytest.approx(0.8)
@@ -238,7 +238,7 @@ def test_robustness_by_every_published_accuracy_and_reference(judged: list[Ranke
     scores = {"x": rows([3, 2, 1, 0, 1], [2, 3, 1, 0, 1]), "shapes": rows([0.9, 0.5, 0.1, 0.2, 0.6], [0] * 5)}
     found = {
         (row.reference, row.view, row.metric): row.value
-        for row in agreement.table(judged, scores, [AS_IS, "crop"], 2)
+        for row in agreement.agreement_table(judged, scores, [AS_IS, "crop"], 2)
         if row.rater == "x"
     }
     pooled, ranked, inverted = agreement.PUBLISHED
@@ -266,7 +266,7 @@ def test_robustness_by_every_published_accuracy_and_reference(judged: list[Ranke
 
 def test_an_interval_needs_two_prompts(judged: list[RankedSet]) -> None:
     """One prompt is all resamples: a width of 0 would read as certainty. Prompts that have nothing to count do not help."""
-    found = agreement.table(judged, {"x": rows([3, 2, 1, 0, 1])}, [AS_IS], 2)
+    found = agreement.agreement_table(judged, {"x": rows([3, 2, 1, 0, 1])}, [AS_IS], 2)
     assert {row.prompts for row in found} == {1, 2}
     for row in found:
         assert math.isnan(row.low) == math.isnan(row.high) == (row.prompts == 1), row

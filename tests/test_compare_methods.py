@@ -21,7 +21,7 @@ def test_wins_and_bootstrap_by_hand() -> None:
     """Two seeds, three prompts, one scorer."""
     base = np.array([[[0.0], [1.0], [2.0]]] * 2)
     other = np.array([[[1.0], [1.0], [1.0]], [[3.0], [1.0], [4.0]]])
-    rows = win_rates.table({"base": base, "x": other}, ["gold"], {"base": 0, "x": 64})
+    rows = win_rates.method_table({"base": base, "x": other}, ["gold"], {"base": 0, "x": 64})
     row = rows[1]
     assert (row.wins, row.ties, row.losses) == (3, 2, 1)
     assert row.win_rate == pytest.approx(0.75)
@@ -50,7 +50,7 @@ def test_one_prompt_has_no_interval() -> None:
     assert bootstrap.interval(low, high, "+.3f") == ""
     assert bootstrap.interval(-0.5, 1, "+.1f") == "[-0.5, +1.0]"
     scores = {"base": np.zeros((2, 1, 1)), "x": np.array([[[1.0]], [[2.0]]])}
-    rows = win_rates.table(scores, ["gold"], {"base": 0, "x": 64})
+    rows = win_rates.method_table(scores, ["gold"], {"base": 0, "x": 64})
     assert "nan" not in win_rates.to_text(rows)
     assert win_rates.to_csv(rows).splitlines()[-1] == "x,gold,1.5,1.5,,,2,0,0,1.0,64"
 
@@ -93,11 +93,13 @@ def report(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(trainings, "subprocess", launch)
         assert compare_methods.main(cli.parse(compare_methods.Config, argv)) == 0
         before = (output / "table.csv").read_bytes()
-        times = {path: path.stat().st_mtime_ns for path in (output / "runs").rglob("*.safetensors")}
+        kept = [*(output / "runs").rglob("*.safetensors"), *(output / "images").rglob("*.png")]
+        times = {path: path.stat().st_mtime_ns for path in kept}
+        assert len(list((output / "images").rglob("*.png"))) == (1 + 3 * 2) * 5
         assert compare_methods.main(cli.parse(compare_methods.Config, argv)) == 0
         assert (output / "table.csv").read_bytes() == before
         assert {path: path.stat().st_mtime_ns for path in times} == times, (
-            "finished runs are not trained again"
+            "finished runs are not trained again, nor are their images generated again"
         )
     return output
 

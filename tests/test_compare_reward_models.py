@@ -82,7 +82,7 @@ def test_seeds_are_pooled_and_held_against_the_first_method() -> None:
 def test_one_prompt_has_no_interval(tmp_path: Path) -> None:
     rows = measurements({("x", ANNOTATORS, AS_IS, ACCURACY): np.array([[2.0, 0.0], [4.0, 0.0]])})
     assert comparing.to_text({"d": rows}).endswith("50.0")
-    comparing.plot({"d": rows}, tmp_path / "accuracy.png")
+    comparing.plot_accuracies({"d": rows}, tmp_path / "accuracy.png")
     comparing.write_report({"d": rows}, [], tmp_path)
     assert (tmp_path / "table.csv").read_text().endswith(",0.5,,\n")
 
@@ -93,7 +93,7 @@ def test_ties_alone_can_be_drawn(tmp_path: Path) -> None:
     for views in (1, 2):
         names = [AS_IS, "flip + crop 0.9"][:views]
         found = comparing.sums_of("x", columns.repeat(views, 0), judged, said, names, 1)
-        comparing.plot({"d": measurements(found)}, tmp_path / "accuracy.png")
+        comparing.plot_accuracies({"d": measurements(found)}, tmp_path / "accuracy.png")
 
 
 @pytest.mark.usefixtures("trained_here")

@@ -269,7 +269,7 @@ def test_rendered_images_are_right_or_nearly(tmp_path: Path) -> None:
 
 
 def test_generated_rankings(tmp_path: Path) -> None:
-    """ImageEntry k of ranking i is the pipeline's for the caption of ranking i and the seed of its row."""
+    """Image k of ranking i is the pipeline's for the caption of ranking i and the seed of its row."""
     model = tiny.pipeline_folder(tmp_path / "model")
     config = simulate_rankings.Config(
         output_dir=tmp_path / "data",

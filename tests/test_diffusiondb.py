@@ -596,7 +596,7 @@ def test_what_is_scored_is_not_scored_again(
     folder, _ = parts
     run(folder, tmp_path / "out")
     before, printed = contents(tmp_path / "out"), capsys.readouterr().out
-    monkeypatch.setattr(selected_folder, "write", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(selected_folder, "write_data_set", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         diffusiondb.main(config(folder, tmp_path / "other"))
     monkeypatch.undo()
@@ -682,7 +682,7 @@ def test_another_job_in_the_same_folder_is_refused(
     changes: dict[str, Any], words: str, parts: tuple[Path, dict[tuple[str, str], str]], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(selected_folder, "write", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(selected_folder, "write_data_set", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         diffusiondb.main(config(parts[0], tmp_path / "out"))
     monkeypatch.undo()

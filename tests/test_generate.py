@@ -84,7 +84,7 @@ def test_parts_that_are_there_stay(root: Path, tmp_path: Path, monkeypatch: pyte
 def test_wrong_flags(
     flags: list[str], words: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
-    generate.begin(config(root, tmp_path / "parts"))
+    generate.begin_folder(config(root, tmp_path / "parts"))
     monkeypatch.setattr(families, "load", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as stop:
         generate.main(config(root, tmp_path / "parts", *[flag.format(inputs=root) for flag in flags]))
