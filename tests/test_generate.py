@@ -69,6 +69,11 @@ def test_parts_that_are_there_stay(root: Path, tmp_path: Path, monkeypatch: pyte
     assert not list(folder.glob(".*"))
 
 
+def test_the_batch_size_may_change(root: Path, tmp_path: Path) -> None:
+    prompts = generate.begin_folder(config(root, tmp_path / "parts"))
+    assert generate.begin_folder(config(root, tmp_path / "parts", "--sample.batch-size", "2")) == prompts
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -78,6 +83,7 @@ def test_parts_that_are_there_stay(root: Path, tmp_path: Path, monkeypatch: pyte
         (["--prompts", "none.txt"], "none.txt does not exist"),
         (["--images", "4"], "was begun with images 3, not 4"),
         (["--count", "6"], "was begun with count 5, not 6"),
+        (["--sample.guidance-scale", "2"], "was begun with sample"),
         (["--output-dir", "{inputs}"], "holds something else"),
     ],
 )
