@@ -14,7 +14,6 @@ from rewards import CARDS, find_card
 from rewards.card import Card, Scorer
 from rewards.shared_towers import score_all, share_towers
 
-
 Normalization = Literal["none", "card", "dataset"]
 """How scores come to common units before they are weighted."""
 
