@@ -93,7 +93,7 @@ def missing_columns(request: Request, *, overwrite: bool) -> list[Column]:
             raise ValueError(
                 f"{folder} holds other images ({differs}); add --overwrite-output-dir, or choose another --output-dir"
             )
-        if differs:
+        if differs or not all(path.is_file() for path in request.files(column.title)):
             missing.append(column)
     return missing
 

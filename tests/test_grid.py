@@ -246,6 +246,12 @@ def test_images_are_made_once_and_never_mixed_up(
             "a_b.. holds other images (another weights); add --overwrite-output-dir"
             in capsys.readouterr().err
         )
+    lost = folder / "base" / "0001.png"
+    before = lost.read_bytes()
+    lost.unlink()
+    make(*columns, output_dir=output, seed="3")
+    assert lost.read_bytes() == before, "a folder that lacks an image is made again"
+    written |= {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
     other = make("base=", "a/b..=STAGE/run@0.5", "--overwrite-output-dir", output_dir=output, seed="3")
     assert apart(other.images("a/b.."), first.images("base")) > 0
     assert (folder / "base" / "0000.png").stat().st_mtime_ns == written[folder / "base" / "0000.png"]
