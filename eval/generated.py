@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from eval.agreement import Floats
-from eval.models import Column
+from eval.models import Column, digest_of
 from eval.view_scores import PromptedImage, score_views
 from preftune import families
 from preftune.cli import exit_on_user_error
@@ -50,6 +50,8 @@ class Request:
     negatives: Mapping[str, str]
     """Title -> the prompt that guidance points away from; others have none."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    vae: Path | None = None
+    """Folder of an autoencoder that takes the place of each pipeline's."""
 
     def files(self, title: str) -> list[Path]:
         """Return the N images of a column."""
@@ -74,6 +76,7 @@ class Request:
             "seeds": list(self.seeds),
             "negative": self.negatives.get(column.title, ""),
             "precision": self.precision,
+            "vae": digest_of(self.vae) if self.vae is not None else "",
             **settings,
         }
 
@@ -130,14 +133,14 @@ def _generate_group(request: Request, group: Sequence[Column], pipeline: Path, d
     """
     dtype = DTYPES[request.precision]
     with exit_on_user_error():
-        family: Family | None = families.load(pipeline, device, dtype)
+        family: Family | None = families.load(pipeline, device, dtype, request.vae)
         assert family is not None
         for column in group:  # a LoRA that does not fit is found before the first image
             if column.tuned is not None and column.has_lora:
                 family.load_tuned(column.tuned)
     for column in group:
         if family is None:
-            family = families.load(pipeline, device, dtype)
+            family = families.load(pipeline, device, dtype, request.vae)
         if column.tuned is None:
             with family.reference():
                 _write_folder(request, column, family)

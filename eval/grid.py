@@ -56,6 +56,8 @@ class Config:
 
     model: Path = Path("assets/tiny/pipeline")
     """Pipeline folder in diffusers' format that the columns build on."""
+    vae: Path | None = None
+    """Folder of an autoencoder in place of the pipelines', such as one of SDXL's that was repaired for fp16."""
     columns: tuple[str, ...] = ("base=",)
     """TITLE=WHAT each: nothing, a LoRA folder, a run, a UNet folder or a pipeline; a LoRA or run may end in @WEIGHT."""
     prompts: Path = Path("assets/tiny/held_out.txt")
@@ -180,8 +182,10 @@ class Sheet:
 
 def check_inputs(config: Config) -> Request:
     """Return what to generate; ValueError before any weight loads."""
-    sampling = config.sampling().resolved(families.check(config.model))
+    sampling = config.sampling().resolved(families.check(config.model, config.vae))
     columns = [parse_column(term, config.model) for term in config.columns]
+    for column in columns:
+        families.check(column.pipeline, config.vae)
     chosen = read_prompts(config.prompts)[: config.count]
     prompts = [prompt for prompt in chosen for _ in range(config.num_images_per_prompt)]
     check_scorers(config.weights(), config.files(), chosen, sampling.resolution, config.prompts)
@@ -197,6 +201,7 @@ def check_inputs(config: Config) -> Request:
         sampling=sampling,
         negatives=dict.fromkeys(titles, config.negative),
         precision=config.precision,
+        vae=config.vae,
     )
 
 

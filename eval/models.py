@@ -37,15 +37,18 @@ class Column:
         return self.tuned is not None and loras.find(self.tuned) is not None
 
     def digest(self) -> str:
-        """Return a SHA-256 of all that the model is: the files of the pipeline and of what was tuned, and the weight."""
-        digest = hashlib.sha256(f"{self.weight!r}".encode() if self.tuned else b"")
-        for folder in filter(None, (self.pipeline, self.tuned)):
-            files = (
-                path for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin", ".json", ".txt")
-            )
-            for path in sorted(files):
-                digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
-        return digest.hexdigest()
+        """Return what tells the model's weights from others: SHA-256 of the pipeline and of what was tuned, and the weight."""
+        found = digest_of(self.pipeline)
+        return found if self.tuned is None else f"{found} + {self.weight:g} x {digest_of(self.tuned)}"
+
+
+def digest_of(folder: Path) -> str:
+    """Return a SHA-256 of the weights, configurations and vocabularies in a folder."""
+    digest = hashlib.sha256()
+    files = (path for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin", ".json", ".txt"))
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def split_term(term: str) -> tuple[str, str]:

@@ -258,6 +258,18 @@ def test_images_are_made_once_and_never_mixed_up(
     assert (folder / "a_b.." / "0000.png").stat().st_mtime_ns != written[folder / "a_b.." / "0000.png"]
 
 
+def test_another_autoencoder(make: Callable[..., Page], stage: Path, tmp_path: Path) -> None:
+    tiny.vae(seed=3).save_pretrained(tmp_path / "vae")
+    output = str(tmp_path / "out")
+    page = make("base=", "tuned=STAGE/run", output_dir=output)
+    before = [page.images(title) for title in ("base", "tuned")]
+    page = make(
+        "base=", "tuned=STAGE/run", "--overwrite-output-dir", output_dir=output, vae=str(tmp_path / "vae")
+    )
+    for images, title in zip(before, ("base", "tuned"), strict=True):
+        assert apart(images, page.images(title)) > 2
+
+
 def test_titles_that_look_alike_have_folders_of_their_own(make: Callable[..., Page], stage: Path) -> None:
     page = make("a b=", "a?b=STAGE/run", "A_B=STAGE/run@0.5")
     assert {link.split("/")[1] for link in page.links} == {"a_b", "a_b~2", "A_B~3"}
