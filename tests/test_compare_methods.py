@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import tiny
 from conftest import run_here
 from eval import compare_methods, trainings, win_rates
 from preftune import bootstrap, cli
@@ -138,6 +139,24 @@ def test_the_report(report: Path) -> None:
         "weird-0",
         "weird-1",
     }
+
+
+@pytest.mark.usefixtures("trained_here")
+def test_methods_of_stable_diffusion_xl(root: Path, tmp_path: Path) -> None:
+    """Neither the drivers nor the comparison know which family they have."""
+    model = tiny.pipeline_xl_folder(tmp_path / "xl")
+    common = "--resolution 32 --max-train-steps 1 --train-batch-size 2 --learning-rate 1e-2 --threads 1 --sample.num-inference-steps 2 --sample.resolution 32"
+    methods = [
+        f"refl=finetune/refl.py --prompts {root}/prompts.txt --rewards brightness=1 --pretraining off --num-inference-steps 3 --window 1 1 {common}",
+        f"weird=finetune/weird_lora.py --data {root}/images {common}",
+    ]
+    argv = ["--methods", *methods, "--model", str(model), "--prompts", str(root / "prompts.txt")]
+    argv += ["--seeds", "0", "--count", "3", "--rewards", "brightness=1", "--sample.num-inference-steps", "2"]
+    argv += ["--sample.resolution", "32", "--workers", "0", "--output-dir", str(tmp_path / "out")]
+    assert compare_methods.main(cli.parse(compare_methods.Config, argv)) == 0
+    rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
+    assert [(row["method"], row["images"]) for row in rows] == [("base", "0"), ("refl", "8"), ("weird", "8")]
+    assert len({row["mean"] for row in rows}) == 3
 
 
 DRIVER = "a=finetune/refl.py --learning-rate 1"

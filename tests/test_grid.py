@@ -270,6 +270,23 @@ def test_another_autoencoder(make: Callable[..., Page], stage: Path, tmp_path: P
         assert apart(images, page.images(title)) > 2
 
 
+def test_stable_diffusion_xl_in_a_size_that_is_not_square(make: Callable[..., Page], tmp_path: Path) -> None:
+    """The program does not know which family it has: LoRA, all weights and base, side by side."""
+    model = tiny.pipeline_xl_folder(tmp_path / "xl")
+    for name, lora in (("low", LoRA(rank=2)), ("full", None)):
+        family = families.load(model)
+        trained = family.trainable(lora, seed=0)
+        for weight in (weight for weight in trained.parameters() if weight.requires_grad):
+            weight.data += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+        family.save_tuned(tmp_path / name / ("lora" if lora else "unet"), lora)
+    columns = ["base=", f"low={tmp_path / 'low'}", f"full={tmp_path / 'full'}", "again="]
+    page = make(*columns, model=str(model), resolution="96x64")
+    assert page.images("base")[0].shape == (64, 96, 3)
+    assert apart(page.images("base"), page.images("again")) == 0
+    for title in ("low", "full"):
+        assert apart(page.images("base"), page.images(title)) > 2, title
+
+
 def test_titles_that_look_alike_have_folders_of_their_own(make: Callable[..., Page], stage: Path) -> None:
     page = make("a b=", "a?b=STAGE/run", "A_B=STAGE/run@0.5")
     assert {link.split("/")[1] for link in page.links} == {"a_b", "a_b~2", "A_B~3"}
