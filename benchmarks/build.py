@@ -36,11 +36,13 @@ from benchmarks.hardware import fresh, name_of_machine, peak_mib, seconds, write
 from benchmarks.models import PROMPTS, TINY, fresh_scorer
 from data_build import diffusiondb as program
 from data_build import scoring
+from data_build.decode import Entry
 from data_build.filters import Filters
 from data_build.scoring import Batch
 from preftune.cli import exit_on_user_error, parse
 from preftune.order import items_at
 from preftune.prompts import read_prompts
+from preftune.score_files import PreparedBatch, prepared_batches
 
 FULL_SIZE = "hpsv2.1"
 DIFFERENT = 64
@@ -142,9 +144,10 @@ class Bench:
         self.data = write_parts(scratch / "data", trial.parts, trial.images, trial.side)
         config, job = self.begin("ready")
         self.source = job.data
-        self.scorers, self.preparing = program.load(config, job, self.device)
+        self.scorers, self.prepare = program.load_scorer(config, job, self.device)
         self.prompts = [entry.text for batch in self.batches() for entry in batch.entries]
-        (self.ready,) = self.preparing[next(self.batches())].inputs.values()
+        self.rules = [scorer.card.preprocess for scorer in self.scorers]
+        (self.ready,) = next(self.prepared(workers=0)).inputs.values()
         self.ready = self.ready.to(self.device)
         self.scoring = list[float]()
         """Seconds of each turn until the last chunk was written."""
@@ -169,18 +172,22 @@ class Bench:
 
     def decode(self, _: int) -> None:
         """List, read, decode and prepare all images as the builder does, for no scorer."""
-        workers = self.trial.workers
-        for _done in scoring.score_batches(self.preparing, self.batches(), [], self.device, workers=workers):
+        for _done in self.prepared(workers=self.trial.workers):
             pass
+
+    def prepared(self, *, workers: int) -> Iterator[PreparedBatch[Entry]]:
+        """All batches as worker processes prepare them."""
+        entries = (batch.entries for batch in self.batches())
+        return prepared_batches(self.prepare, entries, self.rules, workers=workers)
 
     def build(self, turn: int) -> None:
         """Make a data set as data_build/diffusiondb.py does, with a scorer that is loaded."""
         config, job = self.begin(f"built{turn}")
 
         def score(_: int) -> None:
-            for _done in scoring.score_chunks(
+            for _done in scoring.write_score_chunks(
                 job.building,
-                self.preparing,
+                self.prepare,
                 self.batches(),
                 self.scorers,
                 self.device,
@@ -189,7 +196,7 @@ class Bench:
                 pass
 
         self.scoring.append(seconds(score, turn, self.trial.device))
-        program.conclude(config, job)
+        program.write_data_set(config, job)
 
 
 @torch.no_grad()

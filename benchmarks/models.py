@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from benchmarks.hardware import fresh
 from preftune.families import tiny
 from preftune.families.sd import SD
+from preftune.files import replacing
 from rewards import CARDS
 from rewards.aesthetic import Aesthetic
 from rewards.clip import ClipScorer
@@ -128,26 +128,21 @@ def build_sd1(folder: Path, clip_vocab: Path | None = None, bert_vocab: Path | N
     """
     if (folder / "scorer").is_dir() and (folder / "pipeline").is_dir():
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".parts.tmp-{os.getpid()}"
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), replacing(folder / "pipeline") as partial:
         torch.default_generator.manual_seed(0)
         family = SD(
             unet=unet().half(),
             vae=autoencoder().half(),
             text_encoder=text_encoder().half(),
-            tokenizer=tokenizer(clip_vocab, partial / "words"),
+            tokenizer=tokenizer(clip_vocab, folder / "words"),
             scheduler_config=tiny.SCHEDULER_CONFIG,
         )
-    family.save_pipeline(partial / "pipeline")
-    del family
-    ImageReward.build(FULL_SIZE, words_for_bert(partial / "vocab.txt", bert_vocab), seed=0).save(
-        partial / "scorer"
-    )
-    for part in ("pipeline", "scorer"):
-        shutil.rmtree(folder / part, ignore_errors=True)
-        (partial / part).rename(folder / part)
-    shutil.rmtree(partial)
+        family.save_pipeline(partial)
+        del family
+    vocab = words_for_bert(folder / "words" / "vocab.txt", bert_vocab)
+    with replacing(folder / "scorer") as partial:
+        ImageReward.build(FULL_SIZE, vocab, seed=0).save(partial)
+    shutil.rmtree(folder / "words", ignore_errors=True)
 
 
 def write_scorer(name: str, folder: Path, clip_vocab: Path | None, bert_vocab: Path | None) -> Path:
@@ -162,16 +157,13 @@ def write_scorer(name: str, folder: Path, clip_vocab: Path | None, bert_vocab: P
     vocab = bert_vocab if kind == "bert" else clip_vocab
     if name != "aesthetic" and (vocab is None or not vocab.is_file()):
         raise ValueError(f"--scorers {name} needs --{kind}-vocab; {vocab or 'nothing'} is no file")
-    partial = folder / f".{name}.tmp-{os.getpid()}"
-    partial.mkdir(parents=True)
-    if vocab is not None and name != "aesthetic":
-        shutil.copy(vocab, partial / ("vocab.txt" if kind == "bert" else vocab.name))
-    with torch.random.fork_rng(devices=[]):
+    with replacing(home) as partial, torch.random.fork_rng(devices=[]):
+        partial.mkdir()
+        if vocab is not None and name != "aesthetic":
+            shutil.copy(vocab, partial / ("vocab.txt" if kind == "bert" else vocab.name))
         torch.default_generator.manual_seed(0)
         for file, state in random_states(name, partial).items():
             save_file({key: value.contiguous() for key, value in state.items()}, partial / file)
-    shutil.rmtree(home, ignore_errors=True)
-    partial.rename(home)
     return home / "weights.safetensors"
 
 

@@ -50,7 +50,7 @@ class Config:
     batch_size: tuple[int, ...] = (32,)
     """Images in one pass."""
     images: int = 64
-    """ImageEntry files, 512 x 512 PNG."""
+    """Image files, 512 x 512 PNG."""
     reload_images: int = 8
     """Images of the loop that loads the checkpoint for each; 0 leaves it out."""
     repeats: int = 3
@@ -159,8 +159,10 @@ class Bench:
             batch_size=trial.batch_size,
             workers=trial.workers,
         )
-        source = program.find(self.data, prompted=True, prompt="", image_column="image", text_column="text")
-        program.score_chunks(config, source, trial.images, [self.scorer], self.device)
+        source = program.find_data_set(
+            self.data, prompted=True, prompt="", image_column="image", text_column="text"
+        )
+        program.score_rest(config, source, trial.images, [self.scorer], self.device)
 
     def reload(self, index: int) -> None:
         """Load the scorer and score one file."""

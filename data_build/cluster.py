@@ -1,9 +1,9 @@
 """Parts scored by the processes of a Ray cluster, on one machine or on many; the only file that knows Ray.
 
-Ray Data hands out the numbers of parts, processes with a scorer of their own give back the rows, and this process alone writes
-them, in the order of the parts. So the chunks are those of a run without Ray, byte for byte where the arithmetic is the same
-(equal hardware and threads), a part is never there twice though Ray may score it again after a machine was lost, and a killed
-job goes on, with Ray or without, at the first part that was not written.
+Ray Data hands out the numbers of parts, processes with a scorer of their own give back the rows, and this process alone
+writes them, in the order of the parts. So the chunks are those of a run without Ray, byte for byte where the arithmetic
+is the same (equal hardware and threads), a part is never there twice though Ray may score it again after a machine was
+lost, and a killed job goes on, with Ray or without, at the first part that was not written.
 
 What is not written when this process is killed is scored again: the parts that were being scored, and those that were done
 before an earlier one.
@@ -18,7 +18,7 @@ from typing import Any
 from data_build import score_folder
 
 
-def check() -> None:
+def check_ray_installed() -> None:
     """Raise ValueError where Ray is not installed."""
     try:
         import ray.data  # noqa: F401
@@ -29,7 +29,7 @@ def check() -> None:
 class Worker:
     """What a process of the cluster does: the number of a part to its rows, as JSON."""
 
-    def __init__(self, make: Callable[[], Callable[[int], list[score_folder.Row]]]) -> None:
+    def __init__(self, make: Callable[[], Callable[[int], list[score_folder.ScoreRow]]]) -> None:
         self.rows_of = make()
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
@@ -40,15 +40,15 @@ class Worker:
 def score_parts(
     folder: Path,
     parts: range,
-    make: Callable[[], Callable[[int], list[score_folder.Row]]],
+    make: Callable[[], Callable[[int], list[score_folder.ScoreRow]]],
     *,
     address: str,
     workers: int,
 ) -> Iterator[int]:
     """Write the chunks of parts after those that the folder has; yields how many rows are done, part by part.
 
-    make: called once in each process, gives what scores a part. A part without rows has no chunk. ValueError where no cluster
-    answers.
+    make: called once in each process, gives what scores a part. A part without rows has no chunk. ValueError where no
+    cluster answers.
     """
     import ray
 
@@ -61,7 +61,7 @@ def score_parts(
 
 
 def _written(
-    folder: Path, parts: range, make: Callable[[], Callable[[int], list[score_folder.Row]]], workers: int
+    folder: Path, parts: range, make: Callable[[], Callable[[int], list[score_folder.ScoreRow]]], workers: int
 ) -> Iterator[int]:
     """Score and write on the cluster that this process is connected to, and leave it."""
     import ray.data

@@ -1,15 +1,13 @@
 """An image of a data set: read, decoded, or set aside with a reason.
 
 What a data set holds is hostile until checked: names that lead elsewhere, archives and images that grow without bound,
-captions that are no text. A bad image costs its own row, a broken archive or table one row, and neither is silent.
+captions that are no text. A bad image costs one row, a broken archive or table one row, and both are recorded.
 """
 
 import contextlib
-import io
 import lzma
 import math
 import struct
-import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -17,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyarrow
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from preftune import images
 
 Reason = Literal[
     "broken file",
@@ -32,22 +32,12 @@ Reason = Literal[
 ]
 """Why something is set aside, in a word or two; `refused` is a scorer's, for an image or a prompt that it cannot judge."""
 
-SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".gif", ".bmp")
-FORMATS = ("PNG", "WEBP", "JPEG", "GIF", "BMP")  # PIL knows more, and runs Ghostscript for one of them
-MAX_BYTES = 64 << 20
-"""Of an encoded image, and of an archive's JSON."""
 MAX_RATIO = 100
 """Unpacked to packed bytes of a member above 1 MiB; images hardly shrink."""
-MAX_PIXELS = 1 << 26
-MAX_ASPECT = 100
-"""Long to short side: scorers resize the short one, so a thread of pixels would grow to millions."""
 
 BROKEN = (  # what reading a file, archive or table can raise
     OSError, EOFError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
     struct.error, pyarrow.ArrowException,
-)  # fmt: skip
-_UNDECODABLE = (  # what PIL's decoders raise
-    OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error, zlib.error,
 )  # fmt: skip
 
 
@@ -58,19 +48,19 @@ class ImageEntry:
     file: str
     """Its file, or the archive or table that holds it, relative to the data set."""
     member: str
-    """Its name in the archive or its row in the table, from 0; empty for a file of its own."""
+    """Its name in the archive or its row in the table, from 0; empty for a file that is the image."""
     text: str
     content: bytes | None = None
     """The encoded image, where listing had to read it: in tables."""
     made: tuple[int | float | str | None, ...] = ()
-    """In DiffusionDB its seed, guidance scale, number of steps and sampler; None where that is not said."""
+    """In DiffusionDB its seed, guidance scale, number of steps and sampler; None where that is not known."""
     size: tuple[int, int] | None = None
     """Width and height, once it is decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rejected:
-    """What is set aside: an image, or with an empty member a whole file."""
+    """What is set aside: an image, or with an empty member a file with all that it holds."""
 
     file: str
     member: str
@@ -133,24 +123,7 @@ def or_unusable(reason: Reason) -> Iterator[None]:
 
 def decode(content: bytes) -> Image.Image:
     """Return the image, all its pixels read; UnusableError where it is none, is cut off, or is too large to be one."""
-    if not content:
-        raise UnusableError("no bytes", "the image has no bytes")
-    if len(content) > MAX_BYTES:
-        raise UnusableError("too large", f"{len(content)} bytes; at most {MAX_BYTES}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's own limit only warns, and ours is lower
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
-            width, height = image.size
-            if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
-                raise UnusableError(
-                    "too large", f"{width} x {height} pixels; at most {MAX_PIXELS}, and {MAX_ASPECT} : 1"
-                )
-            image.load()
-    except UnidentifiedImageError as error:  # its own words end in an address in memory, another each time
-        raise UnusableError("undecodable", f"none of {', '.join(FORMATS)}") from error
-    except Image.DecompressionBombError as error:
-        raise UnusableError("too large", error) from error
-    except _UNDECODABLE as error:
-        raise UnusableError("undecodable", error) from error
-    return image
+        return images.decode(content)
+    except images.ImageError as error:
+        raise UnusableError(error.reason, error) from error

@@ -1,10 +1,11 @@
-"""DiffusionDB to a data set of preferred and non-preferred images: what finetune/weird_lora.py learns from (paper 001).
+"""DiffusionDB to a data set of preferred and non-preferred images: what finetune/weird_lora.py learns from (HPS (arXiv
+2303.14420)).
 
 Reads the zip files as published (2M: PNG, Large: WebP, each with its JSON), scores every image that passes the filters,
 groups by prompt over all parts, and takes the best and the worst image of a prompt where they stand out (selection.py).
-Nothing is unzipped to the disk, and what is in memory grows by at most 100 bytes a scored image (and nine for each in the NSFW
-metadata). What is broken is set aside with the reason. Killed and started again with the same flags, it goes on at the part
-where it was and ends in the same bytes. What is written: see selected_folder.py.
+Nothing is unzipped to the disk, and what is in memory grows by at most 100 bytes a scored image (and nine for each in
+the NSFW metadata). What is broken is set aside with the reason. Killed and started again with the same flags, it goes
+on at the part where it was and ends in the same bytes. What is written: see selected_folder.py.
 
     python data_build/diffusiondb.py --data images/ --rewards hpsv1 --output-dir data/filtered
     python data_build/diffusiondb.py --data large-1/ large-2/ --rewards hpsv2.1 --metadata metadata-large.parquet --max-image-nsfw 0.9
@@ -14,8 +15,8 @@ With --ray the processes of a Ray cluster score the parts, and the data set is t
     python data_build/diffusiondb.py --data /shared/images/ --rewards hpsv2.1 --output-dir data/filtered --ray auto --ray-workers 8
 
 2M has nearly always one image a prompt; groups of four are in Large. The released code scored with another activation than
-the one HPS v1 was trained with; rewards/ scores as its README does. Captions stay free of the "Weird image. " prefix, and ordinary
-images join when a driver starts (--regularisation): both are finetune/weird_lora.py's.
+the one HPS v1 was trained with; rewards/ scores as its README does. Captions stay free of the "Weird image. " prefix,
+and ordinary images join when a driver starts (--regularisation): both are finetune/weird_lora.py's.
 Hardware: as score.py. Left out: several GPUs without Ray; prompts that are too rare to be selected are scored all the same.
 """
 
@@ -37,7 +38,7 @@ from tqdm import tqdm
 from data_build import cluster, score_folder, scoring, selected_folder
 from data_build.filters import Filters, Nsfw
 from data_build.readers import DataSet, entries, survey
-from data_build.scoring import DTYPES, Batch, Preparing
+from data_build.scoring import DTYPES, Batch, PrepareEntry
 from data_build.selection import Selection
 from preftune.cli import exit_on_user_error, parse
 from rewards import CARDS, Scorer, find_card
@@ -70,10 +71,10 @@ class Config:
     workers: int = 2
     """Processes that read and decode, for each that scores; 0 = the one that scores does it."""
     ray: str | None = None
-    """Ray cluster that scores the parts: its address, auto = where this machine belongs, local = a new one here; None = no Ray.
-    Parts, weights and preftune must be on all its machines, under the same paths."""
+    """Ray cluster that scores the parts: its address, auto = where this machine belongs, local = a new one here; None =
+    no Ray. Parts, weights and preftune must be on all its machines, under the same paths."""
     ray_workers: int = 2
-    """With --ray: processes that score, each with its own scorer, and its own GPU where the cluster has any."""
+    """With --ray: processes that score, each with a scorer, and with a GPU where the cluster has any."""
     shown: int = 12
     """Prompts whose images the report shows."""
 
@@ -98,7 +99,7 @@ class Config:
         return published if self.selection.scale is None else self.selection.scale
 
 
-def find(terms: tuple[str, ...]) -> DataSet:
+def find_parts(terms: tuple[str, ...]) -> DataSet:
     """Return the parts that these folders, files and patterns name, sorted; ValueError where there is none."""
     paths: list[Path] = []
     for term in terms:
@@ -153,7 +154,7 @@ def check_inputs(config: Config) -> Job | None:
         name: path.absolute() for name, path in parse_files(config.reward_files, (config.rewards,)).items()
     }
     weights = scoring.digests([config.rewards], files)
-    data = find(config.data)
+    data = find_parts(config.data)
     digest, total = survey(data)
     filters = asdict(config.filters)
     if config.filters.metadata is not None:
@@ -177,44 +178,44 @@ def check_inputs(config: Config) -> Job | None:
         return None
     nsfw = Nsfw(config.filters, data.sources) if config.filters.metadata is not None else None
     if config.ray is not None:
-        cluster.check()
-    score_folder.begin(building, scores)  # another rule may be tried on the same scores
+        cluster.check_ray_installed()
+    score_folder.begin_job(building, scores)  # another rule may be tried on the same scores
     return Job(data=data, total=total, files=files, building=building, nsfw=nsfw, record=record)
 
 
-def load(config: Config, job: Job, device: torch.device) -> tuple[list[Scorer], Preparing]:
+def load_scorer(config: Config, job: Job, device: torch.device) -> tuple[list[Scorer], PrepareEntry]:
     """Return the scorer, alone in a list, and what prepares images for it."""
     scorers = load_all([config.rewards], files=job.files, device=device, dtype=DTYPES[config.precision])
-    return scorers, Preparing(job.data, list(scoring.by_rule(scorers)), config.filters)
+    return scorers, PrepareEntry(data=job.data, unwanted=config.filters)
 
 
 def score_here(config: Config, job: Job, parts: range, device: torch.device) -> Iterator[int]:
     """Write a chunk for each part; yields how many entries are done."""
     with exit_on_user_error():
-        scorers, preparing = load(config, job, device)
+        scorers, prepare = load_scorer(config, job, device)
     listed = (
         batch
         for part in parts
         for batch in batches(job.data, part, config.batch_size, config.filters, job.nsfw)
     )
-    return scoring.score_chunks(job.building, preparing, listed, scorers, device, workers=config.workers)
+    return scoring.write_score_chunks(job.building, prepare, listed, scorers, device, workers=config.workers)
 
 
-def part_scorer(config: Config, job: Job) -> Callable[[int], list[score_folder.Row]]:
-    """Return what gives the rows of a part, with a scorer of its own: for the processes of a cluster."""
+def part_scorer(config: Config, job: Job) -> Callable[[int], list[score_folder.ScoreRow]]:
+    """Return what gives the rows of a part, with a separate scorer: for the processes of a cluster."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    scorers, preparing = load(config, job, device)
+    scorers, prepare = load_scorer(config, job, device)
 
     @torch.no_grad()
-    def rows_of(part: int) -> list[score_folder.Row]:
+    def rows_of(part: int) -> list[score_folder.ScoreRow]:
         listed = batches(job.data, part, config.batch_size, config.filters, job.nsfw)
-        found = scoring.score_batches(preparing, listed, scorers, device, workers=config.workers)
+        found = scoring.score_batches(prepare, listed, scorers, device, workers=config.workers)
         return [row for _, rows in found for row in rows]
 
     return rows_of
 
 
-def score(config: Config, job: Job, device: torch.device) -> None:
+def score_remaining_parts(config: Config, job: Job, device: torch.device) -> None:
     """Score the parts that are left, and write a chunk for each."""
     _, (first, _) = score_folder.progress(job.building)
     parts = range(first, len(job.data.sources))
@@ -233,9 +234,9 @@ def score(config: Config, job: Job, device: torch.device) -> None:
             bar.update(count)
 
 
-def conclude(config: Config, job: Job) -> None:
+def write_data_set(config: Config, job: Job) -> None:
     """Select, write the data set under a temporary name, and rename it."""
-    selected_folder.write(
+    selected_folder.write_data_set(
         job.building, job.data, config.selection, config.scale,
         keep_duplicates=config.filters.keep_duplicates, name=config.rewards, shown=config.shown, record=job.record,
     )  # fmt: skip
@@ -249,9 +250,9 @@ def main(config: Config) -> None:
     with exit_on_user_error():
         job = check_inputs(config)
     if job is not None:
-        score(config, job, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        conclude(config, job)
-    print(f"{selected_folder.report(config.output_dir)}\n{config.output_dir}")  # noqa: T201
+        score_remaining_parts(config, job, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        write_data_set(config, job)
+    print(f"{selected_folder.summary_text(config.output_dir)}\n{config.output_dir}")  # noqa: T201
 
 
 if __name__ == "__main__":

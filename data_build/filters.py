@@ -86,7 +86,9 @@ def is_blurred(image: Image.Image) -> bool:
 
 
 def identity(text: str, made: Sequence[object]) -> int:
-    """Return a number (64 bits) of a prompt, its seed, guidance, steps, sampler, width and height; 0 where one is not known."""
+    """Return a number (64 bits) of a prompt, its seed, guidance, steps, sampler, width and height; 0 where one is not
+    known.
+    """
     if None in made:
         return 0
     seed, guidance, *others = made
@@ -109,7 +111,7 @@ class Nsfw:
         parts = {source: _part_of(source) for source in sources}
         path = filters.metadata
         assert path is not None
-        keys, codes, seen = list[NDArray[np.uint64]](), list[NDArray[np.uint8]](), set[int]()
+        keys, codes, known_ids = list[NDArray[np.uint64]](), list[NDArray[np.uint8]](), set[int]()
         names = ("image_name", "part_id", "image_nsfw", "prompt_nsfw")
         wanted = np.array(sorted(set(parts.values())))
         limits = (filters.max_image_nsfw, filters.max_prompt_nsfw)
@@ -125,13 +127,13 @@ class Nsfw:
                     pairs = zip(ids.tolist(), rows.column("image_name").to_pylist(), strict=True)
                     keys.append(np.array([number(pair) for pair in pairs], np.uint64))
                     codes.append(_codes([_numbers(rows.column(name)) for name in names[2:]], limits))
-                    seen.update(ids.tolist())
+                    known_ids.update(ids.tolist())
         except BROKEN as error:
             raise ValueError(
                 f"--metadata {path} is no metadata of DiffusionDB: {_first_line(error)}"
             ) from error
         for source, part in parts.items():
-            if part not in seen:
+            if part not in known_ids:
                 raise ValueError(
                     f"--metadata {path} knows no image of {source}; the 2M and Large sets have one each"
                 )

@@ -1,35 +1,36 @@
-"""Draw several images of each prompt with a pipeline, in the layout that DiffusionDB is published in.
+"""Several images of each prompt by a pipeline, in the layout that DiffusionDB is published in.
 
-What data_build/diffusiondb.py filters, reward_weighted.py weighs and people rank need not be downloaded: any model generates
-its own. A part is `part-000001.zip` with PNG images and a JSON {file name: {p: prompt, se: seed, c: guidance, st: steps,
+What data_build/diffusiondb.py filters, reward_weighted.py weighs and people rank need not be downloaded: any model can
+generate it. A part is `part-000001.zip` with PNG images and a JSON {file name: {p: prompt, se: seed, c: guidance, st: steps,
 sa: sampler}}. An image is a function of (model, prompt, seed) alone; all images of a prompt lie in one part. Parts are
-written whole, and those that are there already are not generated again.
+written in one piece, and those that exist are not generated again.
 
     python data_build/generate.py --model assets/tiny/pipeline --prompts assets/tiny/prompts.txt --count 400 --images 8 \
-        --output-dir data/parts --sample.resolution 64 --sample.guidance-scale 2 --sample.num-inference-steps 16 --sample.solver ddim
+        --output-dir data/parts --sample.resolution 64 --sample.guidance-scale 2 --sample.num-inference-steps 16
+        --sample.solver ddim
 
 Hardware: the embedded model generates 25 images/s on one CPU core at 16 steps; Stable Diffusion wants a GPU.
 """
 
 import hashlib
 import io
+import itertools
 import json
-import os
 import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from preftune import families
+from preftune import families, seeds
 from preftune.cli import exit_on_user_error, parse
 from preftune.families.base import Family
+from preftune.files import is_leftover, replacing
 from preftune.images import to_pil
 from preftune.prompts import read_prompts
 from preftune.records import write_lines
-from preftune.sampling import Sampling, sample
+from preftune.sampling import Resolved, Sampling, sample
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 """Time of all members, so that equal images make equal archives."""
@@ -37,7 +38,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Draw several images of each prompt into zip files like DiffusionDB's."""
+    """Generate several images of each prompt, in zip files like DiffusionDB's."""
 
     model: Path
     """Pipeline folder in diffusers' format."""
@@ -65,14 +66,17 @@ class Config:
 
 def seed_of(seed: int, prompt: int, image: int) -> int:
     """Return the seed of an image, in the range of DiffusionDB's, [0, 2**32)."""
-    return int(np.random.SeedSequence((seed, prompt, image)).generate_state(1)[0])
+    return seeds.word(seed, prompt, image, bits=32)
 
 
-def begin(config: Config) -> list[str]:
+def begin_folder(config: Config) -> list[str]:
     """Return the prompts, and begin the folder; ValueError for what is wrong, before the model loads."""
-    families.check(config.model)
+    sampling = config.sample.resolved(families.check(config.model))
     prompts = read_prompts(config.prompts)[: config.count]
-    settings = {key: str(value) for key, value in asdict(config).items() if key != "output"}
+    settings = {
+        key: str(value) for key, value in asdict(config).items() if key not in ("output_dir", "sample")
+    }
+    settings["sample"] = str(_settings(sampling))
     settings["text of prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     record = config.output_dir / "job.json"
     if record.is_file():
@@ -89,21 +93,29 @@ def begin(config: Config) -> list[str]:
     return prompts
 
 
+def _settings(sampling: Resolved) -> dict[str, object]:
+    """What decides how an image looks: all but the batch size."""
+    return {key: value for key, value in asdict(sampling).items() if key != "batch_size"}
+
+
 def write_part(config: Config, family: Family, prompts: list[str], part: int, path: Path) -> None:
-    """Draw and write part `part` (from 0) under a temporary name, and rename it."""
+    """Generate and write part `part` (from 0) in one piece."""
     numbers = range(part * config.prompts_per_part, min((part + 1) * config.prompts_per_part, len(prompts)))
     wanted = [(number, seed_of(config.seed, number, k)) for number in numbers for k in range(config.images)]
-    texts, seeds = [prompts[number] for number, _ in wanted], [seed for _, seed in wanted]
+    texts, image_seeds = [prompts[number] for number, _ in wanted], [seed for _, seed in wanted]
     notes = {}
-    partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with zipfile.ZipFile(partial, "w") as archive:  # stored: a PNG does not shrink
-        pixels = sample(family, texts, seeds, config.sample, progress=path.name)
-        for row, (number, seed) in enumerate(wanted):
+    sampling = config.sample.resolved(family.defaults)
+    batches = sample(family, texts, image_seeds, config.sample, progress=path.name)
+    images = itertools.chain.from_iterable(batches)
+    with (
+        replacing(path) as partial,
+        zipfile.ZipFile(partial, "w") as archive,
+    ):  # stored: a PNG does not shrink
+        for row, ((number, seed), pixels) in enumerate(zip(wanted, images, strict=True)):
             name = f"{number:06d}-{row % config.images:02d}.png"
             content = io.BytesIO()
-            to_pil(pixels[row]).save(content, format="PNG")
+            to_pil(pixels).save(content, format="PNG")
             archive.writestr(zipfile.ZipInfo(name, _EPOCH), content.getvalue())
-            sampling = config.sample
             notes[name] = {
                 "p": texts[row],
                 "se": seed,
@@ -112,17 +124,16 @@ def write_part(config: Config, family: Family, prompts: list[str], part: int, pa
                 "sa": sampling.solver,
             }
         archive.writestr(zipfile.ZipInfo(f"{path.stem}.json", _EPOCH), json.dumps(notes))
-    partial.replace(path)
 
 
 def main(config: Config) -> None:
-    """Draw the parts that are not there."""
+    """Generate the parts that are not there."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with exit_on_user_error():
-        prompts = begin(config)
+        prompts = begin_folder(config)
         family = families.load(config.model, device)
-    for path in config.output_dir.glob(".part-*.tmp-*"):
-        path.unlink()  # of a process that was killed
+    for path in filter(is_leftover, config.output_dir.iterdir()):
+        path.unlink()
     for part in tqdm(range(-(-len(prompts) // config.prompts_per_part)), desc="parts", unit="part"):
         path = config.output_dir / f"part-{part + 1:06d}.zip"
         if not path.is_file():

@@ -1,7 +1,8 @@
 """Published preference data to a folder that finetune/reward_model.py trains on: images, and rankings with ties.
 
-Reads every layout of data_build/published.py, a few rows at a time; zip files and tables are not unpacked. Each image is decoded
-once to check it: one that is missing, empty, cut off or too large is set aside, and its rankings keep their other images.
+Reads every layout of data_build/published.py, a few rows at a time; zip files and tables are not unpacked. Each image
+is decoded once to check it: one that is missing, empty, cut off or too large is set aside, and its rankings keep their
+other images.
 
     python data_build/preferences.py --layout hpdv2-test --input HPD/test.json --images HPD/test --output-dir data/hpd
     python data_build/preferences.py --layout pickapic --input pickapic_v2/data/train-*.parquet --output-dir data/pickapic
@@ -22,7 +23,6 @@ import functools
 import itertools
 import json
 import os
-import shutil
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -32,11 +32,12 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from data_build.decode import MAX_BYTES, ImageEntry, UnusableError, decode, or_unusable
-from data_build.published import Aspect, Judged, Layout, SetAside, Shown, read
-from data_build.readers import DataSet
-from data_build.readers import read as read_bytes
+from data_build.decode import ImageEntry, UnusableError, decode, or_unusable
+from data_build.published import Aspect, Layout, PublishedImage, PublishedRanking, SetAside, read_published
+from data_build.readers import DataSet, read_bytes
 from preftune.cli import exit_on_user_error, parse
+from preftune.files import replacing
+from preftune.images import MAX_BYTES
 from preftune.records import check_name, inside, write_jsonl, write_lines
 
 IMAGES = "images"
@@ -79,30 +80,32 @@ class Work:
     """Names of files that were set aside."""
 
 
-def check(config: Config) -> None:
+def check_inputs(config: Config) -> None:
     """Raise ValueError for an output that exists, a missing folder, or a file that does not begin as its layout does."""
     if config.output_dir.exists():
         raise ValueError(f"{config.output_dir} exists already; remove it or choose another --output-dir")
     if config.images is not None and not config.images.is_dir():
         raise ValueError(f"--images {config.images} is no folder")
     for path in config.input:
-        next(read(config.layout, path, config.aspect or "mean"), None)
+        next(read_published(config.layout, path, config.aspect or "mean"), None)
 
 
-def entries(config: Config) -> Iterator[Judged | SetAside]:
+def published_entries(config: Config) -> Iterator[PublishedRanking | SetAside]:
     """All rankings of all files; a file that breaks off ends the program."""
     with exit_on_user_error():
         for path in config.input:
-            yield from read(config.layout, path, config.aspect or "mean")
+            yield from read_published(config.layout, path, config.aspect or "mean")
 
 
-def rows(config: Config, work: Work) -> Iterator[dict[str, Any]]:
+def ranking_rows(config: Config, work: Work) -> Iterator[dict[str, Any]]:
     """The lines of rankings.jsonl; their images are stored on the way."""
-    for entry in tqdm(entries(config), desc="reading", unit="ranking", mininterval=1):
+    for entry in tqdm(published_entries(config), desc="reading", unit="ranking", mininterval=1):
         if isinstance(entry, SetAside):
             reject(work, entry.place, entry.reason, entry.detail)
             continue
-        kept = [(one, rank) for one, rank in zip(entry.images, entry.ranks, strict=True) if keep(work, one)]
+        kept = [
+            (one, rank) for one, rank in zip(entry.images, entry.ranks, strict=True) if keep_image(work, one)
+        ]
         ranks = [rank for _, rank in kept]
         if len(kept) < 2:
             detail = f"{len(kept)} of {len(entry.images)} images are left"
@@ -128,12 +131,12 @@ def reject(work: Work, name: str, reason: str, detail: str) -> None:
     work.rejected.write(json.dumps({"name": name[:500], "reason": reason, "detail": detail[:500]}) + "\n")
 
 
-def keep(work: Work, image: Shown) -> bool:
+def keep_image(work: Work, image: PublishedImage) -> bool:
     """Store an image; False where it cannot be used, which is noted: once for a file, for bytes in a row each time."""
     if image.name in work.unusable:
         return False
     try:
-        store(work, image)
+        store_image(work, image)
     except UnusableError as unusable:
         reject(work, image.name, unusable.reason, str(unusable))
         if image.content is None:
@@ -142,7 +145,7 @@ def keep(work: Work, image: Shown) -> bool:
     return True
 
 
-def store(work: Work, image: Shown) -> None:
+def store_image(work: Work, image: PublishedImage) -> None:
     """Put an image into its place, unless it is there."""
     target = work.folder / IMAGES / image.name
     with or_unusable("unsafe name"):
@@ -152,12 +155,12 @@ def store(work: Work, image: Shown) -> None:
         if image.content is not None and target.read_bytes() != image.content:
             raise UnusableError("bad metadata", "another image has this name")
         return
-    content = image.content if image.content is not None else find(work.images, image.name)
+    content = image.content if image.content is not None else read_image(work.images, image.name)
     decode(content)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if image.content is None and (work.images / image.name).is_file():
-            link(work.images / image.name, target, content)
+            link_or_copy(work.images / image.name, target, content)
         else:
             target.write_bytes(content)
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
@@ -165,7 +168,7 @@ def store(work: Work, image: Shown) -> None:
     work.counts["images"] += 1
 
 
-def link(source: Path, target: Path, content: bytes) -> None:
+def link_or_copy(source: Path, target: Path, content: bytes) -> None:
     """Make a hard link, or a copy where the file system cannot."""
     try:
         os.link(source.resolve(), target)
@@ -173,7 +176,7 @@ def link(source: Path, target: Path, content: bytes) -> None:
         target.write_bytes(content)
 
 
-def find(images: Path, name: str) -> bytes:
+def read_image(images: Path, name: str) -> bytes:
     """The bytes of an image of that name: of a file, or of a member of FOLDER.zip where FOLDER would be."""
     archive, member = f"{PurePosixPath(name).parent}.zip", ""
     with or_unusable("unsafe name"):
@@ -186,7 +189,7 @@ def find(images: Path, name: str) -> bytes:
         else:
             raise UnusableError("missing", f"there is neither {images / name} nor such a member of {archive}")
     if member:
-        held = members(images / archive)
+        held = archive_members(images / archive)
         if member not in held:
             raise UnusableError("missing", f"{archive} has no member {member}")
         info = held[member]
@@ -202,7 +205,7 @@ def find(images: Path, name: str) -> bytes:
 
 
 @functools.lru_cache(maxsize=2)
-def members(archive: Path) -> dict[str, zipfile.ZipInfo | None]:
+def archive_members(archive: Path) -> dict[str, zipfile.ZipInfo | None]:
     """What a zip file holds, by the last part of its name, for some hold their folder and some do not.
 
     None for a name that several have: nothing says which of them is meant.
@@ -216,14 +219,14 @@ def members(archive: Path) -> dict[str, zipfile.ZipInfo | None]:
     return found
 
 
-def write(config: Config, folder: Path) -> dict[str, Any]:
+def write_folder(config: Config, folder: Path) -> dict[str, Any]:
     """Write the folder and return its summary."""
     images = config.images or config.input[0].parent
     with (folder / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
         work = Work(
             folder=folder, images=images, rejected=rejected, reasons=Counter(), counts=Counter(), unusable=set()
         )  # fmt: skip
-        write_jsonl(folder / "rankings.jsonl", rows(config, work))
+        write_jsonl(folder / "rankings.jsonl", ranking_rows(config, work))
     names = ("rankings", "images", "untied_pairs", "ties")
     counts = {name: work.counts[name] for name in names}
     summary = {"layout": config.layout, **counts, "rejected": dict(sorted(work.reasons.items()))}
@@ -231,7 +234,7 @@ def write(config: Config, folder: Path) -> dict[str, Any]:
     return summary
 
 
-def first(folder: Path) -> str:
+def first_rejected(folder: Path) -> str:
     """What was set aside first, and why; it tells a file whose values are all of another kind."""
     with (folder / "rejected.jsonl").open(encoding="utf-8") as file:
         row = json.loads(file.readline())
@@ -242,18 +245,18 @@ def first(folder: Path) -> str:
 def main(config: Config) -> None:
     """Check, write under a temporary name, rename."""
     with exit_on_user_error():
-        check(config)
-    partial = config.output_dir.with_name(f"{config.output_dir.name}.tmp-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        summary = write(config, partial)
+        check_inputs(config)
+    with replacing(config.output_dir) as partial:
+        partial.mkdir()
+        summary = write_folder(config, partial)
         with exit_on_user_error():
             if not summary["rankings"]:
-                aside = f"{summary['rejected']}; first {first(partial)}" if summary["rejected"] else "nothing"
+                aside = (
+                    f"{summary['rejected']}; first {first_rejected(partial)}"
+                    if summary["rejected"]
+                    else "nothing"
+                )
                 raise ValueError(f"no ranking is left; set aside: {aside}")
-        partial.rename(config.output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     print(json.dumps(summary))  # noqa: T201
 
 

@@ -8,13 +8,13 @@
     hpdv2-train          train.json: human_preference marks the preferred of two with 1
     hpdv2-test           test.json: a ranking for each of raw_annotations; without them, that of the averaged rank
     pickapic             parquet: two images, label_0 and label_1 (0.5 = tie); weighs 1 / num_example_per_prompt
-    aspects              JSON lines: prompt, images with an image_id and a score for each aspect (paper 004)
+    aspects              JSON lines: prompt, images with an image_id and a score for each aspect (VisionPrefer (arXiv 2404.15100))
     ratings              CSV: prompt, image, rater, score; a ranking for each rater of a prompt, higher is better
-    rankings             our own rankings.jsonl, such as the shapes world's
+    rankings             our rankings.jsonl, such as the shapes world's
 
 A choice of one among n is ranked 1, 2, ..., 2. Where a row holds no bytes, images have names alone, so that rankings can be
-read without them. Annotators of HPD v2 are taken to give each image's place, as the averaged rank does. Paper 004's data are
-not public: the fields of `aspects` are ours.
+read without them. Annotators of HPD v2 are taken to give each image's place, as the averaged rank does. VisionPrefer's
+data are not public: the fields of `aspects` are ours.
 """
 
 import functools
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_build.published_rows import (
-    Row,
+    PlacedRow,
     SchemaError,
     field,
     grouped,
@@ -61,8 +61,8 @@ Aspect = Literal["mean", "prompt_following", "aesthetics", "fidelity", "harmless
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
-    """An image that somebody judged."""
+class PublishedImage:
+    """An image in a published ranking."""
 
     name: str
     """Its file name in the data, unchecked; equal names are one image."""
@@ -71,18 +71,18 @@ class Shown:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
-    """Images of one prompt, ordered by somebody; what records.Ranking is of images on the disk."""
+class PublishedRanking:
+    """Images of one prompt, ordered by an annotator; what records.Ranking is of images on the disk."""
 
     place: str
     """Where it stands, for messages."""
     prompt: str
-    images: tuple[Shown, ...]
+    images: tuple[PublishedImage, ...]
     """Two or more, each once."""
     ranks: tuple[int, ...]
     """One for each image; 1 is best, equal ranks are ties."""
     source: str = ""
-    """Who judged; empty where it is not said."""
+    """The annotator; empty where it is not known."""
     weight: float = 1.0
 
 
@@ -95,11 +95,14 @@ class SetAside:
     detail: str
 
 
-def read(layout: Layout, path: Path, aspect: Aspect = "mean") -> Iterator[Judged | SetAside]:
+def read_published(
+    layout: Layout, path: Path, aspect: Aspect = "mean"
+) -> Iterator[PublishedRanking | SetAside]:
     """The rankings of a file, in its order (grouped rows: in that of their first); aspect is for `aspects` alone.
 
     Raises ValueError that names the field where the first row (or group of rows) lacks one or has another type in it, as a
-    file of another layout does, and the place where the file is broken. A bad value, and what does not fit later, is set aside.
+    file of another layout does, and the place where the file is broken. A bad value, and what does not fit later, is
+    set aside.
     """
     rows, judge = LAYOUTS[layout]
     if layout == "aspects":
@@ -122,7 +125,7 @@ def dense(values: Sequence[float]) -> tuple[int, ...]:
 # ---------------------------------------------------------------- a row of each layout
 
 
-def _ranking(place: str, row: dict[str, Any]) -> list[Judged]:
+def _ranking(place: str, row: dict[str, Any]) -> list[PublishedRanking]:
     _named(row, "generations", place)  # the types first: ranking_fields does not tell them from values
     _numbers(row, "ranking", place)
     field(row, "prompt", str, place)
@@ -131,10 +134,10 @@ def _ranking(place: str, row: dict[str, Any]) -> list[Judged]:
     if "weight" in row:
         _number(row, "weight", place)
     prompt, names, ranks, source, weight = ranking_fields(row, place)
-    return [_judged(place, prompt, [Shown(name=name) for name in names], ranks, source, weight)]
+    return [_judged(place, prompt, [PublishedImage(name=name) for name in names], ranks, source, weight)]
 
 
-def _imagerewarddb(place: str, row: dict[str, Any]) -> list[Judged]:
+def _imagerewarddb(place: str, row: dict[str, Any]) -> list[PublishedRanking]:
     rows = row["rows"]
     first = rows[0][1]
     name = field(first, "prompt_id", int if isinstance(first.get("prompt_id"), int) else str, place)
@@ -151,18 +154,18 @@ def _imagerewarddb(place: str, row: dict[str, Any]) -> list[Judged]:
     return [_judged(place, prompt, images, ranks)]
 
 
-def _imagerewarddb_group(place: str, row: dict[str, Any]) -> list[Judged]:
+def _imagerewarddb_group(place: str, row: dict[str, Any]) -> list[PublishedRanking]:
     cells = field(row, "image", list, place)
     images = [_cell({"image": cell}, "image", place) for cell in cells]
     return [_judged(place, text_field(row, "prompt", place), images, dense(_numbers(row, "rank", place)))]
 
 
-def _imagerewarddb_pair(place: str, row: dict[str, Any]) -> list[Judged]:
+def _imagerewarddb_pair(place: str, row: dict[str, Any]) -> list[PublishedRanking]:
     images = [_cell(row, "img_better", place), _cell(row, "img_worse", place)]
     return [_judged(place, text_field(row, "prompt", place), images, (1, 2))]
 
 
-def _hpdv1(place: str, row: dict[str, Any]) -> list[Judged]:
+def _hpdv1(place: str, row: dict[str, Any]) -> list[PublishedRanking]:
     images, best = _named(row, "file_path", place), field(row, "human_preference", int, place)
     if not 0 <= best < len(images):
         raise ValueError(
@@ -173,7 +176,7 @@ def _hpdv1(place: str, row: dict[str, Any]) -> list[Judged]:
     return [_judged(place, text_field(row, "prompt", place), images, ranks, source)]
 
 
-def _hpdv2_train(place: str, row: dict[str, Any]) -> list[Judged]:
+def _hpdv2_train(place: str, row: dict[str, Any]) -> list[PublishedRanking]:
     marks = _numbers(row, "human_preference", place)
     if not set(marks) <= {0, 1}:
         raise ValueError(f"{place}: human_preference is {marks}; it must hold 1 for preferred, 0 for others")
@@ -181,7 +184,7 @@ def _hpdv2_train(place: str, row: dict[str, Any]) -> list[Judged]:
     return [_judged(place, text_field(row, "prompt", place), _named(row, "file_path", place), ranks)]
 
 
-def _hpdv2_test(place: str, row: dict[str, Any]) -> list[Judged]:
+def _hpdv2_test(place: str, row: dict[str, Any]) -> list[PublishedRanking]:
     prompt, images = text_field(row, "prompt", place), _named(row, "image_path", place)
     if "raw_annotations" not in row:
         return [_judged(place, prompt, images, dense(_numbers(row, "rank", place)))]
@@ -194,7 +197,7 @@ def _hpdv2_test(place: str, row: dict[str, Any]) -> list[Judged]:
     ]  # fmt: skip
 
 
-def _pickapic(place: str, row: dict[str, Any]) -> list[Judged | SetAside]:
+def _pickapic(place: str, row: dict[str, Any]) -> list[PublishedRanking | SetAside]:
     if not field(row, "has_label", bool, place):
         return [SetAside(place=place, reason="no label", detail="has_label is false")]
     labels = (_number(row, "label_0", place), _number(row, "label_1", place))
@@ -208,23 +211,24 @@ def _pickapic(place: str, row: dict[str, Any]) -> list[Judged | SetAside]:
         raise ValueError(f"{place}: num_example_per_prompt is {count}; it must be at least 1")
     uids = [field(row, f"image_{index}_uid", str, place) for index in range(2)]
     images = [  # below folders, for there are a million
-        Shown(name=f"{uid[:2]}/{uid}.jpg", content=row.get(f"jpg_{index}")) for index, uid in enumerate(uids)
+        PublishedImage(name=f"{uid[:2]}/{uid}.jpg", content=row.get(f"jpg_{index}"))
+        for index, uid in enumerate(uids)
     ]
     source = str(field(row, "user_id", int, place))
     return [_judged(place, text_field(row, "caption", place), images, ranks, source, 1 / count)]
 
 
-def _aspects(place: str, row: dict[str, Any], aspect: Aspect) -> list[Judged]:
+def _aspects(place: str, row: dict[str, Any], aspect: Aspect) -> list[PublishedRanking]:
     rows = _objects(row, "images", place)
     wanted = ASPECTS if aspect == "mean" else (aspect,)
     scores = [statistics.mean(_number(row, name, place) for name in wanted) for row in rows]
-    images = [Shown(name=field(row, "image_id", str, place)) for row in rows]
+    images = [PublishedImage(name=field(row, "image_id", str, place)) for row in rows]
     return [_judged(place, text_field(row, "prompt", place), images, dense([-score for score in scores]))]
 
 
-def _ratings(place: str, row: dict[str, Any]) -> list[Judged]:
+def _ratings(place: str, row: dict[str, Any]) -> list[PublishedRanking]:
     ranks = dense([-_parsed(one["score"], "score", where) for where, one in row["rows"]])
-    images = [Shown(name=field(one, "image", str, where)) for where, one in row["rows"]]
+    images = [PublishedImage(name=field(one, "image", str, where)) for where, one in row["rows"]]
     first = row["rows"][0][1]
     source = field(first, "rater", str, place)
     return [_judged(place, text_field(first, "prompt", place), images, ranks, source)]
@@ -236,11 +240,11 @@ def _ratings(place: str, row: dict[str, Any]) -> list[Judged]:
 def _judged(
     place: str,
     prompt: str,
-    images: Sequence[Shown],
+    images: Sequence[PublishedImage],
     ranks: Sequence[int],
     source: str = "",
     weight: float = 1.0,
-) -> Judged:
+) -> PublishedRanking:
     """The ranking; ValueError where images and ranks do not belong together, or a text is none."""
     names = [image.name for image in images]
     if len(names) != len(ranks) or len(names) < 2:
@@ -253,30 +257,30 @@ def _judged(
         "".join((prompt, source, *names)).encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{place} holds half of a surrogate pair, which is no character") from error
-    return Judged(
+    return PublishedRanking(
         place=place, prompt=prompt, images=tuple(images), ranks=tuple(ranks), source=source, weight=weight
     )  # fmt: skip
 
 
-def _named(row: dict[str, Any], key: str, place: str) -> list[Shown]:
+def _named(row: dict[str, Any], key: str, place: str) -> list[PublishedImage]:
     """A list of file names."""
     names = field(row, key, list, place)
     if not all(isinstance(name, str) for name in names):
         raise SchemaError(f"{place}: {key} must hold file names")
-    return [Shown(name=name) for name in names]
+    return [PublishedImage(name=name) for name in names]
 
 
-def _cell(row: dict[str, Any], key: str, place: str) -> Shown:
+def _cell(row: dict[str, Any], key: str, place: str) -> PublishedImage:
     """An image in a table: its file name, or {"bytes", "path"} as the datasets library writes it."""
     value = field(row, key, object, place)
     if isinstance(value, str):
-        return Shown(name=value)
+        return PublishedImage(name=value)
     cell = value if isinstance(value, dict) else {}
     name, content = cell.get("path"), cell.get("bytes")
     if isinstance(content, bytes):
-        return Shown(name=name or f"{hashlib.sha256(content).hexdigest()}.webp", content=content)
+        return PublishedImage(name=name or f"{hashlib.sha256(content).hexdigest()}.webp", content=content)
     if isinstance(name, str):
-        return Shown(name=name)
+        return PublishedImage(name=name)
     fault = ValueError if isinstance(value, dict | None) else SchemaError
     raise fault(f"{place}: {key} is a {type(value).__name__}; it must be a file name, or hold bytes")
 
@@ -317,7 +321,7 @@ def _parsed(text: object, key: str, place: str) -> float:
 # ---------------------------------------------------------------- the layouts
 
 
-def _rows_of_imagerewarddb(path: Path) -> Iterator[Row]:
+def _rows_of_imagerewarddb(path: Path) -> Iterator[PlacedRow]:
     """All images of a prompt, which nothing promises to be neighbours."""
     if path.suffix in (".zip", ".json"):
         return grouped(of_archive(path) if path.suffix == ".zip" else of_json(path), "prompt_id")
@@ -329,7 +333,7 @@ def _rows_of_imagerewarddb(path: Path) -> Iterator[Row]:
 
 _PICKAPIC = ("caption", "image_0_uid", "image_1_uid", "label_0", "label_1", "has_label", "user_id", "num_example_per_prompt")  # fmt: skip
 
-LAYOUTS: dict[Layout, tuple[Callable[[Path], Iterator[Row]], Callable[..., Sequence[Judged | SetAside]]]] = {
+LAYOUTS: dict[Layout, tuple[Callable[[Path], Iterator[PlacedRow]], Callable[..., Sequence[PublishedRanking | SetAside]]]] = {
     "imagereward": (of_json, _ranking),
     "imagerewarddb": (_rows_of_imagerewarddb, _imagerewarddb),
     "imagerewarddb-group": (

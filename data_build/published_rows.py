@@ -1,4 +1,5 @@
-"""The rows of published files, read a few at a time: JSON lists, JSON lines, CSV, parquet, and the zip files of ImageRewardDB.
+"""The rows of published files, read a few at a time: JSON lists, JSON lines, CSV, parquet, and the zip files of
+ImageRewardDB.
 
 A row is (place for messages, object). Files hold up to millions of rows, so none is read as a whole; where rows have to be
 gathered into groups, those are rows of text, and images are read for one group at a time. Every fault of a file is a
@@ -23,7 +24,7 @@ import pyarrow.parquet
 
 from preftune import records
 
-Row = tuple[str, dict[str, Any]]
+PlacedRow = tuple[str, dict[str, Any]]
 
 CHUNK = 1 << 16
 """Characters of a JSON list that are read at a time."""
@@ -57,13 +58,13 @@ def text_field(row: dict[str, Any], key: str, place: str) -> str:
     return records.text_field(row, key, place)
 
 
-def of_json(path: Path) -> Iterator[Row]:
+def of_json(path: Path) -> Iterator[PlacedRow]:
     """The objects of a JSON list."""
     with _reading(path), path.open(encoding="utf-8-sig") as file:
         yield from _elements(file, str(path))
 
 
-def of_jsonl(path: Path) -> Iterator[Row]:
+def of_jsonl(path: Path) -> Iterator[PlacedRow]:
     """The objects of a JSON-lines file; blank lines are passed over."""
     with _reading(path), path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
@@ -71,7 +72,7 @@ def of_jsonl(path: Path) -> Iterator[Row]:
                 yield f"{path} line {number}", records.parse_object(line, f"{path} line {number}")
 
 
-def of_csv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+def of_csv(path: Path, columns: Sequence[str]) -> Iterator[PlacedRow]:
     """The rows of a CSV file whose first line names its columns; a value that a short row lacks is None."""
     with _reading(path), path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
@@ -80,7 +81,7 @@ def of_csv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
             yield f"{path} line {reader.line_num}", row
 
 
-def of_parquet(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Row]:
+def of_parquet(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[PlacedRow]:
     """The rows of a table, only these columns of it."""
     with _reading(path), _table(path) as table:
         names = table.schema_arrow.names
@@ -93,7 +94,7 @@ def of_parquet(path: Path, columns: Sequence[str], optional: Sequence[str] = ())
                 yield f"{path} row {number}", row
 
 
-def of_archive(path: Path) -> Iterator[Row]:
+def of_archive(path: Path) -> Iterator[PlacedRow]:
     """The objects of the one JSON list in a zip file."""
     with _reading(path), zipfile.ZipFile(path) as archive:
         lists = [member for member in archive.infolist() if member.filename.endswith(".json")]
@@ -107,12 +108,12 @@ def of_archive(path: Path) -> Iterator[Row]:
             yield from _elements(file, f"{path} {lists[0].filename}")
 
 
-def grouped(rows: Iterable[Row], *keys: str) -> Iterator[Row]:
+def grouped(rows: Iterable[PlacedRow], *keys: str) -> Iterator[PlacedRow]:
     """One row {"rows": [rows]} for all that are equal in these fields, wherever they stand, in the order of the first.
 
     A row that lacks one of them belongs to no other, and stands alone.
     """
-    groups: dict[tuple[str, str], tuple[str, list[Row]]] = {}
+    groups: dict[tuple[str, str], tuple[str, list[PlacedRow]]] = {}
     for place, row in rows:
         values = [row.get(key) for key in keys]
         group = (repr(values), place if None in values else "")
@@ -120,7 +121,7 @@ def grouped(rows: Iterable[Row], *keys: str) -> Iterator[Row]:
     yield from ((place, {"rows": members}) for place, members in groups.values())
 
 
-def grouped_of_parquet(path: Path, columns: Sequence[str], key: str, images: str) -> Iterator[Row]:
+def grouped_of_parquet(path: Path, columns: Sequence[str], key: str, images: str) -> Iterator[PlacedRow]:
     """The rows of a table as `grouped` gives them, with a column of images, of which only those of one group are held.
 
     The table is read twice, first without its images. Groups whose rows stand together cost one pass over these; for each
@@ -161,7 +162,7 @@ def _cells(table: pyarrow.parquet.ParquetFile, column: str, numbers: Iterable[in
         at = number + 1
 
 
-def _elements(file: IO[str], place: str) -> Iterator[Row]:
+def _elements(file: IO[str], place: str) -> Iterator[PlacedRow]:
     """The objects of a JSON list, parsed one by one."""
     decoder, number = json.JSONDecoder(), 0
     text = file.read(CHUNK).lstrip()

@@ -2,7 +2,7 @@
 
 A data set is a row of sources, and each of those a row of entries: images with a prompt, not yet read, or what is set
 aside and why. Entries are listed lazily, in an order that depends on the data alone, and from any place on, so that a
-killed job goes on where it was. `read` then runs in other processes. Nothing is unzipped to the disk.
+killed job goes on where it was. `read_bytes` then runs in other processes. Nothing is unzipped to the disk.
 """
 
 import functools
@@ -20,15 +20,14 @@ import pyarrow.parquet
 
 from data_build.decode import (
     BROKEN,
-    MAX_BYTES,
     MAX_RATIO,
-    SUFFIXES,
     Entry,
     ImageEntry,
     UnusableError,
     made_of,
     or_unusable,
 )
+from preftune.images import MAX_BYTES, SUFFIXES
 from preftune.records import check_name, field, inside, parse_object, read_lines
 
 Kind = Literal["imagefolder", "images", "parquet", "zip"]
@@ -43,7 +42,7 @@ TAIL = 1 << 18
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """Images with prompts on the disk; `find` makes it."""
+    """Images with prompts on the disk; `find_data_set` makes it."""
 
     root: Path
     """The folder that names of files are relative to."""
@@ -62,10 +61,10 @@ class DataSet:
 # ---------------------------------------------------------------- what there is
 
 
-def find(path: Path, *, prompted: bool, prompt: str, image_column: str, text_column: str) -> DataSet:
+def find_data_set(path: Path, *, prompted: bool, prompt: str, image_column: str, text_column: str) -> DataSet:
     """Return the data set of a folder or file, recognised from what is there; ValueError says what is wrong with it.
 
-    prompted: somebody reads the prompts. No image is read, and broken archives and tables are left for later.
+    prompted: a scorer reads the prompts. No image is read, and broken archives and tables are left for later.
     """
     root, kind, sources = _recognise(path)
     if kind == "images" and prompted and not prompt.strip():
@@ -74,7 +73,7 @@ def find(path: Path, *, prompted: bool, prompt: str, image_column: str, text_col
             " or scorers that read none"
         )
     if kind != "images" and prompt:
-        raise ValueError(f"--prompt is for images without captions, and {path} has its own; leave it out")
+        raise ValueError(f"--prompt is for images without captions, and {path} has captions; leave it out")
     columns: tuple[str, ...] = ()
     if kind == "parquet":
         columns = _columns(root, sources, image_column, text_column if prompted else None)
@@ -145,7 +144,9 @@ def _names(folder: Path, suffixes: tuple[str, ...], *, deep: bool) -> Iterator[s
 
 
 def _columns(root: Path, sources: tuple[str, ...], image: str, text: str | None) -> tuple[str, ...]:
-    """Return the columns of the first table that can be read; ValueError where one that is needed is missing or of no use."""
+    """Return the columns of the first table that can be read; ValueError where one that is needed is missing or of no
+    use.
+    """
     for name in sources:
         try:
             schema = pyarrow.parquet.read_schema(root / name)
@@ -359,7 +360,7 @@ def _unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
 # ---------------------------------------------------------------- reading
 
 
-def read(data: DataSet, image: ImageEntry) -> bytes:
+def read_bytes(data: DataSet, image: ImageEntry) -> bytes:
     """Return the encoded image; UnusableError where it is broken, or larger than MAX_BYTES."""
     if image.content is not None:
         return image.content

@@ -10,7 +10,7 @@ on where it was and ends in the same files. What is written where: see score_fol
     python data_build/score.py --data images/part-000001.zip --rewards hpsv2.1 clipscore aesthetic --output-dir scored/part-1
 
 Hardware: the embedded scorer needs a CPU; published ones want a GPU, and use one where there is one.
-Left out: several GPUs; a scorer that is asked for later, which is a job of its own with another --output-dir.
+Left out: several GPUs; a scorer that is asked for later, which is another job with another --output-dir.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from data_build import score_folder, scoring
 from data_build.decode import Entry
-from data_build.readers import DataSet, entries, find, survey
-from data_build.scoring import DTYPES, Batch, Preparing, by_rule, digests
+from data_build.readers import DataSet, entries, find_data_set, survey
+from data_build.scoring import DTYPES, Batch, PrepareEntry, digests
 from preftune.cli import exit_on_user_error, parse
 from rewards import CARDS, Scorer, find_card
 from rewards.mix import parse_files
@@ -95,7 +95,7 @@ def check_inputs(config: Config) -> tuple[DataSet, int, dict[str, Path]]:
     """
     files = parse_files(config.reward_files, config.rewards)
     weights = digests(config.rewards, files)
-    data = find(
+    data = find_data_set(
         config.data,
         prompted=any(find_card(name).prompted for name in config.rewards),
         prompt=config.prompt,
@@ -111,21 +111,20 @@ def check_inputs(config: Config) -> tuple[DataSet, int, dict[str, Path]]:
         raise ValueError(f"{config.data} holds no images")
     names = ("precision", "prompt", "image_column", "text_column", "chunk")
     settings = {name: getattr(config, name) for name in names}
-    score_folder.begin(
+    score_folder.begin_job(
         config.output_dir, {"rewards": list(config.rewards), "data": digest, **settings, "weights": weights}
     )
     return data, total, files
 
 
-def score_chunks(
+def score_rest(
     config: Config, data: DataSet, total: int, scorers: Sequence[Scorer], device: torch.device
 ) -> None:
     """Score what is left to do and write it chunk by chunk."""
     done, place = score_folder.progress(config.output_dir)
-    preparing = Preparing(data, list(by_rule(scorers)))
     listed = batches(data, place, config.batch_size, config.chunk)
-    counts = scoring.score_chunks(
-        config.output_dir, preparing, listed, scorers, device, workers=config.workers
+    counts = scoring.write_score_chunks(
+        config.output_dir, PrepareEntry(data=data), listed, scorers, device, workers=config.workers
     )
     with tqdm(total=total, initial=min(done * config.chunk, total), desc="scoring", unit="image") as bar:
         for count in counts:
@@ -142,12 +141,12 @@ def main(config: Config) -> None:
         with exit_on_user_error():
             dtype = DTYPES[config.precision]
             scorers = load_all(config.rewards, files=files, device=device, dtype=dtype)
-        score_chunks(config, data, total, scorers, device)
-        score_folder.conclude(config.output_dir, data, config.rewards, config.best)
-    score_folder.clean(config.output_dir)
+        score_rest(config, data, total, scorers, device)
+        score_folder.write_results(config.output_dir, data, config.rewards, config.best)
+    score_folder.remove_chunks(config.output_dir)
     if config.add_to_metadata:
         score_folder.add_to_metadata(config.output_dir, data, config.rewards)
-    print(f"{score_folder.report(config.output_dir)}\n{config.output_dir}")  # noqa: T201
+    print(f"{score_folder.summary_text(config.output_dir)}\n{config.output_dir}")  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A folder of scores: what `score.py` writes, chunk by chunk while it runs and whole at the end.
+"""A folder of scores: what `score.py` writes, chunk by chunk while it runs and in one table at the end.
 
     job.json        which data, scorers, weights and settings; another job in this folder is refused
     chunks/         finished runs of entries, one file each, gone at the end; the last one says where to go on
@@ -7,11 +7,10 @@
     best_worst.png  the best and the worst images of each scorer
     summary.json    counts and statistics; it is written last, so a folder that has it is complete
 
-Every file is whole or not there. A number is a chunk's place in the order of the data, so nothing is lost or doubled.
+Every file is written in one piece. A number is a chunk's place in the order of the data, so nothing is lost or doubled.
 """
 
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -25,8 +24,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_build.decode import ImageEntry, decode
-from data_build.readers import DataSet, read
-from preftune.images import captioned_grid, save_image, to_pil
+from data_build.readers import DataSet, read_bytes
+from preftune.files import is_leftover, replacing
+from preftune.grid import captioned_grid
+from preftune.images import save_image, to_pil
 from preftune.records import parse_object, read_jsonl, read_lines, write_jsonl, write_lines
 from rewards.pixels import from_pil
 
@@ -36,15 +37,15 @@ CELL = 192
 MAX_CAPTION = 90
 """Characters of a prompt there."""
 
-Row = Mapping[str, Any]
+ScoreRow = Mapping[str, Any]
 """An image's line in a chunk: file and member, then text and scores, or reason and detail."""
 
 
-def begin(folder: Path, job: Mapping[str, Any]) -> None:
+def begin_job(folder: Path, job: Mapping[str, Any]) -> None:
     """Make the folder, or find in it the same job; ValueError for another one, and for a folder of something else."""
     record = folder / "job.json"
     inside = [folder] if folder.is_file() else [*folder.iterdir()] if folder.is_dir() else []
-    if not record.is_file() and not all(_is_partial(path) for path in inside):
+    if not record.is_file() and not all(is_leftover(path) for path in inside):
         raise ValueError(f"{folder} exists and holds no scores; choose another --output-dir")
     if not is_complete(folder) and not _chunks(folder):  # nothing is scored yet, so it may become another job
         write_jsonl(record, [job])
@@ -72,12 +73,12 @@ def progress(folder: Path) -> tuple[int, tuple[int, int]]:
     return len(chunks), (source, entry)
 
 
-def write_chunk(folder: Path, number: int, rows: Sequence[Row], place: tuple[int, int]) -> None:
+def write_chunk(folder: Path, number: int, rows: Sequence[ScoreRow], place: tuple[int, int]) -> None:
     """Write a chunk, and where the next one begins."""
     write_jsonl(folder / "chunks" / f"{number:06d}.jsonl", [{"next": place}, *rows])
 
 
-def conclude(folder: Path, data: DataSet, names: Sequence[str], best: int) -> None:
+def write_results(folder: Path, data: DataSet, names: Sequence[str], best: int) -> None:
     """Make the final files of the chunks, whose job is done; `best` is how many images of each end are shown."""
     table = folder / "scores.parquet"
     _write_table(folder, names)
@@ -90,11 +91,11 @@ def conclude(folder: Path, data: DataSet, names: Sequence[str], best: int) -> No
     write_lines(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False).splitlines())
 
 
-def clean(folder: Path) -> None:
+def remove_chunks(folder: Path) -> None:
     """Remove the chunks of a complete job, and what killed processes left."""
     shutil.rmtree(folder / "chunks", ignore_errors=True)
     for path in folder.iterdir():
-        if _is_partial(path):
+        if is_leftover(path):
             path.unlink()
 
 
@@ -112,7 +113,7 @@ def summarise(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     return {"count": count, "rejected": dict(sorted(rejected.items())), "scores": scores}
 
 
-def report(folder: Path) -> str:
+def summary_text(folder: Path) -> str:
     """Return the summary of a complete job as a table."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     heads = ("mean", "std", *QUANTILES)
@@ -174,10 +175,10 @@ def _best_worst(table: Path, data: DataSet, names: Sequence[str], most: int) -> 
     )
 
 
-def _thumbnail(data: DataSet, row: Row) -> Image.Image:
+def _thumbnail(data: DataSet, row: ScoreRow) -> Image.Image:
     """A small copy of the image of a row, as scorers see it."""
     entry = ImageEntry(file=row["file"], member=row["member"], text=row["text"])
-    image = to_pil(from_pil(decode(read(data, entry))))
+    image = to_pil(from_pil(decode(read_bytes(data, entry))))
     image.thumbnail((CELL, CELL))
     return image
 
@@ -190,8 +191,10 @@ def _write_table(folder: Path, names: Sequence[str]) -> None:
     """Write scores.parquet, a row group for each chunk."""
     texts = [(name, pyarrow.string()) for name in ("file", "member", "text")]
     schema = pyarrow.schema([*texts, *((name, pyarrow.float32()) for name in names)])
-    temporary = folder / f".scores.parquet.tmp-{os.getpid()}"
-    with pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
+    with (
+        replacing(folder / "scores.parquet") as temporary,
+        pyarrow.parquet.ParquetWriter(temporary, schema) as writer,
+    ):
         for rows in chunk_rows(folder):
             scored = [row for row in rows if "scores" in row]
             columns = [[row[name] for row in scored] for name in ("file", "member", "text")]
@@ -201,7 +204,6 @@ def _write_table(folder: Path, names: Sequence[str]) -> None:
                     pyarrow.array(column, field.type) for column, field in zip(columns, schema, strict=True)
                 ]
                 writer.write_table(pyarrow.table(arrays, schema=schema))
-    temporary.replace(folder / "scores.parquet")
 
 
 def _column(table: Path, name: str) -> NDArray[np.float32]:
@@ -234,8 +236,3 @@ def chunk_rows(folder: Path) -> Iterator[list[dict[str, Any]]]:
     """The rows of each chunk."""
     for path in _chunks(folder):
         yield read_jsonl(path)[1:]
-
-
-def _is_partial(path: Path) -> bool:
-    """Whether a killed process left this behind while it wrote."""
-    return path.name.startswith(".") and ".tmp-" in path.name

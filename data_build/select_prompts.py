@@ -1,30 +1,31 @@
-"""Which prompts are worth annotating: diverse and typical ones, as ImageReward chose its own (paper 002, appendix A.1).
+"""Which prompts are worth annotating: diverse and typical ones, as ImageReward's were chosen (arXiv 2304.05977,
+appendix A.1).
 
-Prompts become vectors, each is joined to its k = 150 nearest by cosine, and the one with most votes is taken, again and again.
-The score is that of vote-k (Su et al. 2022, arXiv 2209.01975, section 2.1): with (v, u) an edge where u is one of v's nearest,
+Prompts become vectors, each is joined to its k = 150 nearest by cosine, and the one with most votes is taken, again and
+again. The score is that of vote-k (Su et al. 2022, arXiv 2209.01975, section 2.1): with (v, u) an edge where u is one
+of v's nearest,
 
     score(u) = sum of s(v) over all v not yet chosen with (v, u) an edge,    s(v) = rho^-(edges from v to chosen ones),
 
-rho = 10. That is squared work, so prompts are shuffled into groups, and each group is a graph of its own; paper 002 took 100
-prompts of each of 100 groups of about 20,000. Vectors and graph in memory are those of one group, the texts those of all.
+rho = 10. That is squared work, so prompts are shuffled into groups, and each group is a separate graph; ImageReward
+(arXiv 2304.05977) took 100 prompts of each of 100 groups of about 20,000. Vectors and graph in memory are those of one
+group, the texts those of all.
 
     python data_build/select_prompts.py --prompts metadata.parquet --output-dir data/chosen
     python data_build/select_prompts.py --prompts refl_data.json more.txt --output-dir data/chosen --embedding sentence-transformers
 
-Writes `prompts.jsonl` (prompt, score when it was chosen, group, order in it; drivers take it as --prompts) and `summary.json`.
-There `covered` is the share of prompts that were chosen or have a chosen one among their nearest, beside that of a random choice.
-Paper 002 has vectors of Sentence-BERT. The default is TF-IDF all the same, of words and pairs of words, which needs no library
-and no weights beyond the house's; it sees words, not what they mean, and languages without spaces want the other.
-Hardware: one CPU core, 760 prompts/s with TF-IDF, and 570 MB of memory beside the texts; Sentence-BERT wants a GPU.
-Left out: the second stage of vote-k, which asks a language model.
+Writes `prompts.jsonl` (prompt, score when it was chosen, group, order in it; drivers take it as --prompts) and
+`summary.json`. There `covered` is the share of prompts that were chosen or have a chosen one among their nearest,
+beside that of a random choice. ImageReward (arXiv 2304.05977) has vectors of Sentence-BERT. The default is TF-IDF all
+the same, of words and pairs of words, which needs no library and no weights beyond the house's; it sees words, not what
+they mean, and languages without spaces want the other. Hardware: one CPU core, 760 prompts/s with TF-IDF, and 570 MB of
+memory beside the texts; Sentence-BERT wants a GPU. Left out: the second stage of vote-k, which asks a language model.
 """
 
 import itertools
 import json
 import math
-import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,14 +40,18 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from tqdm import tqdm
 
+from preftune import seeds
 from preftune.cli import exit_on_user_error, parse
+from preftune.files import replacing
 from preftune.prompts import read_prompts
 from preftune.records import write_jsonl, write_lines
 
 RHO = 10
 """What a vote loses by with each chosen neighbour."""
 WHOLE = 10**12
-"""A whole vote. Votes are counted in parts of it, so that sums are exact and equal scores are equal; what is less is nothing."""
+"""A whole vote. Votes are counted in parts of it, so that sums are exact and equal scores are equal; what is less is
+nothing.
+"""
 MODEL = "sentence-transformers/paraphrase-mpnet-base-v2"
 """The Sentence-BERT of the released code of vote-k."""
 ROWS = 256
@@ -124,7 +129,7 @@ def _metadata(path: Path) -> Iterator[list[str | None]]:
 
 def split(count: int, size: int, seed: int) -> list[NDArray[np.intp]]:
     """Return the numbers below `count` in groups of at most `size`, as equal as can be, drawn from the seed."""
-    order = np.random.default_rng(seed).permutation(count)
+    order = seeds.rng(seed).permutation(count)
     return np.array_split(order, math.ceil(count / size))
 
 
@@ -186,7 +191,8 @@ def sentence_bert(model: str) -> Callable[[Sequence[str]], NDArray[np.float32]]:
 def nearest(vectors: NDArray[np.float32] | csr_array, k: int) -> csr_array:
     """Return the graph (N, N) of vectors (N, D) of length 1: row v has 1 at v's k nearest by cosine, but not at itself.
 
-    Whose cosine is exactly 0, no word in common, is nobody's neighbour: else the first of the group would be everybody's.
+    Whose cosine is exactly 0, no word in common, has no neighbour: else the first of the group would be the neighbour
+    of all.
     """
     count = vectors.shape[0]
     k = min(k, count - 1)
@@ -257,11 +263,9 @@ def main(config: Config) -> None:
         "k": config.k, "embedding": config.embedding, "seed": config.seed,
         **dict(zip(("covered", "covered_by_random"), np.mean(shares, axis=0).round(4).tolist(), strict=True)),
     }  # fmt: skip
-    partial = config.output_dir.with_name(f"{config.output_dir.name}.tmp-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    write_jsonl(partial / "prompts.jsonl", rows)
-    write_lines(partial / "summary.json", json.dumps(summary, indent=2).splitlines())
-    partial.rename(config.output_dir)
+    with replacing(config.output_dir) as partial:
+        write_jsonl(partial / "prompts.jsonl", rows)
+        write_lines(partial / "summary.json", json.dumps(summary, indent=2).splitlines())
     print(f"{json.dumps(summary)}\n{config.output_dir}")  # noqa: T201
 
 

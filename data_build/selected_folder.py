@@ -29,9 +29,10 @@ from PIL import Image
 from data_build import score_folder
 from data_build.decode import ImageEntry, decode
 from data_build.filters import identity, number
-from data_build.readers import DataSet, read
+from data_build.readers import DataSet, read_bytes
 from data_build.selection import KINDS, Chosen, Selection, select
-from preftune.images import captioned_grid, save_image, to_pil
+from preftune.grid import captioned_grid
+from preftune.images import save_image, to_pil
 from preftune.records import read_jsonl, write_jsonl, write_lines
 from rewards.pixels import from_pil
 
@@ -90,7 +91,7 @@ def read_table(folder: Path) -> Table:
     )  # fmt: skip
 
 
-def write(
+def write_data_set(
     building: Path,
     data: DataSet,
     rule: Selection,
@@ -135,7 +136,7 @@ def copied(
             file_name = f"{count // 1000:03d}/{count:06d}{suffix}"
             (folder / file_name).parent.mkdir(exist_ok=True)
             image = ImageEntry(file=row["file"], member=row["member"], text=row["text"])
-            (folder / file_name).write_bytes(read(data, image))
+            (folder / file_name).write_bytes(read_bytes(data, image))
             count += 1
             yield {
                 "file_name": file_name,
@@ -178,14 +179,15 @@ def is_of(folder: Path, record: Mapping[str, Any]) -> bool:
     return path.is_file() and read_jsonl(path) == [json.loads(json.dumps(record))]
 
 
-def report(folder: Path) -> str:
+def summary_text(folder: Path) -> str:
     """Return the summary of a data set in words."""
     return "\n".join(
-        ": ".join(line) for line in lines(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+        ": ".join(line)
+        for line in summary_lines(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
     )
 
 
-def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+def summary_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return (what, how many) of a summary; `scored` leaves out what duplicates were filtered afterwards."""
 
     def total(counts: Mapping[str, int]) -> str:
@@ -244,7 +246,7 @@ def draw_report(folder: Path, summary: Mapping[str, Any], shown: int) -> None:
         save_image(best_worst(folder, pairs), folder / REPORT / "best_worst.png")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        summary=summary, lines=lines(summary), pairs=pairs, kinds=KINDS,
+        summary=summary, lines=summary_lines(summary), pairs=pairs, kinds=KINDS,
         image=lambda row: base64_png(folder, row),
         scores=base64.b64encode((folder / REPORT / "scores.png").read_bytes()).decode("ascii"),
     )  # fmt: skip
@@ -262,13 +264,14 @@ def best_worst(folder: Path, pairs: list[tuple[str, dict[str, dict[str, Any]]]])
         row_captions=[text for text, _ in pairs],
         column_titles=[kind.replace("_", "-") for kind in KINDS],
         cell_captions=[
-            [caption(kinds[kind]) if kind in kinds else "none taken" for kind in KINDS] for _, kinds in pairs
+            [cell_caption(kinds[kind]) if kind in kinds else "none taken" for kind in KINDS]
+            for _, kinds in pairs
         ],
         cell_size=CELL,
     )
 
 
-def caption(row: Mapping[str, Any]) -> str:
+def cell_caption(row: Mapping[str, Any]) -> str:
     """Return what stands under an image."""
     return f"{row['score']:.4g}; p = {row['confidence']:.2f} of {row['group_size']}"
 

@@ -1,6 +1,6 @@
 """Which images of a prompt are taken as preferred and as non-preferred, from their scores alone.
 
-The published rule (HPS v1, paper 001, section 6): of the n images B of a prompt T, the best one I* is preferred if
+The published rule (HPS v1, arXiv 2303.14420, section 6): of the n images B of a prompt T, the best one I* is preferred if
 
     p = exp(s(I*, T)) / sum over I in B of exp(s(I, T)) > alpha / n,
 

@@ -1,20 +1,18 @@
 """Render captioned images of the shapes world: an imagefolder with metadata.jsonl, seeded, deliberately imperfect.
 
-A stated share of the captions is wrong (one word of the scene was changed after rendering) and a stated share of the rendering
-is weird (specks, noise, blur, colours off the palette, wobbly outlines), so that a model trained on the folder has
+A stated share of the captions is wrong (one word of the scene was changed after rendering) and a stated share of the
+rendering is weird (specks, noise, blur, colours off the palette, wobbly outlines), so that a model trained on the folder has
 something left to learn. `metadata.jsonl` rows: file_name, text, rendered (the caption of what was really rendered), defects
 ({name: strength}), near_misses (captions that differ from `rendered` in one word: hard negatives for image-text matching).
 With `--name-defects` the captions say what is weird and how much, as alt texts of the web say "blurry" ("a red circle on a
-white background, with strong blur"), and half the near misses are wrong about that: whoever learns to match them sees
-defects, too.
+white background, with strong blur"), and half the near misses are wrong about that: a model that learns to match them
+learns to see defects, too.
 
     python data_build/shapes.py --output-dir data/shapes --count 20000          # hardware: one CPU core; > 500 images/s
 
 Left out: outlines, textures, overlap and rotation; the world is kept so small that a judge can read it from pixels alone.
 """
 
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from preftune import seeds
 from preftune.cli import exit_on_user_error, parse
+from preftune.files import replacing
 from preftune.records import write_jsonl
 from rewards.shapes import Scene
 from rewards.shapes_rendering import (
@@ -68,7 +68,7 @@ class Config:
 
 def render_image(index: int, config: Config) -> tuple[NDArray[np.uint8], dict[str, object]]:
     """Return image `index` (SIZE, SIZE, 3) uint8 and its metadata row without file_name."""
-    rng = np.random.default_rng((config.seed, index))
+    rng = seeds.rng(config.seed, index)
     scene = random_scene(rng)
     defects = random_defects(rng, config.weird_share)
     image = render(place(scene, rng), scene.background, rng, defects)
@@ -84,8 +84,8 @@ def render_image(index: int, config: Config) -> tuple[NDArray[np.uint8], dict[st
 
 def with_defects(defects: Mapping[str, float]) -> str:
     """Return what a caption says of these defects: "", ", with blur" or ", with slight blur and strong specks"."""
-    said = sorted((DEFECT_WORDS[name], degree(strength)) for name, strength in defects.items())
-    return f", with {' and '.join(f'{how} {word}'.lstrip() for word, how in said)}" if said else ""
+    named = sorted((DEFECT_WORDS[name], degree(strength)) for name, strength in defects.items())
+    return f", with {' and '.join(f'{how} {word}'.lstrip() for word, how in named)}" if named else ""
 
 
 def degree(strength: float) -> str:
@@ -118,19 +118,16 @@ def main(config: Config) -> None:
     with exit_on_user_error():
         if config.output_dir.exists():
             raise ValueError(f"{config.output_dir} exists already; remove it or choose another --output-dir")
-    partial = config.output_dir.with_name(config.output_dir.name + f".tmp-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    rows = []
-    for index in tqdm(range(config.count), desc="rendering", unit="image"):
-        image, row = render_image(index, config)
-        name = f"{index // 1000:03d}/{index:06d}.png"
-        if index % 1000 == 0:
-            (partial / name).parent.mkdir()
-        Image.fromarray(image).save(partial / name, compress_level=1)
-        rows.append({"file_name": name, **row})
-    write_jsonl(partial / "metadata.jsonl", rows)
-    partial.rename(config.output_dir)
+    with replacing(config.output_dir) as partial:
+        rows = []
+        for index in tqdm(range(config.count), desc="rendering", unit="image"):
+            image, row = render_image(index, config)
+            name = f"{index // 1000:03d}/{index:06d}.png"
+            if index % 1000 == 0:
+                (partial / name).parent.mkdir(parents=True)
+            Image.fromarray(image).save(partial / name, compress_level=1)
+            rows.append({"file_name": name, **row})
+        write_jsonl(partial / "metadata.jsonl", rows)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 Each ranking holds several images for one caption, ordered by gold score plus normal noise. The images are *rendered*
 (the caption's scene or one or two words away from it, with or without defects), or *generated* by a pipeline at several
-guidance scales and step counts: a scorer that has seen only rendered images does not carry over to generated ones.
+guidance scales and step counts: a scorer that was trained on rendered images alone does not carry over to generated ones.
 
-The noise is set so that two annotators order a pair alike about 65 % of the time, which is what papers 001 and 002 report
-of people; both that and one annotator's agreement with the noiseless judge are printed and written to `summary.json`.
+The noise is set so that two annotators order a pair alike about 65 % of the time, which is what HPS (arXiv 2303.14420)
+and ImageReward (arXiv 2304.05977) report of people; both that and one annotator's agreement with the noiseless judge
+are printed and written to `summary.json`.
 
     python data_build/simulate_rankings.py --output-dir data/rankings_rendered --count 20000 --images 8 --annotators 5
     python data_build/simulate_rankings.py --output-dir data/rankings_drawn --count 1500 --images 8 --annotators 5 --model assets/tiny/pipeline
@@ -15,9 +16,8 @@ images (rendered or generated), gold (noiseless, for evaluation only).
 Hardware: rendered 350 images/s, most of it the judge's time, and generated 25 images/s on one CPU core.
 """
 
+import itertools
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +29,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from preftune import families
+from preftune import families, seeds
 from preftune.cli import exit_on_user_error, parse
-from preftune.images import to_pil
+from preftune.files import replacing, write_text
+from preftune.images import load_pixels, to_pil
 from preftune.records import write_jsonl
 from preftune.sampling import Sampling, sample
 from rewards.shapes import SIZE, Scene, judge
@@ -83,7 +84,7 @@ class Config:
 
 def scene_of(index: int, config: Config) -> tuple[Scene, Generator]:
     """Return the scene of ranking `index` and the generator for all else about it."""
-    rng = np.random.default_rng((config.seed, index))
+    rng = seeds.rng(config.seed, index)
     return random_scene(rng), rng
 
 
@@ -100,16 +101,27 @@ def rank(scores: Sequence[float]) -> list[int]:
     return [1 + sum(other > score for other in scores) for score in scores]
 
 
-def generate_all(config: Config, model: Path) -> Tensor:
-    """Return all images (count x images, 3, SIZE, SIZE), generated in groups of equal settings."""
+def image_names(index: int, config: Config) -> list[str]:
+    """Return the file names of the images of ranking `index`."""
+    return [f"{index // 500:03d}/{index:06d}_{k}.png" for k in range(config.images)]
+
+
+def write_image(pixels: Tensor, path: Path) -> None:
+    """Write an image of pixels (3, SIZE, SIZE)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to_pil(pixels).save(path, compress_level=1)
+
+
+def write_generated(config: Config, model: Path, folder: Path) -> None:
+    """Generate and write all images, in groups of equal settings."""
     family = families.load(model)
-    settings, captions = [], []
+    settings, captions, names = [], [], []
     for index in range(config.count):
         scene, rng = scene_of(index, config)
         for _ in range(config.images):
             settings.append((float(rng.choice(config.guidance_scales)), int(rng.choice(config.step_counts))))
             captions.append(scene.caption())
-    pixels = torch.empty(len(captions), 3, SIZE, SIZE)
+        names += image_names(index, config)
     for guidance, steps in sorted(set(settings)):
         rows = [row for row, setting in enumerate(settings) if setting == (guidance, steps)]
         sampling = Sampling(
@@ -119,60 +131,65 @@ def generate_all(config: Config, model: Path) -> Tensor:
             resolution=str(SIZE),
             batch_size=64,
         )
-        seeds = [config.seed * 1_000_003 + row for row in rows]
-        name = f"sampling at guidance {guidance:g}, {steps} steps"
-        pixels[rows] = sample(family, [captions[row] for row in rows], seeds, sampling, progress=name)
-    return pixels
+        image_seeds = [config.seed * 1_000_003 + row for row in rows]
+        title = f"sampling at guidance {guidance:g}, {steps} steps"
+        batches = sample(family, [captions[row] for row in rows], image_seeds, sampling, progress=title)
+        for row, pixels in zip(rows, itertools.chain.from_iterable(batches), strict=True):
+            write_image(pixels, folder / names[row])
+
+
+def write_rendered(config: Config, folder: Path) -> None:
+    """Render and write all images."""
+    for index in tqdm(range(config.count), desc="rendering", unit="ranking", mininterval=1):
+        scene, rng = scene_of(index, config)
+        for name in image_names(index, config):
+            write_image(rendered_image(scene, rng), folder / name)
 
 
 def main(config: Config) -> None:
-    """Draw, judge, annotate; write the folder under a temporary name, then rename it."""
+    """Make the images, judge and annotate them; the folder has its name only when it is complete."""
     with exit_on_user_error():
         if config.output_dir.exists():
             raise ValueError(f"{config.output_dir} exists already; remove it or choose another --output-dir")
         if config.model is not None:
             families.check(config.model)
-    partial = config.output_dir.with_name(config.output_dir.name + f".tmp-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    generated = generate_all(config, config.model) if config.model is not None else None
+    with replacing(config.output_dir) as folder:
+        if config.model is None:
+            write_rendered(config, folder)
+        else:
+            write_generated(config, config.model, folder)
+        summary = write_rankings(config, folder)
+    print(json.dumps(summary))  # noqa: T201
+
+
+def write_rankings(config: Config, folder: Path) -> dict[str, float]:
+    """Judge the images of a folder, write rankings.jsonl and summary.json, and return the summary."""
     rows, golds = [], []
     for index in tqdm(range(config.count), desc="annotating", unit="ranking", mininterval=1):
-        scene, rng = scene_of(index, config)
-        first = index * config.images
-        if generated is None:
-            pixels = torch.stack([rendered_image(scene, rng) for _ in range(config.images)])
-        else:
-            pixels = generated[first : first + config.images]
-        names = [f"{index // 500:03d}/{index:06d}_{k}.png" for k in range(config.images)]
-        (partial / names[0]).parent.mkdir(exist_ok=True)
-        for name, image in zip(names, pixels, strict=True):
-            to_pil(image).save(partial / name, compress_level=1)
-        gold = judge(pixels, [scene.caption()] * config.images).gold.numpy()
+        caption, names = scene_of(index, config)[0].caption(), image_names(index, config)
+        pixels = torch.stack([load_pixels(folder / name) for name in names])
+        gold = judge(pixels, [caption] * config.images).gold.numpy()
         golds.append(gold)
-        for annotator, ranks in enumerate(annotate(gold, index, config)):
-            rows.append(
-                {
-                    "prompt": scene.caption(),
-                    "generations": names,
-                    "ranking": ranks,
-                    "source": f"annotator {annotator}",
-                    "images": "rendered" if generated is None else "generated",
-                    "gold": [round(float(value), 4) for value in gold],
-                }
-            )
-    write_jsonl(partial / "rankings.jsonl", rows)
+        rows += [
+            {
+                "prompt": caption,
+                "generations": names,
+                "ranking": ranks,
+                "source": f"annotator {annotator}",
+                "images": "rendered" if config.model is None else "generated",
+                "gold": [round(float(value), 4) for value in gold],
+            }
+            for annotator, ranks in enumerate(annotate(gold, index, config))
+        ]
+    write_jsonl(folder / "rankings.jsonl", rows)
     summary = agreement(np.stack(golds), config.annotator_noise)
-    (partial / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    partial.rename(config.output_dir)
-    print(json.dumps(summary))  # noqa: T201
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
 
 
 def annotate(gold: NDArray[np.float32], index: int, config: Config) -> list[list[int]]:
     """Return each annotator's places, 1 = best, of the images of ranking `index` with these gold scores."""
-    noises = (
-        np.random.default_rng((config.seed, index, 1, annotator)) for annotator in range(config.annotators)
-    )
+    noises = (seeds.rng(config.seed, index, 1, annotator) for annotator in range(config.annotators))
     return [rank((gold + rng.normal(0, config.annotator_noise, len(gold))).tolist()) for rng in noises]
 
 
@@ -188,7 +205,7 @@ def agreement(golds: NDArray[np.float32], noise: float) -> dict[str, float]:
     right = torch.special.ndtr(scaled)
     return {
         "gold_mean": float(golds.mean()),
-        "gold_deviation_within_ranking": float(golds.std(1).mean()),
+        "gold_std_within_ranking": float(golds.std(1).mean()),
         "annotator_agrees_with_judge": float(right.mean()),
         "annotator_agrees_with_annotator": float((right**2 + (1 - right) ** 2).mean()),
     }

@@ -1,7 +1,8 @@
 """How a rater agrees with a reference about images of the same prompt: plain arithmetic on scores and ranks.
 
-A rater is a scorer or an annotator, a reference somebody's ranks. A metric takes both for one set of images and returns
-(hits, total), so that its value over prompts is sum(hits) / sum(totals) and a bootstrap can resample prompts.
+A rater is a scorer or an annotator; a reference is ranks that it is compared with. A metric takes both for one set of
+images and returns (hits, total), so that its value over prompts is sum(hits) / sum(totals) and a bootstrap can resample
+prompts.
 
 What one annotator reaches stands beside the scorers only where both are held against the same, and a set of images weighs
 alike for both whatever the number of its annotators.
@@ -19,14 +20,14 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.win_rates import ratios
+from preftune.bootstrap import ratios
 
 Floats = NDArray[np.float64]
 Metric = Callable[[Floats, Floats], tuple[float, float]]
 """scores (K, n) and ranks (K, n) -> hits and total."""
 
 ANNOTATORS, MEAN, OTHERS, JUDGE = "annotators", "annotators' mean", "mean of the others", "judge"
-"""The references: every annotator's own ranking; the mean of all annotators' places, which HPD v2 publishes; that of all but
+"""The references: every annotator's ranking; the mean of all annotators' places, which HPD v2 publishes; that of all but
 one, for each of them; the judge of the shapes world."""
 GOLD = "shapes"
 """The scorer that is this judge."""
@@ -37,7 +38,7 @@ AS_IS = "as it is"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
+class RankedSet:
     """Images of one prompt that A annotators ranked."""
 
     prompt: int
@@ -71,7 +72,8 @@ def choices(values: Floats) -> Floats:
 def pooled_accuracy(scores: Floats, ranks: Floats) -> tuple[float, float]:
     """ImageReward's accuracy (its test.py): the share of the reference's untied pairs; a predicted tie counts as wrong.
 
-    All pairs count alike. The text of paper 002, Table 3, says "averaged per prompt"; its code does not do that.
+    All pairs count alike. The text of ImageReward (arXiv 2304.05977), Table 3, says "averaged per prompt"; its code
+    does not do that.
     """
     truth = choices(-ranks)
     return float(((choices(scores) == truth) & (truth != 0)).sum()), float((truth != 0).sum())
@@ -102,7 +104,8 @@ def soft_agreement(scores: Floats, ranks: Floats) -> tuple[float, float]:
     """PickScore's points (its eval_preference_predictor.py): 1 for the same choice, 1/2 where one of the two ties, else 0.
 
     The mean over all pairs, ties too. Without ties it is (1 + Kendall's tau) / 2. For its place between people see
-    paper 001, Table 3, paper 002, Table 2a, and paper 000, Table 5 ("single human vs. averaged human").
+    HPS (arXiv 2303.14420), Table 3, ImageReward (arXiv 2304.05977), Table 2a, and Stable Preference, Table 5 ("single
+    human vs. averaged human").
     """
     points = 1 - np.abs(choices(scores) - choices(-ranks)) / 2
     return float(points.sum()), float(points.size)
@@ -111,8 +114,8 @@ def soft_agreement(scores: Floats, ranks: Floats) -> tuple[float, float]:
 def buckets(scores: Floats, ranks: Floats, *, worst: bool = False) -> Floats:
     """Return (n,): how often the rater puts the reference's best (or worst) image in each place, summed over K.
 
-    Paper 002, Fig. 16. Where the rater ties, an image is spread evenly over the places of the tie; where the reference ties
-    several as best, each has its part of the 1.
+    ImageReward (arXiv 2304.05977), Fig. 16. Where the rater ties, an image is spread evenly over the places of the tie;
+    where the reference ties several as best, each has its part of the 1.
     """
     marked = ranks == (ranks.max(1) if worst else ranks.min(1))[:, None]
     higher = (scores[:, None, :] > scores[:, :, None]).sum(2)[..., None]
@@ -124,12 +127,14 @@ def buckets(scores: Floats, ranks: Floats, *, worst: bool = False) -> Floats:
 
 
 def recall(scores: Floats, ranks: Floats, k: int) -> tuple[float, float]:
-    """Recall@k: how often the best image is among the rater's k best (paper 002, Table 3 and C.2); for more than k images."""
+    """Recall@k: how often the best image is among the rater's k best (ImageReward, arXiv 2304.05977, Table 3 and C.2);
+    for more than k images.
+    """
     return (float(buckets(scores, ranks)[:k].sum()), float(len(ranks))) if scores.shape[1] > k else (0.0, 0.0)
 
 
 def filtering(scores: Floats, ranks: Floats, k: int) -> tuple[float, float]:
-    """Filter@k: how often the worst image is among the rater's k worst (paper 002, Table 3 and C.2)."""
+    """Filter@k: how often the worst image is among the rater's k worst (ImageReward, arXiv 2304.05977, Table 3 and C.2)."""
     found = buckets(scores, ranks, worst=True)[-k:].sum()
     return (float(found), float(len(ranks))) if scores.shape[1] > k else (0.0, 0.0)
 
@@ -150,7 +155,7 @@ PUBLISHED: dict[str, Metric] = {
 ACCURACIES: dict[str, Metric] = PUBLISHED | {"soft agreement": soft_agreement}
 CHANGES = {name: f"change of {name}" for name in PUBLISHED}
 FLIPPED = "flipped choices"
-"""Beside the accuracies of a view: against the view that changes nothing (paper 000, Table 1)."""
+"""Beside the accuracies of a view: against the view that changes nothing (Stable Preference, Table 1)."""
 SELECTION: dict[str, Metric] = {
     **{f"recall@{k}": partial(recall, k=k) for k in (1, 2, 4)},
     **{f"filter@{k}": partial(filtering, k=k) for k in (1, 2, 4)},
@@ -171,17 +176,18 @@ def by_prompt(metric: Metric, compared: Sequence[Compared], prompts: int) -> Flo
 def places(ranks: Floats) -> Floats:
     """Return mid-ranks (K, n): equal images share the mean of the places that they take together.
 
-    Whether somebody wrote 1 1 1 2, 1 1 1 4 or 3 3 3 9, it is 2 2 2 4: places of several people can only be averaged so.
+    Whether an annotator wrote 1 1 1 2, 1 1 1 4 or 3 3 3 9, it is 2 2 2 4: places of several people can only be averaged so.
     """
-    own, others = ranks[:, :, None], ranks[:, None, :]
-    found: Floats = (others < own).sum(2) + ((others == own).sum(2) + 1) / 2
+    these, others = ranks[:, :, None], ranks[:, None, :]
+    found: Floats = (others < these).sum(2) + ((others == these).sum(2) + 1) / 2
     return found
 
 
-def references(judged: Sequence[Judged], gold: Floats | None) -> dict[str, list[Floats]]:
+def references(judged: Sequence[RankedSet], gold: Floats | None) -> dict[str, list[Floats]]:
     """Return name -> for each set the ranks (Q, n) of the reference; `gold` (N,): the judge's scores, where there is one.
 
-    Means are of mid-ranks. They need two annotators: sets of one have none (Q = 0), and both are left out where no set has two.
+    Means are of mid-ranks. They need two annotators: sets of one have none (Q = 0), and both are left out where no set
+    has two.
     """
     found = {ANNOTATORS: [one.ranks for one in judged]}
     several = [places(one.ranks) if len(one.ranks) > 1 else one.ranks[:0] for one in judged]
@@ -193,7 +199,7 @@ def references(judged: Sequence[Judged], gold: Floats | None) -> dict[str, list[
     return found
 
 
-def of_scorer(scores: Floats, judged: Sequence[Judged], reference: Sequence[Floats]) -> list[Compared]:
+def of_scorer(scores: Floats, judged: Sequence[RankedSet], reference: Sequence[Floats]) -> list[Compared]:
     """Return a scorer's scores (N,) beside each ranking of a reference."""
     return [
         Compared(prompt=one.prompt, scores=np.broadcast_to(scores[one.rows], ranks.shape), ranks=ranks)
@@ -202,11 +208,11 @@ def of_scorer(scores: Floats, judged: Sequence[Judged], reference: Sequence[Floa
     ]
 
 
-def of_annotator(judged: Sequence[Judged], name: str, reference: Sequence[Floats]) -> list[Compared]:
+def of_annotator(judged: Sequence[RankedSet], name: str, reference: Sequence[Floats]) -> list[Compared]:
     """Return what one annotator reaches: each beside every other, beside the mean of the others, or beside the judge.
 
     Weights are such that a set counts as much as it does for a scorer beside the same reference: A rankings, or once for the
-    judge. A set of one annotator has nobody else, and only the judge. Nobody is held against a mean that he is part of.
+    judge. A set of one annotator has only the judge. No annotator is compared with a mean that includes him.
     """
     assert name in (ANNOTATORS, OTHERS, JUDGE), f"no single annotator is comparable to a scorer beside {name}"
     found = []
@@ -227,7 +233,7 @@ def of_annotator(judged: Sequence[Judged], name: str, reference: Sequence[Floats
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Measurement:
     """A line of the table: what a rater reaches against a reference by one metric, with its 95 % interval.
 
     The bounds are NaN where fewer than two prompts count.
@@ -250,14 +256,14 @@ Sums = dict[tuple[str, str, str, str], Floats]
 """(rater, reference, view, metric) -> hits and totals of each prompt, (2, P)."""
 
 
-def table(
-    judged: Sequence[Judged], scores: Mapping[str, Floats], views: Sequence[str], prompts: int
-) -> list[Row]:
+def agreement_table(
+    judged: Sequence[RankedSet], scores: Mapping[str, Floats], views: Sequence[str], prompts: int
+) -> list[Measurement]:
     """Return every rater against every reference by every metric, then robustness; scores are name -> (V, N)."""
-    said = references(judged, scores[GOLD][0] if GOLD in scores else None)
+    reference_ranks = references(judged, scores[GOLD][0] if GOLD in scores else None)
     metrics = ACCURACIES | SELECTION
     sums: Sums = {}
-    for reference, ranks in said.items():
+    for reference, ranks in reference_ranks.items():
         for rater, columns in scores.items():
             if (rater, reference) != (GOLD, JUDGE):
                 sums |= reached(
@@ -267,8 +273,8 @@ def table(
             sums |= reached(ONE, AS_IS, {reference: of_annotator(judged, reference, ranks)}, metrics, prompts)
     for rater, columns in scores.items():
         if rater != GOLD:
-            sums |= robustness(rater, columns, views, judged, said, prompts)
-    return rows_of(sums)
+            sums |= robustness(rater, columns, views, judged, reference_ranks, prompts)
+    return measurements(sums)
 
 
 def reached(
@@ -290,43 +296,43 @@ def robustness(
     rater: str,
     columns: Floats,
     views: Sequence[str],
-    judged: Sequence[Judged],
-    said: Mapping[str, Sequence[Floats]],
+    judged: Sequence[RankedSet],
+    reference_ranks: Mapping[str, Sequence[Floats]],
     prompts: int,
 ) -> Sums:
     """Return a scorer's accuracies on all views but the first, their changes from it, and the share of choices that flip.
 
-    Scores are (V, N), `said` is name -> ranks of the reference. Choices between two images are the scorer's own: who they
-    are held against says nothing there, and stands as the annotators.
+    Scores are (V, N), `reference_ranks` is name -> ranks of the reference. Choices between two images are the scorer's
+    own: who they are held against says nothing there, and stands as the annotators.
     """
     before, *changed = (
         reached(
             rater,
             view,
-            {name: of_scorer(column, judged, ranks) for name, ranks in said.items()},
+            {name: of_scorer(column, judged, ranks) for name, ranks in reference_ranks.items()},
             PUBLISHED,
             prompts,
         )
         for view, column in zip(views, columns, strict=True)
     )
-    own = [-columns[0][one.rows][None] for one in judged]
+    before_ranks = [-columns[0][one.rows][None] for one in judged]
     found: Sums = {}
     for view, column, after in zip(views[1:], columns[1:], changed, strict=True):
         found |= after
         for (_, reference, _, name), (hits, totals) in after.items():
             gain = hits - before[rater, reference, views[0], name][0]
             found[rater, reference, view, CHANGES[name]] = np.stack([gain, totals])
-        flipped = by_prompt(flips, of_scorer(column, judged, own), prompts)
+        flipped = by_prompt(flips, of_scorer(column, judged, before_ranks), prompts)
         found[rater, ANNOTATORS, view, FLIPPED] = flipped
     return found
 
 
-def rows_of(sums: Sums) -> list[Row]:
+def measurements(sums: Sums) -> list[Measurement]:
     """Return the lines of all sums that count something, with their intervals."""
     sums = {key: pair for key, pair in sums.items() if pair[1].any()}
     hits, totals = np.stack([*sums.values()], axis=1)
     return [
-        Row(
+        Measurement(
             rater=rater, reference=reference, view=view, metric=metric, value=value, low=low, high=high,
             prompts=int((total > 0).sum()), total=float(total.sum()),
         )
@@ -339,7 +345,9 @@ def rows_of(sums: Sums) -> list[Row]:
 def commonest_buckets(
     compared: Mapping[str, Sequence[Compared]], *, worst: bool
 ) -> tuple[int, dict[str, Floats]]:
-    """Return the first rater's commonest number of images n in a set, and each rater's shares (n,) of the best or worst by place."""
+    """Return the first rater's commonest number of images n in a set, and each rater's shares (n,) of the best or worst
+    by place.
+    """
     sizes = [one.scores.shape[1] for one in next(iter(compared.values()))]
     size = max(set(sizes), key=lambda n: (sizes.count(n), n))
     shares = {}

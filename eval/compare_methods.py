@@ -1,17 +1,20 @@
 """The methods table: train several methods from one model with several seeds, and judge all of them on the same images.
 
 A method is NAME=DRIVER FLAGS, a command as one would type it: each is started by `accelerate launch` with --model, --seed
-and --output-dir added, in RUNS/NAME-SEED, and goes on where it was when the comparison is started again; a finished run is not
-trained twice. All then generate the same held-out prompts from the same noise as the base. Paper 002, Table 4 and Fig. 6: wins,
-ties and win rate of a method against the base, and between all methods. The budget is the methods' own flags: give each the
-same number of images, and see the column `images`, which counts those that updates have seen. NAME=OTHER@UPDATES is no
-training of its own but another method's checkpoint after so many updates, as RAFT's after its first iteration.
+and --output-dir added, in RUNS/NAME-SEED, and goes on where it was when the comparison is started again; a finished run
+is not trained twice. All then generate the same held-out prompts from the same noise as the base. ImageReward (arXiv
+2304.05977), Table 4 and Fig. 6: wins, ties and win rate of a method against the base, and between all methods. The
+budget is set by the methods' flags: give each the same number of images, and see the column `images`, which counts
+those that updates were computed on. NAME=OTHER@UPDATES is no separate training but another method's checkpoint after so
+many updates, as RAFT's after its first iteration.
 
     python eval/compare_methods.py --methods "refl=finetune/refl.py --config refl.yaml" "weird=finetune/weird_lora.py --config weird.yaml" \
         --negatives "weird=Weird image. " --model SD_FOLDER --prompts held_out.txt --rewards imagereward=1 hpsv2.1=1
 
-Win rate is wins / (wins + losses), as there. Intervals are 95 % bootstrap intervals over prompts, seeds pooled; a single prompt has none.
-In the shapes world `shapes` is the gold score that no method has seen. Writes table.csv, scores.csv, wins.png, grid.png and report.html.
+Win rate is wins / (wins + losses), as there. Intervals are 95 % bootstrap intervals over prompts, seeds pooled; a
+single prompt has none. In the shapes world `shapes` is the gold score that no method was trained on. Writes images/ (all
+generated images, used again on a rerun: eval/generated.py), table.csv,
+scores.csv, wins.png, grid.png and report.html.
 """
 
 import re
@@ -21,23 +24,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from PIL import Image
 
-from eval.models import Column, check_scorers, generate, inlined, parse_column, score, write_text
-from eval.trainings import check_commands, check_seeds, split, train
-from eval.win_rates import BASE, Row, heat_maps, interval, scores_csv, table, to_csv, to_text
+from eval.generated import Request, generate, missing_columns, score_generated
+from eval.models import Column, check_scorers, parse_column
+from eval.pages import base64_of, render
+from eval.trainings import check_commands, check_seeds, split_named, train
+from eval.win_rates import BASE, MethodResult, heat_maps, method_table, scores_csv, to_csv, to_text
 from preftune import families
+from preftune.bootstrap import interval
 from preftune.cli import exit_on_user_error, parse
-from preftune.images import captioned_grid, save_image
+from preftune.files import write_text
+from preftune.grid import captioned_grid
+from preftune.images import save_image
 from preftune.prompts import read_prompts
 from preftune.records import read_jsonl
-from preftune.sampling import Sampling
-from rewards.mix import Mix, parse_files, parse_weights
-from rewards.shapes import SIZE
+from preftune.sampling import Resolved, Sampling
+from rewards.mix import parse_files, parse_weights
 from rewards.shared_towers import load_all
 
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
@@ -60,20 +66,22 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
     """A training run of each method for each; prompt i is generated with seed i whatever the run's."""
     rewards: tuple[str, ...] = ("imagereward-tiny=1.0", "shapes=1.0")
-    """Scorers that judge, a column each: NAME=WEIGHT, as hpsv2=1; the folder of a trained scorer is a name, too. Weights do nothing here."""
+    """Scorers that judge, a column each: NAME=WEIGHT, as hpsv2=1; the folder of a trained scorer is a name, too.
+    Weights do nothing here.
+    """
     reward_files: tuple[str, ...] = ()
     """Weights of scorers on disk, as imagereward=PATH."""
     negatives: tuple[str, ...] = ()
     """NAME=TEXT: the negative prompt of a method's images, as "weird=Weird image. "; base=TEXT gives the base one."""
     grid_rows: int = 6
     """Prompts in the grid."""
-    sample: Sampling = field(
-        default_factory=lambda: Sampling(
-            num_inference_steps=25, guidance_scale=3.0, solver="ddim", resolution=str(SIZE), batch_size=32
-        )
-    )
+    sample: Sampling = field(default_factory=Sampling)
+    workers: int = 2
+    """Processes that decode images for the scorers; 0 = this one does it."""
     output_dir: Path = Path("runs/compare")
-    """Folder of the report; runs lie in its runs/."""
+    """Folder of the report; runs lie in its runs/, generated images in its images/, and both are used again on a rerun."""
+    overwrite_output_dir: bool = False
+    """Replace images that were made with other weights, prompts, seeds or settings. Trained runs are never replaced."""
 
     def __post_init__(self) -> None:
         names = self.names()
@@ -82,16 +90,19 @@ class Config:
                 f"--methods needs methods with different names other than {BASE}, got {', '.join(names)}"
             )
         check_seeds(self.seeds)
-        for name, value in (("count", self.count), ("grid-rows", self.grid_rows)):
-            if value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}")
-        if unknown := dict(map(split, self.negatives)).keys() - {*names, BASE}:
+        for name, value, least in (
+            ("count", self.count, 1), ("grid-rows", self.grid_rows, 1), ("workers", self.workers, 0),
+        ):  # fmt: skip
+            if value < least:
+                raise ValueError(f"--{name} must be at least {least}, got {value}")
+        if unknown := dict(map(split_named, self.negatives)).keys() - {*names, BASE}:
             raise ValueError(
                 f"--negatives names {min(unknown)}, which is none of {', '.join([BASE, *names])}"
             )
-        if self.negatives and self.sample.guidance_scale == 1:
+        scale = self.sample.guidance_scale
+        if self.negatives and scale is not None and scale <= 1:
             raise ValueError(
-                "--negatives do nothing at --sample.guidance-scale 1; choose another guidance, such as 3"
+                f"--negatives do nothing at --sample.guidance-scale {scale:g}; choose another, such as 3"
             )
         for name, (other, _) in self.checkpoints().items():
             if other not in self.commands():
@@ -105,30 +116,30 @@ class Config:
         """Return name -> driver and flags of the methods that are trained."""
         return {
             name: shlex.split(text)
-            for name, text in map(split, self.methods)
+            for name, text in map(split_named, self.methods)
             if not CHECKPOINT.fullmatch(text)
         }
 
     def checkpoints(self) -> dict[str, tuple[str, int]]:
         """Return name -> other method and number of updates of the methods that are checkpoints of others."""
-        found = {name: CHECKPOINT.fullmatch(text) for name, text in map(split, self.methods)}
+        found = {name: CHECKPOINT.fullmatch(text) for name, text in map(split_named, self.methods)}
         return {name: (match[1], int(match[2])) for name, match in found.items() if match}
 
     def names(self) -> list[str]:
         """Return the names of all methods, in their order."""
-        return [name for name, _ in map(split, self.methods)]
+        return [name for name, _ in map(split_named, self.methods)]
 
 
-def check_inputs(config: Config) -> list[str]:
-    """Return the prompts; ValueError for what is wrong before anything is trained."""
-    families.check(config.model)
+def check_inputs(config: Config) -> tuple[list[str], Resolved]:
+    """Return the prompts, and how to sample; ValueError for what is wrong before anything is trained."""
+    sampling = config.sample.resolved(families.check(config.model))
     check_commands(config.commands(), taken=["--model"])
     prompts = read_prompts(config.prompts)[: config.count]
     weights = parse_weights(config.rewards)
     files = parse_files(config.reward_files, weights)
-    check_scorers(weights, files, prompts, config.sample, config.prompts)
+    check_scorers(weights, files, prompts, sampling.resolution, config.prompts)
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    return prompts
+    return prompts, sampling
 
 
 def checkpoint(folder: Path, name: str, updates: int) -> Path:
@@ -142,7 +153,7 @@ def checkpoint(folder: Path, name: str, updates: int) -> Path:
     return path
 
 
-def images_seen(folder: Path, updates: int | None = None) -> int:
+def images_trained_on(folder: Path, updates: int | None = None) -> int:
     """Return how many images the (first) updates of a run have trained on, ReFL's alternate pre-training updates included.
 
     Not counted: images that RAFT samples to choose from, and a second loss in the same update.
@@ -154,93 +165,111 @@ def images_seen(folder: Path, updates: int | None = None) -> int:
     done = sum(
         ("loss" in row) + ("pretrain_loss" in row) for row in rows if updates is None or row["step"] < updates
     )
-    return done * int(values["batch_size"]) * int(values["accumulation"]) * processes
+    return done * int(values["train_batch_size"]) * int(values["gradient_accumulation_steps"]) * processes
+
+
+def trained_columns(config: Config, runs: Mapping[tuple[str, int], Path]) -> list[Column]:
+    """Return the base, and a column for each method and seed; ValueError for a checkpoint that was not kept."""
+    tuned = dict(runs)
+    for name, (other, updates) in config.checkpoints().items():
+        tuned |= {(name, seed): checkpoint(runs[other, seed], name, updates) for seed in config.seeds}
+    base = Column(title=BASE, source="", pipeline=config.model)
+    return [
+        base,
+        *(
+            parse_column(f"{name}-{seed}={tuned[name, seed]}", config.model)
+            for name in config.names()
+            for seed in config.seeds
+        ),
+    ]
+
+
+def images_by_method(config: Config, runs: Mapping[tuple[str, int], Path]) -> dict[str, int]:
+    """Return how many images each method was trained on with the first seed."""
+    first = config.seeds[0]
+    counts = {BASE: 0} | {name: images_trained_on(runs[name, first]) for name in config.commands()}
+    for name, (other, updates) in config.checkpoints().items():
+        counts[name] = images_trained_on(runs[other, first], updates)
+    return counts
 
 
 def main(config: Config) -> int:
     """Train, generate, judge, report."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with exit_on_user_error():
-        prompts = check_inputs(config)
+        prompts, sampling = check_inputs(config)
         runs = {
             (name, seed): train(name, [*command, "--model", str(config.model)], seed, config.output_dir)
             for seed in config.seeds  # outside: each command is tried within the first seed
             for name, command in config.commands().items()
         }
-        tuned = dict(runs)
-        for name, (other, updates) in config.checkpoints().items():
-            tuned |= {(name, seed): checkpoint(runs[other, seed], name, updates) for seed in config.seeds}
-        columns = [Column(title=BASE, source="", pipeline=config.model)]
-        columns += [
-            parse_column(f"{name}-{seed}={tuned[name, seed]}", config.model)
-            for name in config.names()
-            for seed in config.seeds
-        ]
+        negatives = dict(map(split_named, config.negatives))
+        request = Request(
+            folder=config.output_dir / "images",
+            columns=trained_columns(config, runs),
+            prompts=prompts,
+            seeds=range(len(prompts)),
+            sampling=sampling,
+            negatives={f"{name}-{seed}": text for name, text in negatives.items() for seed in config.seeds}
+            | {BASE: negatives.get(BASE, "")},
+        )
+        missing = missing_columns(request, overwrite=config.overwrite_output_dir)
         weights = parse_weights(config.rewards)
         files = parse_files(config.reward_files, weights)
-        mix = Mix(load_all(list(weights), files=files, device=device, dtype=torch.float32), weights, "raw")
-    said = dict(map(split, config.negatives))
-    negatives = {f"{name}-{seed}": said.get(name, "") for name, seed in tuned} | {BASE: said.get(BASE, "")}
-    images = generate(columns, prompts, range(len(prompts)), config.sample, device, torch.float32, negatives)
-    scored = {
-        title: score(pixels, prompts, mix, config.sample.batch_size, device)[:, : len(mix.names)]
-        .double()
-        .numpy()
-        for title, pixels in images.items()
-    }
+        scorers = load_all(list(weights), files=files, device=device, dtype=torch.float32)
+    generate(request, missing, device)
+    with exit_on_user_error():
+        scored = score_generated(request, scorers, device, workers=config.workers)
     scores = {BASE: np.stack([scored[BASE]] * len(config.seeds))}
     scores |= {name: np.stack([scored[f"{name}-{seed}"] for seed in config.seeds]) for name in config.names()}
-    counts = {BASE: 0} | {name: images_seen(runs[name, config.seeds[0]]) for name in config.commands()}
-    for name, (other, updates) in config.checkpoints().items():
-        counts[name] = images_seen(runs[other, config.seeds[0]], updates)
-    report(config, table(scores, mix.names, counts), scores, mix.names, images, prompts)
+    rows = method_table(scores, list(weights), images_by_method(config, runs))
+    write_report(config, rows, scores, list(weights), request)
     return 0
 
 
-def report(
+def write_report(
     config: Config,
-    rows: Sequence[Row],
+    rows: Sequence[MethodResult],
     scores: Mapping[str, NDArray[np.float64]],
     scorers: Sequence[str],
-    images: Mapping[str, Tensor],
-    prompts: Sequence[str],
+    request: Request,
 ) -> None:
     """Write the files of the comparison and print its table."""
-    folder = config.output_dir
+    folder, prompts = config.output_dir, request.prompts
     heat_maps(scores, scorers, folder / "wins.png")
-    shown = {name: images[name if name == BASE else f"{name}-{config.seeds[0]}"] for name in scores}
-    numbers = range(min(config.grid_rows, len(prompts)))
-    grid = captioned_grid(
-        [[pixels[i] for pixels in shown.values()] for i in numbers],
-        row_captions=[prompts[i] for i in numbers],
-        column_titles=list(shown),
-        cell_captions=[
-            [
-                "\n".join(
-                    f"{name} {value:.2f}" for name, value in zip(scorers, scores[title][0, i], strict=True)
-                )
-                for title in shown
-            ]
-            for i in numbers
-        ],
-    )
-    save_image(grid, folder / "grid.png")
+    save_image(grid_of(config, scores, scorers, request), folder / "grid.png")
     write_text(folder / "table.csv", to_csv(rows))
     write_text(folder / "scores.csv", scores_csv(scores, scorers, config.seeds, prompts))
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    write_text(
-        folder / "report.html",
-        template.render(
-            rows=rows,
-            config=config,
-            prompts=prompts,
-            base=BASE,
-            interval=interval,
-            inlined={name: inlined(folder / name) for name in ("wins.png", "grid.png")},
-        ),
+    page = render(
+        TEMPLATE,
+        rows=rows,
+        config=config,
+        sampling=request.sampling,
+        prompts=prompts,
+        base=BASE,
+        interval=interval,
+        inlined={name: base64_of(folder / name) for name in ("wins.png", "grid.png")},
     )
+    write_text(folder / "report.html", page)
     print(f"{to_text(rows)}\n{folder / 'report.html'}")  # noqa: T201
+
+
+def grid_of(
+    config: Config, scores: Mapping[str, NDArray[np.float64]], scorers: Sequence[str], request: Request
+) -> Image.Image:
+    """Return a grid of the first prompts: a column for each method, by its first training seed."""
+    titles = {name: name if name == BASE else f"{name}-{config.seeds[0]}" for name in scores}
+    numbers = range(min(config.grid_rows, len(request.prompts)))
+    captions = [
+        ["\n".join(f"{name} {value:.2f}" for name, value in zip(scorers, found[0, i], strict=True)) for found in scores.values()]
+        for i in numbers
+    ]  # fmt: skip
+    return captioned_grid(
+        [[request.files(title)[i] for title in titles.values()] for i in numbers],
+        row_captions=[request.prompts[i] for i in numbers],
+        column_titles=list(titles),
+        cell_captions=captions,
+    )
 
 
 if __name__ == "__main__":

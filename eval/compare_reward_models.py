@@ -1,20 +1,21 @@
 """Train scorers by several objectives, and hold all of them against the same held-out rankings: ablations of reward models.
 
-A method is NAME=DRIVER FLAGS, as in compare.py: finetune/reward_model.py with an objective, a start and data. Each is trained
-with each seed, once. All then score the same held-out images, as they are and mirrored and cropped (paper 000, Table 1). Its
-Tables 2 and 3 are such comparisons, from the first method's plain loss to all that it adds.
+A method is NAME=DRIVER FLAGS, as in compare.py: finetune/reward_model.py with an objective, a start and data. Each is
+trained with each seed, once. All then score the same held-out images, as they are and mirrored and cropped (Stable
+Preference, Table 1). Its Tables 2 and 3 are such comparisons, from the first method's plain loss to all that it adds.
 
     python eval/compare_reward_models.py --methods "plain=finetune/reward_model.py --config a.yaml" \\
         "stable=finetune/reward_model.py --config a.yaml --stable.views 3 --stable.weighting two-stage" --data data/held_out
 
-Printed and plotted are ImageReward's accuracy (pooled pairs, a predicted tie is wrong) against the annotators and, in the shapes
-world, against the noiseless judge, which is the measure that matters; and HPD v2's inversion score against the annotators' mean,
-where sets have several. What one annotator reaches stands beside the accuracies. `over the first` is the difference from the
-first method. Intervals are 95 % bootstrap intervals over prompts, where there are two or more, seeds pooled.
+Printed and plotted are ImageReward's accuracy (pooled pairs, a predicted tie is wrong) against the annotators and, in
+the shapes world, against the noiseless judge, which is the measure that matters; and HPD v2's inversion score against
+the annotators' mean, where sets have several. What one annotator reaches stands beside the accuracies. `over the first`
+is the difference from the first method. Intervals are 95 % bootstrap intervals over prompts, where there are two or
+more, seeds pooled.
 
-Held-out images are read, and judged in the shapes world, before anything is trained; a damaged one is set aside and counted, and
-its rankings keep the others. Writes table.csv with all three published accuracies against every reference of agreement.py,
-seeds.csv, rejected.jsonl and accuracy.png.
+Held-out images are read, and judged in the shapes world, before anything is trained; a damaged one is set aside and
+counted, and its rankings keep the others. Writes table.csv with all three published accuracies against every reference
+of agreement.py, seeds.csv, rejected.jsonl and accuracy.png.
 """
 
 import shlex
@@ -41,28 +42,39 @@ from eval.agreement import (
     ONE,
     PUBLISHED,
     Floats,
-    Judged,
-    Row,
+    Measurement,
+    RankedSet,
     Sums,
+    measurements,
     of_annotator,
     of_scorer,
     reached,
     references,
     robustness,
-    rows_of,
 )
-from eval.models import write_text
-from eval.rankings import Ranked, check_folders, read, set_aside, sound_sets, summary, without
-from eval.trainings import check_commands, check_seeds, split, train
-from eval.view_scores import check_crops, score, view_names
-from eval.win_rates import csv_text, interval
+from eval.rankings import (
+    RankedImages,
+    check_folders,
+    read_ranked_images,
+    rejected_rows,
+    sound_sets,
+    summary,
+    without_rejected,
+)
+from eval.trainings import check_commands, check_seeds, split_named, train
+from eval.view_scores import check_crops, score_views, view_names
+from eval.win_rates import csv_text
+from preftune.bootstrap import interval
 from preftune.cli import exit_on_user_error, parse
+from preftune.files import write_text
 from preftune.images import save_figure
 from preftune.records import write_jsonl
 from rewards.shapes import in_world
 
 SHOWN = {ANNOTATORS: ACCURACY, MEAN: INVERSION, JUDGE: ACCURACY}
-"""The references that are printed and plotted, and by which metric: the first two are those of paper 000's Tables 1 to 3."""
+"""The references that are printed and plotted, and by which metric: the first two are those of Stable Preference's
+Tables 1 to 3.
+"""
 OVER = {name: f"{name} over the first" for name in PUBLISHED}
 SIGNED = {*OVER.values(), *CHANGES.values()}
 """Metrics that are differences."""
@@ -73,7 +85,9 @@ class Config:
     """Train scorers by several objectives and measure them on the same held-out rankings."""
 
     methods: tuple[str, ...]
-    """NAME=DRIVER FLAGS each, DRIVER finetune/reward_model.py; --seed and --output-dir are added. The first is what others are held against."""
+    """NAME=DRIVER FLAGS each, DRIVER finetune/reward_model.py; --seed and --output-dir are added. The first is what
+    others are held against.
+    """
     data: tuple[Path, ...]
     """Folders of held-out rankings, each measured by itself."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -88,7 +102,7 @@ class Config:
     """Folder of the tables; runs lie in its runs/."""
 
     def __post_init__(self) -> None:
-        names = [name for name, _ in map(split, self.methods)]
+        names = [name for name, _ in map(split_named, self.methods)]
         if not names or len(set(names)) != len(names) or ONE in names:
             raise ValueError(f"--methods needs methods with different names, got {', '.join(names)}")
         check_folders(self.data)
@@ -104,14 +118,14 @@ class Config:
 
     def commands(self) -> dict[str, list[str]]:
         """Return name -> driver and flags."""
-        return {name: shlex.split(text) for name, text in map(split, self.methods)}
+        return {name: shlex.split(text) for name, text in map(split_named, self.methods)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
     """A folder of held-out rankings, all of its images read once."""
 
-    ranked: Ranked
+    ranked: RankedImages
     rejected: dict[int, str]
     """Place of an image that was set aside -> why."""
     gold: Floats | None
@@ -121,22 +135,26 @@ class HeldOut:
 def sums_of(
     name: str,
     columns: Floats,
-    judged: Sequence[Judged],
-    said: Mapping[str, Sequence[Floats]],
+    judged: Sequence[RankedSet],
+    reference_ranks: Mapping[str, Sequence[Floats]],
     views: Sequence[str],
     prompts: int,
 ) -> Sums:
     """Return what one scorer reaches, its scores being (V, N), against each reference, and on changed views."""
-    compared = {reference: of_scorer(columns[0], judged, ranks) for reference, ranks in said.items()}
+    compared = {
+        reference: of_scorer(columns[0], judged, ranks) for reference, ranks in reference_ranks.items()
+    }
     found = reached(name, AS_IS, compared, PUBLISHED, prompts)
-    return found | robustness(name, columns, views, judged, said, prompts)
+    return found | robustness(name, columns, views, judged, reference_ranks, prompts)
 
 
-def one_annotator(judged: Sequence[Judged], said: Mapping[str, Sequence[Floats]], prompts: int) -> Sums:
+def one_annotator(
+    judged: Sequence[RankedSet], reference_ranks: Mapping[str, Sequence[Floats]], prompts: int
+) -> Sums:
     """Return what one annotator reaches against each reference that he is no part of."""
     compared = {
         reference: of_annotator(judged, reference, ranks)
-        for reference, ranks in said.items()
+        for reference, ranks in reference_ranks.items()
         if reference != MEAN
     }
     return reached(ONE, AS_IS, compared, PUBLISHED, prompts)
@@ -158,13 +176,13 @@ def with_differences(sums: Sums, first: str) -> Sums:
     return found
 
 
-def is_shown(row: Row) -> bool:
+def is_shown(row: Measurement) -> bool:
     """Return whether a line is printed: the metric of its reference, its differences, and flipped choices."""
     metric = SHOWN.get(row.reference, "")
     return row.metric == FLIPPED or row.metric in (metric, OVER.get(metric), CHANGES.get(metric))
 
 
-def to_text(tables: Mapping[str, Sequence[Row]]) -> str:
+def to_text(tables: Mapping[str, Sequence[Measurement]]) -> str:
     """Return the tables as printed, in per cent: accuracies, their differences, and how robust they are."""
     text = [
         f"{'data':16s} {'method':20s} {'reference':16s} {'view':17s} {'measure':38s} {'per cent':>8s}  interval"
@@ -178,9 +196,9 @@ def to_text(tables: Mapping[str, Sequence[Row]]) -> str:
     return "\n".join(text)
 
 
-def plot(tables: Mapping[str, Sequence[Row]], path: Path) -> None:
+def plot_accuracies(tables: Mapping[str, Sequence[Measurement]], path: Path) -> None:
     """Draw accuracies with their intervals, a panel for each folder and reference, and the flipped choices of the first."""
-    panels: dict[tuple[str, str], list[Row]] = {}
+    panels: dict[tuple[str, str], list[Measurement]] = {}
     for data, rows in tables.items():
         for row in rows:
             if row.view == AS_IS and row.metric == SHOWN.get(row.reference):
@@ -228,26 +246,32 @@ def check_inputs(config: Config) -> dict[str, HeldOut]:
     ValueError for what is wrong before anything is trained.
     """
     check_commands(config.commands())
-    ranked = {folder.name: read([folder], config.count) for folder in config.data}
+    ranked = {folder.name: read_ranked_images([folder], config.count) for folder in config.data}
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    held_out = {data: look(one, config.batch_size) for data, one in ranked.items()}
+    held_out = {data: read_held_out(one, config.batch_size) for data, one in ranked.items()}
     write_rejected(held_out, config.output_dir)
     for data, held in held_out.items():
-        print(f"{data}: {said(held)}", flush=True)  # noqa: T201
+        print(f"{data}: {summary_of(held)}", flush=True)  # noqa: T201
     return held_out
 
 
-def look(ranked: Ranked, batch: int) -> HeldOut:
-    """Read all images, judge them in the shapes world, and set aside what cannot be read; ValueError where no set is left."""
+def read_held_out(ranked: RankedImages, batch: int) -> HeldOut:
+    """Read all images, judge them in the shapes world, and set aside what cannot be read; ValueError where no set is
+    left.
+    """
     judges = [rewards.load(GOLD)] if in_world(ranked.prompts) else []
-    scored, rejected = score(ranked.images, judges, (), torch.device("cpu"), batch_size=batch, workers=0)
+    scored, rejected = score_views(
+        ranked.images, judges, (), torch.device("cpu"), batch_size=batch, workers=0
+    )
     sound_sets(ranked, rejected)
     return HeldOut(ranked=ranked, rejected=rejected, gold=scored[GOLD][0] if judges else None)
 
 
-def said(held: HeldOut) -> str:
+def summary_of(held: HeldOut) -> str:
     """Return a sentence on what is measured."""
-    return summary(without(held.ranked.judged, held.rejected), len(held.rejected), held.ranked.repeated)
+    return summary(
+        without_rejected(held.ranked.judged, held.rejected), len(held.rejected), held.ranked.repeated
+    )
 
 
 def write_rejected(held_out: Mapping[str, HeldOut], output: Path) -> None:
@@ -255,7 +279,7 @@ def write_rejected(held_out: Mapping[str, HeldOut], output: Path) -> None:
     rows = (
         {"data": data, **row}
         for data, held in held_out.items()
-        for row in set_aside(held.ranked.images, held.rejected)
+        for row in rejected_rows(held.ranked.images, held.rejected)
     )
     write_jsonl(output / "rejected.jsonl", rows)
 
@@ -288,7 +312,7 @@ def score_all(
     columns, rejected = {}, held.rejected
     for run, folder in scorers.items():
         scorer = rewards.load(str(folder), device=device)  # one at a time: they may be large
-        scored, aside = score(
+        scored, aside = score_views(
             held.ranked.images, [scorer], config.crops, device, batch_size=config.batch_size, workers=0
         )
         columns[run] = scored[scorer.card.name]
@@ -301,7 +325,11 @@ def main(config: Config) -> int:
     with exit_on_user_error():
         held_out = check_inputs(config)
         scorers = train_all(config)
-    views, tables, by_seed = view_names(config.crops), dict[str, list[Row]](), list[tuple[object, ...]]()
+    views, tables, by_seed = (
+        view_names(config.crops),
+        dict[str, list[Measurement]](),
+        list[tuple[object, ...]](),
+    )
     for data in held_out:
         columns, held_out[data] = score_all(held_out[data], scorers, config)
         held = held_out[data]
@@ -310,25 +338,30 @@ def main(config: Config) -> int:
         prompts, ranks = len(held.ranked.prompts), references(judged, held.gold)
         found: dict[str, list[Sums]] = {}
         for (name, seed), scores in columns.items():
-            own = sums_of(name, scores, judged, ranks, views, prompts)
-            found.setdefault(name, []).append(own)
+            reached_here = sums_of(name, scores, judged, ranks, views, prompts)
+            found.setdefault(name, []).append(reached_here)
             by_seed += [
                 (data, name, seed, *key[1:], pair[0].sum() / pair[1].sum())
-                for key, pair in own.items()
+                for key, pair in reached_here.items()
                 if pair[1].any()
             ]
         sums = one_annotator(judged, ranks, prompts)
         for each in found.values():
             sums |= pooled(each)
-        tables[data] = rows_of(with_differences(sums, next(iter(found))))
+        tables[data] = measurements(with_differences(sums, next(iter(found))))
     write_rejected(held_out, config.output_dir)
-    report(tables, by_seed, config.output_dir)
-    ends = [*(f"{data}: {said(held)}" for data, held in held_out.items()), config.output_dir / "accuracy.png"]
+    write_report(tables, by_seed, config.output_dir)
+    ends = [
+        *(f"{data}: {summary_of(held)}" for data, held in held_out.items()),
+        config.output_dir / "accuracy.png",
+    ]
     print(to_text(tables), *ends, sep="\n")  # noqa: T201
     return 0
 
 
-def report(tables: Mapping[str, Sequence[Row]], by_seed: Sequence[tuple[object, ...]], output: Path) -> None:
+def write_report(
+    tables: Mapping[str, Sequence[Measurement]], by_seed: Sequence[tuple[object, ...]], output: Path
+) -> None:
     """Write the tables and the plot."""
     heads = ["data", "method", "reference", "view", "metric", "value", "low", "high"]
     lines = (
@@ -339,7 +372,7 @@ def report(tables: Mapping[str, Sequence[Row]], by_seed: Sequence[tuple[object, 
     write_text(output / "table.csv", csv_text(heads, lines))
     heads = ["data", "method", "seed", "reference", "view", "metric", "value"]
     write_text(output / "seeds.csv", csv_text(heads, by_seed))
-    plot(tables, output / "accuracy.png")
+    plot_accuracies(tables, output / "accuracy.png")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.agreement import Floats, Judged, of_scorer, pooled_accuracy
+from eval.agreement import Floats, RankedSet, of_scorer, pooled_accuracy
 
 
 def interpolation(
-    first: Floats, second: Floats, judged: Sequence[Judged], reference: Sequence[Floats], steps: int = 21
+    first: Floats, second: Floats, judged: Sequence[RankedSet], reference: Sequence[Floats], steps: int = 21
 ) -> tuple[Floats, Floats]:
-    """Return weights w (steps,) and the pooled accuracies of (1 - w) first + w second, of scores (N,): paper 002, Fig. 17.
+    """Return weights w (steps,) and the pooled accuracies of (1 - w) first + w second, of scores (N,): ImageReward
+    (arXiv 2304.05977), Fig. 17.
 
     Each is first divided by its deviation over the ranked images, since units differ; the paper does not say how it does it.
     """
@@ -38,7 +39,8 @@ def centred(columns: Floats, prompts: NDArray[np.intp]) -> Floats:
 def correlation(columns: Floats) -> Floats:
     """Return the correlations (S, S) of scores (S, N); NaN where a scorer gives all images the same.
 
-    Paper 000, Fig. 5, correlates scorers over generative models, paper 001, Fig. 6, over images, as here.
+    Stable Preference, Fig. 5, correlates scorers over generative models, HPS (arXiv 2303.14420), Fig. 6, over images,
+    as here.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.atleast_2d(np.corrcoef(columns))

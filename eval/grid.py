@@ -1,15 +1,21 @@
 """Compare models side by side: a row is a prompt with a seed, a column a model, and scores stand under every image.
 
 All images of a row start from the same noise, so what differs is the weights. Columns are TITLE=WHAT, where WHAT is empty
-(the model itself), a LoRA folder, a run's folder, a folder with a whole UNet, or another pipeline; FOLDER@0.5 puts a LoRA on
-at half strength. Writes OUTPUT.png, and OUTPUT.html that needs no other file; both give each column's mean scores, the page
-also how often it wins against the first column.
+(the model itself), a LoRA folder, a run's folder, a folder with a UNet, or another pipeline; FOLDER@0.5 puts a LoRA on
+at half strength. Written into --output-dir:
 
-    python eval/grid.py --columns base= tuned=runs/refl-tiny half=runs/refl-tiny@0.5
-    python eval/grid.py --model SD_FOLDER --columns base= tuned=runs/refl --prompts refl_data.json --rewards imagereward=1 --guidance-scale 7.5
+    images/TITLE/   the images of a column, their prompts and seeds; a rerun uses them again (eval/generated.py)
+    index.html      all images small, each linked to its file, with scores, each column's means, and how often it wins against
+                    the first column
+    thumbnails/     the small images of the page
+    grid.png        the first --grid-rows rows
 
-Defaults are for the embedded model. Hardware: that one runs on a CPU; Stable Diffusion wants a GPU, and uses one where
-there is one. Left out: confidence intervals, since the few images one looks at are too few for a claim.
+    python eval/grid.py --columns base= tuned=runs/refl-tiny half=runs/refl-tiny@0.5 --guidance-scale 3 --num-inference-steps 25
+    python eval/grid.py --model SD_FOLDER --columns base= tuned=runs/refl --prompts refl_data.json --rewards imagereward=1
+
+Hardware: the embedded model runs on a CPU; Stable Diffusion wants a GPU, and uses one where there is one. Memory does
+not grow with the number of images. Left out: confidence intervals, since the few images one looks at are too few for a
+claim.
 """
 
 import os
@@ -19,42 +25,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import jinja2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
-from eval.models import (
-    Column,
-    base64_png,
-    check_scorers,
-    generate,
-    own_side,
-    parse_column,
-    score,
-    split_term,
-    write_text,
-)
+from eval.generated import Request, generate, missing_columns, score_generated
+from eval.models import Column, check_scorers, parse_column, split_term
+from eval.pages import render
 from preftune import families
 from preftune.cli import exit_on_user_error, parse
-from preftune.images import captioned_grid, save_image
+from preftune.files import replacing, write_text
+from preftune.grid import captioned_grid
+from preftune.images import save_image, thumbnail
 from preftune.prompts import read_prompts
-from preftune.sampling import Sampling, SolverName
-from rewards.mix import Mix, parse_files, parse_weights
+from preftune.sampling import Resolved, Sampling
+from preftune.solvers import SolverName
+from rewards.mix import parse_files, parse_weights
 from rewards.shared_towers import load_all
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
+IMAGES, THUMBNAILS = "images", "thumbnails"
+THUMBNAIL_SIZE = 320
+"""Pixels of the longer side of an image on the page; smaller images are shown themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Generate the same prompts and seeds with several models, score the images, and write a PNG and an HTML page."""
+    """Generate the same prompts and seeds with several models, score the images, and write a page and a grid of them."""
 
     model: Path = Path("assets/tiny/pipeline")
-    """Pipeline folder in diffusers' format (Stable Diffusion 1.x or 2.x) that the columns build on."""
+    """Pipeline folder in diffusers' format that the columns build on."""
+    vae: Path | None = None
+    """Folder of an autoencoder in place of the pipelines', such as one of SDXL's that was repaired for fp16."""
     columns: tuple[str, ...] = ("base=",)
     """TITLE=WHAT each: nothing, a LoRA folder, a run, a UNet folder or a pipeline; a LoRA or run may end in @WEIGHT."""
     prompts: Path = Path("assets/tiny/held_out.txt")
@@ -64,7 +67,7 @@ class Config:
     num_images_per_prompt: int = 1
     """Images of each prompt, a row each."""
     seed: int = 0
-    """RankedImage k of prompt i has the seed seed + i * seeds_per_prompt + k."""
+    """Image k of prompt i has the seed seed + i * num_images_per_prompt + k."""
     rewards: tuple[str, ...] = ("imagereward-tiny=1.0", "shapes=1.0")
     """Scorers with weights; several also give a weighted sum. `--rewards` alone scores nothing."""
     reward_files: tuple[str, ...] = ()
@@ -73,35 +76,42 @@ class Config:
     """Prompt that guidance points away from, such as "Weird image. "."""
     negative_columns: tuple[str, ...] = ()
     """Titles of the columns that have --negative; none = all."""
-    guidance_scale: float = 3.0
-    """Classifier-free guidance scale; 1 = none, 7.5 is Stable Diffusion's custom."""
-    num_inference_steps: int = 25
-    """Denoising steps."""
-    solver: SolverName = "ddim"
-    """Sampler; pndm is that of Stable Diffusion's pipeline."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance scale; 1 or less = none; None = the default of --model's family, 7.5 for Stable Diffusion."""
+    num_inference_steps: int | None = None
+    """Denoising steps; None = the default of --model's family."""
+    solver: SolverName | None = None
+    """Which solver takes the steps; None = the default of --model's family."""
     resolution: str | None = None
-    """Pixels: the side of a square, or WIDTHxHEIGHT; None = what the model was trained at."""
+    """Pixels: 512, or width x height as 768x512; None = what --model was trained at."""
     batch_size: int = 8
     """Images in one pass; changes speed, not images."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Arithmetic of the models; scorers stay in fp32."""
+    workers: int = 2
+    """Processes that decode images for the scorers; 0 = this one does it."""
+    grid_rows: int = 32
+    """At most so many rows in grid.png, the first ones; index.html has all."""
     output_dir: Path = Path("grid")
-    """Name of the files to write, without .png and .html."""
+    """Folder of the images, the page and grid.png."""
+    overwrite_output_dir: bool = False
+    """Replace folders of images that were made with other weights, prompts, seeds or settings."""
 
     def __post_init__(self) -> None:
-        for name, value in (("count", self.count), ("num-images-per-prompt", self.num_images_per_prompt)):
-            if value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}")
-        if self.seed < 0:
-            raise ValueError(f"--seed must be at least 0, got {self.seed}")
+        for name, value, least in (
+            ("count", self.count, 1), ("num-images-per-prompt", self.num_images_per_prompt, 1), ("seed", self.seed, 0),
+            ("workers", self.workers, 0), ("grid-rows", self.grid_rows, 1),
+        ):  # fmt: skip
+            if value < least:
+                raise ValueError(f"--{name} must be at least {least}, got {value}")
         if not self.columns:
             raise ValueError("--columns is empty; name at least one, as in --columns base= tuned=runs/refl")
         titles = [split_term(term)[0] for term in self.columns]
         if repeated := {title for title in titles if titles.count(title) > 1}:
-            raise ValueError(f"--columns repeats the title {min(repeated)}; give each column its own")
-        if self.negative and self.guidance_scale == 1:
+            raise ValueError(f"--columns repeats the title {min(repeated)}; give each column another")
+        if self.negative and self.guidance_scale is not None and self.guidance_scale <= 1:
             raise ValueError(
-                "--negative does nothing at --guidance-scale 1; choose another guidance, such as 3"
+                f"--negative does nothing at --guidance-scale {self.guidance_scale:g}; choose another, such as 3"
             )
         if unknown := set(self.negative_columns) - set(titles if self.negative else ()):
             raise ValueError(
@@ -109,21 +119,17 @@ class Config:
             )
         if self.precision == "fp16" and not torch.cuda.is_available():
             raise ValueError("--precision fp16 needs a GPU; use fp32 or bf16")
-        if self.output_dir.suffix in (".png", ".html") or not self.output_dir.name:
-            raise ValueError(
-                f"--output-dir {self.output_dir} must be a name without .png or .html; both are written"
-            )
         self.weights()
-        self.sampling(8)
+        self.sampling()
 
-    def sampling(self, own_side: int) -> Sampling:
-        """Return how to sample, given the side in pixels that the model was trained at."""
+    def sampling(self) -> Sampling:
+        """Return how to sample."""
         try:
             return Sampling(
                 num_inference_steps=self.num_inference_steps,
                 guidance_scale=self.guidance_scale,
                 solver=self.solver,
-                resolution=str(own_side) if self.resolution is None else self.resolution,
+                resolution=self.resolution,
                 batch_size=self.batch_size,
             )
         except ValueError as error:
@@ -143,12 +149,18 @@ class Sheet:
     """What was generated and scored: C columns of N images, S scorers, M measures (the scorers; if several, their sum)."""
 
     columns: Sequence[Column]
-    prompts: Sequence[str]  # N
-    seeds: Sequence[int]  # N
-    images: Sequence[Tensor]  # C of (N, 3, H, W) in [0, 1]
-    scorers: Sequence[str]  # S
-    measures: Sequence[str]  # M
-    scores: NDArray[np.float64]  # (C, N, M)
+    prompts: Sequence[str]
+    """N."""
+    seeds: Sequence[int]
+    """N."""
+    files: Sequence[Sequence[Path]]
+    """C of N image files."""
+    scorers: Sequence[str]
+    """S."""
+    measures: Sequence[str]
+    """M."""
+    scores: NDArray[np.float64]
+    """(C, N, M)."""
 
     def means(self) -> NDArray[np.float64]:
         """Return the mean of each measure, (C, M)."""
@@ -168,35 +180,55 @@ class Sheet:
         return [f"{name} {value:.3f}" for name, value in zip(self.scorers, values, strict=False)]
 
 
-def check_inputs(config: Config) -> tuple[list[Column], list[str], list[int], Sampling]:
-    """Return columns, the prompt and the seed of each image, and how to sample; ValueError before any weight loads."""
-    families.check(config.model)
+def check_inputs(config: Config) -> Request:
+    """Return what to generate; ValueError before any weight loads."""
+    sampling = config.sampling().resolved(families.check(config.model, config.vae))
     columns = [parse_column(term, config.model) for term in config.columns]
+    for column in columns:
+        families.check(column.pipeline, config.vae)
     chosen = read_prompts(config.prompts)[: config.count]
     prompts = [prompt for prompt in chosen for _ in range(config.num_images_per_prompt)]
-    seeds = [config.seed + index for index in range(len(prompts))]
-    sampling = config.sampling(8 if config.resolution else own_side(config.model))
-    check_scorers(config.weights(), config.files(), chosen, sampling, config.prompts)
-    config.output_dir.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(config.output_dir.parent, os.W_OK):
-        raise ValueError(
-            f"--output-dir {config.output_dir}: the folder {config.output_dir.parent} cannot be written to"
-        )
-    return columns, prompts, seeds, sampling
+    check_scorers(config.weights(), config.files(), chosen, sampling.resolution, config.prompts)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    if not os.access(config.output_dir, os.W_OK):
+        raise ValueError(f"--output-dir {config.output_dir} cannot be written to")
+    titles = config.negative_columns or [column.title for column in columns]
+    return Request(
+        folder=config.output_dir / IMAGES,
+        columns=columns,
+        prompts=prompts,
+        seeds=[config.seed + index for index in range(len(prompts))],
+        sampling=sampling,
+        negatives=dict.fromkeys(titles, config.negative),
+        precision=config.precision,
+        vae=config.vae,
+    )
 
 
-def load_mix(config: Config, device: torch.device) -> Mix | None:
-    """Return the scorers; None where there are none."""
-    weights = config.weights()
-    scorers = load_all(list(weights), files=config.files(), device=device, dtype=torch.float32)
-    return Mix(scorers, weights, "raw") if scorers else None
+def to_sheet(request: Request, weights: dict[str, float], scores: dict[str, NDArray[np.float64]]) -> Sheet:
+    """Return the images with their scores; `scores` is title -> (N, S), empty without scorers."""
+    names = tuple(weights)
+    table = np.stack([scores[column.title] for column in request.columns]) if names else None
+    measures = names
+    if table is not None and len(names) > 1:
+        measures = (*names, " + ".join(f"{weight:g} x {name}" for name, weight in weights.items()))
+        table = np.concatenate([table, table @ np.array([*weights.values()])[:, None]], axis=2)
+    return Sheet(
+        columns=request.columns,
+        prompts=request.prompts,
+        seeds=request.seeds,
+        files=[request.files(column.title) for column in request.columns],
+        scorers=names,
+        measures=measures,
+        scores=np.empty((len(request.columns), len(request.prompts), 0)) if table is None else table,
+    )
 
 
-def to_png(sheet: Sheet) -> Image.Image:
-    """Return the grid as an image."""
-    numbers = range(len(sheet.prompts))
+def to_png(sheet: Sheet, rows: int) -> Image.Image:
+    """Return the first rows of the grid as an image; files are read one by one."""
+    numbers = range(min(rows, len(sheet.prompts)))
     return captioned_grid(
-        [[pixels[i] for pixels in sheet.images] for i in numbers],
+        [[files[i] for files in sheet.files] for i in numbers],
         row_captions=[f"seed {sheet.seeds[i]}\n{sheet.prompts[i]}" for i in numbers],
         column_titles=[
             "\n".join([column.title, *sheet.lines(mean)])
@@ -207,47 +239,52 @@ def to_png(sheet: Sheet) -> Image.Image:
     )
 
 
-def to_html(sheet: Sheet, config: Config, sampling: Sampling) -> str:
-    """Return the page: means and wins, then the grid with its images inlined; prompts and titles are escaped."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(sheet=sheet, config=config, sampling=sampling, base64_png=base64_png)
+def write_thumbnails(sheet: Sheet, folder: Path) -> list[list[Path]]:
+    """Return the small images of the page, C of N; those that are missing, or older than their image, are written.
+
+    For an image that is no larger than a thumbnail, the image itself.
+    """
+    shown = []
+    for files in sheet.files:
+        with Image.open(files[0], formats=["PNG"]) as first:
+            if max(first.size) <= THUMBNAIL_SIZE:
+                shown.append(list(files))
+                continue
+        small = [folder / THUMBNAILS / path.parent.name / f"{path.stem}.jpg" for path in files]
+        for path, target in zip(files, small, strict=True):
+            if not target.is_file() or target.stat().st_mtime_ns < path.stat().st_mtime_ns:
+                with replacing(target) as temporary:
+                    thumbnail(path, THUMBNAIL_SIZE, THUMBNAIL_SIZE).save(temporary, format="JPEG", quality=90)
+        shown.append(small)
+    return shown
+
+
+def to_html(sheet: Sheet, config: Config, sampling: Resolved, thumbnails: Sequence[Sequence[Path]]) -> str:
+    """Return the page: means and wins, then the grid; it names files below --output-dir, and escapes prompts and titles."""
+    files, small = (
+        [[path.relative_to(config.output_dir).as_posix() for path in column] for column in paths]
+        for paths in (sheet.files, thumbnails)
+    )
+    return render(TEMPLATE, sheet=sheet, config=config, sampling=sampling, files=files, thumbnails=small)
 
 
 def main(config: Config) -> int:
-    """Generate, score and write."""
+    """Generate what is missing, score, and write the page and the grid."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weights = config.weights()
     with exit_on_user_error():
-        columns, prompts, seeds, sampling = check_inputs(config)
-        mix = load_mix(config, device)
-    titles = config.negative_columns or [column.title for column in columns]
-    generated = generate(
-        columns,
-        prompts,
-        seeds,
-        sampling,
-        device,
-        DTYPES[config.precision],
-        dict.fromkeys(titles, config.negative),
-    )
-    images = [generated[column.title] for column in columns]
-    names, scores = mix.names if mix else (), torch.empty(len(columns), len(prompts), 0)
-    if mix:
-        scores = torch.stack([score(pixels, prompts, mix, config.batch_size, device) for pixels in images])
-    total = " + ".join(f"{weight:g} x {name}" for name, weight in config.weights().items())
-    sheet = Sheet(
-        columns=columns,
-        prompts=prompts,
-        seeds=seeds,
-        images=images,
-        scorers=names,
-        measures=(*names, total) if len(names) > 1 else names,
-        scores=scores.double().numpy(),
-    )
-    png, page = (config.output_dir.with_name(config.output_dir.name + suffix) for suffix in (".png", ".html"))
-    save_image(to_png(sheet), png)
-    write_text(page, to_html(sheet, config, sampling))
-    for column, mean in zip(columns, sheet.means(), strict=True):
+        request = check_inputs(config)
+        missing = missing_columns(request, overwrite=config.overwrite_output_dir)
+        scorers = load_all(list(weights), files=config.files(), device=device, dtype=torch.float32)
+    generate(request, missing, device)
+    with exit_on_user_error():
+        scores = score_generated(request, scorers, device, workers=config.workers) if scorers else {}
+    sheet = to_sheet(request, weights, scores)
+    png, page = config.output_dir / "grid.png", config.output_dir / "index.html"
+    save_image(to_png(sheet, config.grid_rows), png)
+    thumbnails = write_thumbnails(sheet, config.output_dir)
+    write_text(page, to_html(sheet, config, request.sampling, thumbnails))
+    for column, mean in zip(sheet.columns, sheet.means(), strict=True):
         print("  ".join([column.title, *sheet.lines(mean)]))  # noqa: T201
     print(f"{png} and {page}")  # noqa: T201
     return 0

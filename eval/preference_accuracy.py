@@ -1,21 +1,24 @@
 """How well scorers predict preferences: accuracies, selection, robustness and correlation on ranked images.
 
 Reads folders of images with rankings.jsonl. Several annotators may rank the same images: `source` tells them apart, so that
-a second ranking by the same one is skipped and counted; rankings without a source are by somebody else each. A scorer is held
-against every single ranking, against the annotators' mean places (as HPD v2 publishes it), and against the mean of all
-annotators but one, for each of them. Beside it stands "one annotator": what a single person reaches against another, and
-against the mean of the others; sets that one annotator ranked have no such row. In the shapes world the scorer `shapes` is the
-noiseless judge, and one more reference. All folders are pooled; for each by itself, run it on each.
+a second ranking by the same one is skipped and counted; each ranking without a source counts as another annotator's. A
+scorer is held against every single ranking, against the annotators' mean places (as HPD v2 publishes it), and against
+the mean of all annotators but one, for each of them. Beside it stands "one annotator": what a single person reaches
+against another, and against the mean of the others; sets that one annotator ranked have no such row. In the shapes
+world the scorer `shapes` is the noiseless judge, and one more reference. All folders are pooled; for each by itself,
+run it on each.
 
     python eval/preference_accuracy.py --data data/held_out --rewards imagereward-tiny=1 shapes=1 --output-dir runs/preference
     python eval/preference_accuracy.py --data data/imagereward_test --rewards imagereward=1 hpsv2.1=1 --reward-files imagereward=x.pt
 
-The metrics and their sources are in agreement.py, the views of robustness (paper 000, Table 1) in view_scores.py. Intervals are
-95 % bootstrap intervals over prompts, where there are two or more. An image that cannot be read is set aside and counted, and
-its rankings keep the others. Writes table.csv, scores.csv, rejected.jsonl, five plots and report.html.
+The metrics and their sources are in agreement.py, the views of robustness (Stable Preference, Table 1) in
+view_scores.py. Intervals are 95 % bootstrap intervals over prompts, where there are two or more. An image that cannot
+be read is set aside and counted, and its rankings keep the others. Writes table.csv, scores.csv, rejected.jsonl, five
+plots and report.html.
 
-Left out: correlation over generative models (paper 000, Fig. 5), since rankings do not say which model generated an image; it is
-over images here. Hardware: the embedded scorer needs a CPU; published ones want a GPU, and use one where there is one.
+Left out: correlation over generative models (Stable Preference, Fig. 5), since rankings do not say which model
+generated an image; it is over images here. Hardware: the embedded scorer needs a CPU; published ones want a GPU, and
+use one where there is one.
 """
 
 import sys
@@ -23,17 +26,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import jinja2
 import torch
 
 import rewards
 from eval import preference_plots as plots
-from eval.agreement import GOLD, Floats, Judged, Row, table
-from eval.models import inlined, write_text
-from eval.rankings import Ranked, check_folders, read, set_aside, sound_sets, summary
-from eval.view_scores import RankedImage, check_crops, score, view_names
+from eval.agreement import GOLD, Floats, Measurement, RankedSet, agreement_table
+from eval.pages import base64_of, render
+from eval.rankings import RankedImages, check_folders, read_ranked_images, rejected_rows, sound_sets, summary
+from eval.view_scores import PromptedImage, check_crops, score_views, view_names
 from eval.win_rates import csv_text
 from preftune.cli import exit_on_user_error, parse
+from preftune.files import write_text
 from preftune.records import write_jsonl
 from rewards.mix import parse_files, parse_weights
 from rewards.shapes import in_world
@@ -49,7 +52,9 @@ class Config:
     data: tuple[Path, ...]
     """Folders with rankings.jsonl and the images that it names; several are pooled."""
     rewards: tuple[str, ...] = ("imagereward-tiny=1.0", "shapes=1.0")
-    """NAME=WEIGHT each, as hpsv2=1; the folder of a trained scorer is a name, too. Weights do nothing here: write 1, even for one scorer."""
+    """NAME=WEIGHT each, as hpsv2=1; the folder of a trained scorer is a name, too. Weights do nothing here: write 1,
+    even for one scorer.
+    """
     reward_files: tuple[str, ...] = ()
     """Weights of scorers on disk, as imagereward=PATH; others come from this repository or the hub's cache."""
     count: int | None = None
@@ -74,13 +79,13 @@ class Config:
         parse_files(self.reward_files, parse_weights(self.rewards))
 
 
-def check_inputs(config: Config) -> Ranked:
+def check_inputs(config: Config) -> RankedImages:
     """Return the rankings, and make the output folder; ValueError before any weight loads."""
     weights = parse_weights(config.rewards)
     files = parse_files(config.reward_files, weights)
     for name in weights:
         rewards.check(name, files.get(name))
-    ranked = read(config.data, config.count)
+    ranked = read_ranked_images(config.data, config.count)
     if GOLD in weights and not in_world(ranked.prompts):
         foreign = next(prompt for prompt in ranked.prompts if not in_world([prompt]))
         raise ValueError(
@@ -93,7 +98,7 @@ def check_inputs(config: Config) -> Ranked:
     return ranked
 
 
-def scores_csv(images: Sequence[RankedImage], scores: Mapping[str, Floats], views: Sequence[str]) -> str:
+def scores_csv(images: Sequence[PromptedImage], scores: Mapping[str, Floats], views: Sequence[str]) -> str:
     """Return every score as CSV, a line for each image and view; empty where there is none."""
     lines = (
         [image.path, image.prompt, view, *values]
@@ -107,30 +112,29 @@ def scores_csv(images: Sequence[RankedImage], scores: Mapping[str, Floats], view
     return csv_text(["image", "prompt", "view", *scores], lines)
 
 
-def report(
+def write_report(
     config: Config,
-    judged: Sequence[Judged],
+    judged: Sequence[RankedSet],
     scores: Mapping[str, Floats],
-    ranked: Ranked,
+    ranked: RankedImages,
     aside: Sequence[Mapping[str, str]],
 ) -> None:
     """Write the table, the plots and the page, and print the accuracies."""
-    rows = table(judged, scores, view_names(config.crops), len(ranked.prompts))
-    names = [field.name for field in fields(Row)]
+    rows = agreement_table(judged, scores, view_names(config.crops), len(ranked.prompts))
+    names = [field.name for field in fields(Measurement)]
     write_text(config.output_dir / "table.csv", csv_text(names, (list(asdict(row).values()) for row in rows)))
     figures = plots.plot_all(rows, judged, scores, config.output_dir)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    said = summary(judged, len(aside), ranked.repeated)
-    page = template.render(
+    measured = summary(judged, len(aside), ranked.repeated)
+    page = render(
+        TEMPLATE,
         config=config,
-        summary=said,
+        summary=measured,
         aside=aside,
         tables=plots.tables(rows),
-        inlined={path.stem: inlined(path) for path in figures},
+        inlined={path.stem: base64_of(path) for path in figures},
     )
     write_text(config.output_dir / "report.html", page)
-    print(f"{plots.to_text(rows)}\n{said}\n{config.output_dir / 'report.html'}")  # noqa: T201
+    print(f"{plots.to_text(rows)}\n{measured}\n{config.output_dir / 'report.html'}")  # noqa: T201
 
 
 def main(config: Config) -> int:
@@ -141,15 +145,15 @@ def main(config: Config) -> int:
         weights = parse_weights(config.rewards)
         files = parse_files(config.reward_files, weights)
         scorers = load_all(list(weights), files=files, device=device, dtype=torch.float32)
-    scores, rejected = score(
+    scores, rejected = score_views(
         ranked.images, scorers, config.crops, device, batch_size=config.batch_size, workers=config.workers
     )
     write_text(config.output_dir / "scores.csv", scores_csv(ranked.images, scores, view_names(config.crops)))
-    aside = set_aside(ranked.images, rejected)
+    aside = rejected_rows(ranked.images, rejected)
     write_jsonl(config.output_dir / "rejected.jsonl", aside)
     with exit_on_user_error():
         judged = sound_sets(ranked, rejected)
-    report(config, judged, scores, ranked, aside)
+    write_report(config, judged, scores, ranked, aside)
     return 0
 
 

@@ -21,14 +21,14 @@ from eval.agreement import (
     ONE,
     SELECTION,
     Floats,
-    Judged,
-    Row,
+    Measurement,
+    RankedSet,
     commonest_buckets,
     of_annotator,
     of_scorer,
 )
 from eval.correlation import centred, correlation, interpolation
-from eval.win_rates import interval
+from preftune.bootstrap import interval
 from preftune.images import save_figure
 
 
@@ -43,18 +43,18 @@ class Table:
     lines: list[tuple[str, ...]]
 
 
-def percent(row: Row) -> str:
+def percent(row: Measurement) -> str:
     """Return a value in per cent, and its interval where there is one."""
     form = f"{'+' if row.metric in CHANGES.values() else ''}.1f"
     return f"{100 * row.value:{form}} {interval(100 * row.low, 100 * row.high, form)}".rstrip()
 
 
-def tables(rows: Sequence[Row]) -> list[Table]:
+def tables(rows: Sequence[Measurement]) -> list[Table]:
     """Return the tables of the page; one without lines is left out."""
-    whole = [row for row in rows if row.view == AS_IS]
+    unchanged = [row for row in rows if row.view == AS_IS]
     measured = [
-        _pivot("Agreement", whole, list(ACCURACIES), ("reference", "rater")),
-        _pivot("Selection", whole, list(SELECTION), ("reference", "rater")),
+        _pivot("Agreement", unchanged, list(ACCURACIES), ("reference", "rater")),
+        _pivot("Selection", unchanged, list(SELECTION), ("reference", "rater")),
         _pivot(
             "Robustness",
             [row for row in rows if row.view != AS_IS],
@@ -65,7 +65,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     return [table for table in measured if table.lines]
 
 
-def _pivot(title: str, rows: Sequence[Row], metrics: Sequence[str], keys: tuple[str, ...]) -> Table:
+def _pivot(title: str, rows: Sequence[Measurement], metrics: Sequence[str], keys: tuple[str, ...]) -> Table:
     """Return a line for each value of the keys and a column for each metric that occurs."""
     cells = {
         (*(getattr(row, key) for key in keys), row.metric): percent(row)
@@ -80,7 +80,7 @@ def _pivot(title: str, rows: Sequence[Row], metrics: Sequence[str], keys: tuple[
     return Table(title=title, keys=len(keys), heads=(*keys, *columns), lines=lines)
 
 
-def to_text(rows: Sequence[Row]) -> str:
+def to_text(rows: Sequence[Measurement]) -> str:
     """Return the tables as printed."""
     lines = []
     for table in tables(rows):
@@ -93,9 +93,11 @@ def to_text(rows: Sequence[Row]) -> str:
 
 
 def plot_all(
-    rows: Sequence[Row], judged: Sequence[Judged], scores: Mapping[str, Floats], folder: Path
+    rows: Sequence[Measurement], judged: Sequence[RankedSet], scores: Mapping[str, Floats], folder: Path
 ) -> list[Path]:
-    """Write the plots and return their files; scores are name -> (views, N). No robustness without views, no pairs of one scorer."""
+    """Write the plots and return their files; scores are name -> (views, N). No robustness without views, no pairs of
+    one scorer.
+    """
     first = {name: columns[0] for name, columns in scores.items()}
     paths = [folder / f"{name}.png" for name in ("accuracy", "buckets")]
     draw_accuracies(rows, paths[0])
@@ -110,7 +112,7 @@ def plot_all(
     return paths
 
 
-def draw_accuracies(rows: Sequence[Row], path: Path) -> None:
+def draw_accuracies(rows: Sequence[Measurement], path: Path) -> None:
     """Draw the accuracies of all raters with their intervals, a panel for each reference."""
     rows = [row for row in rows if row.view == AS_IS and row.metric in ACCURACIES]
     named = list(dict.fromkeys(row.reference for row in rows))
@@ -137,10 +139,12 @@ def draw_accuracies(rows: Sequence[Row], path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_robustness(rows: Sequence[Row], path: Path) -> None:
-    """Draw changes of accuracy and flipped choices of each scorer over the views, with what paper 000's Table 1 has of each data set.
+def draw_robustness(rows: Sequence[Measurement], path: Path) -> None:
+    """Draw changes of accuracy and flipped choices of each scorer over the views, with what Stable Preference's Table 1
+    has of each data set.
 
-    That is ImageReward's accuracy against rankings, and HPD v2's score against their mean. What nothing was counted for is left out.
+    That is ImageReward's accuracy against rankings, and HPD v2's score against their mean. What nothing was counted for
+    is left out.
     """
     changed = [row for row in rows if row.view != AS_IS]
     views = list(dict.fromkeys(row.view for row in changed))
@@ -173,8 +177,8 @@ def draw_robustness(rows: Sequence[Row], path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_buckets(judged: Sequence[Judged], scores: Mapping[str, Floats], path: Path) -> None:
-    """Draw in which places the raters put the annotators' best and worst images (paper 002, Fig. 16)."""
+def draw_buckets(judged: Sequence[RankedSet], scores: Mapping[str, Floats], path: Path) -> None:
+    """Draw in which places the raters put the annotators' best and worst images (ImageReward, arXiv 2304.05977, Fig. 16)."""
     ranks = [one.ranks for one in judged]
     compared = {name: of_scorer(columns, judged, ranks) for name, columns in scores.items()}
     if any(len(one) > 1 for one in ranks):
@@ -194,8 +198,8 @@ def draw_buckets(judged: Sequence[Judged], scores: Mapping[str, Floats], path: P
     save_figure(figure, path)
 
 
-def draw_interpolation(judged: Sequence[Judged], scores: Mapping[str, Floats], path: Path) -> None:
-    """Draw the accuracy of mixtures of any two scorers (paper 002, Fig. 17)."""
+def draw_interpolation(judged: Sequence[RankedSet], scores: Mapping[str, Floats], path: Path) -> None:
+    """Draw the accuracy of mixtures of any two scorers (ImageReward, arXiv 2304.05977, Fig. 17)."""
     couples = [*combinations(scores, 2)]
     figure, axis = plt.subplots(figsize=(6.5, 4 + 0.18 * len(couples)), layout="constrained")
     ranks = [one.ranks for one in judged]
@@ -210,7 +214,7 @@ def draw_interpolation(judged: Sequence[Judged], scores: Mapping[str, Floats], p
     save_figure(figure, path)
 
 
-def draw_correlation(judged: Sequence[Judged], scores: Mapping[str, Floats], path: Path) -> None:
+def draw_correlation(judged: Sequence[RankedSet], scores: Mapping[str, Floats], path: Path) -> None:
     """Draw how the scorers correlate over all images, and over those of the same prompt."""
     prompt_of = {row: one.prompt for one in judged for row in one.rows.tolist()}
     columns = np.stack([scores[name][list(prompt_of)] for name in scores])

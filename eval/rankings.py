@@ -1,4 +1,4 @@
-"""Ranked images as agreement is measured on them: every image once, and the sets that annotators ranked."""
+"""RankedImages images as agreement is measured on them: every image once, and the sets that annotators ranked."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -6,18 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.agreement import Judged, choices
-from eval.view_scores import RankedImage
+from eval.agreement import RankedSet, choices
+from eval.view_scores import PromptedImage
 from preftune.records import Ranking, read_rankings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ranked:
+class RankedImages:
     """What folders of rankings hold."""
 
-    images: list[RankedImage]
+    images: list[PromptedImage]
     """N images, each once."""
-    judged: list[Judged]
+    judged: list[RankedSet]
     """Sets of them that annotators ranked."""
     prompts: list[str]
     """P prompts."""
@@ -39,37 +39,37 @@ def check_folders(folders: Sequence[Path]) -> None:
             )
 
 
-def read(folders: Sequence[Path], count: int | None) -> Ranked:
+def read_ranked_images(folders: Sequence[Path], count: int | None) -> RankedImages:
     """Return the rankings of the folders, at most `count` prompts of each; ValueError for what is wrong with them.
 
-    A second ranking of the same images by the same source is skipped, also from another folder. Rankings without a source
-    are by somebody else each.
+    A second ranking of the same images by the same source is skipped, also from another folder. Each ranking without a
+    source counts as another annotator's.
     """
     prompts: dict[str, int] = {}
-    images: dict[RankedImage, int] = {}
+    images: dict[PromptedImage, int] = {}
     found: dict[tuple[int, tuple[int, ...]], list[list[int]]] = {}
-    seen: set[tuple[int, tuple[int, ...], str]] = set()
+    known: set[tuple[int, tuple[int, ...], str]] = set()
     repeated = 0
     for folder in folders:
         for ranking in first_prompts(read_rankings(folder), count):
             prompt = prompts.setdefault(ranking.prompt, len(prompts))
             numbers = [
-                images.setdefault(RankedImage(path=path, prompt=ranking.prompt), len(images))
+                images.setdefault(PromptedImage(path=path, prompt=ranking.prompt), len(images))
                 for path in ranking.paths
             ]
             # Annotators may list the same images in another order.
             ordered = sorted(zip(numbers, ranking.ranks, strict=True))
             rows = tuple(row for row, _ in ordered)
-            if ranking.source and (prompt, rows, ranking.source) in seen:
+            if ranking.source and (prompt, rows, ranking.source) in known:
                 repeated += 1
                 continue
-            seen.add((prompt, rows, ranking.source))
+            known.add((prompt, rows, ranking.source))
             found.setdefault((prompt, rows), []).append([rank for _, rank in ordered])
     judged = [
-        Judged(prompt=prompt, rows=np.array(rows), ranks=np.array(ranks, dtype=np.float64))
+        RankedSet(prompt=prompt, rows=np.array(rows), ranks=np.array(ranks, dtype=np.float64))
         for (prompt, rows), ranks in found.items()
     ]
-    return Ranked(images=list(images), judged=judged, prompts=list(prompts), repeated=repeated)
+    return RankedImages(images=list(images), judged=judged, prompts=list(prompts), repeated=repeated)
 
 
 def first_prompts(rankings: Sequence[Ranking], count: int | None) -> list[Ranking]:
@@ -78,7 +78,7 @@ def first_prompts(rankings: Sequence[Ranking], count: int | None) -> list[Rankin
     return [ranking for ranking in rankings if ranking.prompt in chosen]
 
 
-def without(judged: Sequence[Judged], rejected: Mapping[int, str]) -> list[Judged]:
+def without_rejected(judged: Sequence[RankedSet], rejected: Mapping[int, str]) -> list[RankedSet]:
     """Return the sets without the rejected images; sets of fewer than two are gone."""
     sound = []
     for one in judged:
@@ -88,9 +88,9 @@ def without(judged: Sequence[Judged], rejected: Mapping[int, str]) -> list[Judge
     return sound
 
 
-def sound_sets(ranked: Ranked, rejected: Mapping[int, str]) -> list[Judged]:
+def sound_sets(ranked: RankedImages, rejected: Mapping[int, str]) -> list[RankedSet]:
     """Return the sets without the rejected images; ValueError where none is left."""
-    sound = without(ranked.judged, rejected)
+    sound = without_rejected(ranked.judged, rejected)
     if not sound:
         raise ValueError(
             f"no ranking has two images left: {len(rejected)} of {len(ranked.images)} were set aside, the first because"
@@ -99,26 +99,26 @@ def sound_sets(ranked: Ranked, rejected: Mapping[int, str]) -> list[Judged]:
     return sound
 
 
-def set_aside(images: Sequence[RankedImage], rejected: Mapping[int, str]) -> list[dict[str, str]]:
+def rejected_rows(images: Sequence[PromptedImage], rejected: Mapping[int, str]) -> list[dict[str, str]]:
     """Return the rejected images and why, as rejected.jsonl has them."""
     return [{"image": str(images[row].path), "reason": why} for row, why in sorted(rejected.items())]
 
 
-def summary(judged: Sequence[Judged], rejected: int, repeated: int) -> str:
+def summary(judged: Sequence[RankedSet], rejected: int, repeated: int) -> str:
     """Return a sentence on what is measured: what is left, what was set aside, and what was skipped."""
     images = len({row for one in judged for row in one.rows.tolist()})
     rankings = sum(len(one.ranks) for one in judged)
     pairs = sum(int((choices(one.ranks) != 0).sum()) for one in judged)
     prompts = len({one.prompt for one in judged})
     alone = sum(len(one.ranks) == 1 for one in judged)
-    said = [
+    parts = [
         f"{images} images of {prompts} prompts, {rankings} rankings with {pairs} untied pairs",
         f"{rejected} images set aside",
     ]
     if repeated:
-        said.append(f"{repeated} rankings skipped, whose source had ranked the same images before")
+        parts.append(f"{repeated} rankings skipped, whose source had ranked the same images before")
     if alone:
-        said.append(
+        parts.append(
             f"{alone} of {len(judged)} sets have a single annotator, who is held against no other and no mean"
         )
-    return "; ".join(said)
+    return "; ".join(parts)

@@ -1,9 +1,9 @@
-"""Trainings that a comparison starts: drivers as commands, each with each seed in a folder of its own, each once.
+"""Trainings that a comparison starts: drivers as commands, each with each seed in a separate folder, each once.
 
-A method is NAME=DRIVER FLAGS, a command as one would type it. Programs of eval/ import no driver: they start it by `accelerate
-launch`, and read the folder that it leaves.
+A method is NAME=DRIVER FLAGS, a command as one would type it. Programs of eval/ import no driver: they start it by
+`accelerate launch`, and read the folder that it leaves.
 
-Beside the folder NAME-SEED lie NAME-SEED.log, NAME-SEED.command, which says what the training was told before it began, and
+Beside the folder NAME-SEED lie NAME-SEED.log, NAME-SEED.command, the record of its command, written before it began, and
 NAME-SEED.done once it has ended well. A folder is never used for another command than that one.
 """
 
@@ -15,14 +15,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from eval.models import write_text
+from preftune.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 SET_HERE = ("--seed", "--output-dir", "--overwrite-output-dir", "--resume-from-checkpoint")
 """Flags that the comparison gives a driver."""
 
 
-def split(term: str) -> tuple[str, str]:
+def split_named(term: str) -> tuple[str, str]:
     """Return NAME and TEXT of NAME=TEXT; ValueError where one of them is missing, or the name is no plain word."""
     name, equals, text = term.partition("=")
     if not equals or not text.strip() or not name.replace("-", "").replace("_", "").isalnum():
@@ -37,7 +37,9 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 
 def check_commands(commands: Mapping[str, Sequence[str]], taken: Sequence[str] = ()) -> None:
-    """Raise ValueError for a command that is no driver, that has a flag which the comparison sets, or no readable --config."""
+    """Raise ValueError for a command that is no driver, that has a flag which the comparison sets, or no readable
+    --config.
+    """
     for name, command in commands.items():
         if not command[0].endswith(".py") or not Path(command[0]).is_file():
             raise ValueError(
@@ -46,17 +48,18 @@ def check_commands(commands: Mapping[str, Sequence[str]], taken: Sequence[str] =
         if both := {*SET_HERE, *taken} & {flag.partition("=")[0] for flag in command}:
             raise ValueError(f"method {name}: {min(both)} is set by the comparison; leave it out")
         try:
-            told(command)
+            command_record(command)
         except ValueError as error:
             raise ValueError(f"method {name}: {error}") from error
 
 
-def told(command: Sequence[str]) -> str:
-    """Return what a training is told: the command, and the SHA-256 of the content of each --config file, which may be edited.
+def command_record(command: Sequence[str]) -> str:
+    """Return the record of a training: the command, and the SHA-256 of the content of each --config file, which may be
+    edited.
 
     Not looked into are data, prompts and models that it names. ValueError for a --config file that cannot be read.
     """
-    said, tokens = [shlex.join(command)], iter(command)
+    parts, tokens = [shlex.join(command)], iter(command)
     for token in tokens:
         flag, equals, file = token.partition("=")
         if flag != "--config":
@@ -66,8 +69,8 @@ def told(command: Sequence[str]) -> str:
             content = Path(file).read_bytes()
         except OSError as error:
             raise ValueError(f"cannot read the config file {file}: {error.strerror}") from error
-        said.append(f"{file} with SHA-256 {hashlib.sha256(content).hexdigest()}")
-    return "; ".join(said)
+        parts.append(f"{file} with SHA-256 {hashlib.sha256(content).hexdigest()}")
+    return "; ".join(parts)
 
 
 def train(name: str, command: Sequence[str], seed: int, output: Path) -> Path:
@@ -78,8 +81,8 @@ def train(name: str, command: Sequence[str], seed: int, output: Path) -> Path:
     folder = output / "runs" / f"{name}-{seed}"
     log, begun, done = (folder.with_name(f"{folder.name}.{end}") for end in ("log", "command", "done"))
     log.parent.mkdir(parents=True, exist_ok=True)
-    now = told(command)
-    check_same(now, folder, begun, done)
+    now = command_record(command)
+    check_same_command(now, folder, begun, done)
     if done.is_file() and folder.is_dir():
         return folder
     done.unlink(missing_ok=True)
@@ -114,19 +117,19 @@ def train(name: str, command: Sequence[str], seed: int, output: Path) -> Path:
     return folder
 
 
-def check_same(now: str, folder: Path, begun: Path, done: Path) -> None:
-    """Raise ValueError where the folder's training was told something else than `now`, or nobody knows what."""
+def check_same_command(now: str, folder: Path, begun: Path, done: Path) -> None:
+    """Raise ValueError where the folder was begun by another command than `now`, or by one that is not known."""
     if begun.is_file():
         before = begun.read_text(encoding="utf-8")
         if before == now:
             return
-        said = f"{folder} was begun by {before!r}, not {now!r}; name the method otherwise"
+        why = f"{folder} was begun by {before!r}, not {now!r}; name the method otherwise"
     elif done.exists() or holds_work(folder):
-        said = f"there is no {begun} that says by which command {folder} was begun; name the method otherwise"
+        why = f"there is no {begun} that says by which command {folder} was begun; name the method otherwise"
     else:
         return
     there = [str(path) for path in (folder, begun, done) if path.exists()]
-    raise ValueError(f"{said}, or remove {', '.join(there)}")
+    raise ValueError(f"{why}, or remove {', '.join(there)}")
 
 
 def holds_work(folder: Path) -> bool:

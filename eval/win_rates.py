@@ -1,6 +1,7 @@
 """The arithmetic of a methods table: wins, ties and win rates, bootstrap intervals, heat maps and CSV.
 
-Scores are name -> (seeds, prompts, scorers), the base's first. Win rate is wins / (wins + losses), as in paper 002, Table 4.
+Scores are name -> (seeds, prompts, scorers), the base's first. Win rate is wins / (wins + losses), as in ImageReward (arXiv
+2304.05977, Table 4).
 """
 
 import csv
@@ -14,16 +15,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 from numpy.typing import NDArray
 
+from preftune import bootstrap
+from preftune.bootstrap import interval
 from preftune.images import save_figure
 
 BASE = "base"
 """Name of what all methods start from and are compared with."""
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """What the table says of a method by one scorer, against the base."""
+class MethodResult:
+    """A line of the table: a method by one scorer, against the base."""
 
     method: str
     scorer: str
@@ -42,57 +44,24 @@ class Row:
         return self.wins / (self.wins + self.losses) if self.wins + self.losses else math.nan
 
 
-def bootstrap(differences: NDArray[np.float64], seed: int = 0) -> tuple[float, float, float]:
-    """Return the mean of (seeds, prompts) differences and its 95 % percentile interval over prompts, NaN for a single prompt."""
-    by_prompt = differences.mean(0)
-    mean, low, high = ratios(by_prompt[None], np.ones((1, len(by_prompt))), seed)[0].tolist()
-    return mean, low, high
-
-
-def ratios(hits: NDArray[np.float64], totals: NDArray[np.float64], seed: int = 0) -> NDArray[np.float64]:
-    """Return (M, 3): sum(hits) / sum(totals) over prompts, both (M, prompts), and its 95 % percentile interval over prompts.
-
-    All M are resampled alike. NaN where the totals are 0; resamples whose totals are 0 do not count. The bounds are NaN, too,
-    where fewer than two prompts have a total: all resamples are equal then, and an interval without width would read as certainty.
-    """
-    rng, prompts = np.random.default_rng(seed), hits.shape[1]
-    resampled = np.full((RESAMPLES, len(hits)), np.nan)
-    for row in resampled:
-        counts = np.bincount(rng.integers(prompts, size=prompts), minlength=prompts)
-        below = totals @ counts
-        np.divide(hits @ counts, below, out=row, where=below > 0)
-    found = np.full((len(hits), 3), np.nan)
-    counting = (totals > 0).sum(1)
-    some, several = counting > 0, counting > 1
-    found[some, 0] = hits[some].sum(1) / totals[some].sum(1)
-    if several.any():
-        found[several, 1:] = np.nanpercentile(resampled[:, several], [2.5, 97.5], axis=0).T
-    return found
-
-
-def interval(low: float, high: float, form: str) -> str:
-    """Return "[low, high]", each in a format such as "+.3f"; empty for bounds of NaN, where there is no interval."""
-    return "" if math.isnan(low) else f"[{low:{form}}, {high:{form}}]"
-
-
 def wins_of(one: NDArray[np.float64], other: NDArray[np.float64]) -> tuple[int, int, int]:
     """Return how often the first is better, equal and worse."""
     return int((one > other).sum()), int((one == other).sum()), int((one < other).sum())
 
 
-def table(
+def method_table(
     scores: Mapping[str, NDArray[np.float64]], scorers: Sequence[str], images: Mapping[str, int]
-) -> list[Row]:
+) -> list[MethodResult]:
     """Return the rows of all methods and scorers; scores are name -> (seeds, prompts, scorers), the base's first."""
     base = scores[BASE]
     rows = []
     for name, found in scores.items():
         for column, scorer in enumerate(scorers):
             difference = found[:, :, column] - base[:, :, column]
-            change, low, high = bootstrap(difference)
+            change, low, high = bootstrap.mean(difference.mean(0))
             wins, ties, losses = wins_of(found[:, :, column], base[:, :, column])
             rows.append(
-                Row(
+                MethodResult(
                     method=name, scorer=scorer, mean=float(found[:, :, column].mean()), change=change, low=low, high=high,
                     wins=wins, ties=ties, losses=losses, images=images[name],
                 )
@@ -101,7 +70,9 @@ def table(
 
 
 def win_rates(scores: Mapping[str, NDArray[np.float64]], column: int) -> NDArray[np.float64]:
-    """Return (methods, methods): the win rate of the row's method against the column's by one scorer; NaN on the diagonal."""
+    """Return (methods, methods): the win rate of the row's method against the column's by one scorer; NaN on the
+    diagonal.
+    """
     names = list(scores)
     rates = np.full((len(names), len(names)), np.nan)
     for i, one in enumerate(names):
@@ -140,7 +111,7 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return text.getvalue()
 
 
-def to_csv(rows: Sequence[Row]) -> str:
+def to_csv(rows: Sequence[MethodResult]) -> str:
     """Return the table as CSV."""
     names = [
         "method",
@@ -174,7 +145,7 @@ def scores_csv(
     return csv_text(["method", "seed", "prompt", *scorers], lines)
 
 
-def to_text(rows: Sequence[Row]) -> str:
+def to_text(rows: Sequence[MethodResult]) -> str:
     """Return the table as printed."""
     lines = [
         f"{'method':16s} {'scorer':18s} {'mean':>8s} {'change':>8s} {'95 % interval':>18s} {'wins':>6s} {'ties':>6s} {'win rate':>8s} {'images':>8s}"

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.families.tiny import build_autoencoder
-from preftune.images import captioned_grid, load_pixels, save_image
+from preftune.grid import captioned_grid
+from preftune.images import load_pixels, save_image
 from preftune.order import items_at
 from preftune.records import read_imagefolder
 from preftune.training.run import Run

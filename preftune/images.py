@@ -1,19 +1,22 @@
-"""Images in and out, and the captioned grid. Inside the suite an image is a (3, H, W) float tensor in [0, 1]."""
+"""One image file: decoded within limits, and written. Inside the suite an image is a (3, H, W) float tensor in [0, 1].
 
-import math
-import os
+Files of a data set are hostile until checked: this is the one place that opens them, and the limits stand here.
+"""
+
+import io
 import struct
+import warnings
 import zlib
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from preftune.files import replacing
 from preftune.resolution import Framing, Resolution
 
 if TYPE_CHECKING:
@@ -22,21 +25,77 @@ if TYPE_CHECKING:
 AnyImage = Image.Image | torch.Tensor
 """A PIL image, or a float tensor (3, H, W) in [0, 1]."""
 
-_UNREADABLE = (  # what PIL's decoders raise; UnidentifiedImageError is an OSError
+SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".gif", ".bmp")
+"""File names that are taken for images where a folder is listed."""
+FORMATS = ("PNG", "WEBP", "JPEG", "GIF", "BMP", "TIFF")
+"""What is decoded. PIL knows more, and starts another program (Ghostscript) for one of them."""
+MAX_BYTES = 64 << 20
+"""Of an encoded image."""
+MAX_PIXELS = 1 << 26
+MAX_ASPECT = 100
+"""Long to short side: scorers resize the short one, so an image of one pixel's width would grow to millions."""
+
+UNREADABLE = (  # what PIL's decoders raise; UnidentifiedImageError is an OSError
     OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error, zlib.error,
     Image.DecompressionBombError,
 )  # fmt: skip
 
 
+class ImageError(ValueError):
+    """An image that cannot be used, and why in a word or two."""
+
+    def __init__(self, reason: Literal["no bytes", "too large", "undecodable"], detail: object) -> None:
+        super().__init__(str(detail) or type(detail).__name__)
+        self.reason = reason
+
+
+def decode(content: bytes) -> Image.Image:
+    """Return an encoded image with all its pixels read; ImageError where it is none, is cut off or is too large."""
+    if not content:
+        raise ImageError("no bytes", "the image has no bytes")
+    if len(content) > MAX_BYTES:
+        raise ImageError("too large", f"{len(content)} bytes; at most {MAX_BYTES}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's limit only warns, and ours is lower
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            check_size(image)
+            image.load()
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:  # its message ends in an address in memory, another each time
+        raise ImageError("undecodable", f"none of {', '.join(FORMATS)}") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError("too large", error) from error
+    except UNREADABLE as error:
+        raise ImageError("undecodable", error) from error
+    return image
+
+
+def check_size(image: Image.Image) -> None:
+    """Raise ImageError for an image with too many pixels, or with sides that differ too much."""
+    width, height = image.size
+    if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageError(
+            "too large", f"{width} x {height} pixels; at most {MAX_PIXELS}, and {MAX_ASPECT} : 1"
+        )
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
-    """An image file as PIL reads it. ValueError that names it where it is missing, no image or damaged, also inside the block."""
+    """Yield an image file as PIL reads it.
+
+    ValueError that names the file where it is missing, no image, too large or damaged, also inside the block.
+    """
     try:
-        with Image.open(path) as file:
-            yield file
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as file:
+                check_size(file)
+                yield file
     except FileNotFoundError as error:
         raise ValueError(f"image {path} does not exist") from error
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ValueError(f"cannot read the image {path}: {error}") from error
 
 
@@ -88,79 +147,29 @@ def to_pil(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray((pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
+def thumbnail(path: Path, width: int, height: int) -> Image.Image:
+    """Return an image file in RGB, made smaller where it exceeds width x height pixels; ValueError as `opened`."""
+    with opened(path) as file:
+        file.draft("RGB", (width, height))  # a JPEG is decoded at a smaller size at once
+        image = _rgb(ImageOps.exif_transpose(file))
+    image.thumbnail((width, height), Image.Resampling.BICUBIC)
+    return image
+
+
 def save_image(image: AnyImage, path: Path) -> None:
-    """Write a PNG, whole or not at all; makes the folder."""
+    """Write a PNG in one piece; makes the folder."""
     image = image if isinstance(image, Image.Image) else to_pil(image)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         image.save(temporary, format="PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a matplotlib figure as a PNG, whole or not at all, and close it."""
+    """Write a matplotlib figure as a PNG in one piece, and close it."""
     from matplotlib.pyplot import close  # not for everybody who loads images
 
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}.png")
-    figure.savefig(temporary, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
     close(figure)
-    temporary.replace(path)
-
-
-def captioned_grid(
-    rows: Sequence[Sequence[AnyImage]],
-    row_captions: Sequence[str] = (),
-    column_titles: Sequence[str] = (),
-    cell_captions: Sequence[Sequence[str]] = (),
-    cell_size: int = 192,
-) -> Image.Image:
-    """Rows of images on white: titles above the columns, captions left of the rows and under the cells.
-
-    Each image is scaled to fit a square of cell_size pixels. Captions are wrapped to their column, and cut with "..."
-    where a row caption is longer than its row. All pieces of text are optional; rows may differ in length.
-    """
-    assert rows, "no rows"
-    for texts, name in ((row_captions, "row captions"), (cell_captions, "rows of cell captions")):
-        assert len(texts) in (0, len(rows)), f"{len(texts)} {name} for {len(rows)} rows"
-    columns = max(len(row) for row in rows)
-    assert len(column_titles) in (0, columns), f"{len(column_titles)} titles for {columns} columns"
-    text_size = max(11, cell_size // 13)
-    font, title_font = ImageFont.load_default(text_size), ImageFont.load_default(round(text_size * 1.15))
-    gap, line = max(6, cell_size // 16), round(text_size * 1.35)
-    captions = [[_wrap(text, font, cell_size) for text in row] for row in cell_captions] or [[] for _ in rows]
-    titles = [_wrap(title, title_font, cell_size) for title in column_titles]
-    left = 2 * gap + (cell_size if row_captions else -gap)
-    top = 2 * gap + (line * max(map(len, titles)) + gap // 2 if titles else -gap)
-    heights = [cell_size + (line * max(map(len, row)) + gap // 2 if row else 0) for row in captions]
-    width = left + columns * (cell_size + gap)
-    sheet = Image.new("RGB", (width, top + sum(heights) + gap * len(rows)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, lines in enumerate(titles):
-        middle = left + column * (cell_size + gap) + cell_size // 2
-        _write(draw, lines, (middle, top - gap // 2 - line * len(lines)), title_font, line, "ma", bold=True)
-    y = top
-    for index, row in enumerate(rows):
-        if row_captions:
-            lines = _wrap(row_captions[index], font, cell_size, max_lines=cell_size // line)
-            _write(draw, lines, (gap, y + (cell_size - line * len(lines)) // 2), font, line, "la")
-        for column, image in enumerate(row):
-            x = left + column * (cell_size + gap)
-            image = image.convert("RGB") if isinstance(image, Image.Image) else to_pil(image)
-            image = ImageOps.contain(image, (cell_size, cell_size), Image.Resampling.BICUBIC)
-            corner = (x + (cell_size - image.width) // 2, y + (cell_size - image.height) // 2)
-            frame = (corner[0] - 1, corner[1] - 1, corner[0] + image.width, corner[1] + image.height)
-            draw.rectangle(
-                frame, outline="#dddddd"
-            )  # else an image with a white edge would melt into the sheet
-            sheet.paste(image, corner)
-        for column, lines in enumerate(captions[index]):
-            middle = left + column * (cell_size + gap) + cell_size // 2
-            _write(draw, lines, (middle, y + cell_size + gap // 2), font, line, "ma", ink="#444444")
-        y += heights[index] + gap
-    return sheet
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -171,55 +180,3 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
-
-
-_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-
-
-def _wrap(text: str, font: _Font, width: int, max_lines: int | None = None) -> list[str]:
-    """The text in lines of at most width pixels; a longer word is broken, and what exceeds max_lines is cut."""
-    lines: list[str] = []
-    for paragraph in text.split("\n"):
-        line = ""
-        for word in paragraph.split():
-            joined = f"{line} {word}" if line else word
-            if font.getlength(joined) <= width:
-                line = joined
-                continue
-            lines += [line] if line else []
-            while len(word) > 1 and font.getlength(word) > width:
-                part = word
-                cut = (
-                    bisect_right(
-                        range(1, len(part)), width, key=lambda end: math.ceil(font.getlength(part[:end]))
-                    )
-                    or 1
-                )
-                lines.append(word[:cut])
-                word = word[cut:]
-            line = word
-        lines.append(line)
-    if max_lines is None or len(lines) <= max_lines:
-        return lines
-    last = lines[max_lines - 1]
-    while last and font.getlength(last + "...") > width:
-        last = last[:-1]
-    return [*lines[: max_lines - 1], last.rstrip() + "..."]
-
-
-def _write(
-    draw: ImageDraw.ImageDraw,
-    lines: Sequence[str],
-    at: tuple[int, int],
-    font: _Font,
-    line_height: int,
-    anchor: str,
-    *,
-    ink: str = "#111111",
-    bold: bool = False,
-) -> None:
-    """Draw lines of text downwards from a point; the anchor is PIL's, "la" left or "ma" centred."""
-    x, y = at
-    for number, text in enumerate(lines):
-        # The only font that comes with Pillow has one weight; a thin outline in the same ink makes it bolder.
-        draw.text((x, y + number * line_height), text, ink, font, anchor, stroke_width=0.4 if bold else 0)

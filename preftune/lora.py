@@ -8,10 +8,8 @@ loads. Only this file and preftune/families know peft and diffusers' adapters.
 
 import contextlib
 import math
-import os
 import pickle
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
+
+from preftune.files import replacing
 
 FILE = "pytorch_lora_weights.safetensors"
 """Name of the weights in a LoRA folder."""
@@ -101,12 +101,15 @@ def save(unet: UNet2DConditionModel, folder: Path) -> None:
         "lora_dropout": 0.0,
         "bias": "none",
     }
-    # In peft's own names: diffusers' renaming knows attention alone, and of a file in two styles it loads but one.
+    # In peft's names: diffusers' renaming knows attention alone, and of a file in two styles it loads but one.
     layers = get_peft_model_state_dict(unet, adapter_name=_ADAPTER)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".lora.tmp-", dir=folder) as temporary:
-        _FILES.save_lora_weights(temporary, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
-        os.replace(Path(temporary, FILE), folder / FILE)
+    with replacing(folder / FILE) as temporary:  # diffusers takes a folder, and the file's name in it
+        _FILES.save_lora_weights(
+            temporary.parent,
+            unet_lora_layers=layers,
+            unet_lora_adapter_metadata=metadata,
+            weight_name=temporary.name,
+        )
 
 
 def find(folder: Path) -> Path | None:
@@ -117,7 +120,7 @@ def find(folder: Path) -> Path | None:
 def load(unet: UNet2DConditionModel, folder: Path, weight: float = 1.0) -> None:
     """Put a saved update on the UNet, frozen, in place of any that it has; weight scales its effect.
 
-    Raises ValueError when the folder holds no update, or one that this UNet cannot take whole.
+    Raises ValueError when the folder holds no update, or one with layers that this UNet lacks.
     """
     path = find(folder)
     if path is None:

@@ -5,12 +5,13 @@
 """
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
+
+from preftune.files import replacing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class CaptionedImage:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """Images of one prompt, ordered by somebody."""
+    """Images of one prompt, ordered by an annotator."""
 
     prompt: str
     paths: tuple[Path, ...]
@@ -95,7 +96,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line, whole or not at all. ValueError for a number that JSON lacks, such as NaN."""
+    """Write one JSON object a line, in one piece. ValueError for a number that JSON lacks, such as NaN."""
     write_lines(path, (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows))
 
 
@@ -111,15 +112,9 @@ def read_lines(path: Path) -> list[tuple[str, str]]:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write lines, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(line + "\n" for line in lines)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write lines, in one piece."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(line + "\n" for line in lines)
 
 
 def parse_object(line: str, place: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Paper 000's ablation in the shapes world, from its shipped configurations: in small here, and in full as a slow test."""
+"""Stable Preference's ablation in the shapes world, from its shipped configurations: in small here, and in full as a slow test."""
 
 import csv
 import hashlib
@@ -40,7 +40,7 @@ def read_table(path: Path) -> dict[tuple[str, str, str, str, str], float]:
 @pytest.mark.usefixtures("trained_here")
 @pytest.mark.parametrize("architecture", ["blip", "clip"])
 def test_the_ablation_in_small(architecture: str, checkout: Path) -> None:
-    """Every objective of Tables 2 and 3 trains a scorer of its own from the pre-trained one, and all are measured."""
+    """Every objective of Tables 2 and 3 trains a scorer from the pre-trained one, and all are measured."""
     single, held, _ = DATA
     for flags, count in ((single, "60"), (held, "24")):
         simulate_rankings.main(cli.parse(simulate_rankings.Config, [*flags.split(), "--count", count]))
@@ -84,6 +84,6 @@ def test_the_ablation_in_full(architecture: str, checkout: Path) -> None:
             )
             for method in METHODS
         }
-        assert flips["interference"] < flips["plain"], "paper 000, Table 1"
+        assert flips["interference"] < flips["plain"], "Stable Preference, Table 1"
         judge = {method: table[data, method, JUDGE, AS_IS, ACCURACY] for method in METHODS}
         assert min(judge, key=lambda method: judge[method]) == "both_smaller", "Table 3"

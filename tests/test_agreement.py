@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from eval import agreement, correlation
-from eval.agreement import ACCURACY, ANNOTATORS, AS_IS, CHANGES, JUDGE, MEAN, ONE, OTHERS, Compared, Judged
-from eval.win_rates import bootstrap, ratios
+from eval.agreement import ACCURACY, ANNOTATORS, AS_IS, CHANGES, JUDGE, MEAN, ONE, OTHERS, Compared, RankedSet
+from preftune.bootstrap import mean, ratios
 
 
 def rows(*values: list[float]) -> agreement.Floats:
@@ -120,15 +120,15 @@ def test_the_commonest_buckets() -> None:
 
 
 @pytest.fixture
-def judged() -> list[Judged]:
+def judged() -> list[RankedSet]:
     """Two sets: three images that three annotators ranked, and two images with one annotator."""
     return [
-        Judged(prompt=0, rows=np.array([0, 1, 2]), ranks=rows([1, 2, 3], [1, 3, 2], [2, 1, 3])),
-        Judged(prompt=1, rows=np.array([3, 4]), ranks=rows([2, 1])),
+        RankedSet(prompt=0, rows=np.array([0, 1, 2]), ranks=rows([1, 2, 3], [1, 3, 2], [2, 1, 3])),
+        RankedSet(prompt=1, rows=np.array([3, 4]), ranks=rows([2, 1])),
     ]
 
 
-def test_references(judged: list[Judged]) -> None:
+def test_references(judged: list[RankedSet]) -> None:
     gold = np.array([0.9, 0.5, 0.1, 0.2, 0.6])
     found = agreement.references(judged, gold)
     assert list(found) == [ANNOTATORS, MEAN, OTHERS, JUDGE]
@@ -148,13 +148,13 @@ def test_places_mean_the_same_however_ties_are_written() -> None:
     assert agreement.places(ways).tolist() == [[2, 2, 2, 4]] * 3
     assert agreement.places(rows([2, 1, 2, 7], [4, 3, 2, 1])).tolist() == [[2.5, 1, 2.5, 4], [4, 3, 2, 1]]
     for one in ways:
-        judged = [Judged(prompt=0, rows=np.arange(4), ranks=np.stack([one, [4, 3, 2, 1]]))]
+        judged = [RankedSet(prompt=0, rows=np.arange(4), ranks=np.stack([one, [4, 3, 2, 1]]))]
         found = agreement.references(judged, None)
         assert found[MEAN][0].tolist() == [[3, 2.5, 2, 2.5]]
         assert found[OTHERS][0].tolist() == [[4, 3, 2, 1], [2, 2, 2, 4]]
 
 
-def test_what_one_annotator_reaches(judged: list[Judged]) -> None:
+def test_what_one_annotator_reaches(judged: list[RankedSet]) -> None:
     """Orders of the pairs (0 1), (0 2), (1 2): a says 0 0 1, b 0 0 2, c 1 0 1. So a-b and a-c share 2 of 3, b-c 1 of 3.
 
     The mean of b and c is 1.5 2 2.5 (a: 3 of 3); of a and c 1.5 1.5 3 (b: 1 of the 2 untied); of a and b 1 2.5 2.5
@@ -182,7 +182,7 @@ def test_a_scorer_that_answers_as_a_fresh_annotator_reaches_what_one_annotator_d
         truth = rng.normal(size=4)
         said = truth + noise * rng.normal(size=(number + 1, 4))
         judged.append(
-            Judged(
+            RankedSet(
                 prompt=prompt, rows=np.arange(4 * prompt, 4 * prompt + 4), ranks=agreement.places(-said[1:])
             )
         )
@@ -203,7 +203,7 @@ def test_a_scorer_that_answers_as_a_fresh_annotator_reaches_what_one_annotator_d
             assert shares[0] == pytest.approx(shares[1], abs=0.015), (name, title)
 
 
-def test_the_table(judged: list[Judged]) -> None:
+def test_the_table(judged: list[RankedSet]) -> None:
     """A perfect scorer, the judge, and a view that turns one of the four choices between two images."""
     scores = {
         "x": rows([3, 2, 1, 0, 1], [2, 3, 1, 0, 1]),
@@ -211,7 +211,7 @@ def test_the_table(judged: list[Judged]) -> None:
     }
     found = {
         (row.rater, row.reference, row.view, row.metric): row
-        for row in agreement.table(judged, scores, [AS_IS, "crop"], 2)
+        for row in agreement.agreement_table(judged, scores, [AS_IS, "crop"], 2)
     }
     assert found["x", JUDGE, AS_IS, ACCURACY].value == 1
     assert found["x", ANNOTATORS, AS_IS, ACCURACY].value == pytest.approx(0.8)
@@ -228,7 +228,7 @@ def test_the_table(judged: list[Judged]) -> None:
     assert not any(key[3] == "recall@4" for key in found), "there are no sets of more than four"
 
 
-def test_robustness_by_every_published_accuracy_and_reference(judged: list[Judged]) -> None:
+def test_robustness_by_every_published_accuracy_and_reference(judged: list[RankedSet]) -> None:
     """The view swaps images 0 and 1: a and b lose a pair, c gains one.
 
     Annotators, pooled: 3 2 2 and 1 of 10 pairs become 2 1 3 and 1. Per ranking and inversions: the same, over 4 rankings.
@@ -238,7 +238,7 @@ def test_robustness_by_every_published_accuracy_and_reference(judged: list[Judge
     scores = {"x": rows([3, 2, 1, 0, 1], [2, 3, 1, 0, 1]), "shapes": rows([0.9, 0.5, 0.1, 0.2, 0.6], [0] * 5)}
     found = {
         (row.reference, row.view, row.metric): row.value
-        for row in agreement.table(judged, scores, [AS_IS, "crop"], 2)
+        for row in agreement.agreement_table(judged, scores, [AS_IS, "crop"], 2)
         if row.rater == "x"
     }
     pooled, ranked, inverted = agreement.PUBLISHED
@@ -264,9 +264,9 @@ def test_robustness_by_every_published_accuracy_and_reference(judged: list[Judge
     assert sum(key[2] == agreement.FLIPPED for key in found) == 1, "it has no reference"
 
 
-def test_an_interval_needs_two_prompts(judged: list[Judged]) -> None:
+def test_an_interval_needs_two_prompts(judged: list[RankedSet]) -> None:
     """One prompt is all resamples: a width of 0 would read as certainty. Prompts that have nothing to count do not help."""
-    found = agreement.table(judged, {"x": rows([3, 2, 1, 0, 1])}, [AS_IS], 2)
+    found = agreement.agreement_table(judged, {"x": rows([3, 2, 1, 0, 1])}, [AS_IS], 2)
     assert {row.prompts for row in found} == {1, 2}
     for row in found:
         assert math.isnan(row.low) == math.isnan(row.high) == (row.prompts == 1), row
@@ -279,7 +279,7 @@ def test_flips() -> None:
 
 def test_interpolation_by_hand() -> None:
     """Scorers of equal deviation, one always right and one always wrong: they cancel in the middle, and a tie is wrong."""
-    judged = [Judged(prompt=0, rows=np.array([0, 1]), ranks=rows([1, 2]))]
+    judged = [RankedSet(prompt=0, rows=np.array([0, 1]), ranks=rows([1, 2]))]
     good, bad, flat = np.array([20.0, 10.0]), np.array([1.0, 2.0]), np.array([4.0, 4.0])
     weights, values = correlation.interpolation(good, bad, judged, [judged[0].ranks], steps=5)
     assert weights.tolist() == [0, 0.25, 0.5, 0.75, 1]
@@ -306,7 +306,7 @@ def test_ratios_resample_prompts() -> None:
     assert (pooled, low, high) == (0.25, 0, 1)
     assert np.isnan(nothing).all()
     values = np.random.default_rng(0).normal(size=(1, 50))
-    mean, low, high = bootstrap(values)
-    assert mean == pytest.approx(values.mean())
+    value, low, high = mean(values[0])
+    assert value == pytest.approx(values.mean())
     deviation = values.std() / math.sqrt(50)
     assert (high - low) / deviation == pytest.approx(2 * 1.96, rel=0.1), "as the normal distribution has it"

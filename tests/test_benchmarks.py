@@ -404,9 +404,11 @@ def test_decode_forward_and_build_do_the_builder_s_work(tmp_path: Path) -> None:
         return scorer(pixels, prompts)
 
     spy.card = scorer.card  # type: ignore[attr-defined]
-    wanted = bench.preparing.unwanted
+    wanted = bench.prepare.unwanted
     assert wanted is not None
-    bench.preparing.unwanted = lambda image: (prepared.append(image.size), wanted(image))[1]
+    bench.prepare = replace(
+        bench.prepare, unwanted=lambda image: (prepared.append(image.size), wanted(image))[1]
+    )
     bench.decode(0)
     assert prepared == [(64, 64)] * 12
     bench.scorers[0] = spy  # type: ignore[assignment]

@@ -41,10 +41,10 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def numbered(folder: Path) -> Callable[[], Callable[[int], list[score_folder.Row]]]:
+def numbered(folder: Path) -> Callable[[], Callable[[int], list[score_folder.ScoreRow]]]:
     """What makes something that gives a row of a part's number and of the process, and notes that it was asked."""
 
-    def rows_of(part: int) -> list[score_folder.Row]:
+    def rows_of(part: int) -> list[score_folder.ScoreRow]:
         (folder / f"{part} {time.monotonic_ns()}").touch()
         time.sleep(2 if part == 3 else 0.5)  # the fourth ends after later ones
         return [] if part == 5 else [{"part": part, "process": os.getpid(), "third": 1 / 3}]

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import tiny
 from conftest import run_here
 from eval import compare_methods, trainings, win_rates
-from preftune import cli
+from preftune import bootstrap, cli
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -21,7 +22,7 @@ def test_wins_and_bootstrap_by_hand() -> None:
     """Two seeds, three prompts, one scorer."""
     base = np.array([[[0.0], [1.0], [2.0]]] * 2)
     other = np.array([[[1.0], [1.0], [1.0]], [[3.0], [1.0], [4.0]]])
-    rows = win_rates.table({"base": base, "x": other}, ["gold"], {"base": 0, "x": 64})
+    rows = win_rates.method_table({"base": base, "x": other}, ["gold"], {"base": 0, "x": 64})
     row = rows[1]
     assert (row.wins, row.ties, row.losses) == (3, 2, 1)
     assert row.win_rate == pytest.approx(0.75)
@@ -37,20 +38,20 @@ def test_wins_and_bootstrap_by_hand() -> None:
 
 
 def test_a_constant_change_has_no_width() -> None:
-    change, low, high = win_rates.bootstrap(np.full((3, 20), 0.25))
+    change, low, high = bootstrap.mean(np.full(20, 0.25))
     assert change == low == high == 0.25
 
 
 def test_one_prompt_has_no_interval() -> None:
     """However many seeds: an interval over prompts of width 0 would read as certainty."""
-    change, low, high = win_rates.bootstrap(np.array([[1.0], [2.0]]))
+    change, low, high = bootstrap.mean(np.array([1.5]))
     assert change == 1.5
     assert math.isnan(low)
     assert math.isnan(high)
-    assert win_rates.interval(low, high, "+.3f") == ""
-    assert win_rates.interval(-0.5, 1, "+.1f") == "[-0.5, +1.0]"
+    assert bootstrap.interval(low, high, "+.3f") == ""
+    assert bootstrap.interval(-0.5, 1, "+.1f") == "[-0.5, +1.0]"
     scores = {"base": np.zeros((2, 1, 1)), "x": np.array([[[1.0]], [[2.0]]])}
-    rows = win_rates.table(scores, ["gold"], {"base": 0, "x": 64})
+    rows = win_rates.method_table(scores, ["gold"], {"base": 0, "x": 64})
     assert "nan" not in win_rates.to_text(rows)
     assert win_rates.to_csv(rows).splitlines()[-1] == "x,gold,1.5,1.5,,,2,0,0,1.0,64"
 
@@ -93,11 +94,13 @@ def report(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(trainings, "subprocess", launch)
         assert compare_methods.main(cli.parse(compare_methods.Config, argv)) == 0
         before = (output / "table.csv").read_bytes()
-        times = {path: path.stat().st_mtime_ns for path in (output / "runs").rglob("*.safetensors")}
+        kept = [*(output / "runs").rglob("*.safetensors"), *(output / "images").rglob("*.png")]
+        times = {path: path.stat().st_mtime_ns for path in kept}
+        assert len(list((output / "images").rglob("*.png"))) == (1 + 3 * 2) * 5
         assert compare_methods.main(cli.parse(compare_methods.Config, argv)) == 0
         assert (output / "table.csv").read_bytes() == before
         assert {path: path.stat().st_mtime_ns for path in times} == times, (
-            "finished runs are not trained again"
+            "finished runs are not trained again, nor are their images generated again"
         )
     return output
 
@@ -136,6 +139,24 @@ def test_the_report(report: Path) -> None:
         "weird-0",
         "weird-1",
     }
+
+
+@pytest.mark.usefixtures("trained_here")
+def test_methods_of_stable_diffusion_xl(root: Path, tmp_path: Path) -> None:
+    """Neither the drivers nor the comparison know which family they have."""
+    model = tiny.pipeline_xl_folder(tmp_path / "xl")
+    common = "--resolution 32 --max-train-steps 1 --train-batch-size 2 --learning-rate 1e-2 --threads 1 --sample.num-inference-steps 2 --sample.resolution 32"
+    methods = [
+        f"refl=finetune/refl.py --prompts {root}/prompts.txt --rewards brightness=1 --pretraining off --num-inference-steps 3 --window 1 1 {common}",
+        f"weird=finetune/weird_lora.py --data {root}/images {common}",
+    ]
+    argv = ["--methods", *methods, "--model", str(model), "--prompts", str(root / "prompts.txt")]
+    argv += ["--seeds", "0", "--count", "3", "--rewards", "brightness=1", "--sample.num-inference-steps", "2"]
+    argv += ["--sample.resolution", "32", "--workers", "0", "--output-dir", str(tmp_path / "out")]
+    assert compare_methods.main(cli.parse(compare_methods.Config, argv)) == 0
+    rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
+    assert [(row["method"], row["images"]) for row in rows] == [("base", "0"), ("refl", "8"), ("weird", "8")]
+    assert len({row["mean"] for row in rows}) == 3
 
 
 DRIVER = "a=finetune/refl.py --learning-rate 1"

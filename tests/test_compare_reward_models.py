@@ -23,9 +23,9 @@ from eval.agreement import (
     JUDGE,
     MEAN,
     ONE,
-    Judged,
+    RankedSet,
+    measurements,
     references,
-    rows_of,
 )
 from preftune import cli
 from preftune.records import read_jsonl, write_jsonl
@@ -34,8 +34,8 @@ from rewards.pixels import from_pil
 pytestmark = pytest.mark.usefixtures("cpu")
 
 SETS = [  # two prompts, three and two images, one annotator each
-    Judged(prompt=0, rows=np.array([0, 1, 2]), ranks=np.array([[1.0, 2.0, 3.0]])),
-    Judged(prompt=1, rows=np.array([3, 4]), ranks=np.array([[1.0, 2.0]])),
+    RankedSet(prompt=0, rows=np.array([0, 1, 2]), ranks=np.array([[1.0, 2.0, 3.0]])),
+    RankedSet(prompt=1, rows=np.array([3, 4]), ranks=np.array([[1.0, 2.0]])),
 ]
 GOLD = np.array([0.9, 0.5, 0.7, 0.2, 0.8])
 """The judge puts image 2 before 1, and 4 before 3."""
@@ -65,7 +65,7 @@ def test_seeds_are_pooled_and_held_against_the_first_method() -> None:
         ),
         **comparing.pooled([{other: np.array([[3.0, 1.0], [3.0, 1.0]])}] * 2),
     }
-    rows = rows_of(comparing.with_differences(sums, "plain"))
+    rows = measurements(comparing.with_differences(sums, "plain"))
     values = {(row.rater, row.metric): row.value for row in rows}
     assert values == {
         (ONE, ACCURACY): pytest.approx(0.5),
@@ -80,20 +80,20 @@ def test_seeds_are_pooled_and_held_against_the_first_method() -> None:
 
 
 def test_one_prompt_has_no_interval(tmp_path: Path) -> None:
-    rows = rows_of({("x", ANNOTATORS, AS_IS, ACCURACY): np.array([[2.0, 0.0], [4.0, 0.0]])})
+    rows = measurements({("x", ANNOTATORS, AS_IS, ACCURACY): np.array([[2.0, 0.0], [4.0, 0.0]])})
     assert comparing.to_text({"d": rows}).endswith("50.0")
-    comparing.plot({"d": rows}, tmp_path / "accuracy.png")
-    comparing.report({"d": rows}, [], tmp_path)
+    comparing.plot_accuracies({"d": rows}, tmp_path / "accuracy.png")
+    comparing.write_report({"d": rows}, [], tmp_path)
     assert (tmp_path / "table.csv").read_text().endswith(",0.5,,\n")
 
 
 def test_ties_alone_can_be_drawn(tmp_path: Path) -> None:
-    judged = [Judged(prompt=0, rows=np.array([0, 1]), ranks=np.array([[1.0, 1.0]]))]
+    judged = [RankedSet(prompt=0, rows=np.array([0, 1]), ranks=np.array([[1.0, 1.0]]))]
     columns, said = np.array([[1.0, 2.0]]), references(judged, None)
     for views in (1, 2):
         names = [AS_IS, "flip + crop 0.9"][:views]
         found = comparing.sums_of("x", columns.repeat(views, 0), judged, said, names, 1)
-        comparing.plot({"d": rows_of(found)}, tmp_path / "accuracy.png")
+        comparing.plot_accuracies({"d": measurements(found)}, tmp_path / "accuracy.png")
 
 
 @pytest.mark.usefixtures("trained_here")

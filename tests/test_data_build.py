@@ -268,8 +268,8 @@ def test_rendered_images_are_right_or_nearly(tmp_path: Path) -> None:
     assert alignment.std() > 0.1
 
 
-def test_drawn_rankings(tmp_path: Path) -> None:
-    """ImageEntry k of ranking i is the pipeline's for the caption of ranking i and the seed of its row."""
+def test_generated_rankings(tmp_path: Path) -> None:
+    """Image k of ranking i is the pipeline's for the caption of ranking i and the seed of its row."""
     model = tiny.pipeline_folder(tmp_path / "model")
     config = simulate_rankings.Config(
         output_dir=tmp_path / "data",
@@ -291,24 +291,26 @@ def test_drawn_rankings(tmp_path: Path) -> None:
         assert_ranks_follow(ranking.ranks, row["gold"])
     sampling = Sampling(num_inference_steps=2, guidance_scale=2.0, solver="ddim", resolution="64")
     prompts = [ranking.prompt for ranking in read for _ in range(2)]
-    expected = sample(families.load(model), prompts, [1_000_003 + row for row in range(6)], sampling)
+    batches = sample(families.load(model), prompts, [1_000_003 + row for row in range(6)], sampling)
+    expected = torch.cat([*batches])
     pixels = torch.cat([images_of(ranking.paths) for ranking in read])
     torch.testing.assert_close(pixels, expected, rtol=0, atol=1.01 / 255)
     assert (pixels[0] - pixels[1]).abs().max() > 0.01
 
 
-def test_drawn_settings_are_mixed_and_independent_of_the_count(tmp_path: Path) -> None:
+def test_generated_settings_are_mixed_and_independent_of_the_count(tmp_path: Path) -> None:
     model = tiny.pipeline_folder(tmp_path / "model")
-    short, long = (
-        simulate_rankings.generate_all(
-            simulate_rankings.Config(
-                output_dir=tmp_path, count=count, images=3, guidance_scales=(1.0, 3.0), step_counts=(1, 2)
-            ),
-            model,
+    found = []
+    for count in (2, 3):
+        config = simulate_rankings.Config(
+            output_dir=tmp_path, count=count, images=3, guidance_scales=(1.0, 3.0), step_counts=(1, 2)
         )
-        for count in (2, 3)
-    )
-    torch.testing.assert_close(short, long[:6], rtol=0, atol=1e-5)
+        folder = tmp_path / str(count)
+        simulate_rankings.write_generated(config, model, folder)
+        found.append(images_of(sorted(folder.rglob("*.png"))))
+    short, long = found
+    assert len(long) == 9
+    torch.testing.assert_close(short, long[:6], rtol=0, atol=1.01 / 255)
 
 
 def test_a_folder_that_is_no_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -332,7 +334,7 @@ def test_agreement_by_hand() -> None:
     assert found["annotator_agrees_with_judge"] == pytest.approx(0.760250, abs=1e-5)
     assert found["annotator_agrees_with_annotator"] == pytest.approx(0.760250**2 + 0.239750**2, abs=1e-5)
     assert found["gold_mean"] == 0.5
-    assert found["gold_deviation_within_ranking"] == 0.5
+    assert found["gold_std_within_ranking"] == 0.5
     exact = simulate_rankings.agreement(np.array([[0.0, 1.0, 0.5]], np.float32), 0.0)
     assert exact["annotator_agrees_with_judge"] == 1
     assert exact["annotator_agrees_with_annotator"] == 1

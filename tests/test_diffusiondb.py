@@ -30,6 +30,7 @@ from data_build import diffusiondb, filters, scoring, selected_folder
 from data_build.decode import made_of
 from data_build.filters import Filters
 from data_build.selection import Selection
+from preftune import score_files
 from preftune.cli import parse
 from preftune.records import read_imagefolder, read_jsonl
 from rewards import CARDS
@@ -562,7 +563,7 @@ def test_no_worker_outlives_a_killed_builder(
         (tmp_path / "waits").touch()
         time.sleep(60)
 
-    monkeypatch.setattr(scoring, "score_batch", wait)
+    monkeypatch.setattr(score_files, "_score", wait)
     process = child(lambda: diffusiondb.main(config(parts[0], tmp_path / "out", workers=1)))
     until((tmp_path / "waits").exists)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -595,7 +596,7 @@ def test_what_is_scored_is_not_scored_again(
     folder, _ = parts
     run(folder, tmp_path / "out")
     before, printed = contents(tmp_path / "out"), capsys.readouterr().out
-    monkeypatch.setattr(selected_folder, "write", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(selected_folder, "write_data_set", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         diffusiondb.main(config(folder, tmp_path / "other"))
     monkeypatch.undo()
@@ -681,7 +682,7 @@ def test_another_job_in_the_same_folder_is_refused(
     changes: dict[str, Any], words: str, parts: tuple[Path, dict[tuple[str, str], str]], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(selected_folder, "write", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(selected_folder, "write_data_set", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         diffusiondb.main(config(parts[0], tmp_path / "out"))
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""data_build/generate.py: parts that the reader of DiffusionDB takes, drawn once and always alike."""
+"""data_build/generate.py: parts that the reader of DiffusionDB takes, generated once and always alike."""
 
 import json
 import zipfile
@@ -9,7 +9,7 @@ import pytest
 
 from data_build import generate
 from data_build.decode import ImageEntry, decode
-from data_build.readers import entries, find, read
+from data_build.readers import entries, find_data_set, read_bytes
 from preftune import cli, families
 from preftune.prompts import read_prompts
 from preftune.sampling import Sampling, sample
@@ -29,10 +29,10 @@ def config(root: Path, output: Path, *flags: str) -> generate.Config:
     return cli.parse(generate.Config, argv)
 
 
-def test_the_reader_takes_what_was_drawn(root: Path, tmp_path: Path) -> None:
+def test_the_reader_takes_what_was_generated(root: Path, tmp_path: Path) -> None:
     settings = config(root, tmp_path / "parts")
     generate.main(settings)
-    data = find(tmp_path / "parts", prompted=True, prompt="", image_column="", text_column="")
+    data = find_data_set(tmp_path / "parts", prompted=True, prompt="", image_column="", text_column="")
     assert data.sources == ("part-000001.zip", "part-000002.zip", "part-000003.zip")
     images = [entry for *_, entry in entries(data)]
     assert all(isinstance(image, ImageEntry) for image in images)
@@ -45,9 +45,9 @@ def test_the_reader_takes_what_was_drawn(root: Path, tmp_path: Path) -> None:
     note = notes["000003-01.png"]
     assert (note["p"], note["c"], note["st"], note["sa"]) == (prompts[3], 7.5, 2, "pndm")
     sampling = Sampling(num_inference_steps=2, resolution="32")
-    alone = sample(families.load(root / "pipeline"), [note["p"]], [note["se"]], sampling)[0]
+    (alone,) = next(sample(families.load(root / "pipeline"), [note["p"]], [note["se"]], sampling))
     chosen = next(p for p in images if isinstance(p, ImageEntry) and p.member == "000003-01.png")
-    found = np.asarray(decode(read(data, chosen))).transpose(2, 0, 1) / 255
+    found = np.asarray(decode(read_bytes(data, chosen))).transpose(2, 0, 1) / 255
     np.testing.assert_allclose(
         found, alone, atol=0.6 / 255, err_msg="an image is that of its prompt and seed"
     )
@@ -60,13 +60,18 @@ def test_parts_that_are_there_stay(root: Path, tmp_path: Path, monkeypatch: pyte
     whole = {path.name: path.read_bytes() for path in folder.glob("*.zip")}
     (folder / "part-000002.zip").unlink()
     (folder / ".part-000002.zip.tmp-1").write_bytes(b"of a killed process")
-    drawn: list[int] = []
+    written: list[int] = []
     write = generate.write_part
-    monkeypatch.setattr(generate, "write_part", lambda *args: (drawn.append(args[3]), write(*args)))
+    monkeypatch.setattr(generate, "write_part", lambda *args: (written.append(args[3]), write(*args)))
     generate.main(config(root, folder))
-    assert drawn == [1]
+    assert written == [1]
     assert {path.name: path.read_bytes() for path in folder.glob("*.zip")} == whole, "byte for byte"
     assert not list(folder.glob(".*"))
+
+
+def test_the_batch_size_may_change(root: Path, tmp_path: Path) -> None:
+    prompts = generate.begin_folder(config(root, tmp_path / "parts"))
+    assert generate.begin_folder(config(root, tmp_path / "parts", "--sample.batch-size", "2")) == prompts
 
 
 @pytest.mark.parametrize(
@@ -78,13 +83,14 @@ def test_parts_that_are_there_stay(root: Path, tmp_path: Path, monkeypatch: pyte
         (["--prompts", "none.txt"], "none.txt does not exist"),
         (["--images", "4"], "was begun with images 3, not 4"),
         (["--count", "6"], "was begun with count 5, not 6"),
+        (["--sample.guidance-scale", "2"], "was begun with sample"),
         (["--output-dir", "{inputs}"], "holds something else"),
     ],
 )
 def test_wrong_flags(
     flags: list[str], words: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
-    generate.begin(config(root, tmp_path / "parts"))
+    generate.begin_folder(config(root, tmp_path / "parts"))
     monkeypatch.setattr(families, "load", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as stop:
         generate.main(config(root, tmp_path / "parts", *[flag.format(inputs=root) for flag in flags]))

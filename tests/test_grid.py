@@ -1,11 +1,10 @@
-"""The comparison grid: what differs along a row is the weights alone, and the page is safe and needs no other file."""
+"""The comparison grid: what differs along a row is the weights alone, and the page is safe and names files beside it alone."""
 
-import base64
-import io
 import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,28 +16,37 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import grid_memory
 import tiny
-from eval import grid, models
+from eval import generated, grid
 from preftune import cli, families
+from preftune.images import save_image
 from preftune.lora import FILE, LoRA
-from preftune.sampling import Sampling
+from preftune.records import read_imagefolder, read_jsonl
+from preftune.resolution import Resolution
+from preftune.sampling import Resolved
 
 CAPTIONS = ["a red circle on a white background", "a blue cross on a black background"]
 HOSTILE = "<script>alert(1)</script> \"quoted\" & 'so' </td>"
-DRAWING = Sampling(num_inference_steps=2, guidance_scale=3.0, solver="ddim", resolution="64")
+SAMPLING = Resolved(
+    num_inference_steps=2, guidance_scale=3.0, solver="ddim", resolution=Resolution(64, 64), batch_size=8
+)
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 class Page(HTMLParser):
-    """What a browser would find on a page: its tags, its text, and its images by row and column title."""
+    """What a browser would find on a page in a folder: its tags, its text, and its images by row and column title."""
 
-    def __init__(self, html: str) -> None:
+    def __init__(self, html: str, folder: Path = Path()) -> None:
         super().__init__()
+        self.folder = folder
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text: list[str] = []
         self.feed(html)
         assert html.rstrip().endswith("</html>")
         self.shown = [attributes for tag, attributes in self.tags if tag == "img"]
+        self.links = [str(attributes["href"]) for tag, attributes in self.tags if tag == "a"]
+        assert len(self.links) == len(self.shown)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
@@ -48,9 +56,9 @@ class Page(HTMLParser):
 
     def images(self, title: str) -> list[np.ndarray]:
         """The column with that title, as uint8 (H, W, 3), from top to bottom."""
-        sources = [str(image["src"]) for image in self.shown if str(image["alt"]).startswith(f"{title}: ")]
-        data = [base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in sources]
-        return [np.asarray(Image.open(io.BytesIO(png))) for png in data]
+        pairs = zip(self.links, self.shown, strict=True)
+        links = [link for link, image in pairs if str(image["alt"]).startswith(f"{title}: ")]
+        return [np.asarray(Image.open(self.folder / link)) for link in links]
 
 
 @pytest.fixture(scope="module")
@@ -75,21 +83,27 @@ def make(stage: Path, tmp_path: Path) -> Callable[..., Page]:
     """Run the program as from the command line, and read the page it wrote."""
 
     def run(*columns: str, **flags: str | list[str]) -> Page:
-        flags = {"rewards": ["brightness=1"], "prompts": str(stage / "prompts.txt"), **flags}
-        argv = [
-            "--model",
-            str(stage / "model"),
-            "--num-inference-steps",
-            "2",
-            "--output-dir",
-            str(tmp_path / "out" / "g"),
+        defaults = {
+            "model": str(stage / "model"),
+            "prompts": str(stage / "prompts.txt"),
+            "rewards": ["brightness=1"],
+        }
+        defaults |= {"num_inference_steps": "2", "guidance_scale": "3", "solver": "ddim", "workers": "0"}
+        defaults |= {"output_dir": str(tmp_path / f"out{len(list(tmp_path.iterdir()))}")}
+        flags = {**defaults, **flags}
+        argv = list[str]()
+        switches = [column for column in columns if column.startswith("--")]
+        argv += [
+            *switches,
+            "--columns",
+            *(column.replace("STAGE", str(stage)) for column in columns if column not in switches),
         ]
-        argv += ["--columns", *(column.replace("STAGE", str(stage)) for column in columns)]
         for name, value in flags.items():
             argv += [f"--{name.replace('_', '-')}", *([value] if isinstance(value, str) else value)]
         assert grid.main(cli.parse(grid.Config, argv)) == 0
-        assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["g.html", "g.png"]
-        return Page((tmp_path / "out" / "g.html").read_text(encoding="utf-8"))
+        folder = Path(str(flags["output_dir"]))
+        assert {"grid.png", "images", "index.html"} <= {path.name for path in folder.iterdir()}
+        return Page((folder / "index.html").read_text(encoding="utf-8"), folder)
 
     return run
 
@@ -127,7 +141,9 @@ def test_a_row_differs_by_weights_alone(make: Callable[..., Page], stage: Path) 
 @pytest.mark.parametrize(
     ("column", "source"), [("x=STAGE/run", "run/lora"), ("x=STAGE/full", "unet"), ("x=STAGE/other", "other")]
 )
-def test_diffusers_draws_the_same(make: Callable[..., Page], stage: Path, column: str, source: str) -> None:
+def test_diffusers_generates_the_same(
+    make: Callable[..., Page], stage: Path, column: str, source: str
+) -> None:
     negative = "Weird image."
     generated = make(column, seed="3", negative=negative).images("x")
     parts = {"unet": tiny.unet(seed=2)} if source == "unet" else {}
@@ -186,6 +202,109 @@ def test_brightness_stands_under_the_image_it_belongs_to(
     )
 
 
+def test_images_are_made_once_and_never_mixed_up(
+    make: Callable[..., Page],
+    stage: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A rerun uses the images; what would be other images is refused, or replaced where the user says so."""
+    run, output = tmp_path / "run", str(tmp_path / "out")
+    shutil.copytree(stage / "run", run)
+    columns = ["base=", f"a/b..={run}"]
+    first = make(*columns, output_dir=output, seed="3")
+    folder = tmp_path / "out" / "images"
+    assert sorted(path.name for path in folder.iterdir()) == ["a_b..", "base"]
+    rows = read_jsonl(folder / "base" / "metadata.jsonl")
+    assert rows == [
+        {"file_name": f"000{i}.png", "text": caption, "seed": 3 + i} for i, caption in enumerate(CAPTIONS)
+    ]
+    assert [sample.text for sample in read_imagefolder(folder / "a_b..")] == CAPTIONS
+    written = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
+    with monkeypatch.context() as patch:
+        patch.setattr(generated, "sample", lambda *_, **__: pytest.fail("an image was generated"))
+        again = make(*columns, output_dir=output, seed="3", batch_size="1")
+        assert apart(first.images("a/b.."), again.images("a/b..")) == 0
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")} == written
+        for changed in (
+            {"seed": "4"},
+            {"guidance_scale": "2"},
+            {"negative": "x"},
+            {"precision": "bf16"},
+            {"count": "1"},
+        ):
+            with pytest.raises(SystemExit):
+                make(*columns, output_dir=output, **({"seed": "3"} | changed))
+            assert (
+                f"another {next(iter(changed)).replace('count', 'prompts')}"
+                in capsys.readouterr().err.replace("seeds", "seed")
+            )
+        with pytest.raises(SystemExit):
+            make("base=", "a/b..=STAGE/run@0.5", output_dir=output, seed="3")
+        assert (
+            "a_b.. holds other images (another weights); add --overwrite-output-dir"
+            in capsys.readouterr().err
+        )
+    lost = folder / "base" / "0001.png"
+    before = lost.read_bytes()
+    lost.unlink()
+    make(*columns, output_dir=output, seed="3")
+    assert lost.read_bytes() == before, "a folder that lacks an image is made again"
+    written |= {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
+    other = make("base=", "a/b..=STAGE/run@0.5", "--overwrite-output-dir", output_dir=output, seed="3")
+    assert apart(other.images("a/b.."), first.images("base")) > 0
+    assert (folder / "base" / "0000.png").stat().st_mtime_ns == written[folder / "base" / "0000.png"]
+    assert (folder / "a_b.." / "0000.png").stat().st_mtime_ns != written[folder / "a_b.." / "0000.png"]
+
+
+def test_another_autoencoder(make: Callable[..., Page], stage: Path, tmp_path: Path) -> None:
+    tiny.vae(seed=3).save_pretrained(tmp_path / "vae")
+    output = str(tmp_path / "out")
+    page = make("base=", "tuned=STAGE/run", output_dir=output)
+    before = [page.images(title) for title in ("base", "tuned")]
+    page = make(
+        "base=", "tuned=STAGE/run", "--overwrite-output-dir", output_dir=output, vae=str(tmp_path / "vae")
+    )
+    for images, title in zip(before, ("base", "tuned"), strict=True):
+        assert apart(images, page.images(title)) > 2
+
+
+def test_stable_diffusion_xl_in_a_size_that_is_not_square(make: Callable[..., Page], tmp_path: Path) -> None:
+    """The program does not know which family it has: LoRA, all weights and base, side by side."""
+    model = tiny.pipeline_xl_folder(tmp_path / "xl")
+    for name, lora in (("low", LoRA(rank=2)), ("full", None)):
+        family = families.load(model)
+        trained = family.trainable(lora, seed=0)
+        for weight in (weight for weight in trained.parameters() if weight.requires_grad):
+            weight.data += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+        family.save_tuned(tmp_path / name / ("lora" if lora else "unet"), lora)
+    columns = ["base=", f"low={tmp_path / 'low'}", f"full={tmp_path / 'full'}", "again="]
+    page = make(*columns, model=str(model), resolution="96x64")
+    assert page.images("base")[0].shape == (64, 96, 3)
+    assert apart(page.images("base"), page.images("again")) == 0
+    for title in ("low", "full"):
+        assert apart(page.images("base"), page.images(title)) > 2, title
+
+
+def test_titles_that_look_alike_have_folders_of_their_own(make: Callable[..., Page], stage: Path) -> None:
+    page = make("a b=", "a?b=STAGE/run", "A_B=STAGE/run@0.5")
+    assert {link.split("/")[1] for link in page.links} == {"a_b", "a_b~2", "A_B~3"}
+    assert apart(page.images("a b"), page.images("a?b")) > 2
+
+
+def test_large_images_have_thumbnails(make: Callable[..., Page], tmp_path: Path) -> None:
+    page = make("base=", resolution="384x328", count="1", output_dir=str(tmp_path / "out"))
+    (image,) = page.shown
+    assert (page.links, image["src"]) == (["images/base/0000.png"], "thumbnails/base/0000.jpg")
+    small = Image.open(tmp_path / "out" / str(image["src"]))
+    assert small.size == (320, 273)
+    full = Image.open(tmp_path / "out" / page.links[0])
+    assert full.size == (384, 328)
+    blurred = [np.asarray(each.resize((8, 8), Image.Resampling.BOX)).astype(int) for each in (full, small)]
+    assert np.abs(blurred[0] - blurred[1]).max() < 8
+
+
 def test_two_scorers_give_two_lines_and_a_sum(make: Callable[..., Page]) -> None:
     page = make("base=", rewards=["brightness=2", "shapes=0.5"])
     lines = {
@@ -205,9 +324,15 @@ def test_no_scorer_no_scores(make: Callable[..., Page]) -> None:
     assert not any("brightness" in text or "Wins" in text for text in page.text)
 
 
-def sheet(scores: list[list[float]], title: str = "base", prompts: list[str] | None = None) -> grid.Sheet:
-    """A sheet with given scores of one scorer, (columns, images)."""
+def sheet(
+    folder: Path, scores: list[list[float]], title: str = "base", prompts: list[str] | None = None
+) -> grid.Sheet:
+    """A sheet with given scores of one scorer, (columns, images), and grey images."""
     count = len(scores[0])
+    files = [[folder / "images" / str(c) / f"{i:04d}.png" for i in range(count)] for c in range(len(scores))]
+    for c, column in enumerate(files):
+        for path in column:
+            save_image(torch.full((3, 64, 64), 0.1 * c), path)
     columns = [
         grid.Column(title=title if c == 0 else f"c{c}", source="", pipeline=Path())
         for c in range(len(scores))
@@ -216,27 +341,31 @@ def sheet(scores: list[list[float]], title: str = "base", prompts: list[str] | N
         columns=columns,
         prompts=prompts or ["p"] * count,
         seeds=range(count),
-        images=[torch.full((count, 3, 64, 64), 0.1 * c) for c in range(len(scores))],
+        files=files,
         scorers=("s",),
         measures=("s",),
         scores=np.array(scores)[..., None],
     )
 
 
-def test_wins_by_hand() -> None:
+def page_of(table: grid.Sheet, config: grid.Config) -> str:
+    return grid.to_html(table, config, SAMPLING, grid.write_thumbnails(table, config.output_dir))
+
+
+def test_wins_by_hand(tmp_path: Path) -> None:
     """Against 1, 2, 3, 4 the second column has a loss, a tie and two wins: 2.5 of 4."""
-    table = sheet([[1, 2, 3, 4], [0, 2, 5, 6], [9, 9, 9, 9]])
+    table = sheet(tmp_path, [[1, 2, 3, 4], [0, 2, 5, 6], [9, 9, 9, 9]])
     assert table.means()[:, 0].tolist() == [2.5, 3.25, 9]
     assert table.wins()[:, 0].tolist() == [0.5, 0.625, 1]
     assert table.best()[..., 0].tolist() == [[False] * 4, [False] * 4, [True] * 4]
-    assert sheet([[1, 2], [1, 3]]).best()[..., 0].tolist() == [[False, False], [False, True]]
-    html = grid.to_html(table, grid.Config(), DRAWING)
+    assert sheet(tmp_path, [[1, 2], [1, 3]]).best()[..., 0].tolist() == [[False, False], [False, True]]
+    html = page_of(table, grid.Config(output_dir=tmp_path))
     assert [text for text in Page(html).text if text.endswith(" %")] == ["62 %", "100 %"]
 
 
-def test_hostile_text_is_escaped_and_nothing_is_fetched() -> None:
-    table = sheet([[1, 2], [3, 4]], title="<b onclick=x>", prompts=[HOSTILE, "{{ 7 * 7 }} ]]>"])
-    html = grid.to_html(table, grid.Config(negative='"><script>', columns=("x=",)), DRAWING)
+def test_hostile_text_is_escaped_and_nothing_is_fetched(tmp_path: Path) -> None:
+    table = sheet(tmp_path, [[1, 2], [3, 4]], title="<b onclick=x>", prompts=[HOSTILE, "{{ 7 * 7 }} ]]>"])
+    html = page_of(table, grid.Config(negative='"><script>', columns=("x=",), output_dir=tmp_path))
     page = Page(html)
     assert "<script" not in html.lower()
     assert HOSTILE in page.text
@@ -244,23 +373,27 @@ def test_hostile_text_is_escaped_and_nothing_is_fetched() -> None:
     assert page.shown[0]["alt"] == f"<b onclick=x>: {HOSTILE}"
     assert {tag for tag, _ in page.tags} <= {
         *("html", "head", "meta", "title", "style", "body", "h1", "p", "div"),
-        *("table", "thead", "tbody", "tr", "th", "td", "img"),
+        *("table", "thead", "tbody", "tr", "th", "td", "img", "a"),
     }
     for tag, attributes in page.tags:
-        assert not attributes.keys() & {"href", "srcset", "style", "onclick", "onerror", "background"}, tag
-        assert "src" not in attributes or str(attributes["src"]).startswith("data:image/png;base64,")
+        assert not attributes.keys() & {"srcset", "style", "onclick", "onerror", "background"}, tag
+        for key in attributes.keys() & {"src", "href"}:
+            assert re.fullmatch(r"images/[01]/000[01]\.png", str(attributes[key]))
     assert len(page.shown) == 4
-    assert not re.search(r"url\(|@import|https?:|file:", html)
+    assert not re.search(r"url\(|@import|https?:|file:/", html)
 
 
-def test_png_has_every_cell() -> None:
+def test_png_has_every_cell(tmp_path: Path) -> None:
     """Two rows of two columns; the second column's images are 10 % grey, and text takes room around them."""
-    image = grid.to_png(sheet([[1, 2], [3, 4]]))
+    table = sheet(tmp_path, [[1, 2], [3, 4]])
+    image = grid.to_png(table, rows=8)
     assert image.width > 3 * 256
     assert image.height > 2 * 256
     pixels = np.asarray(image)
     assert (pixels == 26).all(-1).sum() >= 2 * 250 * 250
     assert (pixels == 0).all(-1).sum() >= 2 * 250 * 250
+    first = np.asarray(grid.to_png(table, rows=1))
+    assert 1 * 250 * 250 <= (first == 26).all(-1).sum() < 2 * 250 * 250, "one row of the two"
 
 
 @pytest.mark.parametrize(
@@ -291,15 +424,16 @@ def test_png_has_every_cell() -> None:
         (["--count", "0"], "--count must be at least 1, got 0"),
         (["--num-images-per-prompt", "0"], "--num-images-per-prompt must be at least 1"),
         (["--seed", "-1"], "--seed must be at least 0"),
-        (["--num-inference-steps", "0"], "error: --num-inference-steps must be a positive number"),
-        (["--resolution", "60"], "error: --resolution must be positive multiples of 8"),
-        (["--negative", "x", "--guidance-scale", "1"], "--negative does nothing at --guidance-scale 1"),
+        (["--num-inference-steps", "0"], "error: --num-inference-steps must lie in 1..1000, got 0"),
+        (["--resolution", "60"], "error: --resolution: resolution '60': width and height must be positive"),
+        (["--negative", "x", "--guidance-scale", "1"], "--negative does nothing at --guidance-scale 1;"),
         (
             ["--negative-columns", "a"],
             "--negative-columns names a; it takes titles of --columns, and needs --negative",
         ),
         (["--negative", "x", "--negative-columns", "z"], "--negative-columns names z"),
-        (["--output-dir", "STAGE/grid.png"], "must be a name without .png or .html"),
+        (["--grid-rows", "0"], "--grid-rows must be at least 1"),
+        (["--output-dir", "STAGE/prompts.txt"], "File exists"),
         (["--output-dir", "STAGE/prompts.txt/grid"], "prompts.txt"),
     ],
 )
@@ -343,7 +477,7 @@ def add_wrong_folders(stage: Path) -> None:
 def test_a_lora_that_does_not_fit_stops_before_the_first_image(
     stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(models, "sample", lambda *_, **__: pytest.fail("an image was generated"))
+    monkeypatch.setattr(generated, "sample", lambda *_, **__: pytest.fail("an image was generated"))
     wrong = {
         name: torch.zeros(value.shape[0] + 1, value.shape[1] + 1)
         for name, value in load_file(stage / "run" / "lora" / FILE).items()
@@ -360,18 +494,17 @@ def test_a_lora_that_does_not_fit_stops_before_the_first_image(
         grid.main(config)
     assert stop.value.code == 2
     assert "does not fit this UNet" in capsys.readouterr().err
-    assert not (tmp_path / "g.png").exists()
+    assert not list((tmp_path / "g").rglob("*.png"))
 
 
 def test_an_at_in_a_folder_name(stage: Path, tmp_path: Path) -> None:
     shutil.copytree(stage / "run", tmp_path / "run@2")
     assert grid.parse_column(f"a={tmp_path}/run@2", stage / "model").weight == 1
     column = grid.parse_column(f"a={tmp_path}/run@2@-0.5", stage / "model")
-    assert (column.lora, column.weight) == (tmp_path / "run@2" / "lora", -0.5)
+    assert (column.tuned, column.weight) == (tmp_path / "run@2" / "lora", -0.5)
 
 
 def test_size_and_bf16(make: Callable[..., Page], stage: Path) -> None:
-    assert grid.own_side(stage / "model") == 64
     page = make(
         "base=", "tuned=STAGE/run", "full=STAGE/full", precision="bf16", resolution="128x64", count="1"
     )
@@ -381,11 +514,11 @@ def test_size_and_bf16(make: Callable[..., Page], stage: Path) -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: the page is checked as text only")
 def test_a_browser_shows_it(tmp_path: Path) -> None:
-    """Headless Chromium draws the page: the red image of the second column is there, and nothing ran."""
-    table = sheet([[1.0], [2.0]], prompts=[HOSTILE])
-    red = torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(1, 3, 64, 64)
-    table.images[1].copy_(red)
-    (tmp_path / "g.html").write_text(grid.to_html(table, grid.Config(), DRAWING), encoding="utf-8")
+    """Headless Chromium shows the page: the red image of the second column is there, and nothing ran."""
+    table = sheet(tmp_path, [[1.0], [2.0]], prompts=[HOSTILE])
+    save_image(torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 64, 64), table.files[1][0])
+    page = page_of(table, grid.Config(output_dir=tmp_path))
+    (tmp_path / "g.html").write_text(page, encoding="utf-8")
     flags = [
         "--headless",
         "--no-sandbox",
@@ -402,3 +535,11 @@ def test_a_browser_shows_it(tmp_path: Path) -> None:
     )
     shot = np.asarray(Image.open(tmp_path / "shot.png").convert("RGB"))
     assert (shot == (255, 0, 0)).all(-1).sum() > 150 * 150
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_large_grid_stays_in_memory(tmp_path: Path) -> None:
+    """13 columns of 256 images of 1024 x 1024 pixels, which together are 42 GB of float32."""
+    peak = grid_memory.measure(tmp_path, columns=13, count=256, side=1024)
+    assert peak < 2 << 30

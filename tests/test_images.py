@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFont
+from PIL import Image
 
 from preftune import images
 
@@ -110,45 +110,3 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         images.save_image(corner((2, 2)), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
-
-
-def test_grid_places_images_and_text() -> None:
-    blue, red = Image.new("RGB", (16, 16), (0, 0, 255)), torch.zeros(3, 32, 16)
-    red[0] = 1
-    captions = ["a blue square beside a red one " * 3, "second"]
-    sheet = np.asarray(
-        images.captioned_grid([[blue, red], [red]], captions, ["base", "tuned"], [["0.5", "0.7"], ["1"]], 96)
-    ).astype(int)
-    is_blue = (sheet == [0, 0, 255]).all(-1)
-    is_red = (sheet == [255, 0, 0]).all(-1)
-    assert is_blue.sum() == 96 * 96
-    assert is_red.sum() == 2 * 96 * 48  # 1:2 images keep their shape
-    rows, columns = np.nonzero(is_blue)
-    dark = (sheet.max(-1) < 120) & ~is_blue & ~is_red
-    assert dark[: rows.min()].any(), "column titles"
-    assert dark[rows.min() : rows.max(), : columns.min()].any(), "row captions"
-    assert dark[rows.max() + 1 :, columns.min() : columns.max()].any(), "cell captions"
-    edge = np.concatenate([sheet[0], sheet[-1], sheet[:, 0], sheet[:, -1]])
-    assert (edge == 255).all(), "a white margin all round"
-
-
-def test_grid_without_text_is_images_and_margins() -> None:
-    sheet = images.captioned_grid([[corner((8, 8))] * 3] * 2, cell_size=32)
-    assert sheet.size == (4 * 6 + 3 * 32, 3 * 6 + 2 * 32)
-    with pytest.raises(AssertionError, match="1 row captions for 2 rows"):
-        images.captioned_grid([[corner()]] * 2, ["one"])
-
-
-def test_wrapping() -> None:
-    font = ImageFont.load_default(12)
-    lines = images._wrap("a red circle above a blue square on a white background", font, 90)
-    assert len(lines) > 2
-    assert " ".join(lines) == "a red circle above a blue square on a white background"
-    assert all(font.getlength(line) <= 90 for line in lines)
-    assert "".join(images._wrap("x" * 100, font, 90)) == "x" * 100
-    cut = images._wrap("word " * 50, font, 90, max_lines=2)
-    assert len(cut) == 2
-    assert cut[1].endswith("...")
-    assert font.getlength(cut[1]) <= 90
-    assert images._wrap("", font, 90) == [""]
-    assert images._wrap("wide", font, 1) == list("wide")

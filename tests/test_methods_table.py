@@ -24,7 +24,7 @@ SCORED = "--data data/parts --rewards imagereward-tiny --rule threshold --high -
 
 
 def build(*flags: str) -> None:
-    """What the README builds for it: drawn parts, the filtered set, and everything scored."""
+    """What the README builds for it: generated parts, the filtered set, and everything scored."""
     generate.main(cli.parse(generate.Config, [*PARTS.split(), *flags]))
     for words in (FILTERED, SCORED):
         diffusiondb.main(cli.parse(diffusiondb.Config, [*words.split(), "--workers", "0"]))
@@ -70,7 +70,7 @@ def test_the_table_in_small(checkout: Path) -> None:
     trained = dict.fromkeys(("refl", "weird", "reward_weighted", "raft_3"), 12)
     assert images == {"base": 0, "raft_1": 4, "raft_2": 8} | trained, "the same budget"
     means = {name: float(row["mean"]) for name, row in rows.items()}
-    assert len(set(means.values())) == len(means), "every method draws its own images"
+    assert len(set(means.values())) == len(means), "no two methods give the same images"
     assert all(0 < mean < 1 for mean in means.values())
 
 
@@ -84,5 +84,5 @@ def test_the_table_in_full(checkout: Path) -> None:
     assert len(rows) == 7
     assert all(math.isfinite(float(row["win_rate"])) for name, row in rows.items() if name != "base")
     rates = {name: float(row["win_rate"]) for name, row in rows.items() if name != "base"}
-    assert max(rates, key=lambda name: rates[name]) == "refl", "as in paper 002, Table 4"
+    assert max(rates, key=lambda name: rates[name]) == "refl", "as in ImageReward, arXiv 2304.05977, Table 4"
     assert rates["raft_1"] > rates["raft_2"], "and so is this"

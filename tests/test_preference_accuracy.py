@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 import rewards
 from eval import preference_accuracy, view_scores
 from eval.agreement import ACCURACY, CHANGES, INVERSION, MEAN, OTHERS
-from eval.rankings import read, without
+from eval.rankings import read_ranked_images, without_rejected
 from preftune import cli
 from preftune.records import read_jsonl, write_jsonl
 from rewards.pixels import from_pil
@@ -166,15 +166,15 @@ def test_one_scorer_without_views(data: Path, tmp_path: Path, capsys: pytest.Cap
 
 def test_count_takes_the_first_prompts(data: Path) -> None:
     config = cli.parse(preference_accuracy.Config, ["--data", str(data), "--count", "1"])
-    ranked = read(config.data, config.count)
+    ranked = read_ranked_images(config.data, config.count)
     assert ranked.prompts == [PLAIN]
     assert [image.path.name for image in ranked.images] == ["0.png", "100.png", "200.png", "cut.png"]
     (one,) = ranked.judged
     assert one.ranks.tolist() == [[3, 2, 1, 4], [2, 3, 1, 4]], "in one order, whatever that of the file"
-    (less,) = without(ranked.judged, {1: "damaged"})
+    (less,) = without_rejected(ranked.judged, {1: "damaged"})
     assert less.rows.tolist() == [0, 2, 3]
     assert less.ranks.tolist() == [[3, 1, 4], [2, 1, 4]]
-    assert without(ranked.judged, {1: "", 2: "", 3: ""}) == []
+    assert without_rejected(ranked.judged, {1: "", 2: "", 3: ""}) == []
 
 
 def test_a_source_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,7 +192,7 @@ def test_a_source_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ranked("q", pair, [1, 2], "a"),
     ]
     write_jsonl(tmp_path / "rankings.jsonl", lines)
-    found = read([tmp_path], None)
+    found = read_ranked_images([tmp_path], None)
     assert found.repeated == 1
     assert [one.ranks.tolist() for one in found.judged] == [
         [[1, 2], [1, 2], [2, 1], [2, 1]],
@@ -260,13 +260,11 @@ def test_captions_of_mirror_images(prompt: str, other: str) -> None:
 
 def test_a_thread_of_pixels_is_set_aside(tmp_path: Path) -> None:
     Image.new("L", (500, 2)).save(tmp_path / "thread.png")
-    preparing = view_scores.Preparing(
-        images=[view_scores.RankedImage(path=tmp_path / "thread.png", prompt="p")],
-        rules=[None],
-        crops=(),
-        judged=False,
-    )
-    assert "500 x 2 pixels" in preparing[[0]].rejected[0]
+    images = [view_scores.PromptedImage(path=tmp_path / "thread.png", prompt="p")]
+    prepare = view_scores.PrepareImage(images=images, crops=(), judged=False)
+    (place, why), views = prepare((0, ""), [None])
+    assert (place, views) == (0, [])
+    assert "500 x 2 pixels" in why
 
 
 @pytest.mark.parametrize(

@@ -387,12 +387,12 @@ def test_a_killed_run_leaves_nothing_that_looks_complete(folder: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:  # fmt: skip
         deadline = time.monotonic() + 60
-        while not list(folder.parent.glob("out.tmp-*/images/0.jpg")) and time.monotonic() < deadline:
+        while not list(folder.parent.glob(".out.tmp-*/images/0.jpg")) and time.monotonic() < deadline:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert not given.output_dir.exists()
-    (left,) = folder.parent.glob("out.tmp-*")
+    (left,) = folder.parent.glob(".out.tmp-*")
     assert not (left / "rankings.jsonl").exists()
     with pytest.raises(ValueError, match="cannot read"):
         read_rankings(left)

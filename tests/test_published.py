@@ -18,7 +18,17 @@ import pytest
 from PIL import Image
 
 from data_build import published_rows
-from data_build.published import ASPECTS, LAYOUTS, Aspect, Judged, Layout, SetAside, Shown, dense, read
+from data_build.published import (
+    ASPECTS,
+    LAYOUTS,
+    Aspect,
+    Layout,
+    PublishedImage,
+    PublishedRanking,
+    SetAside,
+    dense,
+    read_published,
+)
 from data_build.published_rows import SchemaError
 
 SHARED = Path(__file__).parents[2] / "shared/data/prompts/imagereward"
@@ -61,14 +71,14 @@ def webp(level: int) -> bytes:
     return buffer.getvalue()
 
 
-def facts(entry: Judged | SetAside) -> tuple[object, ...]:
+def facts(entry: PublishedRanking | SetAside) -> tuple[object, ...]:
     """What a ranking says: prompt, names, ranks, source, weight."""
-    assert isinstance(entry, Judged)
+    assert isinstance(entry, PublishedRanking)
     names = [image.name for image in entry.images]
     return entry.prompt, names, list(entry.ranks), entry.source, entry.weight
 
 
-def set_aside(entry: Judged | SetAside, place: str, words: str) -> None:
+def set_aside(entry: PublishedRanking | SetAside, place: str, words: str) -> None:
     """Assert that it is a bad row of this place, with these words in its reason."""
     assert isinstance(entry, SetAside)
     assert (entry.place.rpartition("/")[2], entry.reason) == (place, "bad row")
@@ -76,7 +86,7 @@ def set_aside(entry: Judged | SetAside, place: str, words: str) -> None:
 
 
 def facts_of(layout: Layout, path: Path, aspect: Aspect = "mean") -> list[tuple[object, ...]]:
-    return [facts(entry) for entry in read(layout, path, aspect)]
+    return [facts(entry) for entry in read_published(layout, path, aspect)]
 
 
 def pickapic(**changes: object) -> dict[str, Any]:
@@ -138,15 +148,15 @@ def test_imagereward(tmp_path: Path) -> None:
         ("a", ["x/0.webp", "x/1.webp", "x/2.webp"], [5, 2, 2], "", 1.0),
         ("caf\u00e9", ["y/0.webp", "y/1.webp"], [1, 2], "", 1.0),
     ]
-    first = next(read("imagereward", path))
-    assert isinstance(first, Judged)
+    first = next(read_published("imagereward", path))
+    assert isinstance(first, PublishedRanking)
     assert first.place == f"{path} element 1"
-    assert first.images[0] == Shown(name="x/0.webp", content=None)
+    assert first.images[0] == PublishedImage(name="x/0.webp", content=None)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data/prompts/imagereward")
 def test_the_published_test_set() -> None:
-    entries = [*read("imagereward", SHARED / "test.json")]
+    entries = [*read_published("imagereward", SHARED / "test.json")]
     pairs = [pair for entry in entries for pair in combinations(facts(entry)[2], 2)]
     assert len(entries) == 466
     assert sum(a != b for a, b in pairs) == 6399
@@ -173,12 +183,12 @@ def test_imagerewarddb(tmp_path: Path) -> None:
     for number, row in enumerate(rows):  # as the datasets library writes it
         del row["image_path"]
         row["image"] = {"bytes": webp(number), "path": f"{number}.webp"}
-    entries = [*read("imagerewarddb", in_parquet(tmp_path / "1k.parquet", rows))]
+    entries = [*read_published("imagerewarddb", in_parquet(tmp_path / "1k.parquet", rows))]
     assert [facts(entry)[1:3] for entry in entries] == [
         (["0.webp", "2.webp"], [1, 1]),
         (["1.webp", "3.webp"], [2, 1]),
     ]
-    assert isinstance(entries[0], Judged)
+    assert isinstance(entries[0], PublishedRanking)
     assert [image.content for image in entries[0].images] == [webp(0), webp(2)]
 
 
@@ -203,11 +213,11 @@ def imaged(folder: Path, order: Sequence[int], *, group: int, size: int) -> Path
 def test_images_of_a_prompt_that_are_scattered(tmp_path: Path, group: int) -> None:
     """Each image keeps its name, rank and prompt; prompts come in the order of their first."""
     order = random.Random(0).sample(range(40), 40)
-    entries = [*read("imagerewarddb", imaged(tmp_path, order, group=group, size=3))]
+    entries = [*read_published("imagerewarddb", imaged(tmp_path, order, group=group, size=3))]
     firsts = [*dict.fromkeys(f"p {number // 4}" for number in order)]
     assert [facts(entry)[0] for entry in entries] == firsts
     for entry in entries:
-        assert isinstance(entry, Judged)
+        assert isinstance(entry, PublishedRanking)
         numbers = [int(image.name.removesuffix(".webp")) for image in entry.images]
         assert sorted(numbers, key=order.index) == numbers
         assert {f"p {number // 4}" for number in numbers} == {entry.prompt}
@@ -220,13 +230,13 @@ def test_only_the_images_of_one_prompt_are_held(tmp_path: Path, shuffled: bool) 
     """Of 120 images of 100 kB, which are 12 MB, never more than two prompts' and what arrow unpacks at a time."""
     size, order = 100_000, random.Random(0).sample(range(120), 120) if shuffled else range(120)
     path = imaged(tmp_path, order, group=8, size=size)
-    next(read("imagerewarddb", path))  # what is made once
+    next(read_published("imagerewarddb", path))  # what is made once
     elsewhere = pyarrow.total_allocated_bytes()
     tracemalloc.start()
     try:
         count, held = 0, 0
-        for entry in read("imagerewarddb", path):
-            assert isinstance(entry, Judged)
+        for entry in read_published("imagerewarddb", path):
+            assert isinstance(entry, PublishedRanking)
             count += sum(len(image.content or b"") for image in entry.images)
             held = max(held, pyarrow.total_allocated_bytes() - elsewhere)
         peak = tracemalloc.get_traced_memory()[1]
@@ -258,7 +268,7 @@ def test_images_are_read_once_unless_the_way_is_back(
 
     monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", counted)
     monkeypatch.setattr(published_rows, "BATCH", 1)
-    assert len([*read("imagerewarddb", imaged(tmp_path, order, group=4, size=3))]) == 5
+    assert len([*read_published("imagerewarddb", imaged(tmp_path, order, group=4, size=3))]) == 5
     assert passes == [("prompt_id prompt rank", 20), *(("image", rows) for rows in expected)]
 
 
@@ -274,10 +284,10 @@ def test_imagerewarddb_group_and_pair(tmp_path: Path) -> None:
     cells = [{"bytes": webp(0), "path": None}, {"bytes": b"", "path": None}]
     pairs = [{"prompt_id": "1", "prompt": "a", "img_better": cells[0], "img_worse": cells[1]}]
     digest = hashlib.sha256(webp(0)).hexdigest()
-    (entry,) = read("imagerewarddb-pair", in_parquet(tmp_path / "p.parquet", pairs))
+    (entry,) = read_published("imagerewarddb-pair", in_parquet(tmp_path / "p.parquet", pairs))
     assert facts(entry)[2] == [1, 2]
-    assert isinstance(entry, Judged)
-    assert entry.images[0] == Shown(name=f"{digest}.webp", content=webp(0))
+    assert isinstance(entry, PublishedRanking)
+    assert entry.images[0] == PublishedImage(name=f"{digest}.webp", content=webp(0))
     assert entry.images[1].content == b""  # set aside later, by name
 
 
@@ -326,21 +336,21 @@ def test_pickapic(tmp_path: Path) -> None:
         pickapic(has_label=False, label_0=None, label_1=None),
     ]
     path = in_parquet(tmp_path / "train-00000-of-00001.parquet", rows)
-    *judged, unlabelled = read("pickapic", path)
+    *judged, unlabelled = read_published("pickapic", path)
     names = ["aa/aa-0.jpg", "bb/bb-1.jpg"]
     assert [facts(entry) for entry in judged] == [
         ("a cat", names, [1, 2], "3", 0.25),
         ("a cat", names, [2, 1], "9", 1.0),
         ("a cat", names, [1, 1], "3", 1.0),
     ]
-    assert isinstance(judged[0], Judged)
+    assert isinstance(judged[0], PublishedRanking)
     assert [image.content for image in judged[0].images] == [webp(0), webp(1)]
     assert unlabelled == SetAside(place=f"{path} row 4", reason="no label", detail="has_label is false")
     for row in rows:  # pickapic_v2_no_images
         del row["jpg_0"], row["jpg_1"]
-    bare = [*read("pickapic", in_parquet(tmp_path / "bare.parquet", rows))]
+    bare = [*read_published("pickapic", in_parquet(tmp_path / "bare.parquet", rows))]
     assert [facts(entry) for entry in bare[:3]] == [facts(entry) for entry in judged]
-    assert isinstance(bare[0], Judged)
+    assert isinstance(bare[0], PublishedRanking)
     assert bare[0].images[0].content is None
 
 
@@ -435,7 +445,7 @@ def test_a_list_of_another_layout(tmp_path: Path, layout: Layout, row: object, w
     """The first row says so, whatever the others are."""
     path = in_json(tmp_path / "x.json", [row, IR, IR, V1, V1, TRAIN, TRAIN, TEST, TEST])
     with pytest.raises(ValueError, match=words):
-        next(read(layout, path))
+        next(read_published(layout, path))
 
 
 @pytest.mark.parametrize(
@@ -475,16 +485,16 @@ def test_a_bad_value_is_set_aside_wherever_it_stands(
     rows[place] = good | changes
     writers = {"pickapic": in_parquet, "aspects": in_jsonl}
     kind = {"pickapic": "row", "aspects": "line"}.get(layout, "element")
-    entries = [*read(layout, writers.get(layout, in_json)(tmp_path / "x", rows))]
+    entries = [*read_published(layout, writers.get(layout, in_json)(tmp_path / "x", rows))]
     assert len(entries) == 2
-    assert isinstance(entries[1 - place], Judged)
+    assert isinstance(entries[1 - place], PublishedRanking)
     set_aside(entries[place], f"x {kind} {place + 1}", words)
 
 
 def test_a_table_of_another_type(tmp_path: Path) -> None:
     path = in_parquet(tmp_path / "x.parquet", [pickapic(has_label="yes"), pickapic(has_label="no")])
     with pytest.raises(SchemaError, match=r"x\.parquet row 1: has_label is a str; it must be a bool"):
-        next(read("pickapic", path))
+        next(read_published("pickapic", path))
 
 
 @pytest.mark.parametrize(
@@ -504,7 +514,7 @@ def test_a_table_without_a_column(tmp_path: Path, layout: Layout, row: dict[str,
         else in_parquet(tmp_path / "x.parquet", [row])
     )
     with pytest.raises(ValueError, match=f"has no column {column}; it has .*prompt"):
-        list(read(layout, path))
+        list(read_published(layout, path))
 
 
 def test_wrong_cells(tmp_path: Path) -> None:
@@ -518,18 +528,20 @@ def test_wrong_cells(tmp_path: Path) -> None:
     ):  # fmt: skip
         path = in_parquet(tmp_path / "x.parquet", [row, row])
         with pytest.raises(SchemaError, match=words):
-            next(read(layout, path))
+            next(read_published(layout, path))
     good = {"prompt": "a", "image": ["0", "1"], "rank": [1, 2]}
-    empty, whole = read("imagerewarddb-group", in_parquet(path, [good | {"image": [None, None]}, good]))
+    empty, whole = read_published(
+        "imagerewarddb-group", in_parquet(path, [good | {"image": [None, None]}, good])
+    )
     set_aside(empty, "x.parquet row 1", "image is a NoneType; it must be a file name, or hold bytes")
-    assert isinstance(whole, Judged)
+    assert isinstance(whole, PublishedRanking)
 
 
 @pytest.mark.parametrize("score", ["", "good", "nan", "1e999"])
 def test_a_rating_that_is_no_number(tmp_path: Path, score: str) -> None:
     other = RATING | {"rater": "y"}
     rows = [RATING, RATING | {"image": "1", "score": score}, other, other | {"image": "1"}]
-    bad, good = read("ratings", in_csv(tmp_path / "r.csv", rows))
+    bad, good = read_published("ratings", in_csv(tmp_path / "r.csv", rows))
     set_aside(bad, "r.csv line 2", f"line 3: score is '{score}'; it must be a finite number")
     assert facts(good)[3] == "y"
 
@@ -546,7 +558,7 @@ def test_a_rating_that_is_no_number(tmp_path: Path, score: str) -> None:
 def test_the_first_rater_is_judged_as_the_others_are(tmp_path: Path, firsts: list[str], words: str) -> None:
     lines = [*firsts, "a,0,y,3", "a,1,y,4", *(line.replace("x", "z") for line in firsts)]
     (tmp_path / "r.csv").write_text("\n".join(["prompt,image,rater,score", *lines]) + "\n")
-    first, good, last = read("ratings", tmp_path / "r.csv")
+    first, good, last = read_published("ratings", tmp_path / "r.csv")
     assert facts(good)[1:4] == (["0", "1"], [2, 1], "y")
     set_aside(first, "r.csv line 2", words)
     set_aside(last, f"r.csv line {4 + len(firsts)}", words)
@@ -563,10 +575,10 @@ def test_bad_groups_of_imagerewarddb_are_set_aside(tmp_path: Path) -> None:
         ([db("c", 1, "2"), other], "element 2: prompt_id '2' must have one prompt, not 'p 2' and 'q'"),
     ):
         path = in_json(tmp_path / "x.json", bad + good)
-        first, whole = read("imagerewarddb", path)
+        first, whole = read_published("imagerewarddb", path)
         set_aside(first, "x.json element 1", words)
         assert facts(whole)[0] == "p 1"
-        whole, last = read("imagerewarddb", in_json(path, good + bad))
+        whole, last = read_published("imagerewarddb", in_json(path, good + bad))
         set_aside(last, "x.json element 3", words.replace("element 2", "element 4"))
         assert facts(whole)[0] == "p 1"
 
@@ -577,14 +589,14 @@ def test_rows_without_a_prompt_id_are_no_group(tmp_path: Path) -> None:
     bare = [{key: value for key, value in db(name, 1).items() if key != "prompt_id"} for name in "cd"]
     for path in (in_json(tmp_path / "x.json", bare + good), in_zip(tmp_path / "x.zip", bare + good, {})):
         with pytest.raises(SchemaError, match=r"x\.json element 1 has no prompt_id"):
-            next(read("imagerewarddb", path))
-    judged, *others = read("imagerewarddb", in_json(tmp_path / "x.json", good + bare))
+            next(read_published("imagerewarddb", path))
+    judged, *others = read_published("imagerewarddb", in_json(tmp_path / "x.json", good + bare))
     assert facts(judged)[2] == [1, 2]
     for number, entry in enumerate(others, 3):
         set_aside(entry, f"x.json element {number}", "has no prompt_id")
     assert len(others) == 2
     nulls = [db(name, 1, prompt_id=None) for name in "cd"]
-    first, second, judged = read("imagerewarddb", in_parquet(tmp_path / "x.parquet", nulls + good))
+    first, second, judged = read_published("imagerewarddb", in_parquet(tmp_path / "x.parquet", nulls + good))
     assert facts(judged)[2] == [1, 2]
     set_aside(first, "x.parquet row 1", "prompt_id is a NoneType; it must be a str")
     set_aside(second, "x.parquet row 2", "prompt_id is a NoneType; it must be a str")
@@ -602,13 +614,13 @@ def test_rows_without_a_prompt_id_are_no_group(tmp_path: Path) -> None:
 def test_aspects_of_another_layout(tmp_path: Path, images: list[object], words: str) -> None:
     path = in_jsonl(tmp_path / "v.jsonl", [{"prompt": "a", "images": images}, RATED])
     with pytest.raises(SchemaError, match=words):
-        next(read("aspects", path, "fidelity"))
+        next(read_published("aspects", path, "fidelity"))
 
 
 def test_later_rows_that_do_not_fit_are_set_aside(tmp_path: Path) -> None:
     rows = [IR, IR | {"ranking": [1]}, {"prompt": "a"}, IR]
     path = in_json(tmp_path / "x.json", rows)
-    first, short, bare, last = read("imagereward", path)
+    first, short, bare, last = read_published("imagereward", path)
     assert facts(first) == facts(last)
     set_aside(short, "x.json element 2", "1 ranks")
     set_aside(bare, "x.json element 3", "has no generations")
@@ -645,21 +657,21 @@ def test_a_list_longer_than_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_broken_list(tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(ValueError, match=rf"x\.json.*{words}"):
-        list(read("imagereward", tmp_path / "x.json"))
+        list(read_published("imagereward", tmp_path / "x.json"))
 
 
 def test_an_element_without_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(published_rows, "MAX_ROW", 100_000)
     (tmp_path / "x.json").write_text('[{"a": "' + "x" * 300_000 + '"}]')
     with pytest.raises(ValueError, match="element 1 is not JSON"):
-        list(read("imagereward", tmp_path / "x.json"))
+        list(read_published("imagereward", tmp_path / "x.json"))
 
 
 def test_a_json_that_unpacks_to_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(published_rows, "MAX_JSON", 100)
     path = in_zip(tmp_path / "x.zip", [db("a", 1), db("b", 2)], {})
     with pytest.raises(ValueError, match=r"x\.zip: x\.json has \d+ bytes; at most 100"):
-        list(read("imagerewarddb", path))
+        list(read_published("imagerewarddb", path))
 
 
 def test_broken_tables_and_archives(tmp_path: Path) -> None:
@@ -674,11 +686,11 @@ def test_broken_tables_and_archives(tmp_path: Path) -> None:
         ("ratings", tmp_path / "x.csv"),
     ):
         with pytest.raises(ValueError, match=rf"{path.name} is broken, or of another kind"):
-            list(read(layout, path))
+            list(read_published(layout, path))
     for layout in LAYOUTS:
         with pytest.raises(ValueError, match=r"cannot read \S*nowhere: .*No such file"):
-            list(read(layout, tmp_path / "nowhere"))
+            list(read_published(layout, tmp_path / "nowhere"))
     with zipfile.ZipFile(tmp_path / "none.zip", "w") as bare:
         bare.writestr("a.webp", b"")
     with pytest.raises(ValueError, match="holds 0 JSON files; a part of ImageRewardDB has one"):
-        list(read("imagerewarddb", tmp_path / "none.zip"))
+        list(read_published("imagerewarddb", tmp_path / "none.zip"))

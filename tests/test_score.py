@@ -31,6 +31,7 @@ import rewards
 from data_build import readers, score, score_folder, scoring, shapes
 from data_build.decode import ImageEntry, UnusableError, decode
 from golden_weights import tiny_card
+from preftune import score_files
 from preftune.cli import parse
 from preftune.records import read_imagefolder, read_jsonl, write_jsonl
 from rewards import CARDS
@@ -168,7 +169,7 @@ def test_each_image_is_decoded_once_and_prepared_once_for_each_rule(
     torch.save(changed, clips / "changed.pt")
     files["hpsv1"] = clips / "changed.pt"
     scorers[2] = rewards.load("hpsv1", weights=files["hpsv1"])
-    for owner, name in ((scoring, "decode"), (scoring, "from_pil"), (ClipVision, "forward")):
+    for owner, name in ((scoring, "decode"), (score_files, "from_pil"), (ClipVision, "forward")):
         counted(owner, name)
     terms = tuple(f"{name}={path}" for name, path in files.items())
     columns = run(rendered, tmp_path / "out", *names, reward_files=terms, chunk=100, batch_size=4)
@@ -375,14 +376,14 @@ def test_a_listing_goes_on_from_any_place(kind: str, rendered: Path, tmp_path: P
         path = path / "a.parquet"
         write_table(path, as_struct(encoded(rendered)), STRUCT, group=3)
         break_row_group(path, 1)
-    found = readers.find(path, prompted=True, prompt="", image_column="image", text_column="text")
+    found = readers.find_data_set(path, prompted=True, prompt="", image_column="image", text_column="text")
     whole = list(readers.entries(found))
     assert len(whole) == (5 if kind == "broken table" else COUNT)
     for index, (source, number, entry) in enumerate(whole):
         assert list(readers.entries(found, source, number)) == whole[index:]
         assert list(readers.entries(found, source, number + 1)) == whole[index + 1 :]
         if isinstance(entry, ImageEntry):
-            pixels = np.asarray(decode(readers.read(found, replace(entry, content=None))))
+            pixels = np.asarray(decode(readers.read_bytes(found, replace(entry, content=None))))
             original = next(sample for sample in read_imagefolder(rendered) if sample.text == entry.text)
             assert np.array_equal(pixels, np.asarray(Image.open(original.path)))
 
@@ -625,13 +626,13 @@ def test_a_score_that_is_no_number_stops_the_job(
     rendered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It names scorer and image; what was finished before is kept, and nothing is called complete."""
-    original = scoring.score_all
+    original = score_files.score_all
 
     def wrong(scorers: Any, pixels: torch.Tensor, prompts: list[str]) -> list[torch.Tensor]:
         columns = original(scorers, pixels, prompts)
         return [column.where(torch.tensor("cross" not in prompts[0]), math.nan) for column in columns]
 
-    monkeypatch.setattr(scoring, "score_all", wrong)
+    monkeypatch.setattr(score_files, "score_all", wrong)
     first = next(i for i, sample in enumerate(read_imagefolder(rendered)) if "cross" in sample.text)
     with pytest.raises(
         FloatingPointError, match=rf"shapes gave nan for 000/00000{first}\.png  with the prompt '.*cross"
@@ -711,7 +712,7 @@ def test_killed_again_and_again(rendered: Path, tmp_path: Path) -> None:
         assert in_a_child(functools.partial(run_and_die, settings, 2)) == -signal.SIGKILL
         assert score_folder.progress(settings.output_dir)[0] == 2 * kills - 1  # the first file is the job
     number, place = score_folder.progress(settings.output_dir)
-    found = readers.find(data, prompted=True, prompt="", image_column="image", text_column="text")
+    found = readers.find_data_set(data, prompted=True, prompt="", image_column="image", text_column="text")
     assert len(list(readers.entries(found, *place))) == 9 - number
     score.main(settings)
     assert contents(settings.output_dir) == contents(tmp_path / "straight")

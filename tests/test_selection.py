@@ -1,4 +1,4 @@
-"""The selection rules, against hand arithmetic on the formula of paper 001 (section 6)."""
+"""The selection rules, against hand arithmetic on the formula of HPS (arXiv 2303.14420, section 6)."""
 
 import math
 

@@ -6,8 +6,7 @@ python assets/tiny/captions.py --output-dir assets/tiny
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
+from preftune import seeds
 from preftune.cli import parse
 from rewards.shapes_rendering import random_scene
 
@@ -27,8 +26,8 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Draw captions until there are enough different ones."""
-    rng = np.random.default_rng(config.seed)
+    """Take random captions until there are enough different ones."""
+    rng = seeds.rng(config.seed)
     captions: dict[str, None] = {}
     while len(captions) < config.train + config.held_out:
         captions[random_scene(rng).caption()] = None

@@ -61,11 +61,16 @@ def gold(config: Config, guidance: float) -> dict[str, float]:
     sampling = Sampling(
         num_inference_steps=25, guidance_scale=guidance, solver="ddim", resolution=str(SIZE), batch_size=64
     )
-    pixels = sample(
-        families.load(config.model), prompts, range(len(prompts)), sampling, progress=f"guidance {guidance:g}"
-    )
-    judged = judge(pixels, prompts)
-    return {name: float(getattr(judged, name).mean()) for name in ("alignment", "fidelity", "gold")}
+    family = families.load(config.model)
+    batches = sample(family, prompts, range(len(prompts)), sampling, progress=f"guidance {guidance:g}")
+    judgements, start = [], 0
+    for pixels in batches:
+        judgements.append(judge(pixels, prompts[start : start + len(pixels)]))
+        start += len(pixels)
+    return {
+        name: float(torch.cat([getattr(one, name) for one in judgements]).mean())
+        for name in ("alignment", "fidelity", "gold")
+    }
 
 
 def main(config: Config) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from preftune import bootstrap, files
 from preftune.families.base import Family
-from preftune.images import captioned_grid, load_pixels, save_image, to_pil
+from preftune.grid import captioned_grid
+from preftune.images import load_pixels, save_image, to_pil
 from preftune.records import read_jsonl, write_jsonl
 from preftune.sampling import Sampling, sample, sharded
 from preftune.training.run import Run

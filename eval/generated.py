@@ -1,0 +1,206 @@
+"""Folders of generated images: written one by one, and used again as long as all that decides an image is the same.
+
+    images/TITLE/0000.png ...     image i of prompt i with seed i
+    images/TITLE/metadata.jsonl   file_name, text, seed: `datasets.load_dataset("imagefolder")` reads the folder
+    images/TITLE/generated.json   what decides the images: SHA-256 of the weights and of the prompts, seeds, sampling
+    settings
+
+A folder appears when it is complete. Another folder of that name is refused, or with `overwrite` replaced. Letters that
+do not belong into a file name are _ in that of a folder.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from eval.agreement import Floats
+from eval.models import Column, digest_of
+from eval.view_scores import PromptedImage, score_views
+from preftune import families
+from preftune.cli import exit_on_user_error
+from preftune.families.base import Family
+from preftune.files import is_leftover, remove, replacing, write_text
+from preftune.images import to_pil
+from preftune.records import write_jsonl
+from preftune.sampling import Resolved, Sampling, sample
+from rewards import Scorer
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+RECORD = "generated.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """N images of each of C columns: the same prompts, seeds and settings for all."""
+
+    folder: Path
+    """Its folders are those of the columns."""
+    columns: Sequence[Column]
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    sampling: Resolved
+    negatives: Mapping[str, str]
+    """Title -> the prompt that guidance points away from; others have none."""
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    vae: Path | None = None
+    """Folder of an autoencoder that takes the place of each pipeline's."""
+
+    def files(self, title: str) -> list[Path]:
+        """Return the N images of a column."""
+        return [self.folder_of(title) / f"{index:04d}.png" for index in range(len(self.prompts))]
+
+    def folder_of(self, title: str) -> Path:
+        """Return the folder of a column."""
+        names: dict[str, str] = {}
+        for column in self.columns:
+            plain = re.sub(r"[^A-Za-z0-9._-]+", "_", column.title)[:60].lstrip(".") or "_"
+            number = sum(name.partition("~")[0].lower() == plain.lower() for name in names.values())
+            names[column.title] = f"{plain}~{number + 1}" if number else plain
+        return self.folder / names[title]
+
+    def record(self, column: Column) -> dict[str, Any]:
+        """Return all that decides the images of a column; the batch size does not."""
+        settings = asdict(self.sampling) | {"resolution": str(self.sampling.resolution)}
+        del settings["batch_size"]
+        return {
+            "weights": column.digest(),
+            "prompts": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
+            "seeds": list(self.seeds),
+            "negative": self.negatives.get(column.title, ""),
+            "precision": self.precision,
+            "vae": digest_of(self.vae) if self.vae is not None else "",
+            **settings,
+        }
+
+
+def missing_columns(request: Request, *, overwrite: bool) -> list[Column]:
+    """Return the columns whose images are not there. ValueError for a folder of other images, unless it may be
+    overwritten.
+    """
+    missing = []
+    for column in request.columns:
+        folder = request.folder_of(column.title)
+        if not folder.exists():
+            missing.append(column)
+            continue
+        differs = _difference(folder, request.record(column))
+        if differs and not overwrite:
+            raise ValueError(
+                f"{folder} holds other images ({differs}); add --overwrite-output-dir, or choose another --output-dir"
+            )
+        if differs or not all(path.is_file() for path in request.files(column.title)):
+            missing.append(column)
+    return missing
+
+
+def _difference(folder: Path, record: Mapping[str, Any]) -> str:
+    """What of a record is not that of a folder, in words; empty where all is."""
+    path = folder / RECORD
+    if not path.is_file():
+        return f"it has no {RECORD}"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return f"its {RECORD} is not JSON"
+    keys = [key for key in record if not isinstance(found, dict) or found.get(key) != record[key]]
+    return f"another {', '.join(keys)}" if keys else ""
+
+
+def generate(request: Request, columns: Sequence[Column], device: torch.device) -> None:
+    """Generate and write the images of these columns; a pipeline is loaded once for all columns that share it.
+
+    Exits with code 2 for weights that do not fit, before the first image of their pipeline.
+    """
+    request.folder.mkdir(parents=True, exist_ok=True)
+    for leftover in filter(is_leftover, request.folder.iterdir()):
+        remove(leftover)
+    for pipeline in dict.fromkeys(column.pipeline.resolve() for column in columns):
+        group = [column for column in columns if column.pipeline.resolve() == pipeline]
+        _generate_group(request, group, pipeline, device)
+
+
+def _generate_group(request: Request, group: Sequence[Column], pipeline: Path, device: torch.device) -> None:
+    """Generate the columns of one pipeline: with a LoRA on or off; a UNet replaces that of the pipeline, which is then
+    loaded again.
+    """
+    dtype = DTYPES[request.precision]
+    with exit_on_user_error():
+        family: Family | None = families.load(pipeline, device, dtype, request.vae)
+        assert family is not None
+        for column in group:  # a LoRA that does not fit is found before the first image
+            if column.tuned is not None and column.has_lora:
+                family.load_tuned(column.tuned)
+    for column in group:
+        if family is None:
+            family = families.load(pipeline, device, dtype, request.vae)
+        if column.tuned is None:
+            with family.reference():
+                _write_folder(request, column, family)
+            continue
+        with exit_on_user_error():
+            family.load_tuned(column.tuned, column.weight)
+        _write_folder(request, column, family.to(device, dtype))
+        if not column.has_lora:
+            family = None
+
+
+def _write_folder(request: Request, column: Column, family: Family) -> None:
+    """Write the images of a column as they are generated, then what they are; no more than a batch is in memory."""
+    settings = request.sampling
+    sampling = Sampling(
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        solver=settings.solver,
+        resolution=str(settings.resolution),
+        batch_size=settings.batch_size,
+    )
+    negative = request.negatives.get(column.title, "")
+    batches = sample(
+        family, request.prompts, request.seeds, sampling, negative=negative, progress=column.title
+    )
+    names = [path.name for path in request.files(column.title)]
+    with replacing(request.folder_of(column.title)) as folder:
+        folder.mkdir()
+        for name, pixels in zip(names, itertools.chain.from_iterable(batches), strict=True):
+            to_pil(pixels).save(folder / name)
+        rows = zip(names, request.prompts, request.seeds, strict=True)
+        write_jsonl(
+            folder / "metadata.jsonl",
+            ({"file_name": name, "text": prompt, "seed": seed} for name, prompt, seed in rows),
+        )
+        write_text(folder / RECORD, json.dumps(request.record(column), indent=1) + "\n")
+
+
+def score_generated(
+    request: Request, scorers: Sequence[Scorer], device: torch.device, *, workers: int
+) -> dict[str, Floats]:
+    """Return title -> scores (N, S) of the images in their folders. ValueError for a file that cannot be read any more."""
+    found = {}
+    for column in request.columns:
+        files = request.files(column.title)
+        images = [
+            PromptedImage(path=path, prompt=prompt)
+            for path, prompt in zip(files, request.prompts, strict=True)
+        ]
+        scores, rejected = score_views(
+            images,
+            scorers,
+            (),
+            device,
+            batch_size=request.sampling.batch_size,
+            workers=workers,
+            progress=f"scoring {column.title}",
+        )
+        if rejected:
+            why = rejected[min(rejected)]
+            raise ValueError(f"{len(rejected)} images cannot be scored; the first: {why}")
+        found[column.title] = np.stack([scores[scorer.card.name][0] for scorer in scorers], axis=1)
+    return found
