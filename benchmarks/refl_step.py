@@ -7,7 +7,7 @@
 The first value of --precision, --train, --checkpointing and --compile is the base; by default every other value is tried
 alone. Every setting runs in a fresh process, or its peak of memory would be its predecessor's. Times are medians of
 updates (trajectory, late step, decoder, scorer, backward, clip, AdamW) at one late step. `plain` trains the same weights
-with the loop as released (paper 002's code): autocast over float32 weights on CUDA, frozen parts and scorer in half
+with the loop as released (ImageReward's code): autocast over float32 weights on CUDA, frozen parts and scorer in half
 precision, UNet checkpointing, set_timesteps anew each update, clamped pixels; the two take turns, so that a slow minute
 hits both. MFU divides the floating-point operations of the mathematics, without recomputation, by the card's dense bf16 peak.
 

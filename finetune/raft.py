@@ -1,11 +1,11 @@
 """RAFT: generate images, keep those that a reward ranks highest, tune on them, repeat (Dong et al. 2023, arXiv 2304.06767).
 
-Algorithm 1, as paper 002 (appendix E) runs it: in each iteration the model of the moment generates several images for each of
+Algorithm 1, as ImageReward (appendix E) runs it: in each iteration the model of the moment generates several images for each of
 some prompts, the best image of each prompt is kept, and the model is tuned on what was kept by plain noise prediction.
 
     accelerate launch finetune/raft.py --model SD_FOLDER --prompts diffusiondb.txt --rewards imagereward=1
 
-Defaults: 10 images a prompt and lr 1e-5 (paper 002), every prompt's best (LMFlow's notebook also drops prompts:
+Defaults: 10 images a prompt and lr 1e-5 (ImageReward), every prompt's best (LMFlow's notebook also drops prompts:
 `--keep-share`). `--max-train-steps` counts all iterations together. Images generated with `--sample`, as the held-out ones. An
 iteration's data set stays in RUN/iteration_01: an imagefolder with the reward of each image. Left out: the paper's second
 generator as a regulariser. Hardware: Stable Diffusion 1.x at 512 px wants one GPU; tiny models run on a CPU.

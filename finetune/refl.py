@@ -1,4 +1,4 @@
-"""ReFL: tune a diffusion model by the gradient of a reward at a random late denoising step (ImageReward, paper 002).
+"""ReFL: tune a diffusion model by the gradient of a reward at a random late denoising step (ImageReward, arXiv 2304.05977).
 
 Algorithm 1 with its choices as flags: denoise without gradient from x_T to a random late step, take that step with
 gradient, predict x_0, decode it, and descend on eq. 2, lambda phi(r(y, x_0)) with phi = relu(margin - r). The loss of

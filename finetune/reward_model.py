@@ -1,8 +1,8 @@
-"""Train a scorer on preferences: every published objective, Stable Preference included (paper 000), which has no public code.
+"""Train a scorer on preferences: every published objective, Stable Preference included, which has no public code.
 
 | `--objective` | loss | from |
 |---|---|---|
-| `pairs` (default) | -log sigmoid(better - worse) over all untied pairs | ImageReward (002) eq. 1, VP-Score (004) |
+| `pairs` (default) | -log sigmoid(better - worse) over all untied pairs | ImageReward eq. 1, VP-Score (VisionPrefer) |
 | `choice` | softmax over the n images of a prompt, one of which was chosen | HPS v1 (001) |
 | `soft` | KL to the shares of votes, a tie being half a vote for each | HPS v2 (003), PickScore |
 
@@ -62,7 +62,7 @@ LEARNING_RATE = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class Stable:
-    """Stable Preference (paper 000): the loss over weak views, and which pairs count when."""
+    """Stable Preference: the loss over weak views, and which pairs count when."""
 
     views: int = 0
     """Weak views of each image that the anti-interference loss compares; 0 = without that loss, 3 as published."""
@@ -112,7 +112,7 @@ class Config:
     """What the loss compares: pairs, the chosen one among all, or shares of votes."""
     stable: Stable = field(default_factory=Stable)
     head: Head = "own"
-    """What makes the score: own = what the model has; mlp = a new MLP of ImageReward's shape on a CLIP (002, Table 2b)."""
+    """What makes the score: own = what the model has; mlp = a new MLP of ImageReward's shape on a CLIP (ImageReward, Table 2b)."""
     dropout: float | None = None
     """Dropout of an MLP head, in [0, 1); None = the architecture's own, 0.2, 0.2 and 0.1 as published."""
     validation_share: float = 0.1

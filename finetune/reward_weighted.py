@@ -1,16 +1,16 @@
-"""Fine-tune on scored images, each counted by its reward (Lee et al. 2023; the baseline of paper 002, appendix E).
+"""Fine-tune on scored images, each counted by its reward (Lee et al. 2023; the baseline of ImageReward, appendix E).
 
 Loss, eq. 4: the mean of w(r) times the noise-prediction error over images of a model, plus beta times the plain error over
 pre-training images. Two weightings by name:
 
-- `minmax` (default; paper 002): w = (r - min) / (max - min), lowest and highest score of the data set, in [0, 1].
+- `minmax` (default; ImageReward): w = (r - min) / (max - min), lowest and highest score of the data set, in [0, 1].
 - `exp` (reward-weighted regression, Black et al. 2023, arXiv 2305.13301): w = N softmax(r / temperature) over the data set, mean 1.
   Their released code calls 1 / temperature "temperature".
 
     accelerate launch finetune/reward_weighted.py --model SD_FOLDER --data data/scored --score imagereward --pretraining-data data/laion
 
 Scores are read from metadata.jsonl: `python data_build/score.py --data data/generated --rewards imagereward --add-to-metadata` puts them
-there. Defaults: beta 0.5 and lr 1e-5 (paper 002). Hardware: Stable Diffusion 1.x at 512 px wants one GPU; tiny models run on a CPU.
+there. Defaults: beta 0.5 and lr 1e-5 (ImageReward). Hardware: Stable Diffusion 1.x at 512 px wants one GPU; tiny models run on a CPU.
 """
 
 import math

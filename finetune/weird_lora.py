@@ -1,4 +1,4 @@
-"""Teach a model which images people do not like, under a name that guidance can point away from (HPS v1, paper 001).
+"""Teach a model which images people do not like, under a name that guidance can point away from (HPS, arXiv 2303.14420).
 
 Fine-tuning on a data set of preferred, non-preferred and ordinary images (data_build/diffusiondb.py makes one): captions of
 non-preferred ones begin with "Weird image. ", all others stay as they are, and the loss is plain noise prediction. When

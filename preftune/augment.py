@@ -1,4 +1,4 @@
-"""Weak views of images: what people would judge as before, and a scorer should, too (Stable Preference, paper 000, 3.2).
+"""Weak views of images: what people would judge as before, and a scorer should, too (Stable Preference, section 3.2).
 
 Shapes: B images, H W pixels; values in [0, 1].
 """

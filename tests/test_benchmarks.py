@@ -470,7 +470,7 @@ def test_wrong_flags_of_build(name: str, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_the_recipe_is_that_of_the_configuration(tmp_path: Path) -> None:
-    """What is timed is the published recipe: everything that costs time or memory is as in the YAML of paper 000."""
+    """What is timed is the published recipe: everything that costs time or memory is as in the YAML of Stable Preference."""
     config = training.Config(workdir=tmp_path)
     (row,) = training.trials(config, {"clipscore": tmp_path}, "cpu")
     timed = cli.parse(reward_model.Config, training.command(row, tmp_path, tmp_path / "run"))

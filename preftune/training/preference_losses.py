@@ -2,7 +2,7 @@
 
 | function | what a label is | papers |
 |---|---|---|
-| `pair_losses` | one image is better than another | ImageReward (002) eq. 1; Stable Preference (000) eq. 2 and 3 |
+| `pair_losses` | one image is better than another | ImageReward eq. 1; Stable Preference eq. 2 and 3 |
 | `choice_losses` | one of n images is chosen | HPS v1 (001), section 5 |
 | `soft_losses` | the share of people who find an image better, ties being halves | HPS v2 (003) eq. 3; PickScore (arXiv 2305.01569) |
 | `anti_interference_losses` | a better image stays better in every weak view | Stable Preference eq. 5 and 6 |
@@ -46,7 +46,7 @@ def anti_interference_losses(better: Tensor, worse: Tensor) -> Tensor:
     """Return -log(e^inter / (e^inter + e^intra)), (N,), of the scores (N, 1 + k) of each image and its k weak views.
 
     inter is the least score of the better image minus the greatest of the worse one; intra the mean of the two images'
-    ranges. Minima and maxima are over the views and the image itself (000, eq. 6).
+    ranges. Minima and maxima are over the views and the image itself (Stable Preference, eq. 6).
     """
     inter = better.amin(1) - worse.amax(1)
     intra = ((better.amax(1) - better.amin(1)) + (worse.amax(1) - worse.amin(1))) / 2
@@ -54,12 +54,12 @@ def anti_interference_losses(better: Tensor, worse: Tensor) -> Tensor:
 
 
 def first_stage_weights(margins: Tensor, b: float, tau: float) -> Tensor:
-    """Return 1 / (1 + exp((margin - b) / tau)), (N,): what is ordered rightly by more than b hardly counts (000, eq. 7)."""
+    """Return 1 / (1 + exp((margin - b) / tau)), (N,): what is ordered rightly by more than b hardly counts (Stable Preference, eq. 7)."""
     return torch.sigmoid((b - margins) / tau)
 
 
 def second_stage_logits(margins: Tensor, favour: Favour) -> Tensor:
-    """Return (N,) whose softmax over all pairs of an update is the weights: margin, 0 or -margin (000, eq. 8 and Table 3)."""
+    """Return (N,) whose softmax over all pairs of an update is the weights: margin, 0 or -margin (Stable Preference, eq. 8 and Table 3)."""
     return {"larger": 1.0, "equal": 0.0, "smaller": -1.0}[favour] * margins
 
 
