@@ -46,7 +46,7 @@ INKS = {"preferred": "#1a7f37", "non_preferred": "#c0392b"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class ScoredImages:
     """All scored images, N, in the order of the data."""
 
     prompts: NDArray[np.uint64]
@@ -61,17 +61,17 @@ class Table:
     rejected: Counter[str]
     """What was set aside, by reason."""
 
-    def without_duplicates(self) -> "Table":
+    def without_duplicates(self) -> "ScoredImages":
         """Return the table with the first of several images that were made alike."""
         keep = self.made == 0
         keep[np.unique(self.made, return_index=True)[1]] = True
-        return Table(
+        return ScoredImages(
             prompts=self.prompts[keep], made=self.made[keep], scores=self.scores[keep], places=self.places[keep],
             filtered=self.filtered + Counter(duplicate=int((~keep).sum())), rejected=self.rejected,
         )  # fmt: skip
 
 
-def read_table(folder: Path) -> Table:
+def read_table(folder: Path) -> ScoredImages:
     """Return what the chunks of a folder say."""
     prompts, made, scores, places = array("Q"), array("Q"), array("f"), array("I")
     filtered, rejected = Counter[str](), Counter[str]()
@@ -85,7 +85,7 @@ def read_table(folder: Path) -> Table:
             else:
                 filtered.update([row["filter"]] if "filter" in row else [])
                 rejected.update([row["reason"]] if "reason" in row else [])
-    return Table(
+    return ScoredImages(
         prompts=np.array(prompts, np.uint64), made=np.array(made, np.uint64), scores=np.array(scores, np.float64),
         places=np.array(places, np.uint32).reshape(-1, 2), filtered=filtered, rejected=rejected,
     )  # fmt: skip
@@ -122,7 +122,7 @@ def write_data_set(
 
 
 def copied(
-    building: Path, folder: Path, data: DataSet, table: Table, chosen: list[Chosen]
+    building: Path, folder: Path, data: DataSet, table: ScoredImages, chosen: list[Chosen]
 ) -> Iterator[dict[str, Any]]:
     """Copy the chosen images, byte for byte, and yield their rows."""
     taken = {(int(table.places[one.index, 0]), int(table.places[one.index, 1])): one for one in chosen}
@@ -150,7 +150,9 @@ def copied(
             }
 
 
-def summarise(table: Table, chosen: list[Chosen], rule: Selection, scale: float, name: str) -> dict[str, Any]:
+def summarise(
+    table: ScoredImages, chosen: list[Chosen], rule: Selection, scale: float, name: str
+) -> dict[str, Any]:
     """Return counts and mean scores."""
     sizes = np.unique(table.prompts, return_counts=True)[1]
     selected: dict[str, dict[str, Any]] = {}
@@ -213,7 +215,7 @@ def summary_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def histogram(table: Table, chosen: list[Chosen], name: str) -> Figure:
+def histogram(table: ScoredImages, chosen: list[Chosen], name: str) -> Figure:
     """Return the distributions of all scores and of those that were selected."""
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()

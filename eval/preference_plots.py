@@ -33,7 +33,7 @@ from preftune.images import save_figure
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class PageTable:
     """A table of the page; empty cells where nothing was measured."""
 
     title: str
@@ -49,7 +49,7 @@ def percent(row: Measurement) -> str:
     return f"{100 * row.value:{form}} {interval(100 * row.low, 100 * row.high, form)}".rstrip()
 
 
-def tables(rows: Sequence[Measurement]) -> list[Table]:
+def tables(rows: Sequence[Measurement]) -> list[PageTable]:
     """Return the tables of the page; one without lines is left out."""
     unchanged = [row for row in rows if row.view == AS_IS]
     measured = [
@@ -65,7 +65,9 @@ def tables(rows: Sequence[Measurement]) -> list[Table]:
     return [table for table in measured if table.lines]
 
 
-def _pivot(title: str, rows: Sequence[Measurement], metrics: Sequence[str], keys: tuple[str, ...]) -> Table:
+def _pivot(
+    title: str, rows: Sequence[Measurement], metrics: Sequence[str], keys: tuple[str, ...]
+) -> PageTable:
     """Return a line for each value of the keys and a column for each metric that occurs."""
     cells = {
         (*(getattr(row, key) for key in keys), row.metric): percent(row)
@@ -77,7 +79,7 @@ def _pivot(title: str, rows: Sequence[Measurement], metrics: Sequence[str], keys
         (*names, *(cells.get((*names, metric), "") for metric in columns))
         for names in dict.fromkeys(cell[:-1] for cell in cells)
     ]
-    return Table(title=title, keys=len(keys), heads=(*keys, *columns), lines=lines)
+    return PageTable(title=title, keys=len(keys), heads=(*keys, *columns), lines=lines)
 
 
 def to_text(rows: Sequence[Measurement]) -> str:

@@ -120,7 +120,7 @@ def test_columns_equal_images_scored_one_by_one(
     assert f"{COUNT} scored, 0 set aside" in table
     assert f"{values.mean():.4g}" in next(line for line in table.splitlines() if " shapes " in line)
     mean = summary["scores"]["imagereward-tiny"]["mean"]
-    assert units([CARDS["imagereward-tiny"]], "sample", tmp_path / "out" / "summary.json")[0][0] == mean
+    assert units([CARDS["imagereward-tiny"]], "dataset", tmp_path / "out" / "summary.json")[0][0] == mean
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "best_worst.png", "job.json", "rejected.jsonl", "scores.parquet", "summary.json",
     ]  # fmt: skip
