@@ -26,7 +26,7 @@ from tqdm import tqdm
 from preftune import families, seeds
 from preftune.cli import exit_on_user_error, parse
 from preftune.families.base import Family
-from preftune.files import is_leftover, replacing
+from preftune.files import replacing, tidy
 from preftune.images import to_pil
 from preftune.prompts import read_prompts
 from preftune.records import write_lines
@@ -132,8 +132,7 @@ def main(config: Config) -> None:
     with exit_on_user_error():
         prompts = begin_folder(config)
         family = families.load(config.model, device)
-    for path in filter(is_leftover, config.output_dir.iterdir()):
-        path.unlink()
+    tidy(config.output_dir)
     for part in tqdm(range(-(-len(prompts) // config.prompts_per_part)), desc="parts", unit="part"):
         path = config.output_dir / f"part-{part + 1:06d}.zip"
         if not path.is_file():

@@ -25,7 +25,7 @@ from PIL import Image
 
 from data_build.decode import ImageEntry, decode
 from data_build.readers import DataSet, read_bytes
-from preftune.files import is_leftover, replacing
+from preftune.files import is_leftover, replacing, tidy
 from preftune.grid import captioned_grid
 from preftune.images import save_image, to_pil
 from preftune.records import parse_object, read_jsonl, read_lines, write_jsonl, write_lines
@@ -94,9 +94,7 @@ def write_results(folder: Path, data: DataSet, names: Sequence[str], best: int) 
 def remove_chunks(folder: Path) -> None:
     """Remove the chunks of a complete job, and what killed processes left."""
     shutil.rmtree(folder / "chunks", ignore_errors=True)
-    for path in folder.iterdir():
-        if is_leftover(path):
-            path.unlink()
+    tidy(folder)
 
 
 def summarise(folder: Path, names: Sequence[str]) -> dict[str, Any]:

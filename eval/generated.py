@@ -27,7 +27,7 @@ from eval.view_scores import PromptedImage, score_views
 from preftune import families
 from preftune.cli import exit_on_user_error
 from preftune.families.base import Family
-from preftune.files import is_leftover, remove, replacing, write_text
+from preftune.files import replacing, tidy, write_text
 from preftune.images import to_pil
 from preftune.records import write_jsonl
 from preftune.sampling import Resolved, Sampling, sample
@@ -120,8 +120,7 @@ def generate(request: Request, columns: Sequence[Column], device: torch.device) 
     Exits with code 2 for weights that do not fit, before the first image of their pipeline.
     """
     request.folder.mkdir(parents=True, exist_ok=True)
-    for leftover in filter(is_leftover, request.folder.iterdir()):
-        remove(leftover)
+    tidy(request.folder)
     for pipeline in dict.fromkeys(column.pipeline.resolve() for column in columns):
         group = [column for column in columns if column.pipeline.resolve() == pipeline]
         _generate_group(request, group, pipeline, device)

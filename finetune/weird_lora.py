@@ -34,8 +34,11 @@ NEGATIVE = "_negative"
 """Ending of the names of validation images with the negative prompt."""
 
 
+PUBLISHED = LoRA(rank=32)
+
+
 def _published_model() -> ModelConfig:
-    return ModelConfig(model=tyro.MISSING, lora=LoRA(rank=32))
+    return ModelConfig(model=tyro.MISSING, lora=PUBLISHED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +127,7 @@ def read(config: Config) -> list[CaptionedImage]:
 def main(config: Config) -> int:
     """Tune, validate and save."""
     with exit_on_user_error():
-        workspace.check(config.model, config.reward, config.validation, config.run)
+        workspace.check(config.model, config.reward, config.validation, config.run, lora=PUBLISHED)
         samples = read(config)
         prompts = config.validation.prompts([sample.text for sample in samples])
     start, end = "step_000000", f"step_{config.run.max_train_steps:06d}"

@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all: written under a temporary name, then renamed.
 
-The temporary name of `a/b.json` is `a/.b.json.tmp-PID`. A killed process leaves it behind; `is_leftover` knows it again.
+The temporary name of `a/b.json` is `a/.b.json.tmp-PID`. A killed process leaves it behind; `tidy` removes it. A folder that is
+replaced is called `a/.b.tmp-old-PID` between two renames; a kill there leaves that, and `tidy` puts it back.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from rewards.atomic_folder import sync
 
-__all__ = ["is_leftover", "remove", "replacing", "sync", "write_text"]
+__all__ = ["is_leftover", "remove", "replacing", "sync", "tidy", "write_text"]
 
 
 @contextlib.contextmanager
@@ -52,6 +53,18 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
 def is_leftover(path: Path) -> bool:
     """Return whether a killed process left this behind while it wrote."""
     return path.name.startswith(".") and ".tmp-" in path.name
+
+
+def tidy(folder: Path) -> None:
+    """Remove what killed processes left in a folder; where one was killed while a folder took another's place, put that back."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not is_leftover(path):
+            continue
+        name, _, kind = path.name.removeprefix(".").rpartition(".tmp-")
+        if kind.startswith("old-") and not (folder / name).exists():
+            path.rename(folder / name)
+        else:
+            remove(path)
 
 
 def remove(path: Path) -> None:

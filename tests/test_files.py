@@ -113,3 +113,16 @@ def test_remove_takes_whatever_is_there(tmp_path: Path) -> None:
     for name in ("folder", "file", "absent"):
         files.remove(tmp_path / name)
     assert names(tmp_path) == []
+
+
+def test_tidy_removes_leftovers_and_puts_back_what_was_being_replaced(tmp_path: Path) -> None:
+    for name in (".a.json.tmp-12", "kept.json", ".hidden"):
+        (tmp_path / name).write_text(name)
+    for name in (".b.tmp-old-12", ".c.tmp-old-12", "c", ".d.tmp-7"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    files.tidy(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "b", "c", "kept.json"]
+    assert (tmp_path / "b" / "file").read_text() == ".b.tmp-old-12", "killed between the two renames"
+    assert (tmp_path / "c" / "file").read_text() == "c"
+    files.tidy(tmp_path / "nothing")

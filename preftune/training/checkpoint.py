@@ -48,9 +48,8 @@ def clear(
     Only a run's own files go, and those of the driver's patterns, so that a mistyped folder keeps everything else. Where the new
     run starts from a checkpoint in this very folder, only the later checkpoints go.
     """
-    for path in output.iterdir():
-        if files.is_leftover(path):
-            files.remove(path)
+    files.tidy(output)
+    files.tidy(output / "samples")
     if not overwrite or not holds_run(output):
         return
     inside = resume_from is not None and resume_from.resolve().parent == output.resolve()
@@ -79,7 +78,7 @@ def write(
             extra(unfinished)
     for old in find_checkpoints(output)[:-keep] if keep else []:
         files.remove(
-            old.rename(old.with_name(f".{old.name}.tmp-old"))
+            old.rename(old.with_name(f".{old.name}.tmp-gone"))
         )  # half removed, it must not look complete
 
 

@@ -48,17 +48,20 @@ class ModelConfig:
                 resolutions.parse(self.resolution)
             except ValueError as error:
                 raise ValueError(f"--resolution: {error}") from error
-        if self.train == "full" and self.lora != LoRA():
-            raise ValueError(
-                "--lora settings do nothing with --train full; leave them out, or choose --train lora"
-            )
 
     def tuned(self) -> LoRA | None:
         """Return the LoRA that is trained, or None for all weights."""
         return self.lora if self.train == "lora" else None
 
-    def check(self) -> Defaults:
-        """Return the model's defaults, in milliseconds; ValueError for what is no pipeline folder of a known family."""
+    def check(self, lora: LoRA | None = None) -> Defaults:
+        """Return the model's defaults, in milliseconds; ValueError for what is no pipeline folder of a known family.
+
+        ValueError, too, for settings of a LoRA where all weights are trained; `lora` is the program's own default.
+        """
+        if self.train == "full" and self.lora not in (LoRA(), lora):
+            raise ValueError(
+                "--lora settings do nothing with --train full; leave them out, or choose --train lora"
+            )
         return check(self.model, self.vae)
 
     def size(self, defaults: Defaults) -> Resolution:

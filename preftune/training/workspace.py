@@ -20,6 +20,7 @@ from preftune import families
 from preftune.cli import exit_on_user_error
 from preftune.diffusion_loss import captioned_loss
 from preftune.families import Defaults, Family
+from preftune.lora import LoRA
 from preftune.records import CaptionedImage
 from preftune.resolution import Resolution
 from preftune.training import validation
@@ -130,13 +131,14 @@ def check(
     run: RunConfig,
     *,
     differentiable: bool = False,
+    lora: LoRA | None = None,
 ) -> Defaults:
     """Return the model's defaults; ValueError, in milliseconds, for what could not work once all has loaded.
 
-    differentiable: the gradient of the scorers is needed.
+    differentiable: the gradient of the scorers is needed. lora: the program's default, where it has one of its own.
     """
     check_run(run)
-    defaults = model.check()
+    defaults = model.check(lora)
     validation.check(defaults)
     reward.check(differentiable=differentiable)
     return defaults
