@@ -263,6 +263,7 @@ def test_defaults_stand_in_for_none() -> None:
         num_inference_steps=50,
         guidance_scale=7.5,
         solver="pndm",
+        solvers=("pndm", "ddim"),
         lora_target_modules=("to_q",),
         lora_learning_rate=1e-4,
         full_learning_rate=1e-5,
