@@ -17,9 +17,7 @@ and torchvision's default).
 
 
 def shifted(pixels: Tensor, generators: Sequence[Generator], most: int) -> Tensor:
-    """Return images (B, 3, H, W) shifted at random by up to `most` pixels along each axis; borders are
-    repeated.
-    """
+    """Return images (B, 3, H, W) shifted at random by up to `most` pixels along each axis."""
     height, width = pixels.shape[2:]
     wide = F.pad(pixels, (most,) * 4, mode="replicate")
     corners = [torch.randint(2 * most + 1, (2,), generator=generator).tolist() for generator in generators]

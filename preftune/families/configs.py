@@ -1,6 +1,4 @@
-"""Checks of a diffusers pipeline folder that read only its JSON files; errors state what was found and what
-is expected.
-"""
+"""Checks of a diffusers pipeline folder that read only its JSON files."""
 
 import json
 from collections.abc import Mapping, Sequence
