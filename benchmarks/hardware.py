@@ -1,4 +1,4 @@
-"""What the measuring is done on: fresh processes, the memory they used, the name and the peak of the hardware."""
+"""Measuring in fresh processes: time, peak memory, and the name and peak performance of the hardware."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The models that are measured: Stable Diffusion 1.x and the scorers at real size with random weights; the tiny ones are embedded."""
+"""The measured models at real size with random weights: Stable Diffusion 1.x and the published scorers."""
 
 import gzip
 import json

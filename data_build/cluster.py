@@ -1,12 +1,13 @@
-"""Parts scored by the processes of a Ray cluster, on one machine or on many; the only file that knows Ray.
+"""Scoring of parts on a Ray cluster, on one machine or on many; the only file that imports Ray.
 
-Ray Data hands out the numbers of parts, processes with a scorer of their own give back the rows, and this process alone
-writes them, in the order of the parts. So the chunks are those of a run without Ray, byte for byte where the arithmetic
-is the same (equal hardware and threads), a part is never there twice though Ray may score it again after a machine was
-lost, and a killed job goes on, with Ray or without, at the first part that was not written.
+Ray Data distributes the part numbers. Worker processes, each with its own scorer, return the rows, and the
+main process alone writes them, in the order of the parts. The chunks are therefore those of a run without
+Ray, byte for byte on equal hardware with equal thread counts. A part is never written twice, although Ray
+may score it again when a machine is lost. A killed job continues, with Ray or without, at the first part
+that was not written.
 
-What is not written when this process is killed is scored again: the parts that were being scored, and those that were done
-before an earlier one.
+When the main process is killed, unwritten parts are scored again: those in progress, and finished parts
+that waited for an earlier one.
 """
 
 import json

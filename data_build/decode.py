@@ -1,7 +1,8 @@
-"""An image of a data set: read, decoded, or set aside with a reason.
+"""Reading and decoding of one image of a data set; unusable images are rejected with a reason.
 
-What a data set holds is hostile until checked: names that lead elsewhere, archives and images that grow without bound,
-captions that are no text. A bad image costs one row, a broken archive or table one row, and both are recorded.
+The content of a data set is untrusted: file names may lead outside the folder, archives and images may
+expand without bound, and captions may not be text. A bad image, archive or table costs one row and is
+recorded.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ Reason = Literal[
     "undecodable",
     "refused",
 ]
-"""Why something is set aside, in a word or two; `refused` is a scorer's, for an image or a prompt that it cannot judge."""
+"""Short reasons for rejection; `refused` is for an image or a prompt that a scorer cannot judge."""
 
 MAX_RATIO = 100
 """Unpacked to packed bytes of a member above 1 MiB; images hardly shrink."""
@@ -60,7 +61,7 @@ class ImageEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Rejected:
-    """What is set aside: an image, or with an empty member a file with all that it holds."""
+    """A rejected image, or with an empty member a rejected file with all its images."""
 
     file: str
     member: str
@@ -70,7 +71,7 @@ class Rejected:
 
 @dataclass(frozen=True, kw_only=True)
 class Filtered:
-    """A sound image that is not wanted."""
+    """A valid image that a filter removes."""
 
     file: str
     member: str
@@ -122,7 +123,7 @@ def or_unusable(reason: Reason) -> Iterator[None]:
 
 
 def decode(content: bytes) -> Image.Image:
-    """Return the image, all its pixels read; UnusableError where it is none, is cut off, or is too large to be one."""
+    """Return the image, all its pixels read; UnusableError if it is not an image, truncated or too large."""
     try:
         return images.decode(content)
     except images.ImageError as error:

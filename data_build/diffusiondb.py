@@ -1,23 +1,25 @@
-"""DiffusionDB to a data set of preferred and non-preferred images: what finetune/weird_lora.py learns from (HPS (arXiv
-2303.14420)).
+"""Convert DiffusionDB to a data set of preferred and non-preferred images, the input of
+finetune/weird_lora.py (HPS, arXiv 2303.14420).
 
-Reads the zip files as published (2M: PNG, Large: WebP, each with its JSON), scores every image that passes the filters,
-groups by prompt over all parts, and takes the best and the worst image of a prompt where they stand out (selection.py).
-Nothing is unzipped to the disk, and what is in memory grows by at most 100 bytes a scored image (and nine for each in
-the NSFW metadata). What is broken is set aside with the reason. Killed and started again with the same flags, it goes
-on at the part where it was and ends in the same bytes. What is written: see selected_folder.py.
+Reads the zip files as published (2M: PNG, Large: WebP, each with its JSON), scores every image that passes
+the filters, groups images by prompt over all parts, and selects the best and the worst image of a prompt if
+they stand out (selection.py). Nothing is unzipped to the disk. Memory grows by at most 100 bytes per scored
+image (and nine bytes per image in the NSFW metadata). Broken files are skipped with the reason. If the
+program is killed and started again with the same flags, it continues at the same part and gives identical
+output. selected_folder.py describes the output.
 
     python data_build/diffusiondb.py --data images/ --rewards hpsv1 --output-dir data/filtered
-    python data_build/diffusiondb.py --data large-1/ large-2/ --rewards hpsv2.1 --metadata metadata-large.parquet --max-image-nsfw 0.9
+    python data_build/diffusiondb.py --data large-1/ large-2/ --rewards hpsv2.1 --output-dir data/filtered_large --metadata metadata-large.parquet --max-image-nsfw 0.9
 
-With --ray the processes of a Ray cluster score the parts, and the data set is the same (cluster.py):
+With --ray the processes of a Ray cluster score the parts; the resulting data set is the same (cluster.py):
 
     python data_build/diffusiondb.py --data /shared/images/ --rewards hpsv2.1 --output-dir data/filtered --ray auto --ray-workers 8
 
-2M has nearly always one image a prompt; groups of four are in Large. The released code scored with another activation than
-the one HPS v1 was trained with; rewards/ scores as its README does. Captions stay free of the "Weird image. " prefix,
-and ordinary images join when a driver starts (--regularisation): both are finetune/weird_lora.py's.
-Hardware: as score.py. Left out: several GPUs without Ray; prompts that are too rare to be selected are scored all the same.
+The 2M set has nearly always one image per prompt; groups of four are in Large. The released code scores
+with another activation than the one HPS v1 was trained with; rewards/ uses the one in its README. Captions
+are stored without the "Weird image. " prefix and without ordinary images: finetune/weird_lora.py adds both
+(--regularisation). Hardware: as score.py. Left out: several GPUs without Ray; prompts with too few images
+are scored although they cannot be selected.
 """
 
 import functools
@@ -59,24 +61,26 @@ class Config:
     rewards: str
     """The scorer; `python -m rewards` lists them."""
     output_dir: Path
-    """Folder to create; until it is complete, what is done lies beside it in OUTPUT.building."""
+    """Folder to create; unfinished work is in OUTPUT.building."""
     reward_files: tuple[str, ...] = ()
     """The scorer's weights on disk, as hpsv1=PATH."""
     selection: Annotated[Selection, tyro.conf.arg(name="")] = field(default_factory=Selection)
     filters: Annotated[Filters, tyro.conf.arg(name="")] = field(default_factory=Filters)
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Arithmetic of the scorer's towers; scores are float32."""
+    """Precision of the scorer's towers; scores are float32."""
     batch_size: int = 32
-    """Images in one pass."""
+    """Images per forward pass."""
     workers: int = 2
-    """Processes that read and decode, for each that scores; 0 = the one that scores does it."""
+    """Reading and decoding processes per scoring process; 0 = the scoring process reads."""
     ray: str | None = None
-    """Ray cluster that scores the parts: its address, auto = where this machine belongs, local = a new one here; None =
-    no Ray. Parts, weights and preftune must be on all its machines, under the same paths."""
+    """Ray cluster that scores the parts: its address, auto = the cluster of this machine, local = a new one
+    on this machine; None = no Ray. Parts, weights and preftune must be on all machines of the cluster,
+    under the same paths.
+    """
     ray_workers: int = 2
-    """With --ray: processes that score, each with a scorer, and with a GPU where the cluster has any."""
+    """With --ray: number of scoring processes, each with one GPU if the cluster has GPUs."""
     shown: int = 12
-    """Prompts whose images the report shows."""
+    """Number of prompts whose images are shown in the report."""
 
     def __post_init__(self) -> None:
         if not self.data:

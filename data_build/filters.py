@@ -1,7 +1,7 @@
-"""Which images of DiffusionDB are wanted: by its JSON and its metadata before they are read, by their pixels after.
+"""Filters for DiffusionDB images: by its JSON and metadata before an image is read, by its pixels afterwards.
 
-A filter that is asked for never passes what it knows nothing about: an image without an NSFW figure, or whose sampler is not
-said, is filtered.
+An active filter removes every image with missing information, for example without an NSFW value or without
+a sampler.
 """
 
 import hashlib
@@ -27,24 +27,24 @@ PART = re.compile(r"part-(\d+)\.zip")
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
-    """What an image must be like; by default neither blurred nor a duplicate."""
+    """Conditions on images; by default blurred images and duplicates are removed."""
 
     keep_blurred: bool = False
-    """Keep blurred images, too. The published test: no pixel is 10 of 255 above its left neighbour."""
+    """Keep blurred images. Published test: no pixel exceeds its left neighbour by 10 of 255."""
     sizes: tuple[str, ...] = ()
     """Widths and heights to keep, such as 512x512; none = all."""
     samplers: tuple[str, ...] = ()
     """Samplers to keep, such as k_lms; none = all."""
     metadata: Path | None = None
-    """metadata.parquet, or metadata-large.parquet for the Large set, where the NSFW figures are."""
+    """metadata.parquet, or metadata-large.parquet for the Large set, with the NSFW values."""
     max_image_nsfw: float | None = None
-    """Greatest image_nsfw to keep, in [0, 1]; 1 = all but what Stable Diffusion itself has blurred, which has 2."""
+    """Maximum image_nsfw, in [0, 1]; 1 removes only images blurred by Stable Diffusion, whose value is 2."""
     max_prompt_nsfw: float | None = None
-    """Greatest prompt_nsfw to keep, in [0, 1]."""
+    """Maximum prompt_nsfw, in [0, 1]."""
     normalise_prompts: bool = False
-    """Strip prompts and make one space of several, before they are scored and grouped."""
+    """Strip prompts and collapse repeated spaces before scoring and grouping."""
     keep_duplicates: bool = False
-    """Keep images of the same prompt, seed, guidance, steps, sampler and size, too; else the first is kept."""
+    """Keep duplicates (same prompt, seed, guidance, steps, sampler and size); else only the first is kept."""
 
     def __post_init__(self) -> None:
         for size in self.sizes:

@@ -1,15 +1,16 @@
-"""Several images of each prompt by a pipeline, in the layout that DiffusionDB is published in.
+r"""Generate several images per prompt with a pipeline, in the layout of DiffusionDB.
 
-What data_build/diffusiondb.py filters, reward_weighted.py weighs and people rank need not be downloaded: any model can
-generate it. A part is `part-000001.zip` with PNG images and a JSON {file name: {p: prompt, se: seed, c: guidance, st: steps,
-sa: sampler}}. An image is a function of (model, prompt, seed) alone; all images of a prompt lie in one part. Parts are
-written in one piece, and those that exist are not generated again.
+The result is an input of data_build/diffusiondb.py and of finetune/reward_weighted.py (after scoring), or
+can be ranked by people. A part is `part-000001.zip` with PNG images and a JSON {file name: {p: prompt, se:
+seed, c: guidance, st: steps, sa: sampler}}. An image is a function of (model, prompt, seed) alone; all
+images of a prompt are in one part. Parts are written atomically, and existing parts are not generated
+again.
 
     python data_build/generate.py --model assets/tiny/pipeline --prompts assets/tiny/prompts.txt --count 400 --images 8 \
-        --output-dir data/parts --sample.resolution 64 --sample.guidance-scale 2 --sample.num-inference-steps 16
+        --output-dir data/parts --sample.resolution 64 --sample.guidance-scale 2 --sample.num-inference-steps 16 \
         --sample.solver ddim
 
-Hardware: the embedded model generates 25 images/s on one CPU core at 16 steps; Stable Diffusion wants a GPU.
+Hardware: the embedded model generates 25 images/s on one CPU core at 16 steps; Stable Diffusion needs a GPU.
 """
 
 import hashlib
@@ -45,15 +46,15 @@ class Config:
     prompts: Path
     """Prompt file: txt, json, jsonl, csv, tsv or parquet."""
     output_dir: Path
-    """Folder of the parts; what is there goes on if it was begun with the same settings."""
+    """Folder of the parts; existing parts are kept if their settings are the same."""
     count: int = 1000
-    """At most so many prompts, the first of the file."""
+    """Maximum number of prompts, from the start of the file."""
     images: int = 8
     """Images of each prompt."""
     prompts_per_part: int = 100
     """Prompts whose images share a zip file."""
     seed: int = 0
-    """Seeds of images derive from it, the prompt's number and the image's."""
+    """Image seeds are derived from it, the index of the prompt and the index of the image."""
     sample: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:

@@ -1,22 +1,24 @@
-"""Published preference data to a folder that finetune/reward_model.py trains on: images, and rankings with ties.
+"""Convert published preference data to training data of finetune/reward_model.py: images, and rankings with
+ties.
 
-Reads every layout of data_build/published.py, a few rows at a time; zip files and tables are not unpacked. Each image
-is decoded once to check it: one that is missing, empty, cut off or too large is set aside, and its rankings keep their
-other images.
+Reads every layout of data_build/published.py, a few rows at a time; zip files and tables are not unpacked.
+Each image is decoded once to check it. Missing, empty, truncated and too large images are rejected, and
+their rankings keep their other images.
 
     python data_build/preferences.py --layout hpdv2-test --input HPD/test.json --images HPD/test --output-dir data/hpd
     python data_build/preferences.py --layout pickapic --input pickapic_v2/data/train-*.parquet --output-dir data/pickapic
     python data_build/preferences.py --layout imagerewarddb --input DB/images/train/*.zip --images DB --output-dir data/imagereward
 
-    rankings.jsonl   prompt, generations (file names), ranking (1 = best), source (who ranked) and, unless it is 1, weight
-    images/        under their published names, each once: the same bytes, as hard links where that is possible
+    rankings.jsonl   prompt, generations (file names), ranking (1 = best), source (the annotator) and, unless it is 1, weight
+    images/        under their published names, each once: the same bytes, as hard links where possible
     rejected.jsonl   name (of an image, or the place of a ranking), reason, detail
     summary.json     counts
 
-A ranking is set aside where fewer than two images are left, or only ties of what was no tie: of a choice whose chosen
-image is lost, nothing is known. Images of such a ranking may stay behind.
-Hardware: on one CPU core 840 smooth JPEG images of 512 x 512 pixels a second, 190 WebP. Left out: several processes, and
-going on after a kill: the folder has its name only when it is complete.
+A ranking is rejected if fewer than two images are left, or if the rest is tied only because images were
+lost: a choice whose chosen image is missing says nothing. Images of a rejected ranking may remain in the
+folder. Hardware: one CPU core reads 840 smooth JPEG images of 512 x 512 pixels per second, or 190 WebP
+images. Left out: several processes, and continuing after a kill; the folder gets its name only when it is
+complete.
 """
 
 import functools
@@ -48,15 +50,15 @@ class Config:
     """Write rankings and their images from published preference data."""
 
     layout: Layout
-    """What the files hold; data_build/published.py describes each."""
+    """Format of the files; data_build/published.py describes each."""
     input: tuple[Path, ...]
     """Files of that layout."""
     output_dir: Path
     """Folder to create; it must not exist yet."""
     images: Path | None = None
-    """Folder that names of images are relative to; a.zip in it serves as a folder a. None = that of the first input."""
+    """Root folder of the image names; a.zip in it is read as a folder a. None = that of the first input."""
     aspect: Aspect | None = None
-    """What the ranks of the layout `aspects` go by; None = the mean of the four."""
+    """Aspect that the ranks of the layout `aspects` use; None = the mean of the four."""
 
     def __post_init__(self) -> None:
         if not self.input:

@@ -1,10 +1,10 @@
-"""Preference data in the layouts in which the field publishes it, read as rankings with ties.
+"""Readers of published preference data; all layouts are read as rankings with ties.
 
     imagereward          ImageReward's train, valid and test.json: generations, ranking
     imagerewarddb        ImageRewardDB's train_1.zip, the JSON in it, or metadata-train.parquet: a row an image
     imagerewarddb-group  parquet: a row a prompt, with its images and ranks
     imagerewarddb-pair   parquet: img_better, img_worse
-    hpdv1                preference_*.json: human_preference is the place of the preferred image in file_path
+    hpdv1                preference_*.json: human_preference is the index of the preferred image in file_path
     hpdv2-train          train.json: human_preference marks the preferred of two with 1
     hpdv2-test           test.json: a ranking for each of raw_annotations; without them, that of the averaged rank
     pickapic             parquet: two images, label_0 and label_1 (0.5 = tie); weighs 1 / num_example_per_prompt
@@ -12,9 +12,9 @@
     ratings              CSV: prompt, image, rater, score; a ranking for each rater of a prompt, higher is better
     rankings             our rankings.jsonl, such as the shapes world's
 
-A choice of one among n is ranked 1, 2, ..., 2. Where a row holds no bytes, images have names alone, so that rankings can be
-read without them. Annotators of HPD v2 are taken to give each image's place, as the averaged rank does. VisionPrefer's
-data are not public: the fields of `aspects` are ours.
+A choice of one among n is ranked 1, 2, ..., 2. Where a row holds no bytes, images have names alone, so that
+rankings can be read without them. Annotations of HPD v2 are read as the rank of each image, as the averaged
+rank is. VisionPrefer's data are not public: the fields of `aspects` are ours.
 """
 
 import functools

@@ -1,9 +1,10 @@
-"""The rows of published files, read a few at a time: JSON lists, JSON lines, CSV, parquet, and the zip files of
+"""Rows of published files, read a few at a time: JSON lists, JSON lines, CSV, parquet, and the zip files of
 ImageRewardDB.
 
-A row is (place for messages, object). Files hold up to millions of rows, so none is read as a whole; where rows have to be
-gathered into groups, those are rows of text, and images are read for one group at a time. Every fault of a file is a
-ValueError that names it; that of a row whose shape is not the layout's is a SchemaError.
+A row is (place for messages, object). Files have up to millions of rows, so none is read as a whole. When
+rows must be grouped, only text is kept for all rows, and images are read for one group at a time. Every
+error of a file is a ValueError that names it; a row with other fields than those of the layout is a
+SchemaError.
 """
 
 import bisect

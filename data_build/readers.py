@@ -1,8 +1,9 @@
-"""Where images with prompts come from: imagefolders, plain folders, parquet tables and DiffusionDB's zip files.
+"""Readers of images with prompts: imagefolders, plain folders, parquet tables and DiffusionDB's zip files.
 
-A data set is a row of sources, and each of those a row of entries: images with a prompt, not yet read, or what is set
-aside and why. Entries are listed lazily, in an order that depends on the data alone, and from any place on, so that a
-killed job goes on where it was. `read_bytes` then runs in other processes. Nothing is unzipped to the disk.
+A data set is a list of sources, and a source is a list of entries: images with a prompt, not yet read, or
+rejected items with the reason. Entries are listed lazily, from any position, in an order that depends on
+the data alone, so that a killed job can continue. `read_bytes` runs later, in other processes. Nothing is
+unzipped to the disk.
 """
 
 import functools

@@ -1,16 +1,18 @@
-"""Score the images of a data set with several scorers in one pass: columns, statistics, the best and the worst.
+"""Score the images of a data set with several scorers in one pass: a table, statistics, and the best and
+worst images.
 
-The data is recognised: an imagefolder (metadata.jsonl with file_name and text), a folder of images without captions, a
-parquet table or a folder of them, a zip file of DiffusionDB or a folder of them. Worker processes read and decode each
-image once and prepare it once for all scorers that want it alike; scorers with the same image tower share it, too.
-What cannot be scored is set aside with the reason and counted. Killed and started again with the same flags, a job goes
-on where it was and ends in the same files. What is written where: see score_folder.py.
+The kind of data is detected: an imagefolder (metadata.jsonl with file_name and text), a folder of images
+without captions, a parquet table or a folder of them, a zip file of DiffusionDB or a folder of them. Worker
+processes read and decode each image once and preprocess it once for all scorers with the same
+preprocessing; scorers with the same image tower share it. Images that cannot be scored are rejected with
+the reason and counted. If a job is killed and started again with the same flags, it continues where it was
+and writes the same files. score_folder.py describes the output.
 
     python data_build/score.py --data data/shapes --rewards imagereward-tiny shapes --output-dir scored/shapes
     python data_build/score.py --data images/part-000001.zip --rewards hpsv2.1 clipscore aesthetic --output-dir scored/part-1
 
-Hardware: the embedded scorer needs a CPU; published ones want a GPU, and use one where there is one.
-Left out: several GPUs; a scorer that is asked for later, which is another job with another --output-dir.
+Hardware: the embedded scorer runs on a CPU; published ones need a GPU in practice, and use one if available.
+Left out: several GPUs; adding a scorer to finished results, which needs a new job with another --output-dir.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,16 +35,16 @@ from rewards.shared_towers import load_all
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Score the images of a data set; gives a table, statistics, and an image of the best and the worst."""
+    """Score the images of a data set; writes a table, statistics, and the best and worst images."""
 
     data: Path
     """Imagefolder, folder of images, parquet table, DiffusionDB zip, or a folder of tables or zips."""
     rewards: tuple[str, ...]
     """Scorers, a column each; `python -m rewards` lists them."""
     output_dir: Path
-    """Folder to create, or one that this job began."""
+    """Folder to create, or the folder of the same, unfinished job."""
     reward_files: tuple[str, ...] = ()
-    """Weights of scorers on disk, as imagereward=PATH; others come from this repository or the hub's cache."""
+    """Local weights of scorers, as imagereward=PATH; default: this repository or the Hugging Face cache."""
     prompt: str = ""
     """The prompt of all images of a folder without captions."""
     image_column: str = "image"
@@ -50,17 +52,17 @@ class Config:
     text_column: str = "text"
     """Column of parquet tables: the prompts."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Arithmetic of the scorers' towers; scores are float32."""
+    """Precision of the scorers' towers; scores are float32."""
     batch_size: int = 32
-    """Images in one pass."""
+    """Images per forward pass."""
     workers: int = 2
-    """Processes that read and decode; 0 = this one does it."""
+    """Reading and decoding processes; 0 = read in the main process."""
     chunk: int = 1000
-    """Images between two savings."""
+    """Number of images between saves."""
     best: int = 4
-    """Images of each end that best_worst.png shows for each scorer; 0 = no best_worst.png."""
+    """Number of best and of worst images per scorer in best_worst.png; 0 = no best_worst.png."""
     add_to_metadata: bool = False
-    """Write the scores into the imagefolder's metadata.jsonl, too."""
+    """Also write the scores into the imagefolder's metadata.jsonl."""
 
     def __post_init__(self) -> None:
         if not self.rewards or len(set(self.rewards)) != len(self.rewards):

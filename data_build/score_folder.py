@@ -1,13 +1,14 @@
-"""A folder of scores: what `score.py` writes, chunk by chunk while it runs and in one table at the end.
+"""The output folder of `score.py`: written chunk by chunk during the job, and as one table at the end.
 
-    job.json        which data, scorers, weights and settings; another job in this folder is refused
-    chunks/         finished runs of entries, one file each, gone at the end; the last one says where to go on
+    job.json        data, scorers, weights and settings; a different job in this folder is refused
+    chunks/         finished chunks of entries, one file each, removed at the end; the last one holds where to continue
     scores.parquet  file, member, text and a float32 column for each scorer, in the order of the data
-    rejected.jsonl  file, member, reason, detail of what was set aside
+    rejected.jsonl  file, member, reason and detail of rejected images
     best_worst.png  the best and the worst images of each scorer
     summary.json    counts and statistics; it is written last, so a folder that has it is complete
 
-Every file is written in one piece. A number is a chunk's place in the order of the data, so nothing is lost or doubled.
+Every file is written atomically. A chunk's number is its position in the order of the data, so no entry is
+lost or duplicated.
 """
 
 import json

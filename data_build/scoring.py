@@ -1,7 +1,7 @@
-"""The entries of a data set to rows of scores, chunk by chunk; the pipeline itself is preftune/score_files.py.
+"""Scoring of the entries of a data set, chunk by chunk; the scoring pipeline is preftune/score_files.py.
 
-What goes in is batches of entries of a data set, what comes out a row for each entry, in order: its scores, or why it was
-set aside or filtered. What is in a batch is the caller's business.
+The input is batches of entries of a data set. The output is one row per entry, in order: its scores, or why
+it was rejected or filtered. The caller decides how entries are batched.
 """
 
 import math

@@ -1,25 +1,26 @@
-"""Which prompts are worth annotating: diverse and typical ones, as ImageReward's were chosen (arXiv 2304.05977,
+"""Select prompts to annotate: diverse and typical ones, as for ImageReward's data (arXiv 2304.05977,
 appendix A.1).
 
-Prompts become vectors, each is joined to its k = 150 nearest by cosine, and the one with most votes is taken, again and
-again. The score is that of vote-k (Su et al. 2022, arXiv 2209.01975, section 2.1): with (v, u) an edge where u is one
-of v's nearest,
+Prompts are embedded, each is connected to its k = 150 nearest neighbours by cosine, and the prompt with the
+highest score is selected repeatedly. The score is that of vote-k (Su et al. 2022, arXiv 2209.01975, section
+2.1). With (v, u) an edge where u is one of v's nearest neighbours,
 
     score(u) = sum of s(v) over all v not yet chosen with (v, u) an edge,    s(v) = rho^-(edges from v to chosen ones),
 
-rho = 10. That is squared work, so prompts are shuffled into groups, and each group is a separate graph; ImageReward
-(arXiv 2304.05977) took 100 prompts of each of 100 groups of about 20,000. Vectors and graph in memory are those of one
-group, the texts those of all.
+rho = 10. The cost is quadratic, so prompts are shuffled into groups, and each group has its own graph.
+ImageReward selected 100 prompts in each of 100 groups of about 20,000. Memory holds the vectors and the
+graph of one group, and the texts of all.
 
     python data_build/select_prompts.py --prompts metadata.parquet --output-dir data/chosen
     python data_build/select_prompts.py --prompts refl_data.json more.txt --output-dir data/chosen --embedding sentence-transformers
 
-Writes `prompts.jsonl` (prompt, score when it was chosen, group, order in it; drivers take it as --prompts) and
-`summary.json`. There `covered` is the share of prompts that were chosen or have a chosen one among their nearest,
-beside that of a random choice. ImageReward (arXiv 2304.05977) has vectors of Sentence-BERT. The default is TF-IDF all
-the same, of words and pairs of words, which needs no library and no weights beyond the house's; it sees words, not what
-they mean, and languages without spaces want the other. Hardware: one CPU core, 760 prompts/s with TF-IDF, and 570 MB of
-memory beside the texts; Sentence-BERT wants a GPU. Left out: the second stage of vote-k, which asks a language model.
+Writes `prompts.jsonl` (prompt, score when selected, group, order in the group; drivers read it with
+--prompts) and `summary.json`. In it, `covered` is the share of prompts that are selected or have a selected
+neighbour, compared with a random selection. ImageReward uses Sentence-BERT embeddings. The default here is
+TF-IDF of words and word pairs, which needs no further library and no weights. It compares words, not
+meaning, and does not work for languages without spaces; use Sentence-BERT for those. Hardware: one CPU
+core, 760 prompts/s with TF-IDF, and 570 MB of memory besides the texts; Sentence-BERT needs a GPU. Left
+out: the second stage of vote-k, which uses a language model.
 """
 
 import itertools
@@ -65,21 +66,24 @@ class Config:
     """Choose diverse and typical prompts by vote-k."""
 
     prompts: tuple[Path, ...]
-    """Prompt files: txt, json, jsonl, csv, tsv or parquet, also DiffusionDB's metadata; a prompt counts once."""
+    """Prompt files: txt, json, jsonl, csv, tsv or parquet, also DiffusionDB's metadata; duplicates are dropped.
+    """
     output_dir: Path
     """Folder to create; it must not exist yet."""
     per_group: int = 100
     """Prompts to choose from each group."""
     group_size: int = 20_000
-    """Most prompts of a group; memory and time for each prompt grow with it."""
+    """Maximum number of prompts in a group; memory and time per prompt grow with it."""
     k: int = 150
-    """Nearest prompts that each is joined to."""
+    """Number of nearest neighbours of each prompt."""
     embedding: Literal["tfidf", "sentence-transformers"] = "tfidf"
-    """What makes vectors of prompts."""
+    """Embedding of the prompts."""
     model: str | None = None
-    """Of sentence-transformers: a folder, or a name in the hub's cache; None = paraphrase-mpnet-base-v2."""
+    """sentence-transformers model, a folder or a cached hub name; None =
+    paraphrase-mpnet-base-v2.
+    """
     seed: int = 0
-    """Which prompts share a group."""
+    """Seed of the assignment of prompts to groups."""
 
     def __post_init__(self) -> None:
         if not self.prompts:

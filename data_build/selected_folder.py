@@ -1,13 +1,14 @@
-"""The data set that `diffusiondb.py` makes of scored parts: an imagefolder of selected images, and a report on it.
+"""The data set that `diffusiondb.py` writes: an imagefolder of selected images, and a report.
 
-    metadata.jsonl   file_name, text, kind, score, confidence, group_size, source (the part), member: where a row comes from
-    000/000000.png   the images, the bytes of the part, in the order of the data
-    rejected.jsonl   file, member, reason, detail of what was set aside
+    metadata.jsonl   file_name, text, kind, score, confidence, group_size, source (the part), member (its name in the part)
+    000/000000.png   the images, with the same bytes as in the part, in the order of the data
+    rejected.jsonl   file, member, reason and detail of rejected images
     summary.json     counts and mean scores
-    job.json         the data, weights and settings that made it
-    __report__/      index.html, best_worst.png, scores.png; `datasets` passes over folders of such names
+    job.json         data, weights and settings
+    __report__/      index.html, best_worst.png, scores.png; `datasets` skips folders with such names
 
-The scored parts are chunks of score_folder.py, a part each. All is made anew from them, so a killed process needs no care.
+The scores are read from the chunks of score_folder.py, one per part. The folder is always rebuilt from
+them, so a killed process needs no special treatment.
 """
 
 import base64

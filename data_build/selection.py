@@ -1,17 +1,18 @@
-"""Which images of a prompt are taken as preferred and as non-preferred, from their scores alone.
+"""Selection of preferred and non-preferred images of a prompt by their scores.
 
-The published rule (HPS v1, arXiv 2303.14420, section 6): of the n images B of a prompt T, the best one I* is preferred if
+The published rule (HPS v1, arXiv 2303.14420, section 6): of the n images B of a prompt T, the best one I*
+is preferred if
 
     p = exp(s(I*, T)) / sum over I in B of exp(s(I, T)) > alpha / n,
 
-and the worst one is non-preferred by the same rule on -s. That is at most one of each kind a prompt. alpha is 2; the
-released code looks only at groups of four or more, which the paper does not say. s is 100 times the cosine of the two
-vectors of HPS v1: rewards that are plain cosines, as ours, are multiplied by `scale` = 100 first. With cosines themselves p
-would hardly differ from 1 / n, and nothing would be taken.
+and the worst one is non-preferred by the same rule with -s. At most one image of each kind is selected per
+prompt. alpha is 2. The released code uses only groups of four or more, which the paper does not state. s is
+100 times the cosine of HPS v1. Scorers here return plain cosines, so scores are multiplied by `scale` = 100
+first; with plain cosines p would be close to 1 / n, and nothing would be selected.
 
-What the formula leaves open is decided here. An image is never both: where the best score equals the worst (n = 1, all
-equal) nothing is taken. Among equal scores the first in the order of the data stands for all. Nothing passes where
-alpha >= n, as p is at most 1 and must be greater. A score that is not finite is an error.
+Cases that the formula leaves open: an image is never both, so nothing is selected if all scores are equal
+(or n = 1). Among equal scores the first in the order of the data is used. Nothing is selected if alpha >=
+n, since p is at most 1 and must be greater than alpha / n. A score that is not finite is an error.
 """
 
 import math
@@ -31,20 +32,21 @@ class Selection:
     """A rule and its numbers."""
 
     rule: Literal["softmax", "top-k", "threshold"] = "softmax"
-    """softmax: the published one, at most the best and the worst image of a prompt; top-k: the k best and the k worst;
-    threshold: all from --high up, and all from --low down."""
+    """softmax: the published rule, at most the best and the worst image of a prompt; top-k: the k best and
+    the k worst; threshold: all scores of at least --high, and all of at most --low.
+    """
     min_group: int = 4
-    """Images that a prompt must have."""
+    """Minimum number of images of a prompt."""
     alpha: float = 2.0
     """softmax: p must be greater than alpha / n."""
     scale: float | None = None
-    """What scores are multiplied by before exp; None = 100 for cosines (HPS, CLIP and BLIP score), 1 for others."""
+    """Factor of the scores before exp; None = 100 for cosines (HPS, CLIP and BLIP score), 1 for others."""
     k: int = 1
-    """top-k: images of each kind; fewer of a prompt that has not twice as many."""
+    """top-k: number of images of each kind; fewer if a prompt has fewer than 2 k images."""
     high: float | None = None
-    """threshold: the least score of a preferred image, in the scorer's own units; None = no preferred ones."""
+    """threshold: minimum score of a preferred image, in units of the scorer; None = none."""
     low: float | None = None
-    """threshold: the greatest score of a non-preferred image; None = no non-preferred ones."""
+    """threshold: maximum score of a non-preferred image; None = none."""
 
     def __post_init__(self) -> None:
         for name, least in (("min_group", self.min_group), ("k", self.k)):

@@ -1,16 +1,19 @@
-"""Render captioned images of the shapes world: an imagefolder with metadata.jsonl, seeded, deliberately imperfect.
+"""Render captioned images of the shapes world: a seeded imagefolder with metadata.jsonl, imperfect on
+purpose.
 
-A stated share of the captions is wrong (one word of the scene was changed after rendering) and a stated share of the
-rendering is weird (specks, noise, blur, colours off the palette, wobbly outlines), so that a model trained on the folder has
-something left to learn. `metadata.jsonl` rows: file_name, text, rendered (the caption of what was really rendered), defects
-({name: strength}), near_misses (captions that differ from `rendered` in one word: hard negatives for image-text matching).
-With `--name-defects` the captions say what is weird and how much, as alt texts of the web say "blurry" ("a red circle on a
-white background, with strong blur"), and half the near misses are wrong about that: a model that learns to match them
-learns to see defects, too.
+A share of the captions is wrong (one word of the scene was changed after rendering), and a share of the
+renderings has defects (specks, noise, blur, colours off the palette, wobbly outlines), so that a model
+trained on the folder can still be improved. `metadata.jsonl` rows: file_name, text, rendered (the caption
+of what was actually rendered), defects ({name: strength}), near_misses (captions that differ from
+`rendered` in one word: hard negatives for image-text matching). With `--name-defects` the captions name the
+defects and their degree, as web captions say "blurry" ("a red circle on a white background, with strong
+blur"), and half of the near misses have wrong defects. A model that learns to match such captions also
+learns to detect defects.
 
     python data_build/shapes.py --output-dir data/shapes --count 20000          # hardware: one CPU core; > 500 images/s
 
-Left out: outlines, textures, overlap and rotation; the world is kept so small that a judge can read it from pixels alone.
+Left out: outlines, textures, overlap and rotation; the world is simple so that the judge can measure it
+from pixels alone.
 """
 
 from collections.abc import Mapping
@@ -52,9 +55,9 @@ class Config:
     wrong_share: float = 0.15
     """Share of captions with one wrong word, in [0, 1]."""
     weird_share: float = 0.35
-    """Share of rendering with one or two defects, in [0, 1]."""
+    """Share of renderings with one or two defects, in [0, 1]."""
     name_defects: bool = False
-    """Let captions and near misses speak of the rendering's defects."""
+    """Name the defects of the rendering in captions and near misses."""
     seed: int = 0
     """Image i is a function of (seed, i) alone."""
 

@@ -1,19 +1,20 @@
-"""Rankings of images of the shapes world by simulated annotators: what a reward model is trained on.
+"""Rankings of images of the shapes world by simulated annotators: training data of a reward model.
 
-Each ranking holds several images for one caption, ordered by gold score plus normal noise. The images are *rendered*
-(the caption's scene or one or two words away from it, with or without defects), or *generated* by a pipeline at several
-guidance scales and step counts: a scorer that was trained on rendered images alone does not carry over to generated ones.
+Each ranking has several images for one caption, ordered by gold score plus normal noise. The images are
+*rendered* (the caption's scene or one that differs in one or two words, with or without defects), or
+*generated* by a pipeline at several guidance scales and step counts. Both kinds are needed: a scorer that
+is trained on rendered images alone does not generalise to generated ones.
 
-The noise is set so that two annotators order a pair alike about 65 % of the time, which is what HPS (arXiv 2303.14420)
-and ImageReward (arXiv 2304.05977) report of people; both that and one annotator's agreement with the noiseless judge
-are printed and written to `summary.json`.
+The noise is set so that two annotators agree on a pair about 65 % of the time, as HPS (arXiv 2303.14420)
+and ImageReward (arXiv 2304.05977) report for people. This agreement, and that of one annotator with the
+noiseless judge, are printed and written to `summary.json`.
 
     python data_build/simulate_rankings.py --output-dir data/rankings_rendered --count 20000 --images 8 --annotators 5
     python data_build/simulate_rankings.py --output-dir data/rankings_drawn --count 1500 --images 8 --annotators 5 --model assets/tiny/pipeline
 
-`rankings.jsonl` rows, one for each annotator: prompt, generations (file names), ranking (1 = best), source (the annotator),
-images (rendered or generated), gold (noiseless, for evaluation only).
-Hardware: rendered 350 images/s, most of it the judge's time, and generated 25 images/s on one CPU core.
+`rankings.jsonl` rows, one for each annotator: prompt, generations (file names), ranking (1 = best), source
+(the annotator), images (rendered or generated), gold (noiseless, for evaluation only). Hardware: on one CPU
+core 350 images/s when rendering (most of it is the judge) and 25 images/s when generating.
 """
 
 import itertools
@@ -50,13 +51,13 @@ class Config:
     images: int = 4
     """Images in a ranking, at least 2."""
     model: Path | None = None
-    """Pipeline folder that generates the images; None = they are rendered."""
+    """Pipeline folder that generates the images; None = render them."""
     guidance_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0)
-    """Guidance scales to sample at, one picked for each image."""
+    """Guidance scales, one chosen at random for each image."""
     step_counts: tuple[int, ...] = (4, 8, 16)
-    """Numbers of denoising steps (ddim) to sample with, one picked for each image."""
+    """Values of num_inference_steps (ddim), one chosen at random for each image."""
     annotators: int = 1
-    """Annotators of each ranking's images: as many rows, one each."""
+    """Number of annotators per caption; each gives one ranking."""
     annotator_noise: float = 0.17
     """Standard deviation of the noise that an annotator adds to each gold score."""
     seed: int = 1

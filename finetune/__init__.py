@@ -1,1 +1,1 @@
-"""Fine-tuning drivers, one file per method, started by path: accelerate launch finetune/<driver>.py."""
+"""Training programs (drivers), one file per method, run by path: accelerate launch finetune/<driver>.py."""

@@ -1,13 +1,16 @@
 """Train a small AutoencoderKL from scratch on an imagefolder: the first stage of the embedded pipeline.
 
-Loss: weighted mean of |error| + error^2 of the reconstruction + kl_weight x mean KL(q(z|x) || N(0, 1)) per latent element
-(Rombach et al. 2022, appendix G, without the adversarial and perceptual terms: flat shapes need neither, and both need a
-second network). Pixels unlike the image's median colour weigh 1 + foreground_weight: most of an image is background,
-and with equal weights small things lose their colour for the first thousands of updates. At the end `scaling_factor` is set to 1 / std of the latents of the first images, as Stable Diffusion's is.
+Loss: weighted mean of |error| + error^2 of the reconstruction + kl_weight x mean KL(q(z|x) || N(0, 1)) per
+latent element (Rombach et al. 2022, appendix G). The adversarial and perceptual terms are left out: flat
+shapes do not need them, and both need a second network. Pixels that differ from the image's median colour
+have weight 1 + foreground_weight: most of an image is background, and with equal weights small objects lose
+their colour for the first thousands of updates. At the end `scaling_factor` is set to 1 / std of the
+latents of the first images, as in Stable Diffusion.
 
     accelerate launch finetune/autoencoder.py --config finetune/configs/autoencoder/tiny.yaml
 
-Hardware: two CPU cores, about 9 minutes for the shipped configuration. Output: an AutoencoderKL folder `OUTPUT/vae`.
+Hardware: two CPU cores, about 12 minutes for the given configuration. Output: an AutoencoderKL folder
+`OUTPUT/vae`.
 """
 
 import shutil
@@ -30,7 +33,7 @@ from preftune.training.run import Run
 from preftune.training.run_config import RunConfig, check
 
 LEARNING_RATE = 1e-5
-"""Where --learning-rate says nothing."""
+"""Default of --learning-rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +47,7 @@ class Config:
     widths: tuple[int, ...] = (16, 32, 64, 64)
     """Channels of the four levels, each a multiple of 8."""
     foreground_weight: float = 4.0
-    """Extra weight of pixels that are unlike the image's median colour."""
+    """Extra weight of pixels that differ from the image's median colour."""
     kl_weight: float = 1e-5
     """Weight of the KL term, per latent element."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(

@@ -1,13 +1,15 @@
-"""Train a text-to-image model on a captioned image folder: plain fine-tuning, by LoRA or of all weights.
+"""Train a text-to-image model on a captioned image folder: plain fine-tuning of a LoRA or of all weights.
 
-Loss: the noise-prediction error of Ho et al. 2020 (eq. 14), ImageReward (arXiv 2304.05977) eq. 3, with a share of captions left empty so that
-classifier-free guidance has an unconditional model to point away from (Ho and Salimans 2022, arXiv 2207.12598).
+Loss: the noise-prediction error of Ho et al. 2020 (arXiv 2006.11239, eq. 14; ImageReward, arXiv 2304.05977,
+eq. 3). A share of the captions is replaced by the empty one, as classifier-free guidance needs (Ho and
+Salimans 2022, arXiv 2207.12598).
 
     accelerate launch finetune/pretrain.py --model PIPELINE_FOLDER --data IMAGEFOLDER --output-dir runs/mine
-    accelerate launch finetune/pretrain.py --config finetune/configs/pretrain/tiny.yaml     # how the embedded model was made
+    accelerate launch finetune/pretrain.py --config finetune/configs/pretrain/tiny.yaml     # trains the embedded model
 
-Hardware: the tiny configuration takes about 20 minutes on two CPU cores; LoRA on Stable Diffusion 1.x wants one GPU.
-Left out: aspect-ratio buckets, random crops and flips (a flip makes "left of" wrong), offset noise, min-SNR weights.
+Hardware: the tiny configuration takes about 20 minutes on two CPU cores; LoRA on Stable Diffusion 1.x needs
+a GPU. Left out: aspect-ratio buckets, random crops and flips (a flip makes "left of" wrong), offset noise,
+min-SNR weights.
 """
 
 import sys
@@ -47,7 +49,8 @@ class Config:
     caption_dropout: float = 0.1
     """Share of captions left empty, in [0, 1)."""
     cache_latents: bool = False
-    """Encode every image once and keep the latents in memory; they are then the posterior's mean, not samples of it."""
+    """Encode every image once and keep the latents in memory; uses the posterior's mean instead of samples.
+    """
     model: Annotated[ModelConfig, tyro.conf.arg(name="")]
     validation: Annotated[ValidationConfig, tyro.conf.arg(name="")] = field(default_factory=ValidationConfig)
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(
@@ -57,7 +60,7 @@ class Config:
     def __post_init__(self) -> None:
         check_dropout(self.caption_dropout)
         if self.train_text_encoder and self.model.train != "full":
-            raise ValueError(f"--train-text-encoder goes with --train full, got --train {self.model.train}")
+            raise ValueError(f"--train-text-encoder needs --train full, got --train {self.model.train}")
 
 
 class TextToImage(nn.Module):

@@ -1,17 +1,21 @@
-"""Pre-train a scorer on images and captions before it sees a single preference, as BLIP or CLIP was.
+"""Pre-train a scorer on images and captions, as BLIP or CLIP, before training on preferences.
 
-`--architecture imagereward`: the losses of BLIP (Li et al. 2022, arXiv 2201.12086, section 3.2): image-text contrast between the two towers, image-text
-matching by the text tower that reads the image, and captioning by the same tower reading from left to right. Matching is
-read off the reward head, so that the head already means "this caption fits" when the rankings come. A negative caption is a near miss of the data set's `near_misses` column where
-there is one, otherwise the caption in the batch that contrast finds most alike (BLIP's hard negative, without sampling).
+`--architecture imagereward`: the losses of BLIP (Li et al. 2022, arXiv 2201.12086, section 3.2): the
+image-text contrastive loss between the two towers, image-text matching by the text tower with
+cross-attention to the image, and captioning by the same tower with causal attention. The matching score is
+the output of the reward head, so the head already scores whether a caption fits before it is trained on
+rankings. A negative caption is taken from the data set's `near_misses` column if there is one, otherwise it
+is the most similar other caption in the batch (BLIP's hard negative, without sampling).
 
-`--architecture clip`: the contrast alone (Radford et al. 2021, arXiv 2103.00020, section 2.3), with a learned logit_scale
-that is kept in [0, ln 100]. The cross-entropy over captions has one column more for each image, its own near miss.
+`--architecture clip`: the contrastive loss alone (Radford et al. 2021, arXiv 2103.00020, section 2.3), with
+a learned logit_scale that is kept in [0, ln 100]. The cross-entropy over captions has one more column per
+image, its own near miss.
 
     accelerate launch finetune/pretrain_scorer.py --config finetune/configs/pretrain_scorer/tiny.yaml
     accelerate launch finetune/pretrain_scorer.py --config finetune/configs/pretrain_scorer/tiny_clip.yaml
 
-Left out: BLIP's momentum encoders, and the label smoothing and separate self-attention of its captioner. Output: `OUTPUT/scorer`, which reward_model.py starts from.
+Left out: BLIP's momentum encoders, and the label smoothing and separate self-attention of its captioner.
+Output: `OUTPUT/scorer`, from which reward_model.py starts.
 """
 
 import sys
@@ -45,7 +49,7 @@ EMBED = 64
 
 
 LEARNING_RATE = 1e-5
-"""Where --learning-rate says nothing."""
+"""Default of --learning-rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +65,9 @@ class Sizes:
     vision_layers: int = 4
     """Layers of the image tower."""
     text_layers: int = 3
-    """Layers of the text tower; those of an ImageReward also read the image."""
+    """Layers of the text tower; those of an ImageReward have cross-attention to the image."""
     max_length: int = 22
-    """Tokens of a caption, the first and the last one, which are special, included."""
+    """Maximum tokens of a caption, including the special start and end tokens."""
     head: tuple[int, int, int, int] = (128, 64, 32, 16)
     """Widths inside the linear head of an ImageReward."""
 
@@ -83,10 +87,11 @@ class Config:
     vocab: Path
     """ImageReward: WordPiece vocab.txt, as bert-base-uncased's. CLIP: merges.txt, or the tokenizer.json of a pipeline."""
     architecture: Literal["imagereward", "clip"] = "imagereward"
-    """The image is read by the text tower, or the two towers meet in a cosine."""
+    """imagereward: the text tower has cross-attention to the image; clip: the cosine of two separate towers.
+    """
     sizes: Sizes = field(default_factory=Sizes)
     temperature: float = 0.07
-    """Of the contrast: fixed, or where CLIP begins to learn it."""
+    """Temperature of the contrastive loss: fixed for imagereward, the initial value for clip."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: RunConfig(output_dir=Path("runs/pretrain_scorer"))
     )

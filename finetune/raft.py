@@ -1,14 +1,18 @@
-"""RAFT: generate images, keep those that a reward ranks highest, tune on them, repeat (Dong et al. 2023, arXiv 2304.06767).
+"""RAFT: generate images, keep those with the highest rewards, fine-tune on them, repeat (Dong et al. 2023,
+arXiv 2304.06767).
 
-Algorithm 1, as ImageReward (appendix E) runs it: in each iteration the model of the moment generates several images for each of
-some prompts, the best image of each prompt is kept, and the model is tuned on what was kept by plain noise prediction.
+Algorithm 1 with the settings of ImageReward (arXiv 2304.05977, appendix E). In each iteration the current
+model generates several images for each of some prompts, the best image of each prompt is kept, and the
+model is fine-tuned on the kept images with the plain noise-prediction loss.
 
     accelerate launch finetune/raft.py --model SD_FOLDER --prompts diffusiondb.txt --rewards imagereward=1
 
-Defaults: 10 images a prompt and lr 1e-5 (ImageReward), every prompt's best (LMFlow's notebook also drops prompts:
-`--keep-share`). `--max-train-steps` counts all iterations together. Images generated with `--sample`, as the held-out ones. An
-iteration's data set stays in RUN/iteration_01: an imagefolder with the reward of each image. Left out: the paper's second
-generator as a regulariser. Hardware: Stable Diffusion 1.x at 512 px wants one GPU; tiny models run on a CPU.
+Defaults: 10 images per prompt and learning rate 1e-5 (ImageReward); the best image of every prompt is kept
+(LMFlow's notebook also drops prompts: `--keep-share`). `--max-train-steps` counts the updates of all
+iterations together. The images are generated with the `--sample` settings, like the validation images. The
+data set of an iteration is kept in RUN/iteration_01: an imagefolder with the reward of each image. Left
+out: the paper's second generator as a regulariser. Hardware: Stable Diffusion 1.x at 512 px needs a GPU;
+tiny models run on a CPU.
 """
 
 import sys
@@ -42,13 +46,13 @@ class Config:
     prompts: Path
     """Prompt file: txt, json, jsonl, csv, tsv or parquet."""
     iterations: int = 3
-    """How often images are generated; --max-train-steps must be a multiple of it."""
+    """Number of iterations; --max-train-steps must be a multiple of it."""
     prompts_per_iteration: int = 10_000
     """Prompts to sample in each iteration."""
     images_per_prompt: int = 10
-    """Images that compete for each prompt, 2 or more."""
+    """Images generated for each prompt, of which the best is kept; 2 or more."""
     keep_share: float = 1.0
-    """Share of prompts whose best image is kept, those with the highest rewards, in (0, 1]."""
+    """Share of prompts whose best image is kept (the highest rewards), in (0, 1]."""
     caption_dropout: float = 0.0
     """Share of captions left empty, in [0, 1)."""
     model: Annotated[ModelConfig, tyro.conf.arg(name="")]
@@ -152,7 +156,7 @@ def remove_later(run: Run, steps_per_iteration: int) -> None:
     now = folder_of(run.folder, run.start // steps_per_iteration)
     if run.start % steps_per_iteration and not now.is_dir():
         raise ValueError(
-            f"{now} is gone, and cannot be generated again with later weights; start anew with --overwrite-output-dir"
+            f"{now} is gone, and cannot be generated again with later weights; start again with --overwrite-output-dir"
         )
     run.wait()
     if run.is_main:

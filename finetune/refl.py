@@ -1,17 +1,19 @@
-"""ReFL: tune a diffusion model by the gradient of a reward at a random late denoising step (ImageReward, arXiv 2304.05977).
+"""ReFL: tune a diffusion model by the gradient of a reward at a random late denoising step (ImageReward,
+arXiv 2304.05977).
 
-Algorithm 1 with its choices as flags: denoise without gradient from x_T to a random late step, take that step with
-gradient, predict x_0, decode it, and descend on eq. 2, lambda phi(r(y, x_0)) with phi = relu(margin - r). The loss of
-eq. 3, plain noise prediction on captioned images, keeps the model from drifting: `--pretraining alternate` makes an
-update of it before each reward update (Algorithm 1), `sum` adds the two (the text's "final loss"), `off` leaves it out (the
-released script). Defaults are the paper's (T = 40, steps 30..39, lambda 1e-3, lr 1e-5) where the paper gives them.
+Algorithm 1, with its choices as flags: denoise without gradient from x_T to a random late step, take that
+step with gradient, predict x_0, decode it, and minimise eq. 2, lambda phi(r(y, x_0)) with phi = relu(margin
+- r). The loss of eq. 3, plain noise prediction on captioned images, keeps the model from drifting:
+`--pretraining alternate` does an update with it before each reward update (Algorithm 1), `sum` adds the two
+losses (the text's "final loss"), `off` omits it (the released script). Defaults are the paper's where it
+gives them (T = 40, steps 30..39, lambda 1e-3, learning rate 1e-5 for all weights).
 
-    accelerate launch finetune/refl.py                                     # the embedded default: three minutes on a laptop
+    accelerate launch finetune/refl.py                                     # the embedded model: three minutes on a laptop
     accelerate launch finetune/refl.py --model SD_FOLDER --prompts refl_data.json --rewards imagereward=1 --pretraining off
 
-Where paper and released code differ: x_0 and pixels are not clamped here (the script's clamp kills the gradient of every
-pixel out of range), and scorers resize with antialias. Left out: image-column checks, random flips, noise offset.
-Hardware: Stable Diffusion 1.x at 512 px wants a GPU; the tiny model runs on two CPU cores.
+Differences from the released code: x_0 and pixels are not clamped (the clamp has no gradient for pixels out
+of range), and scorers resize with antialiasing. Left out: image-column checks, random flips, noise offset.
+Hardware: Stable Diffusion 1.x at 512 px needs a GPU; the tiny model runs on two CPU cores.
 """
 
 import itertools
@@ -51,7 +53,7 @@ TINY = Path(__file__).parent / "configs" / "refl" / "tiny.yaml"
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Tune a diffusion model by ReFL. With no arguments at all: the embedded model and scorer."""
+    """Tune a diffusion model by ReFL. Without arguments: the embedded model and scorer."""
 
     prompts: Path
     """Prompt file: txt, json, jsonl, csv, tsv or parquet."""
@@ -62,18 +64,20 @@ class Config:
     solver: Literal["ddpm", "ddim", "euler"] = "ddpm"
     """Solver of the trajectory; ddpm is what the released script uses."""
     guidance_scale: float = 1.0
-    """Guidance scale while training; 1 = none, as published."""
+    """Guidance scale during training; 1 = no guidance, as published."""
     jitter: int = 0
-    """Scorers see each image moved at random by up to so many pixels along each axis, its border repeated; 0 = published.
-    A gradient that must hold wherever the image lies changes shapes, not single pixels: less reward hacking."""
+    """Shift each image at random by up to this many pixels along each axis before it is scored (borders are
+    repeated); 0 = published. Reduces reward hacking: a gradient that is valid for all shifts changes
+    shapes, not single pixels.
+    """
     jitter_copies: int = 1
-    """Moved copies of each image that are scored; the reward is their mean."""
+    """Number of shifted copies of each image; the reward is their mean."""
     margin: float = 2.0
-    """phi(r) = relu(margin - r): images that score higher give no gradient."""
+    """phi(r) = relu(margin - r): images with a reward above the margin give no gradient."""
     reward_scale: float = 1e-3
     """lambda, the weight of the reward loss."""
     pretraining: Literal["alternate", "sum", "off"] = "alternate"
-    """How the pre-training loss on --data joins in."""
+    """How the pre-training loss on --data is combined with the reward loss."""
     data: Path | None = None
     """Imagefolder with metadata.jsonl for the pre-training loss."""
     caption_dropout: float = 0.0

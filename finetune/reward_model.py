@@ -1,25 +1,30 @@
-"""Train a scorer on preferences: every published objective, Stable Preference included, which has no public code.
+r"""Train a scorer on preferences with any published objective, including Stable Preference, which has no
+public code.
 
 | `--objective` | loss | from |
 |---|---|---|
-| `pairs` (default) | -log sigmoid(better - worse) over all untied pairs | ImageReward eq. 1, VP-Score (VisionPrefer) |
-| `choice` | softmax over the n images of a prompt, one of which was chosen | HPS v1 (001) |
-| `soft` | KL to the shares of votes, a tie being half a vote for each | HPS v2 (003), PickScore |
+| `pairs` (default) | -log sigmoid(better - worse) over all untied pairs | ImageReward (arXiv 2304.05977) eq. 1, VP-Score (arXiv 2404.15100) |
+| `choice` | softmax over the n images of a prompt, one of which was chosen | HPS v1 (arXiv 2303.14420) |
+| `soft` | KL to the shares of votes, a tie is half a vote for each | HPS v2 (arXiv 2306.09341), PickScore (arXiv 2305.01569) |
 
-Stable Preference is `pairs` with `--stable.views 3` (the anti-interference loss, eq. 5 and 6, over weak views) and
-`--stable.weighting two-stage`: first what is ordered wrongly or narrowly counts (eq. 7), later what is clearly apart (eq. 8).
+Stable Preference is `pairs` with `--stable.views 3` (the anti-interference loss over weak views, eq. 5 and
+6) and `--stable.weighting two-stage`: the first stage weights wrong or close pairs (eq. 7), the second
+pairs with a large margin (eq. 8).
 
-    accelerate launch finetune/reward_model.py --model hpsv2 --data data/preferences --stable.views 3 --stable.weighting two-stage
+    accelerate launch finetune/reward_model.py --model hpsv2 --data data/preferences --max-train-steps 30000 \
+        --stable.views 3 --stable.weighting two-stage
 
-`--model` is a scorer of the table (`python -m rewards`) or a folder that a training wrote; OUTPUT/scorer is such a folder, holds
-the weights in the authors' names, and is itself a scorer's name: `--rewards OUTPUT/scorer=1.0`. Rankings of the same images by
-several annotators are read as one: the images are scored once, every annotator counts. The mean and deviation of held-out
-scores become the constants that ImageReward's calls subtract and divide by.
+`--model` is a scorer of the table (`python -m rewards`) or the folder of a trained scorer. The result,
+OUTPUT/scorer, is such a folder. It holds the weights under the authors' key names, and its path can be used
+as a scorer: `--rewards OUTPUT/scorer=1.0`. Rankings of the same images by several annotators are combined:
+the images are scored once, and every annotator counts. For an ImageReward, the mean and standard deviation
+of the held-out scores become the constants that normalize its output.
 
-Accuracy, logged, plotted and kept with the best weights: the share of held-out untied pairs, pooled, that are ordered as the
-annotator did; a predicted tie counts as wrong (ImageReward's metric). A loss is the mean over all pairs (or choices) of an update, however it
-is divided into passes and processes; so are the weights of eq. 8, for which an update in several passes costs one more
-without gradient. Left out: HPS v2's sum over the batch where we take the mean.
+The logged and plotted accuracy, which selects the best weights, is ImageReward's: the share of all held-out
+untied pairs that are ordered as by the annotator; a predicted tie counts as wrong. The loss is the mean
+over all pairs (or choices) of an update, independent of the split into passes and processes. So are the
+weights of eq. 8; with several passes per update they need one more forward pass without gradient. Left out:
+HPS v2's sum over the batch, which is a mean here.
 """
 
 import sys
@@ -57,32 +62,34 @@ from rewards import Preprocess
 from rewards.training import Head, Trainable, check_trainable, freeze, load_trainable
 
 LEARNING_RATE = 1e-5
-"""Where --learning-rate says nothing."""
+"""Default of --learning-rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stable:
-    """Stable Preference: the loss over weak views, and which pairs count when."""
+    """Stable Preference: the loss over weak views, and the weights of pairs."""
 
     views: int = 0
-    """Weak views of each image that the anti-interference loss compares; 0 = without that loss, 3 as published."""
+    """Weak views of each image for the anti-interference loss; 0 = no such loss, 3 = published."""
     least_area: float = 0.85
-    """Least share of an image's area that a weak view shows, in (0, 1]."""
+    """Minimum share of an image's area in a weak view, in (0, 1]."""
     flip: bool = True
-    """Mirror every other weak view; not for captions that tell left from right."""
+    """Mirror half of the weak views at random; switch off for captions with left and right."""
     weighting: Literal["none", "two-stage"] = "none"
-    """two-stage: eq. 7 for the first updates, then eq. 8; none: all pairs alike."""
+    """two-stage: eq. 7 for the first updates, then eq. 8; none: equal weights."""
     first_stage_steps: int = 3000
-    """Updates weighted by eq. 7."""
+    """Number of updates with the weights of eq. 7."""
     b: float = 0.3
-    """Eq. 7: the margin at which a pair counts half, in units of raw scores."""
+    """Eq. 7: the margin at which the weight is 1/2, in units of raw scores."""
     tau: float = 0.2
     """Eq. 7: how fast the weight falls around b, in units of raw scores."""
     favour: Favour = "larger"
-    """Eq. 8 gives weight to pairs of larger margins (published), to all alike, or to those of smaller ones (Table 3)."""
+    """Eq. 8: larger weights for larger margins (published), equal weights, or for smaller margins (Table 3).
+    """
     through_weights: bool = False
-    """Let gradients flow through the weights. The paper does not say; a gradient of eq. 8 lowers the loss by making pairs
-    that are ordered wrongly worse still, so that they count less. Hence constants are the default."""
+    """Let gradients flow through the weights. Off by default, because through eq. 8 they would worsen wrong
+    pairs to reduce their weight; the paper does not say what it does.
+    """
 
     def __post_init__(self) -> None:
         if self.views < 0 or self.first_stage_steps < 0:
@@ -103,26 +110,28 @@ class Config:
     """
 
     model: str
-    """Scorer to start from: a name of the table, such as imagereward, hpsv2 or blipscore, or the folder of a trained one."""
+    """Scorer to start from: a name, such as imagereward or hpsv2, or the folder of a trained scorer."""
     weights: Path | None = None
-    """Weights of --model on disk; others come from the hub's cache."""
+    """Weights of --model on disk; None = from the Hugging Face cache."""
     data: tuple[Path, ...]
     """Folders with rankings.jsonl (prompt, generations, ranking); data_build/preferences.py writes them from published data."""
     objective: Literal["pairs", "choice", "soft"] = "pairs"
-    """What the loss compares: pairs, the chosen one among all, or shares of votes."""
+    """Loss on pairs, on the chosen image among all, or on shares of votes."""
     stable: Stable = field(default_factory=Stable)
     head: Head = "own"
-    """What makes the score: own = what the model has; mlp = a new MLP of ImageReward's shape on a CLIP (ImageReward, Table 2b)."""
+    """own = the head of the model; mlp = a new MLP of ImageReward's shape on a CLIP (ImageReward, Table 2b).
+    """
     dropout: float | None = None
     """Dropout of an MLP head, in [0, 1); None = the architecture's own, 0.2, 0.2 and 0.1 as published."""
     validation_share: float = 0.1
     """Share of prompts held out, in (0, 1)."""
     jitter: int = 0
-    """Training images are moved at random by up to so many pixels along each axis, their borders repeated."""
+    """Shift training images at random by up to this many pixels along each axis; borders are repeated."""
     frozen_share: float | None = None
-    """Share of each tower's layers, from the bottom, that stays frozen with its embeddings; 0.7 in ImageReward, 0 trains all."""
+    """Frozen share of each tower's layers, from the bottom, with embeddings; 0.7 in ImageReward, 0 trains all.
+    """
     last_layers: tuple[int, int] | None = None
-    """Train only so many last layers of the image tower and of the text tower; 10 6 in HPS v1, 18 8 in Stable Preference."""
+    """Train only the last layers of the image and text tower; HPS v1: 10 6, Stable Preference: 18 8."""
     gradient_checkpointing: bool = False
     """Recompute the towers' activations in the backward pass."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(

@@ -1,16 +1,18 @@
-"""Fine-tune on scored images, each counted by its reward (Lee et al. 2023; the baseline of ImageReward, appendix E).
+"""Fine-tune on scored images weighted by their reward (Lee et al. 2023, arXiv 2302.12192; ImageReward's
+baseline, appendix E).
 
-Loss, eq. 4: the mean of w(r) times the noise-prediction error over images of a model, plus beta times the plain error over
-pre-training images. Two weightings by name:
+Loss, eq. 4: the mean of w(r) times the noise-prediction error over images of a model, plus beta times the
+plain error over pre-training images. There are two weightings:
 
-- `minmax` (default; ImageReward): w = (r - min) / (max - min), lowest and highest score of the data set, in [0, 1].
+- `minmax` (default; ImageReward): w = (r - min) / (max - min) with the minimum and maximum score of the data set, in [0, 1].
 - `exp` (reward-weighted regression, Black et al. 2023, arXiv 2305.13301): w = N softmax(r / temperature) over the data set, mean 1.
   Their released code calls 1 / temperature "temperature".
 
-    accelerate launch finetune/reward_weighted.py --model SD_FOLDER --data data/scored --score imagereward --pretraining-data data/laion
+    python data_build/score.py --data data/generated --rewards imagereward --add-to-metadata --output-dir data/generated_scores
+    accelerate launch finetune/reward_weighted.py --model SD_FOLDER --data data/generated --score imagereward --pretraining-data data/laion
 
-Scores are read from metadata.jsonl: `python data_build/score.py --data data/generated --rewards imagereward --add-to-metadata` puts them
-there. Defaults: beta 0.5 and lr 1e-5 (ImageReward). Hardware: Stable Diffusion 1.x at 512 px wants one GPU; tiny models run on a CPU.
+Scores are read from metadata.jsonl, where the first command writes them. Defaults: beta 0.5 and learning
+rate 1e-5 (ImageReward). Hardware: Stable Diffusion 1.x at 512 px needs a GPU; tiny models run on a CPU.
 """
 
 import math
@@ -36,18 +38,18 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Tune a model on scored images, each counted by its reward."""
+    """Tune a model on scored images, each weighted by its reward."""
 
     data: Path
     """Imagefolder with metadata.jsonl whose rows hold a score."""
     score: str
     """Name of the score in the rows, higher is better."""
     weighting: Literal["minmax", "exp"] = "minmax"
-    """minmax: scores brought to [0, 1]; exp: the exponential of score / temperature, mean 1."""
+    """minmax: scores scaled to [0, 1]; exp: exp(score / temperature), scaled to mean 1."""
     temperature: float = 1.0
-    """Of --weighting exp, in units of the score."""
+    """Temperature of --weighting exp, in units of the score."""
     pretraining_data: Path | None = None
-    """Imagefolder of captioned images that are learned with weight --beta."""
+    """Imagefolder of captioned images for the pre-training loss with weight --beta."""
     beta: float = 0.5
     """Weight of the plain loss on --pretraining-data; 0 leaves it out."""
     caption_dropout: float = 0.0

@@ -1,16 +1,19 @@
-"""Teach a model which images people do not like, under a name that guidance can point away from (HPS, arXiv 2303.14420).
+"""Fine-tune on non-preferred images under a prefix that serves as the negative prompt at inference (HPS,
+arXiv 2303.14420).
 
-Fine-tuning on a data set of preferred, non-preferred and ordinary images (data_build/diffusiondb.py makes one): captions of
-non-preferred ones begin with "Weird image. ", all others stay as they are, and the loss is plain noise prediction. When
-images are generated, the same words are the negative prompt: guidance points away from what they have come to mean.
-Defaults are section 6's and the released script's: LoRA of rank 32 on the attention's query, key, value and output
-projections, lr 1e-5 constant, 40 images an update, 10,000 updates, AdamW with weight decay 1e-2, no empty captions.
+The data set has preferred, non-preferred and ordinary images (data_build/diffusiondb.py creates one).
+Captions of non-preferred images begin with "Weird image. ", all others are unchanged, and the loss is plain
+noise prediction. At inference the same words are the negative prompt, so guidance moves images away from
+the non-preferred ones. Defaults are those of section 6 and of the released script: LoRA of rank 32 on the
+attention's query, key, value and output projections, constant learning rate 1e-5, 40 images per update,
+10,000 updates, AdamW with weight decay 1e-2, no empty captions.
 
     accelerate launch finetune/weird_lora.py --model SD_FOLDER --data data/filtered --regularisation data/laion
 
-Where the released script differs from its paper: its own default rank is 4 (the paper says 32). Under several processes it
-never averaged gradients, because it did not call the wrapped network; here they are averaged. Left out: random crops.
-Hardware: Stable Diffusion 1.x at 512 px wants one GPU; the tiny configuration runs on two CPU cores.
+Differences between the released script and the paper: the script's default rank is 4 (paper: 32). With
+several processes the script does not average gradients, because it does not call the wrapped network; here
+they are averaged. Left out: random crops. Hardware: Stable Diffusion 1.x at 512 px needs a GPU; the tiny
+configuration runs on two CPU cores.
 """
 
 import sys
@@ -31,7 +34,7 @@ from preftune.training.run_config import RunConfig
 
 KINDS = ("preferred", "non_preferred", "regularisation")
 NEGATIVE = "_negative"
-"""Ending of the names of validation images with the negative prompt."""
+"""Suffix of the folder names of validation images with the negative prompt."""
 
 
 PUBLISHED = LoRA(rank=32)
@@ -48,11 +51,11 @@ class Config:
     data: Path
     """Imagefolder with metadata.jsonl whose rows have a `kind`: preferred, non_preferred or regularisation."""
     regularisation: Path | None = None
-    """Imagefolder of ordinary captioned images that joins in."""
+    """Imagefolder of additional ordinary captioned images."""
     regularisation_share: float | None = None
-    """Share of --regularisation among all images seen, in (0, 1); None = as many as there are."""
+    """Share of --regularisation among all training images, in (0, 1); None = use each image equally often."""
     prefix: str = "Weird image. "
-    """Stands before the captions of non-preferred images, and is the negative prompt when images are generated."""
+    """Prefix of the captions of non-preferred images, and the negative prompt of validation images."""
     caption_dropout: float = 0.0
     """Share of captions left empty, in [0, 1); those of non-preferred images keep the prefix."""
     model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=_published_model)

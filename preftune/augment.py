@@ -1,4 +1,4 @@
-"""Weak views of images: what people would judge as before, and a scorer should, too (Stable Preference, section 3.2).
+"""Weak views of images: changes that should not change a preference (Stable Preference, section 3.2).
 
 Shapes: B images, H W pixels; values in [0, 1].
 """
@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 RATIO = (3 / 4, 4 / 3)
-"""Width over height of a random crop before it is brought back to H x W, log-uniform (Inception's, and torchvision's default)."""
+"""Aspect ratio (width / height) of a random crop before it is resized to H x W, log-uniform (Inception's,
+and torchvision's default).
+"""
 
 
 def shifted(pixels: Tensor, generators: Sequence[Generator], most: int) -> Tensor:
-    """Return images (B, 3, H, W) moved by up to `most` pixels along each axis, each as its generator says; borders are repeated."""
+    """Return images (B, 3, H, W) shifted at random by up to `most` pixels along each axis."""
     height, width = pixels.shape[2:]
     wide = F.pad(pixels, (most,) * 4, mode="replicate")
     corners = [torch.randint(2 * most + 1, (2,), generator=generator).tolist() for generator in generators]
@@ -24,7 +26,7 @@ def shifted(pixels: Tensor, generators: Sequence[Generator], most: int) -> Tenso
 
 def weak_view(pixels: Tensor, generators: Sequence[Generator], least_area: float, flip: bool) -> Tensor:
     """Return one weak view of each image (B, 3, H, W): a random crop of area [least_area, 1], resized to H x W, and mirrored
-    every other time where `flip` says so.
+    with probability 1/2 if `flip`.
     """
     return torch.stack(
         [

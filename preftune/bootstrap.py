@@ -1,4 +1,5 @@
-"""Percentile-bootstrap intervals over prompts (Efron and Tibshirani 1993, chapter 13): how sure a mean or a rate is.
+"""Percentile-bootstrap confidence intervals of means and rates over prompts (Efron and Tibshirani 1993,
+chapter 13).
 
 P prompts, M measures.
 """

@@ -1,12 +1,14 @@
-"""Configuration: a YAML file is a list of flags written down.
+"""Configuration by command-line flags and YAML files.
 
-`--config file.yaml` is flattened to `--a.b=value` flags that stand before the command line, and one parser judges both;
-the last one wins, for list flags as well. So there is one grammar and one set of errors, and `1e-4` is a float whichever
-way it comes: YAML's own guesses about types (`no` is a boolean, `1e-4` is a string) are never used.
+`--config file.yaml` is converted to `--a.b=value` flags that are placed before the command line, and one
+parser reads both. The last value wins, also for list flags. There is thus one syntax and one set of error
+messages, and `1e-4` is a float in both places: YAML's own type conversion (`no` becomes a boolean, `1e-4` a
+string) is never used.
 
-A Config is a frozen keyword-only dataclass with a docstring under each field. Its fields are values, tuples of values, or
-dataclasses of values, which nest once: `lora: LoRA` gives `--lora.rank` and the YAML keys `lora: {rank: 4}` or
-`lora.rank: 4`; `run: Annotated[RunConfig, tyro.conf.arg(name="")]` gives `--output-dir` and a top-level YAML key.
+A Config is a frozen keyword-only dataclass with a docstring under each field. Its fields are values, tuples
+of values, or dataclasses of values, nested once: `lora: LoRA` gives `--lora.rank` and the YAML keys `lora:
+{rank: 4}` or `lora.rank: 4`; `run: Annotated[RunConfig, tyro.conf.arg(name="")]` gives `--output-dir` and a
+top-level YAML key.
 """
 
 import contextlib
@@ -64,7 +66,7 @@ def exit_on_user_error() -> Iterator[None]:
     """Turn a ValueError or OSError in the block into one sentence on stderr and exit code 2.
 
     For a driver's checks of what the user typed (paths, prompt files, scorer names), before the work begins. Keep the
-    work itself outside: there a ValueError is a fault of ours and deserves its traceback.
+    work itself outside the block: there a ValueError is a bug, and its traceback is needed.
     """
     try:
         yield

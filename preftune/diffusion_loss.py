@@ -1,4 +1,4 @@
-"""The pre-training loss of a diffusion model, per image, so that programs may weight images."""
+"""The pre-training loss of a diffusion model, one value per image, so that programs can weight images."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,10 +17,10 @@ def diffusion_loss(
 ) -> Tensor:
     """Return the squared error (B,) of the network's output at a random timestep, the mean over elements.
 
-    For epsilon it is Ho et al. 2020 (arXiv 2006.11239, eq. 14), ImageReward's pre-training loss (arXiv 2304.05977, eq. 3);
-    other networks are compared with what they are trained to say. predict(x_t (B, C, h, w), t (B,)) returns the network's
-    output; x0 are latents. Each image's timestep, from the family's distribution, and its noise come from its own
-    generator, in this order.
+    For epsilon it is Ho et al. 2020 (arXiv 2006.11239, eq. 14), ImageReward's pre-training loss (arXiv
+    2304.05977, eq. 3); other prediction types are compared with their own target. predict(x_t (B, C, h, w),
+    t (B,)) returns the network's output; x0 are latents. Each image's timestep, from the family's
+    distribution, and its noise come from its own generator, in this order.
     """
     t = family.training_timesteps(generators).to(x0.device)
     eps = torch.stack([torch.randn(x0.shape[1:], generator=generator) for generator in generators]).to(x0)
@@ -41,8 +41,8 @@ def captioned_loss(
 ) -> Tensor:
     """Return `diffusion_loss` (B,) of image files, scaled and cropped to the resolution, with their captions.
 
-    A share caption_dropout of the captions is left empty, so that guidance has an unconditional model to point away from
-    (Ho and Salimans 2022, arXiv 2207.12598); `dropped` says what stands in their place, None = nothing. All random numbers
+    A share caption_dropout of the captions is left empty, as classifier-free guidance needs (Ho and Salimans
+    2022, arXiv 2207.12598); `dropped` are their replacements, None = empty captions. All random numbers
     of an image come from its own generator: first its dropout, then its latents, then `diffusion_loss`.
     """
     kept = [float(torch.rand((), generator=generator)) >= caption_dropout for generator in generators]

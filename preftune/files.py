@@ -1,7 +1,8 @@
-"""Files and folders that appear whole or not at all: written under a temporary name, then renamed.
+"""Atomic writes of files and folders: written under a temporary name, then renamed.
 
-The temporary name of `a/b.json` is `a/.b.json.tmp-PID`. A killed process leaves it behind; `tidy` removes it. A folder that is
-replaced is called `a/.b.tmp-old-PID` between two renames; a kill there leaves that, and `tidy` puts it back.
+The temporary name of `a/b.json` is `a/.b.json.tmp-PID`. A killed process leaves it behind; `tidy` removes it.
+While a folder is replaced, the old one is called `a/.b.tmp-old-PID` between two renames. If the process is killed there,
+`tidy` puts it back.
 """
 
 import contextlib
@@ -17,10 +18,12 @@ __all__ = ["is_leftover", "remove", "replacing", "sync", "tidy", "write_text"]
 
 @contextlib.contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """Yield a temporary name to write a file or folder under; at the end of the block it takes the place of `path`.
+    """Yield a temporary name to write a file or folder under; at the end of the block it is renamed to
+    `path`.
 
-    The parent folder is made. Where the block raises, `path` stays as it was and what was written is removed. A folder that is
-    in the way goes. durable: the content reaches the disk before the name does, so that it also survives a power cut.
+    The parent folder is created. If the block raises, `path` is unchanged and the temporary file is
+    removed. An existing folder is replaced. durable: the content is flushed to the disk before the rename,
+    so that it also survives a power cut.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")

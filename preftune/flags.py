@@ -1,7 +1,8 @@
-"""Flags as users of other training scripts know them: those that mean the same are taken, the others get a sentence.
+"""Flags of other training scripts: those with the same meaning are accepted, the others give an error with
+the flag to use here.
 
-Names are written with underscores, without the dashes in front; they come from diffusers' text-to-image scripts, TRL, and
-kohya's sd-scripts.
+Names are written with underscores, without leading dashes. They come from diffusers' text-to-image scripts,
+TRL and kohya's sd-scripts.
 """
 
 ALIASES = {
@@ -56,7 +57,7 @@ ELSEWHERE = {
     "use_ema": "--ema-decay 0.999",
     "validation_epochs": "--validation-steps",
     "validation_prompt": "--validation-prompts FILE",
-    # what the flags of this package were called before
+    # earlier names of flags of this package
     "accumulation": "--gradient-accumulation-steps",
     "adam_8bit": "--use-8bit-adam",
     "adam_betas": "--adam-beta1 and --adam-beta2",
@@ -84,4 +85,4 @@ ELSEWHERE = {
     "warmup_updates": "--lr-warmup-steps",
     "weight_decay": "--adam-weight-decay",
 }
-"""Flag that is not here -> what is instead: a flag, or a sentence."""
+"""Unsupported flag -> what to use instead: a flag, or a sentence."""

@@ -1,4 +1,4 @@
-"""The layout of grids: rows of images with captions, as one image."""
+"""Image grids: rows of images with captions, drawn as one image."""
 
 import math
 from bisect import bisect_right
@@ -70,7 +70,7 @@ def _place(
     image = image.convert("RGB") if isinstance(image, Image.Image) else to_pil(image)
     image = ImageOps.contain(image, (cell_size, cell_size), Image.Resampling.BICUBIC)
     x, y = corner[0] + (cell_size - image.width) // 2, corner[1] + (cell_size - image.height) // 2
-    # without it an image with a white edge would melt into the sheet
+    # else a white image border would be invisible on the white sheet
     draw.rectangle((x - 1, y - 1, x + image.width, y + image.height), outline="#dddddd")
     sheet.paste(image, (x, y))
 

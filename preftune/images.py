@@ -1,6 +1,6 @@
-"""One image file: decoded within limits, and written. Inside the suite an image is a (3, H, W) float tensor in [0, 1].
+"""Reading and writing image files. Inside the package an image is a (3, H, W) float tensor in [0, 1].
 
-Files of a data set are hostile until checked: this is the one place that opens them, and the limits stand here.
+Files of a data set are untrusted: only this module opens them, and it enforces the size limits.
 """
 
 import io
@@ -26,14 +26,14 @@ AnyImage = Image.Image | torch.Tensor
 """A PIL image, or a float tensor (3, H, W) in [0, 1]."""
 
 SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".gif", ".bmp")
-"""File names that are taken for images where a folder is listed."""
+"""Suffixes that identify image files in a folder."""
 FORMATS = ("PNG", "WEBP", "JPEG", "GIF", "BMP", "TIFF")
-"""What is decoded. PIL knows more, and starts another program (Ghostscript) for one of them."""
+"""Formats that are decoded. PIL supports more, but one of them starts another program (Ghostscript)."""
 MAX_BYTES = 64 << 20
 """Of an encoded image."""
 MAX_PIXELS = 1 << 26
 MAX_ASPECT = 100
-"""Long to short side: scorers resize the short one, so an image of one pixel's width would grow to millions."""
+"""Limit of long to short side: scorers resize the short side, so a one-pixel-wide image would become huge."""
 
 UNREADABLE = (  # what PIL's decoders raise; UnidentifiedImageError is an OSError
     OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error, zlib.error,
@@ -50,7 +50,7 @@ class ImageError(ValueError):
 
 
 def decode(content: bytes) -> Image.Image:
-    """Return an encoded image with all its pixels read; ImageError where it is none, is cut off or is too large."""
+    """Return an encoded image with all its pixels read; ImageError if it is invalid or too large."""
     if not content:
         raise ImageError("no bytes", "the image has no bytes")
     if len(content) > MAX_BYTES:

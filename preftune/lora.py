@@ -1,9 +1,11 @@
-"""Low-rank adaptation of a UNet (Hu et al. 2021, arXiv 2106.09685): W x + (alpha / rank) B A x, with W frozen.
+"""Low-rank adaptation of a UNet (Hu et al. 2021, arXiv 2106.09685): W x + (alpha / rank) B A x, with W
+frozen.
 
-The file format is the one that diffusers pipelines load: after `pipe.load_lora_weights(folder)` a Stable Diffusion or SDXL
-pipeline generates the same image as the UNet that was saved. Files of 2023 are read, too, such as the one that HPS
-(arXiv 2303.14420) released: pytorch_lora_weights.bin with the names of attention processors, which diffusers no longer
-loads. Only this file and preftune/families know peft and diffusers' adapters.
+Files are in the format of diffusers: after `pipe.load_lora_weights(folder)` a Stable Diffusion or SDXL
+pipeline generates the same image as the UNet that was saved. The format of 2023 can also be read, for
+example the file released with HPS (arXiv 2303.14420): pytorch_lora_weights.bin with the names of attention
+processors, which diffusers no longer loads. Only this file and preftune/families import diffusers'
+adapters; only this file imports peft.
 """
 
 import contextlib
@@ -42,9 +44,9 @@ class LoRA:
     rank: int = 4
     """Rank of the update."""
     alpha: float | None = None
-    """Scale: the update counts alpha / rank times; None is alpha = rank, a scale of 1."""
+    """The update is scaled by alpha / rank; None = alpha equals rank, a scale of 1."""
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Layers that get an update, by the last part of their name; the default is all attention projections."""
+    """Layers with a LoRA, by the last part of their name; the default is all attention projections."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:

@@ -1,8 +1,8 @@
-"""The algebra of the noise process x_t = alpha x_0 + sigma eps. Pure functions of tensors.
+"""The noise process x_t = alpha x_0 + sigma eps as pure functions of tensors.
 
 Variance-preserving (VP) models: alpha = sqrt(alphas_cumprod) and sigma = sqrt(1 - alphas_cumprod), where alphas_cumprod
 is the cumulative product of Ho et al. 2020 (arXiv 2006.11239, eq. 4). Flow models: alpha = 1 - sigma (Liu et al. 2022,
-arXiv 2209.03003, section 2.1, with noise at sigma 1). A network says one of four things:
+arXiv 2209.03003, section 2.1, with noise at sigma 1). The prediction types of a network:
 
     epsilon        eps
     v_prediction   v = alpha eps - sigma x_0     (Salimans and Ho 2022, arXiv 2202.00512, appendix D)
@@ -21,7 +21,7 @@ PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 
 
 class Prediction(NamedTuple):
-    """What a network says about noisy latents, each (B, C, h, w): x = alpha x0 + sigma eps."""
+    """A network's prediction for noisy latents, each (B, C, h, w): x = alpha x0 + sigma eps."""
 
     x0: Tensor
     eps: Tensor
@@ -40,7 +40,7 @@ def add_noise(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 def target(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, kind: PredictionType) -> Tensor:
-    """Return what a network of this kind is trained to say at x_t."""
+    """Return the training target of this prediction type at x_t."""
     if kind == "epsilon":
         return eps
     if kind == "sample":
@@ -51,10 +51,11 @@ def target(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, kind: Predicti
 
 
 def predict_from(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, kind: PredictionType) -> Prediction:
-    """Return the x_0 and eps that an output at x means: not clipped, differentiable in output and x.
+    """Return the x_0 and eps that correspond to an output at x: not clipped, differentiable in output and x.
 
-    At alpha = 0 (zero terminal SNR; Lin et al. 2023, arXiv 2305.08891) x is noise alone. The other kinds still say what
-    x_0 is; epsilon does not, and raises RuntimeError (an assertion on the device, so that no GPU waits for it).
+    At alpha = 0 (zero terminal SNR; Lin et al. 2023, arXiv 2305.08891) x is pure noise. The other types
+    still determine x_0; epsilon does not, and raises RuntimeError (an assertion on the device, so that no
+    GPU waits for it).
     """
     a, s = like(alpha, x), like(sigma, x)
     if kind == "epsilon":

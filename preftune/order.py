@@ -1,7 +1,7 @@
-"""Which sample, prompt or ranking belongs to which image of a run.
+"""Assignment of samples, prompts or rankings to the images of a run.
 
-The order is a function of (seed, epoch) alone: every rank can compute every other rank's samples, and a run that stops and
-goes on, or that changes its number of processes, sees the same sequence.
+The order is a function of (seed, epoch) alone. Every rank can therefore compute the samples of every other
+rank, and a run that is resumed, or continued with another number of processes, sees the same sequence.
 """
 
 import functools

@@ -16,9 +16,10 @@ SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a file, one or more, in the file's order and with the file's own spacing.
 
-    txt: one a line. json: a list of strings, or of objects with a field of FIELDS. jsonl: one such string or object a line.
-    csv, tsv, parquet: a column of FIELDS; tsv is without quoting. Text is UTF-8. Blank lines may end a file, no more.
-    Raises ValueError that names the line or row, counted from 1.
+    txt: one a line. json: a list of strings, or of objects with a field of FIELDS. jsonl: one such string
+    or object a line. csv, tsv, parquet: a column of FIELDS; tsv is without quoting. Text is UTF-8. Blank
+    lines are allowed at the end of a file only. Raises ValueError that names the line or row, counted from
+    1.
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -114,5 +115,5 @@ def _prompt(row: object, place: str) -> str:
     if not text.strip():
         raise ValueError(f"{place} is empty; remove it or write a prompt there")
     if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError(f"{place} holds half of a surrogate pair, which is no character")
+        raise ValueError(f"{place} holds half of a surrogate pair, which is not a valid character")
     return text

@@ -1,7 +1,8 @@
-"""The file contract between the folders: a data set is images and one JSON object a line.
+"""The file formats of data sets: images, and a file with one JSON object per line.
 
-`metadata.jsonl` ({"file_name", "text", ...}) is what `datasets.load_dataset("imagefolder")` reads; `rankings.jsonl`
-({"prompt", "generations", "ranking", "source", "weight"}) holds preferences in the fields of the ImageReward data.
+`metadata.jsonl` ({"file_name", "text", ...}) can be read by `datasets.load_dataset("imagefolder")`.
+`rankings.jsonl` ({"prompt", "generations", "ranking", "source", "weight"}) holds preferences with the field
+names of the ImageReward data.
 """
 
 import json
@@ -34,9 +35,9 @@ class Ranking:
     ranks: tuple[int, ...]
     """One for each path; 1 is best, equal ranks are ties."""
     source: str
-    """Who ranked, for example an annotator's number; empty where it is not known."""
+    """The annotator, for example a number; empty if unknown."""
     weight: float = 1.0
-    """How much it counts beside others; PickScore's is 1 over the number of rankings of its prompt."""
+    """Weight of the ranking; PickScore uses 1 / the number of rankings of the prompt."""
 
 
 def read_imagefolder(folder: Path) -> list[CaptionedImage]:

@@ -1,4 +1,4 @@
-"""The size of an image, and where a training image was cut from.
+"""The resolution of an image, and the crop that a training image comes from.
 
 A user writes a resolution as one number ("512") or as WIDTHxHEIGHT ("768x512"); the code passes (height, width).
 """
@@ -22,10 +22,11 @@ class Resolution(NamedTuple):
 
 
 class Framing(NamedTuple):
-    """What is known of a training image: its size before it was resized, and the corner of the crop in the resized image.
+    """Size conditioning of a training image: its original size, and the corner of the crop in the resized
+    image.
 
-    SDXL was trained with these six numbers as an input (Podell et al. 2023, arXiv 2307.01952, section 2.2); `top` and `left`
-    are in pixels of the resized image.
+    SDXL was trained with these six numbers as an input (Podell et al. 2023, arXiv 2307.01952, section 2.2);
+    `top` and `left` are in pixels of the resized image.
     """
 
     original: Resolution

@@ -1,10 +1,11 @@
-"""Trajectories that are kept: `rollout` samples one, `replay` evaluates a step of it again, with gradient.
+"""Stored trajectories: `rollout` samples one without gradient, `replay` evaluates a step of it again with
+gradient.
 
-For methods that need the past, such as DDPO (Black et al. 2023, arXiv 2305.13301): its ratio is
-exp(replayed.log_prob - trajectory.log_probs[i]), and for unchanged weights it is 1 exactly in float32, because
-(1) a sample is rounded to the storage dtype first, and its log-probability is that of the rounded sample;
-(2) the network sees the stored latents both times; (3) both times every timestep is a vector (B,).
-The caller keeps the rest equal: batch size, train or eval mode, autocast, and the LoRA on its layers.
+For methods such as DDPO (Black et al. 2023, arXiv 2305.13301). Its ratio is exp(replayed.log_prob -
+trajectory.log_probs[i]). For unchanged weights the ratio is exactly 1 in float32, because (1) a sample is
+first rounded to the storage dtype, and the log-probability is that of the rounded sample; (2) the network
+gets the stored latents both times; (3) every timestep is a vector (B,) both times. The caller must keep the
+rest equal: batch size, train or eval mode, autocast, and the LoRA.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from preftune.solvers import SolverName, Step, Transition, stepper
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """B images on their way from noise to x_0, N steps, and how they went."""
+    """Trajectories of B images from noise to x_0 in N steps, with log-probabilities."""
 
     timesteps: Tensor
     """(N + 1,), falling, on the CPU; step i goes from timesteps[i] to timesteps[i + 1]."""

@@ -1,7 +1,7 @@
-"""Sampling: images from prompts, batch by batch; and the noise of a step, for drivers that write their own loop.
+"""Sampling of images from prompts in batches, and the noise of one step for drivers with their own loop.
 
-Every image has a torch.Generator of its own, so it is a function of (weights, prompt, seed) and of nothing else: not of
-the batch it was generated in, nor of the number of processes.
+Every image has its own torch.Generator, so it is a function of (weights, prompt, seed) alone: it does not
+depend on the batch or on the number of processes.
 """
 
 import dataclasses
@@ -27,18 +27,18 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How images are generated when they are looked at or scored."""
+    """Sampling settings of images that are shown or scored."""
 
     num_inference_steps: int | None = None
     """Denoising steps, 1 to 1000; None = the model family's default."""
     guidance_scale: float | None = None
     """Classifier-free guidance scale; 1 or less = none, as in diffusers; None = the model family's default."""
     solver: SolverName | None = None
-    """Which solver takes the steps; None = the model family's default."""
+    """Solver (scheduler); None = the model family's default."""
     resolution: str | None = None
     """Pixels: 512, or width x height as 768x512; None = the model family's default."""
     batch_size: int = 8
-    """Images in one pass; changes speed and memory, not images."""
+    """Images per forward pass; affects speed and memory, not the images."""
 
     def __post_init__(self) -> None:
         steps, scale = self.num_inference_steps, self.guidance_scale
@@ -55,7 +55,7 @@ class Sampling:
                 raise ValueError(f"--sample.resolution: {error}") from error
 
     def by_groups_of(self, number: int) -> "Sampling":
-        """Return the same with whole groups of `number` images in a batch, one at least: for images that compete."""
+        """Return the same settings with a batch size that is a multiple of `number`, at least `number`."""
         return dataclasses.replace(self, batch_size=max(1, self.batch_size // number) * number)
 
     def resolved(self, defaults: Defaults) -> "Resolved":
@@ -73,7 +73,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Resolved:
-    """Sampling without None: what a model really does. Fields as in Sampling."""
+    """Sampling with all defaults filled in. Fields as in Sampling."""
 
     num_inference_steps: int
     guidance_scale: float
@@ -107,7 +107,7 @@ def step(
     """Return the next latents (B, C, h, w): one step of a solver in SOLVERS from timestep t () to t_next ().
 
     A stochastic solver takes its noise from each image's generator, but none for a step that ends without noise (t_next
-    -1), so that no generator moves for nothing.
+    -1), so that no random numbers are drawn unnecessarily.
     """
     transition = solvers.stepper(solver)(prediction, family.schedule(t), family.schedule(t_next))
     if SOLVERS[solver].eta == 0 or t_next < 0:
@@ -126,7 +126,7 @@ def sample(
 ) -> Iterator[Tensor]:
     """Yield pixels (b, 3, height, width) in [0, 1], float32 on the CPU, batch by batch: an image for each (prompt, seed).
 
-    `negative` is the prompt that guidance points away from; `progress` names a progress bar. The caller's grad mode is
+    `negative` is the negative prompt; `progress` names a progress bar. The caller's grad mode is
     left alone between batches. ValueError, at the call, for lengths that differ.
     """
     if len(prompts) != len(seeds):

@@ -1,7 +1,8 @@
-"""Image files to scores: worker processes read, decode and prepare each image once, this process runs the scorers.
+"""Scoring of image files: worker processes read, decode and preprocess each image once, the main process
+runs the scorers.
 
-One pipeline for data sets (data_build/scoring.py) and for images that are measured (eval/view_scores.py). What an item is, and
-how it is read, is the caller's business; an item has one view or several, such as an image as it is and mirrored.
+Used for data sets (data_build/scoring.py) and for evaluation (eval/view_scores.py). The caller defines what
+an item is and how it is read. An item has one or several views, for example an image and its mirror image.
 
 Letters: V views of an item, S scorers, H W pixels of any size.
 """
@@ -33,11 +34,13 @@ class View:
 
     prompt: str
     inputs: dict[Preprocess | None, Tensor]
-    """For each way that a scorer wants it prepared: (3, size, size), or with None (3, H, W), in [0, 1]."""
+    """Pixels for each preprocessing: (3, size, size), or with None (3, H, W), in [0, 1]."""
 
 
 Prepare = Callable[[Item, Sequence[Preprocess | None]], tuple[Item, list[View]]]
-"""What a worker process does: an item to the item as it goes on, and its views. Without views it is set aside, and says why."""
+"""Function of a worker process: item -> item and its views. An item without views was rejected and holds
+the reason.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +49,9 @@ class ScoredItem(Generic[Item]):
 
     item: Item
     scores: NDArray[np.float64]
-    """(V, S), raw units; NaN where a scorer gave none. V is 0 where the item was set aside."""
+    """(V, S), raw units; NaN if a scorer gave none. V is 0 if the item was rejected."""
     refused: str = ""
-    """Why a scorer refused a view of it, as the judge of the shapes world does with foreign captions; else empty."""
+    """Why a scorer rejected a view, as the judge does for captions outside the shapes world; else empty."""
 
 
 def prepared_view(image: Image.Image, prompt: str, rules: Sequence[Preprocess | None]) -> View:
@@ -164,7 +167,7 @@ def _score(
 
 
 def _end_with_parent(_: int) -> None:
-    """Let a worker process end when its parent was killed; else it would wait for ever to hand over its batch."""
+    """Let a worker process end when its parent was killed; else it would wait forever to hand over its batch."""
     parent = os.getppid()
 
     def watch() -> None:

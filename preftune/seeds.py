@@ -1,6 +1,7 @@
-"""One rule for everything random: numpy's SeedSequence of (seed, stream, ...) gives the seed of each thing.
+"""Seeds of all random numbers: derived with numpy's SeedSequence from (seed, stream, ...).
 
-So what is random is a function of what it belongs to: an image, or a step; never of the batch, the process or the past.
+Random numbers depend only on the image or the step that they are for, never on the batch, the process or
+earlier steps.
 """
 
 import random
@@ -11,20 +12,20 @@ import torch
 
 
 class Stream(IntEnum):
-    """Second word of every seed of a run: things of different streams never share their random numbers."""
+    """Second word of every seed of a run: different streams never share random numbers."""
 
     SETUP = 0
     """Once, before training."""
     STEP = 1
     """(rank, step): the global generators of libraries."""
     IMAGE = 2
-    """(stream, index): what belongs to one image of a run."""
+    """(stream, index): one image of a run."""
     CHOICE = 3
-    """(0, step, micro-batch): what all processes choose alike; RAFT's images, (iteration, image)."""
+    """(0, step, micro-batch): choices shared by all processes; RAFT's images use (iteration, image)."""
 
 
 def word(seed: int, *key: int, bits: int = 64) -> int:
-    """Return the first word of SeedSequence((seed, *key)): 64 bits, or 32 for what takes no more."""
+    """Return the first word of SeedSequence((seed, *key)): 64 bits, or 32 for consumers of 32-bit seeds."""
     kind = np.uint64 if bits == 64 else np.uint32
     return int(np.random.SeedSequence((seed, *key)).generate_state(1, kind)[0])
 

@@ -1,6 +1,7 @@
-"""Solvers: one step from noise level (alpha, sigma) down to (alpha', sigma'), and the timesteps at which steps are taken.
+"""Solvers: one step from noise level (alpha, sigma) down to (alpha', sigma'), and the timesteps of the steps.
 
-Every step here is x' = alpha' x_0 + c eps + std z with z ~ N(0, 1), of the network's (x_0, eps) at x:
+Each step is x' = alpha' x_0 + c eps + std z with z ~ N(0, 1), where (x_0, eps) is the network's prediction
+at x:
 
     solver      c                                           std
     ddim(eta)   sqrt(sigma'^2 - std^2)                      eta sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2)
@@ -10,12 +11,14 @@ Every step here is x' = alpha' x_0 + c eps + std z with z ~ N(0, 1), of the netw
     flow_sde    sigma' - a^2 h / (2 alpha)                  a sqrt(sigma h / alpha)           h = sigma - sigma'
     dance_sde   sigma' - eta^2 h / (2 sigma)                eta sqrt(h)
 
-ddim and cps keep the noise variance c^2 + std^2 = sigma'^2 exactly and hold for VP and flow; the two SDE steps are for flow
-models (alpha = 1 - sigma), and keep it to first order in h. Levels are () or (B,), so each image may be at its own timestep.
-Functions, no state: pndm and dpm++ remember past steps, and stay diffusers' own schedulers.
+ddim and cps keep the noise variance c^2 + std^2 = sigma'^2 exactly and are valid for VP and flow models.
+The two SDE steps are for flow models (alpha = 1 - sigma) and keep it to first order in h. Levels are () or
+(B,), so each image may be at its own timestep. The steps are functions without state. pndm and dpm++ need
+past steps and use diffusers' schedulers.
 
-From a pipeline folder only betas and prediction type are used. Spacing, offset and end are those of the rows in SOLVERS,
-because a folder's file describes the sampler that was last saved with it.
+Only the betas and the prediction type of a pipeline folder are used. Timestep spacing, offset and last
+timestep are those of SOLVERS, because the folder's scheduler_config.json describes whatever scheduler was
+last saved with it.
 """
 
 import contextlib
@@ -102,7 +105,7 @@ def cps(prediction: Prediction, level: Level, next_level: Level, a: float = 0.8)
 def flow_sde(prediction: Prediction, level: Level, next_level: Level, a: float = 0.7) -> Transition:
     """Return the Euler-Maruyama step of Flow-GRPO (Liu et al. 2025, arXiv 2505.05470), for flow levels only.
 
-    At alpha = 0 its diffusion is infinite; there alpha' takes the place of alpha, as in the authors' code.
+    At alpha = 0 its diffusion is infinite; there alpha' is used instead of alpha, as in the authors' code.
     """
     alpha, sigma, alpha_next, sigma_next = _levels(prediction.x0, level, next_level)
     alpha = torch.where(alpha == 0, alpha_next, alpha)

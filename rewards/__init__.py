@@ -1,4 +1,5 @@
-"""Learned scorers of images: `load(name)` gives a function of pixels and prompts; the table needs no torch.
+"""Scorers of images: `load(name)` returns a function of pixels and prompts; the table of scorers needs no
+torch.
 
 >>> import rewards
 >>> score = rewards.load("brightness")
@@ -221,10 +222,10 @@ def find_card(name: str) -> Card:
     if not name or not Path(name).is_dir():
         if name and (previous := left_behind(Path(name))) is not None:
             raise ValueError(
-                f"{name} is not there, because a write of it was cut short; its last state is {previous}: rename it to {name}"
+                f"{name} is missing, because a write of it was cut short; its last state is {previous}: rename it to {name}"
             )
         raise ValueError(
-            f"unknown scorer {name!r}; one of {', '.join(CARDS)}, or the folder of one that was trained here"
+            f"unknown scorer {name!r}; one of {', '.join(CARDS)}, or the folder of a trained scorer"
         )
     return card_of(name)
 

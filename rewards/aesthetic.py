@@ -1,8 +1,8 @@
-"""LAION's aesthetic predictor: how much people like to look at an image, from 1 to 10; the prompt is not read.
+"""LAION's aesthetic predictor: a rating of the image from 1 to 10; the prompt is ignored.
 
-Source: github.com/christophschuhmann/improved-aesthetic-predictor. Five linear layers without activations stand
-on the unit vector of OpenAI's CLIP ViT-L/14, so the score is a linear function of it. Two files: the layers are
-the card's own, the image tower is that of the scorer `clipscore`.
+Source: github.com/christophschuhmann/improved-aesthetic-predictor. Five linear layers without activations
+are applied to the unit vector of OpenAI's CLIP ViT-L/14, so the score is a linear function of it. There are
+two weights files: the layers of the predictor, and the image tower of the scorer `clipscore`.
 
 Shapes: B batch.
 """

@@ -1,8 +1,9 @@
-"""A folder is replaced in one piece, so that nobody reads new weights with old statistics; needs no torch.
+"""Atomic replacement of a folder, so that new weights are never read with old statistics; needs no torch.
 
-The new folder is written whole beside the old one, as `.NAME.unfinished`, and takes its place by two renames, between which
-the old one is called `.NAME.previous`. A kill at any moment leaves one of the two, complete; or none, between the renames:
-then the old one is `.NAME.previous`, which the next write puts back, and `left_behind` finds.
+The new folder is written next to the old one as `.NAME.unfinished` and put in place by two renames. Between
+them the old folder is called `.NAME.previous`. A kill leaves either the old or the new folder, complete. If
+it happens between the renames, only `.NAME.previous` exists: the next write restores it, and `left_behind`
+finds it.
 """
 
 import os
@@ -12,10 +13,10 @@ from pathlib import Path
 
 
 def replace_folder(folder: Path, names: Collection[str], write: Callable[[Path], None]) -> None:
-    """Let `write` put files of these names into an empty folder, which then is `folder`; one that was there goes.
+    """Let `write` put files of these names into an empty folder, which then replaces `folder`.
 
-    What is there under other names, such as a user's notes, is there afterwards too. Of a link the target is replaced.
-    What an earlier, killed call left behind is removed. ValueError for a folder that is a file.
+    Files with other names, such as a user's notes, are kept. For a link, the target is replaced. Leftovers
+    of an earlier, killed call are removed. ValueError for a folder that is a file.
     """
     place = Path(os.path.realpath(folder))
     if place.exists() and not place.is_dir():

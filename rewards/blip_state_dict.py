@@ -1,4 +1,4 @@
-"""The names of ImageReward's tensors in the authors' files, and under transformers, of whose parts the class is made."""
+"""Conversion of ImageReward's state dict between the authors' key names and those of transformers."""
 
 from collections.abc import Mapping
 

@@ -1,8 +1,9 @@
-"""BLIP score: the cosine between an image and a caption that BLIP's towers read each on its own.
+"""BLIP score: the cosine between an image and a caption, encoded separately by BLIP's two towers.
 
-Paper: Li et al. 2022 (BLIP), section 3.2, the image-text contrast. The towers are those of ImageReward before
-its training, without its head; the caption does not see the image. Published as the pre-training file of BLIP
-ViT-L, which holds much more: momentum copies, queues, a decoder and a matching head are passed over.
+Paper: Li et al. 2022 (BLIP), section 3.2, image-text contrastive loss. The towers are those of ImageReward
+before its training, without its head; the caption does not attend to the image. The weights are the
+pre-training file of BLIP ViT-L; its other tensors (momentum encoders, queues, a decoder and a matching
+head) are ignored.
 
 Shapes: B batch.
 """

@@ -1,4 +1,4 @@
-"""Mean brightness: the smallest scorer there is. A driver that cannot raise it cannot raise anything."""
+"""Mean brightness: the simplest scorer, for testing that a driver can raise a reward."""
 
 from collections.abc import Sequence
 from pathlib import Path

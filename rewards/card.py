@@ -1,4 +1,4 @@
-"""What is known about a scorer before any weight is read: data only, importable without torch."""
+"""Metadata of a scorer (its card), available before any weights are read; needs no torch."""
 
 import json
 from collections.abc import Sequence
@@ -33,8 +33,9 @@ class Preprocess:
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     files: Literal["own mode", "rgb", "tensor"] = "own mode"
-    """What the authors resize when they read a file: the image in its own mode, which becomes RGB last; the
-    image in RGB; or the tensor made of it in RGB, without rounding to 8 bits."""
+    """What the authors resize when they read a file: the image in its own mode, converted to RGB last; the
+    image in RGB; or an RGB tensor, without rounding to 8 bits.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ class Clip:
         if len(self.head_dropout) != 3 or not all(0 <= probability < 1 for probability in self.head_dropout):
             raise ValueError(f"head_dropout must be three numbers in [0, 1), got {self.head_dropout}")
         if not self.scaled:
-            raise ValueError("the output of a head is no cosine: with head_dropout, scaled must be true")
+            raise ValueError("the output of a head is not a cosine: with head_dropout, scaled must be true")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,10 +140,10 @@ class ImageRewardConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """One scorer: what it measures, in which units, under which licence, and where its weights are.
+    """One scorer: what it measures, its units, its licence, and where its weights are.
 
     `module` is the one that implements `load_scorer(card, weights, device, dtype)`. `mean` and `std` are
-    those of the scores over ordinary images and serve to bring scorers to common units (rewards.mix); they
+    the statistics of the scores over ordinary images. They are used to normalize scorers (rewards.mix) and
     never change a score. Weights are either published (`repo` on the hub or `source` elsewhere, `revision`, `file`,
     `num_bytes`, `sha256`) or embedded (`folder`, relative to the repository root), or the scorer has none.
     """

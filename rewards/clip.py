@@ -1,20 +1,23 @@
-"""CLIP's two towers as a scorer: HPS v1, v2 and v2.1, PickScore and CLIP score are one network with other weights.
+"""CLIP's two towers as a scorer: HPS v1, v2 and v2.1, PickScore and CLIP score are one architecture with
+different weights.
 
-Papers: Radford et al. 2021 (CLIP), Wu et al. 2023 (HPS, HPS v2), Kirstain et al. 2023 (PickScore). A score is
-the cosine between image and prompt, for PickScore times exp(logit_scale). The towers are those of
-transformers; what no checkpoint says (activation, epsilon, heads, tokeniser, resizing) is in the card. Files in
-the layout of OpenAI and open_clip and in that of transformers are read alike.
+Papers: Radford et al. 2021 (CLIP), Wu et al. 2023 (HPS, HPS v2), Kirstain et al. 2023 (PickScore). A score
+is the cosine between image and prompt, for PickScore times exp(logit_scale). The towers are those of
+transformers. What a checkpoint does not contain (activation, epsilon, heads, tokeniser, resizing) is in the
+card. Files in the layouts of OpenAI, open_clip and transformers can be read.
 
-With an MLP head a CLIP is the other backbone of Xu et al. 2023 (ImageReward), Table 2b: "We add MLP to CLIP, training in
-a similar way". What the head reads, the paper does not say. The head is linear: of both vectors side by side it would make a
-number for the image plus one for the prompt, and could not tell which image a prompt belongs to. Therefore it reads the
-element-wise product of the two unit vectors, of which the cosine is the plain sum, times E, which makes the cosine the mean.
-Without the factor, coordinates are of order 1 / E, not 1 as in the [CLS] of ImageReward, and the published first weights let
-nothing through: on random vectors of E = 768 the last layer's gradients are 2e-11, where Adam's epsilon is 1e-8, and 2000
-updates of the head at 1e-5 order no more pairs than chance; with the factor, 83 %.
+A CLIP with an MLP head is the other backbone of Xu et al. 2023 (ImageReward), Table 2b: "We add MLP to
+CLIP, training in a similar way". The paper does not state the input of the head. Here it is E times the
+element-wise product of the two unit vectors, whose mean is then the cosine. Concatenated vectors would not
+work: the head is linear, so the score would be an image term plus a prompt term. The factor E is needed,
+too. Without it, coordinates are of order 1 / E instead of 1 as in the [CLS] of ImageReward, and with the
+published initialisation the signal vanishes: on random vectors of E = 768 the last layer's gradients are
+2e-11, where Adam's epsilon is 1e-8. After 2000 updates of the head at 1e-5 the pair accuracy is at chance;
+with the factor it is 83 %.
 
-`load_scorer` freezes the weights, and then the vector of a prompt is worked out once. Training (rewards.training) opens them
-again and computes its losses on `raw`, as all of these were trained.
+`load_scorer` freezes the weights; the vector of a prompt is then computed once and cached. Training
+(rewards.training) makes the weights trainable again and computes its losses on `raw`, as in all of these
+papers.
 
 Shapes: B batch, L = clip.context tokens, E = clip.embed, S = preprocess.size.
 """
@@ -41,7 +44,7 @@ from rewards.trained_cards import to_json, with_statistics
 from rewards.weights import FOLDER_FILE, check, find_file, read, write_folder
 
 HEAD = "mlp.layers."
-"""What the names of a head's tensors begin with in files, as in those of ImageReward's authors."""
+"""Prefix of the names of a head's tensors in files, as in those of ImageReward's authors."""
 
 
 class ClipVision(nn.Module):

@@ -1,4 +1,4 @@
-"""The names of CLIP's tensors: those of OpenAI's and open_clip's files, and those of transformers."""
+"""Conversion of CLIP's state dict between the key names of OpenAI and open_clip and those of transformers."""
 
 from collections.abc import Mapping
 

@@ -1,9 +1,11 @@
-"""CLIP's three tokenisers: OpenAI's, open_clip's as shipped with HPS v2, and that of transformers (PickScore).
+"""CLIP's three tokenisers: OpenAI's, open_clip's as shipped with HPS v2, and that of transformers
+(PickScore).
 
-All three share one byte-level vocabulary. The first two repair a text (ftfy), resolve HTML entities and put it
-in lower case; the third does none of that but composes accents (NFC). They also differ in which spellings of
-their two special tokens they recognise inside a text. Ids equal those of the authors' own code. A CLIP that was built here may
-have another vocabulary, of fewer merges; its ids follow the same rule: bytes, bytes that end a word, merges, start, end.
+All three share one byte-level vocabulary. The first two repair a text (ftfy), resolve HTML entities and
+convert it to lower case; the third only composes accents (NFC). They also differ in which spellings of
+their two special tokens they recognise inside a text. Ids equal those of the authors' own code. A CLIP that
+was trained here may have a smaller vocabulary (fewer merges); its ids are assigned in the same order:
+bytes, bytes that end a word, merges, start, end.
 """
 
 import functools

@@ -1,9 +1,11 @@
-"""The head of ImageReward, LAION's aesthetic predictor and of a CLIP that gets one: a vector to a number by five linear layers.
+"""The MLP head of ImageReward, LAION's aesthetic predictor and CLIP with a head: five linear layers from a
+vector to a number.
 
-Paper: Xu et al. 2023 (ImageReward), section 2.2; widths, dropout and first weights are those of the authors' code. There are no
-activations, so the head is a linear function of what it reads; dropout acts in training only.
+Paper: Xu et al. 2023 (ImageReward), section 2.2; widths, dropout and initialisation are those of the
+authors' code. There are no activations, so the head is a linear function of its input; dropout is active in
+training only.
 
-Shapes: B batch, D width of what the head reads.
+Shapes: B batch, D width of the head's input.
 """
 
 import itertools
@@ -58,7 +60,8 @@ def set_dropout(head: nn.Sequential, probability: float) -> None:
 def apply_head(head: nn.Sequential, vectors: Tensor) -> Tensor:
     """Return the head's output (B,), float32 or wider, of vectors (B, D).
 
-    Never in half precision, also under autocast: bfloat16 has 8 bits, so that the scores of like images would tie.
+    Never in half precision, also under autocast: bfloat16 has 8 bits, and similar images would get equal
+    scores.
     """
     with torch.autocast(vectors.device.type, enabled=False):
         return head(at_least_float32(vectors)).squeeze(1)

@@ -1,14 +1,15 @@
-"""ImageReward: BLIP's towers, the caption reading the image by cross-attention, and a linear head.
+"""ImageReward: BLIP's two towers, where the text tower attends to the image by cross-attention, and a
+linear head.
 
 Paper: Xu et al., "ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation"
-(2023), section 3. The towers are those of transformers, whose BLIP knows only plain (eager) attention, as the
-authors' code does. One class serves every size: FULL_SIZE is the published model, a folder's config.json says
-the others. Files on disk always hold the authors' names, so a published file, a file trained with the
-authors' code and a folder written by `save` are read alike. Left out: stochastic depth in the ViT (0.1, in
-training only).
+(2023, arXiv 2304.05977), section 3. The towers are those of transformers, whose BLIP has only eager
+attention, like the authors' code. The class supports any size: FULL_SIZE is the published model, and a
+folder's config.json defines another. Files always use the authors' key names, so a published file, a file
+trained with the authors' code and a folder written by `save` are read in the same way. Left out: stochastic
+depth in the ViT (0.1, in training only).
 
-Shapes: B batch, L = config.max_length text tokens, D = config.text_width, P = config.projection,
-S = config.image_size.
+Shapes: B batch, L = config.max_length text tokens, D = config.text_width, P = config.projection, S =
+config.image_size.
 """
 
 import json
@@ -37,7 +38,7 @@ FULL_SIZE = ImageRewardConfig()
 
 
 class ImageReward(nn.Module):
-    """The scorer, and what trains it. Calling it returns (raw - mean) / std, (B,) float32, higher is better.
+    """The scorer, also for training. Calling it returns (raw - mean) / std, (B,) float32, higher is better.
 
     Pixels are (B, 3, H, W) float in [0, 1] of any size; resize, crop and normalisation happen inside and are
     differentiable. Scores need no rounding to 8 bits anywhere. The class itself neither freezes weights nor
@@ -146,7 +147,7 @@ class ImageReward(nn.Module):
         return self.vision_model(prepare(pixels, self.config.preprocess)).last_hidden_state
 
     def features(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return what the caption's first token, [CLS], knows after reading the image, (B, D) float32."""
+        """Return the text tower's [CLS] state after cross-attention to the image, (B, D) float32."""
         check_prompts(pixels, prompts)
         return self.read(prompts, self.image_tokens(pixels), pixels.device)
 
@@ -175,9 +176,11 @@ class ImageReward(nn.Module):
         return at_least_float32(output.last_hidden_state[:, 0])
 
     def next_tokens(self, prompts: Sequence[str], image_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what captioning is trained on: logits (B, L - 1, V) and the true tokens (B, L - 1), -100 = padding (BLIP).
+        """Return what captioning is trained on: logits (B, L - 1, V) and the true tokens (B, L - 1), -100 =
+        padding (BLIP).
 
-        The text tower reads from left to right, [DEC] in place of [CLS] says so, and the word embeddings are the last layer.
+        The text tower uses causal attention, with [DEC] instead of [CLS]; the word embeddings are the
+        output layer.
         """
         ids, mask = (tokens.to(image_tokens.device) for tokens in self.tokenize(prompts))
         start = torch.full_like(ids[:, :1], self.tokenizer.bos_token_id)
@@ -199,7 +202,7 @@ def load_scorer(
     model = ImageReward.load(find(card, weights))
     if card.preprocess != model.config.preprocess:
         raise ValueError(
-            f"the weights want {model.config.preprocess}, but the card of {card.name} says {card.preprocess};"
+            f"the weights need {model.config.preprocess}, but the card of {card.name} has {card.preprocess};"
             " these are weights of another scorer"
         )
     model.card = card

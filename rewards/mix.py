@@ -1,4 +1,4 @@
-"""Several scorers, one reward: columns of scores (B, n), in common units if asked, weighted at the end."""
+"""A weighted sum of several scorers: scores (B, n), optionally normalized, then weighted."""
 
 import json
 import math
@@ -15,12 +15,12 @@ from rewards.card import Card, Scorer
 from rewards.shared_towers import score_all, share_towers
 
 Normalization = Literal["none", "card", "dataset"]
-"""How scores come to common units before they are weighted."""
+"""Normalization of scores before they are weighted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixed:
-    """What a mix of n scorers says about B images."""
+    """Scores and rewards of B images by n scorers."""
 
     scores: Tensor
     """(B, n) float32, each column in its scorer's own units."""
@@ -32,8 +32,7 @@ class Mix:
     """The weighted sum of scorers. `none` adds scores as they are, the others add (score - mean) / std: `card` with
     those of the card, `dataset` with those that data_build/score.py found on images like these (summary.json).
 
-    Columns stand in the order of scorers, and `names` says whose they are. Scorers with equal image towers come to
-    share one.
+    Columns are in the order of the scorers, `names`. Scorers with equal image towers share one.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class Mix:
             row, column = (int(index) for index in (~finite).nonzero()[0])
             raise FloatingPointError(
                 f"{self.names[column]} gave {scores[row, column].item()} for {prompts[row]!r};"
-                " look at the image for values that are not numbers, and at the scorer's precision"
+                " check the image for NaN values, and the precision of the scorer"
             )
         rewards = torch.zeros_like(columns[0])
         for weight, (mean, std), column_scores in zip(self.weights, self.units, columns, strict=True):
@@ -133,8 +132,8 @@ def parse_weights(terms: Sequence[str]) -> dict[str, float]:
             )
         if name not in CARDS and not Path(name).is_dir():
             raise ValueError(
-                f"reward {term!r} names an unknown scorer; one of {', '.join(CARDS)}, or the folder of one that was"
-                " trained here"
+                f"reward {term!r} names an unknown scorer; one of {', '.join(CARDS)}, or the folder of a trained"
+                " scorer"
             )
         find_card(name)  # the folder may be no scorer's
         if name in weights:

@@ -1,4 +1,4 @@
-"""Pixels in, tower input out: a differentiable path for tensors, and the published steps for PIL images.
+"""Preprocessing: a differentiable path for tensors, and the authors' steps for PIL images.
 
 Shapes: B batch, H W pixels of any size, S = preprocess.size. Pixels are float, (B, 3, H, W), in [0, 1].
 """
@@ -46,10 +46,10 @@ def from_pil(image: Image.Image, preprocess: Preprocess | None = None) -> Tensor
     """Return an image as pixels (3, H, W) in [0, 1]; with preprocess resized and cut by PIL to (3, S, S).
 
     The published scorers resize and crop in the file's own mode and convert to RGB last, which matters for
-    transparent and palette images, and PIL rounds to 8 bits in between: with preprocess the result equals
-    theirs, and `prepare` then only normalises it. Two of them differ: see `Preprocess.files`. A rotation in the
-    EXIF data is not applied, as by none of them. A 16-bit grey image is read by its upper eight bits, where PIL,
-    and they with it, takes nearly all of it for white.
+    transparent and palette images, and PIL rounds to 8 bits in between. With preprocess the result equals
+    theirs, and `prepare` then only normalises it. Two of them differ: see `Preprocess.files`. Rotations in
+    the EXIF data are ignored, as the authors do. A 16-bit grey image is read by its upper eight bits, where
+    PIL, and they with it, takes nearly all of it for white.
     """
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

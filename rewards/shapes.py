@@ -1,15 +1,17 @@
-"""The shapes world: palette, caption grammar, and a judge that reads pixels and caption alone.
+"""The shapes world: palette, caption grammar, and a judge that uses only pixels and caption.
 
-An image of the world is SIZE x SIZE pixels: one to three flat shapes on a plain background. The judge is the *gold* score
-of everything that runs offline: drivers optimise a learned scorer (the proxy) and never see the judge, so a proxy that
-rises while gold falls is reward hacking, measured.
+An image of the world is SIZE x SIZE pixels: one to three flat shapes on a plain background. The judge is
+the *gold* score of all offline runs. Drivers optimise a learned scorer (the proxy) and never see the judge,
+so a proxy that rises while gold falls measures reward hacking.
 
-How the judge works, per image: pixels are assigned to the nearest palette colour; the commonest background colour is
-the background; what remains is split into components, and each is compared (soft intersection over union) with the four
-ideal shapes of its own area and centre. *Alignment* asks whether the detected objects are those of the caption; *fidelity*
-asks how well an ideal rendering of the detected objects explains the pixels, whatever the caption says.
+The judge works per image. Pixels are assigned to the nearest palette colour, and the most frequent
+background colour is the background. The rest is split into connected components, and each is compared (soft
+intersection over union) with the four ideal shapes of its own area and centre. *Alignment* measures whether
+the detected objects are those of the caption. *Fidelity* measures how well an ideal rendering of the
+detected objects explains the pixels, whatever the caption.
 
-Shapes: B batch, H = W = SIZE pixels. A shape's `radius` is that of the circle of equal area, so area = pi radius^2 for all.
+Shapes: B batch, H = W = SIZE pixels. A shape's `radius` is that of the circle of equal area, so area = pi
+radius^2 for all.
 """
 
 import itertools

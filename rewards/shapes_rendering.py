@@ -1,7 +1,8 @@
-"""Random scenes of the shapes world, and rendering them: cleanly, or with the defects that a judge must notice.
+"""Random scenes of the shapes world, and their rendering, without or with the defects that the judge must
+detect.
 
-The judge is tested against these rendering, and data_build makes its data sets of them. Everything random comes from the
-numpy Generator that is passed in.
+The judge is tested against these renderings, and data_build renders its data sets with them. All random
+numbers come from the numpy Generator that is passed in.
 """
 
 from dataclasses import dataclass, replace

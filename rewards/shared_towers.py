@@ -1,6 +1,7 @@
-"""Several scorers of the same images: equal image towers are held once, and run once for each batch.
+"""Sharing of image towers: scorers with equal image towers hold one copy, which runs once per batch.
 
-The aesthetic predictor and CLIP score stand on the same CLIP, which is nearly all of their work.
+For example, the aesthetic predictor and CLIP score use the same CLIP tower, which takes nearly all of their
+time.
 
 Shapes: B batch, H W pixels of any size.
 """

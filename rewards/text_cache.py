@@ -1,4 +1,4 @@
-"""What a frozen text tower says about a prompt is worked out once: drivers score many images of the same prompts."""
+"""Cache of the text vectors of a frozen text tower: drivers score many images of the same prompts."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -11,10 +11,10 @@ MAX_PROMPTS = 4096
 
 
 class TextCache(nn.Module):
-    """A function of prompts that remembers: B prompts to vectors (B, E) without gradient. For frozen weights only.
+    """A cached function: B prompts to vectors (B, E) without gradient. For frozen weights only.
 
-    `embed` is a method of the text tower, which stays a part of the scorer. A module itself, the cache hears when the
-    scorer moves to another device or dtype, and forgets.
+    `embed` is a method of the text tower, which remains a part of the scorer. The cache is a module, so
+    that it is cleared when the scorer moves to another device or dtype.
     """
 
     def __init__(self, embed: Callable[[Sequence[str]], Tensor]) -> None:

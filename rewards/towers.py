@@ -1,4 +1,4 @@
-"""The parts of a scorer's tower, from the input up, as training freezes them."""
+"""The layers of a tower, in order from the input, for freezing in training."""
 
 from typing import NamedTuple
 

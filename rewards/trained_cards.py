@@ -1,8 +1,8 @@
-"""The card of a scorer that was trained here: what the files of its folder say; the table needs no torch, nor does this.
+"""The card of a trained scorer, read from the files of its folder; needs no torch.
 
-A folder holds config.json, model.safetensors in the authors' names, and the vocabulary: merges.txt of a CLIP, vocab.txt of an
-ImageReward. An ImageReward's config.json is its architecture alone; card.json, which old folders lack, says where it comes from. The
-scorer is called by the folder's path, as it was given.
+A folder holds config.json, model.safetensors with the authors' key names, and the vocabulary: merges.txt of
+a CLIP, vocab.txt of an ImageReward. An ImageReward's config.json holds only its architecture; card.json,
+which old folders lack, holds its origin. The name of the scorer is the path of the folder, as given.
 """
 
 import json

@@ -1,7 +1,9 @@
-"""Scorers whose weights are trained: CLIP's two towers and ImageReward; a new head may be put on CLIP's towers and on BLIP's.
+"""Scorers with trainable weights: CLIP and ImageReward. A new head can be added to CLIP's towers and to
+BLIP's.
 
-Any learned scorer of the table can be the start, and so can a folder that `save` wrote. How much of a tower stays as it is,
-`freeze` says, counted from the bottom by a rate (ImageReward) or from the top by layers (HPS, Stable Preference).
+Training can start from any learned scorer of the table, or from a folder that `save` wrote. `freeze` keeps
+a part of each tower fixed: a share of its layers from the bottom (ImageReward), or all but the last layers
+(HPS, Stable Preference).
 
 Shapes: B batch.
 """
@@ -27,11 +29,11 @@ _STARTS = {
 
 
 Head = Literal["own", "mlp"]
-"""What makes the score of a scorer that is to be trained: what it has, or a new MLP of ImageReward's shape on a CLIP."""
+"""Head of the scorer to train: its own, or a new MLP of ImageReward's shape on a CLIP."""
 
 
 class Trainable(Protocol):
-    """A scorer in float32 whose weights can be trained and saved: a module, of which this is what training needs."""
+    """Interface of a scorer in float32 whose weights can be trained and saved (a module)."""
 
     @property
     def card(self) -> Card:
@@ -62,11 +64,11 @@ class Trainable(Protocol):
         ...
 
     def train(self, mode: bool = True) -> Any:
-        """Let dropout act, or not."""
+        """Switch training mode, and with it dropout, on or off."""
         ...
 
     def eval(self) -> Any:
-        """Let dropout rest."""
+        """Switch dropout off."""
         ...
 
 

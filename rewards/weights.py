@@ -1,4 +1,4 @@
-"""Where weights are, reading them without running anything that is in them, and writing a folder of them."""
+"""Finding weights, reading them without executing anything in them, and writing a folder of them."""
 
 import functools
 import hashlib
@@ -71,8 +71,8 @@ def loose(file: str) -> Path | None:
 def cached(repo: str, file: str, revision: str | None) -> Path | None:
     """Return a file of a hub repository from the hub's cache, or None.
 
-    Nothing is downloaded here: a typing error must not start 1.8 GB, and of many processes only one may. The
-    errors give the command that fills the cache.
+    Nothing is downloaded here: a typo must not start a download of 1.8 GB, nor must every process of a run.
+    The error messages give the download command.
     """
     path = huggingface_hub.try_to_load_from_cache(repo, file, revision=revision)
     return Path(path) if isinstance(path, str) else None
@@ -137,7 +137,7 @@ def read(path: Path) -> dict[str, Tensor]:
 def check(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], file: Path, what: str) -> None:
     """Raise ValueError unless a state dict has exactly the expected names and shapes; it names what differs.
 
-    A checkpoint that is loaded in part scores at random, and nobody notices.
+    A partially loaded checkpoint would give random scores without an error.
     """
     faults = {
         "missing": expected.keys() - state.keys(),

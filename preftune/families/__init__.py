@@ -1,4 +1,4 @@
-"""Model families: one file each, all with the methods of `base.Family`, chosen by the class that a folder was saved with."""
+"""Model families: one module each, selected by the `_class_name` in a pipeline folder's model_index.json."""
 
 import importlib
 from pathlib import Path
@@ -28,8 +28,8 @@ FAMILIES: dict[str, str] = {
 def check(folder: Path, vae: Path | None = None) -> Defaults:
     """Return the defaults of a pipeline folder, in milliseconds; reads JSON files alone.
 
-    `vae` is the folder of an autoencoder that takes the place of the pipeline's. ValueError, in one sentence, unless the folder
-    is a whole pipeline of a known family.
+    `vae` is the folder of an autoencoder to use instead of the pipeline's. ValueError, in one sentence,
+    unless the folder is a complete pipeline of a known family.
     """
     module, index = _module(folder)
     defaults: Defaults = module.check(folder, index, vae)

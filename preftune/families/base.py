@@ -1,7 +1,7 @@
-"""What a program may ask of a model family. Programs never mention UNet, SDXL or FLUX.
+"""The interface of a model family. Programs use only this interface, never an architecture directly.
 
-B batch, C h w latents, H W pixels, L tokens, D width of the text states. A timestep t is an integer in [0, 1000), 0 the
-least noise; t = -1 means no noise at all.
+B batch, C h w latents, H W pixels, L tokens, D width of the text states. A timestep t is an integer in [0,
+1000); 0 is the lowest noise level, and t = -1 means no noise.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,14 +21,14 @@ from preftune.solvers import SolverName
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What a family does where the user says nothing."""
+    """Default settings of a family."""
 
     resolution: Resolution
     num_inference_steps: int
     guidance_scale: float
     solver: SolverName
     solvers: tuple[SolverName, ...]
-    """Those that this model can be sampled with; some cannot start at zero terminal SNR."""
+    """Solvers that work with this model; some do not support zero terminal SNR."""
     lora_target_modules: tuple[str, ...]
     lora_learning_rate: float
     full_learning_rate: float
@@ -36,10 +36,10 @@ class Defaults:
 
 @dataclass(frozen=True, kw_only=True)
 class Cond:
-    """Encoded prompts. What the tensors are is the family's business; programs only choose rows and join.
+    """Encoded prompts. The tensors depend on the family; programs only select rows and concatenate.
 
-    `positive` has a tensor (B, ...) by name. `negative` has those of the negative prompt, which guidance points away from:
-    (1, ...), the same names but for what does not depend on the prompt.
+    `positive` has a tensor (B, ...) by name. `negative` has those of the negative prompt: (1, ...),
+    the same names, except for tensors that do not depend on the prompt.
     """
 
     positive: Mapping[str, Tensor]
@@ -76,14 +76,14 @@ class Family(Protocol):
 
     defaults: Defaults
     denoiser: nn.Module
-    """The module whose weights are tuned; a program puts the prepared one here, so that processes share gradients."""
+    """The module whose weights are trained; a program replaces it by the prepared (distributed) module."""
     device: torch.device
     prediction_type: PredictionType
     text_encoders: Sequence[nn.Module]
-    """They are frozen; one in training mode is differentiated, and its negative prompt encoded anew each time."""
+    """Frozen. An encoder in training mode gets gradients, and encodes the negative prompt in each call."""
 
     def latent_shape(self, resolution: Resolution) -> tuple[int, int, int]:
-        """Return (C, h, w). ValueError for a size that the autoencoder cannot halve often enough."""
+        """Return (C, h, w). ValueError for a size that is no multiple of the autoencoder's factor."""
         ...
 
     def encode(
@@ -93,9 +93,9 @@ class Family(Protocol):
         ...
 
     def predict(self, x: Tensor, t: Tensor, cond: Cond, guidance_scale: float = 1.0) -> Prediction:
-        """Return the clean latents and the noise that the denoiser sees in latents x (B, C, h, w) at timesteps t (B,).
+        """Return the predicted clean latents and noise for latents x (B, C, h, w) at timesteps t (B,).
 
-        A guidance_scale of 1 or less means no guidance: one pass, and the negative prompt plays no part.
+        A guidance_scale of 1 or less means no guidance: one forward pass, without the negative prompt.
         """
         ...
 
@@ -112,7 +112,7 @@ class Family(Protocol):
         ...
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Return pixels (B, 3, H, W), in [0, 1] up to overshoot: not clamped, since a clamp stops a reward's gradient."""
+        """Return pixels (B, 3, H, W), about in [0, 1]: not clamped, since a clamp blocks a reward's gradient."""
         ...
 
     def encode_pixels(self, pixels: Tensor, generators: Sequence[Generator] | None = None) -> Tensor:
@@ -120,15 +120,15 @@ class Family(Protocol):
         ...
 
     def trainable(self, lora: LoRA | None, seed: int) -> nn.Module:
-        """Freeze everything, then open the denoiser's LoRA, or with None all its weights; what is trained is float32."""
+        """Freeze all but the denoiser's LoRA, or with None all its weights; trained weights are float32."""
         ...
 
     def reference(self) -> AbstractContextManager[None]:
-        """Inside the block the model is the one before tuning. ValueError where all weights were tuned: they are gone."""
+        """Context in which the model is the one before tuning. ValueError if all weights were tuned."""
         ...
 
     def set_speed(self, attention: str, *, gradient_checkpointing: bool, vae_checkpointing: bool) -> None:
-        """Choose the attention kernel ("sdpa" or "xformers"; ValueError where it is not there) and checkpointing."""
+        """Set the attention kernel ("sdpa" or "xformers"; ValueError if missing) and checkpointing."""
         ...
 
     def save_tuned(self, folder: Path, lora: LoRA | None) -> None:
@@ -136,7 +136,7 @@ class Family(Protocol):
         ...
 
     def load_tuned(self, folder: Path, weight: float = 1.0) -> None:
-        """Put what `save_tuned` wrote on this model, frozen; weight scales a LoRA. ValueError where it does not fit."""
+        """Load the result of `save_tuned`, frozen; weight scales a LoRA. ValueError if it does not fit."""
         ...
 
     def save_pipeline(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checks of a diffusers pipeline folder that read its JSON files alone: one sentence for what it is and what is expected."""
+"""Checks of a diffusers pipeline folder that read only its JSON files."""
 
 import json
 from collections.abc import Mapping, Sequence

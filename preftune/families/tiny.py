@@ -1,4 +1,4 @@
-"""Builders of Stable-Diffusion-format parts at toy size, with random seeded weights: what the embedded pipeline grew from."""
+"""Builders of small models in Stable Diffusion's format with random seeded weights."""
 
 import json
 from collections.abc import Iterable, Sequence

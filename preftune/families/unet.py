@@ -1,4 +1,4 @@
-"""What the families with a UNet2DConditionModel and an AutoencoderKL share: plain functions of these parts."""
+"""Functions that the families with a UNet2DConditionModel and an AutoencoderKL share."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -81,7 +81,9 @@ def freeze(parts: Iterable[nn.Module]) -> None:
 
 
 def cast(part: nn.Module, device: torch.device | str, dtype: torch.dtype | None) -> None:
-    """Move a part, and cast what is frozen: trained weights stay float32, or an optimiser would lose its small updates."""
+    """Move a part, and cast what is frozen: trained weights stay float32, because small updates would be
+    lost in half precision.
+    """
     part.to(device)
     for tensor in (*part.parameters(), *part.buffers()):
         if dtype is not None and tensor.is_floating_point() and not tensor.requires_grad:

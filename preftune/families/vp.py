@@ -1,7 +1,8 @@
-"""The noise of a variance-preserving model: x_t = alpha x_0 + sigma eps with alpha^2 + sigma^2 = 1 (arXiv 2006.11239, eq. 4).
+"""Noise schedule of variance-preserving models: x_t = alpha x_0 + sigma eps, alpha^2 + sigma^2 = 1 (arXiv
+2006.11239, eq. 4).
 
-From a folder's scheduler_config.json only the betas, prediction_type and rescale_betas_zero_snr are read: which timesteps a
-solver visits is the solver's own business, whatever sampler the folder was saved with.
+Of a folder's scheduler_config.json only the betas, prediction_type and rescale_betas_zero_snr are read. The
+timesteps depend on the chosen solver, not on the scheduler that the folder was saved with.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,8 +42,8 @@ def read(config: Mapping[str, Any], where: object) -> VP:
     zero_snr = bool(config.get("rescale_betas_zero_snr"))
     if zero_snr and prediction_type == "epsilon":
         raise ValueError(
-            f"{where}: rescale_betas_zero_snr with prediction_type epsilon, but at a signal of zero the noise says nothing"
-            " of the image; expected v_prediction"
+            f"{where}: rescale_betas_zero_snr with prediction_type epsilon, but at zero SNR the predicted noise does not"
+            " determine the image; expected v_prediction"
         )
     betas = _betas(config, where)
     table = DDPMScheduler(**betas, rescale_betas_zero_snr=zero_snr).alphas_cumprod

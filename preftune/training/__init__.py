@@ -1,1 +1,1 @@
-"""Plumbing of training programs: the run, its checkpoints, the optimizer, losses, and validation."""
+"""Shared code of the training programs: the run, checkpoints, optimizer, losses and validation."""

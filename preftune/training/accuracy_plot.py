@@ -1,4 +1,4 @@
-"""An image of a reward model's training: where the held-out accuracy leaves that of the training pairs, it learns by heart."""
+"""Plot of the training of a reward model: overfitting shows as held-out accuracy below training accuracy."""
 
 from itertools import pairwise
 from pathlib import Path

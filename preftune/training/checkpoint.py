@@ -1,8 +1,8 @@
-"""What a run leaves on disk, and how it survives a kill at any moment.
+"""Checkpoints and metrics of a run, written so that a kill at any moment loses no complete checkpoint.
 
-A checkpoint is a folder `step_000500` (500 updates done) that appears in one rename, so a folder with that exact name is
-always complete; what a killed write leaves behind, the next start removes. `state.pt` inside
-holds tensors, numbers and strings only and is read with `weights_only=True`: nothing is ever unpickled.
+A checkpoint is a folder `step_000500` (500 updates done). It gets this name in one rename, so a folder with
+that name is always complete. The next start removes what a killed write leaves behind. `state.pt` in it
+holds only tensors, numbers and strings and is read with `weights_only=True`: nothing is unpickled.
 """
 
 import json
@@ -36,7 +36,7 @@ def find_checkpoints(output: Path) -> list[Path]:
 
 
 def holds_run(output: Path) -> bool:
-    """Whether starting afresh in `output` would mix with, or hide, earlier work."""
+    """Whether a new run in `output` would mix with, or hide, an earlier run."""
     return (output / "metrics.jsonl").exists() or bool(find_checkpoints(output))
 
 
@@ -133,7 +133,7 @@ class Metrics:
                 self._board.add_scalar(name, value, int(row["step"]))
 
     def sync(self) -> None:
-        """Make the rows so far survive a power cut."""
+        """Flush the rows to the disk, so that they survive a power cut."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -152,7 +152,7 @@ def _rows_before(path: Path, start: int) -> str:
             if number == len(lines):
                 break
             raise ValueError(
-                f"{path}, line {number}: no row of metrics: {line[:80]!r}; mend or remove it"
+                f"{path}, line {number}: not a row of metrics: {line[:80]!r}; repair or remove it"
             ) from error
         if step < start:
             kept.append(line + "\n")

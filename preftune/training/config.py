@@ -1,4 +1,4 @@
-"""Groups of settings that programs for tuning share; each has the checks that need no weights."""
+"""Option groups that the training programs share, each with the checks that need no weights."""
 
 import math
 from collections.abc import Sequence
@@ -24,21 +24,21 @@ DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The model that is tuned, what of it, and the size that it is tuned at."""
+    """The model, which of its weights are trained, and the training resolution."""
 
     model: Path
     """Pipeline folder in diffusers' format: Stable Diffusion 1.x, 2.x or XL."""
     vae: Path | None = None
-    """Folder of an autoencoder in place of the pipeline's, such as one of SDXL's that was repaired for fp16."""
+    """Folder of an autoencoder to use instead of the pipeline's, such as an fp16-safe one for SDXL."""
     train: Literal["lora", "full"] = "lora"
-    """What is trained: a LoRA, or all weights of the denoiser."""
+    """Trained weights: a LoRA, or all weights of the denoiser."""
     lora: LoRA = field(default_factory=LoRA)
     resolution: str | None = None
-    """Pixels in training: 512, or WIDTHxHEIGHT as 768x512; None = what the model was trained at."""
+    """Training resolution in pixels: 512, or WIDTHxHEIGHT as 768x512; None = the model's own."""
     gradient_checkpointing: bool = False
     """Recompute the denoiser's activations in the backward pass."""
     vae_checkpointing: bool = False
-    """Recompute the decoder's activations in the backward pass: at 512 px they are the largest part of ReFL's memory."""
+    """Recompute the decoder's activations in the backward pass; at 512 px they are most of ReFL's memory."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Attention kernel of the denoiser."""
 
@@ -80,13 +80,13 @@ class RewardConfig:
     rewards: tuple[str, ...] = ()
     """Scorers with weights, as imagereward=1.0; `python -m rewards` lists them."""
     reward_files: tuple[str, ...] = ()
-    """Weights of scorers on disk, as imagereward=PATH; others come from this repository or the hub's cache."""
+    """Local weights of scorers, as imagereward=PATH; default: this repository or the Hugging Face cache."""
     reward_normalization: Normalization = "none"
-    """none adds the scores as they are; card and dataset first bring each scorer to mean 0 and standard deviation 1."""
+    """none = raw scores; card, dataset = scale each scorer to mean 0 and standard deviation 1."""
     reward_stats: Path | None = None
-    """summary.json of data_build/score.py, whose means and standard deviations --reward-normalization dataset uses."""
+    """summary.json of data_build/score.py with the statistics for --reward-normalization dataset."""
     reward_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Arithmetic of the scorers."""
+    """Floating-point precision of the scorers."""
 
     def __post_init__(self) -> None:
         self.files()
@@ -108,18 +108,18 @@ class RewardConfig:
             if differentiable and not rewards.find_card(name).differentiable:
                 usable = ", ".join(card.name for card in rewards.CARDS.values() if card.differentiable)
                 raise ValueError(
-                    f"--rewards {name} is not differentiable, and its gradient is needed; one of {usable}"
+                    f"--rewards {name} is not differentiable, but its gradient is needed; one of {usable}"
                 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """Which prompts show what training does, and how their images are generated."""
+    """Validation prompts and the sampling settings of their images."""
 
     validation_prompts: Path | None = None
-    """Prompt file whose images are generated and scored before and after; None = the first eight of the training data."""
+    """Prompts whose images are generated and scored during training; None = the first 8 training prompts."""
     num_validation_prompts: int = 256
-    """At most so many prompts of --validation-prompts."""
+    """Maximum number of prompts of --validation-prompts."""
     sample: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
@@ -146,7 +146,7 @@ def check_guidance(scale: float, name: str = "--guidance-scale") -> None:
 
 
 def check_dropout(share: float) -> None:
-    """Raise ValueError for a share of captions that is none."""
+    """Raise ValueError for an invalid share of captions."""
     if not 0 <= share < 1:
         raise ValueError(f"--caption-dropout must lie in [0, 1), got {share}")
 

@@ -1,4 +1,4 @@
-"""AdamW as configured, the course of its learning rate, and the exponential moving average (EMA) of the weights that it trains."""
+"""AdamW, the learning-rate schedule, and the exponential moving average (EMA) of the trained weights."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -50,7 +50,8 @@ def lr_factor(config: RunConfig, step: int) -> float:
 class EMA:
     """Exponential moving average of trained parameters; with ema_decay 0 it holds none and does nothing.
 
-    The n-th update (from 1) decays by min(ema_decay, (1 + n) / (10 + n)), so that short runs forget their start.
+    The n-th update (from 1) decays by min(ema_decay, (1 + n) / (10 + n)), so that short runs are not
+    dominated by the initial weights.
     """
 
     def __init__(self, config: RunConfig, parameters: Iterable[nn.Parameter]) -> None:
@@ -69,7 +70,7 @@ class EMA:
 
     @torch.no_grad()
     def load(self, weights: list[Tensor], count: int) -> None:
-        """Go on from a saved average."""
+        """Load a saved average."""
         for mine, saved in zip(self.weights, weights, strict=True):
             mine.copy_(saved)
         self.count = count

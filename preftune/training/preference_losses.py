@@ -1,14 +1,15 @@
-"""What reward models are trained on: the published losses of preferences, as pure functions of raw scores.
+"""Losses of reward models: the published preference losses as pure functions of raw scores.
 
-| function | what a label is | papers |
+| function | label | papers |
 |---|---|---|
-| `pair_losses` | one image is better than another | ImageReward eq. 1; Stable Preference eq. 2 and 3 |
-| `choice_losses` | one of n images is chosen | HPS v1 (001), section 5 |
-| `soft_losses` | the share of people who find an image better, ties being halves | HPS v2 (003) eq. 3; PickScore (arXiv 2305.01569) |
-| `anti_interference_losses` | a better image stays better in every weak view | Stable Preference eq. 5 and 6 |
+| `pair_losses` | one image is better than another | ImageReward (arXiv 2304.05977) eq. 1; Stable Preference eq. 2 and 3 |
+| `choice_losses` | one of n images is chosen | HPS v1 (arXiv 2303.14420), section 5 |
+| `soft_losses` | share of votes for an image, ties are halves | HPS v2 (arXiv 2306.09341) eq. 3; PickScore (arXiv 2305.01569) |
+| `anti_interference_losses` | the better image is better in all weak views | Stable Preference eq. 5 and 6 |
 
-Each gives one loss for each of N pairs (or choices); `first_stage_weights` and `second_stage_logits` are what Stable Preference
-weighs them by. Pairs are (better, worse); scores are raw, float32. 000 prints eq. 2 without its minus sign.
+Each returns one loss for each of N pairs (or choices). `first_stage_weights` and `second_stage_logits` are
+Stable Preference's weights of them. Pairs are (better, worse); scores are raw, float32. The paper prints
+eq. 2 without its minus sign.
 """
 
 import math
@@ -54,7 +55,9 @@ def anti_interference_losses(better: Tensor, worse: Tensor) -> Tensor:
 
 
 def first_stage_weights(margins: Tensor, b: float, tau: float) -> Tensor:
-    """Return 1 / (1 + exp((margin - b) / tau)), (N,): what is ordered rightly by more than b hardly counts (Stable Preference, eq. 7)."""
+    """Return 1 / (1 + exp((margin - b) / tau)), (N,): the weight is small for correct pairs with a margin
+    above b (Stable Preference, eq. 7).
+    """
     return torch.sigmoid((b - margins) / tau)
 
 

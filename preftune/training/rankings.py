@@ -1,6 +1,8 @@
-"""Rankings as reward models are trained on them: those of the same images together, in pairs, choices or shares of votes.
+"""Rankings as training data of reward models: grouped by images, and converted to pairs, choices or shares
+of votes.
 
-An image's *row* is its place among all images of a batch of rankings, in their order. N pairs or choices.
+The *row* of an image is its index among all images of a batch of rankings, in their order. N pairs or
+choices.
 """
 
 import hashlib
@@ -21,15 +23,15 @@ from rewards.pixels import from_pil
 
 @dataclass(frozen=True, kw_only=True)
 class Ranked:
-    """Images of one prompt and what all annotators said of them."""
+    """Images of one prompt and the ranks given by all annotators."""
 
     prompt: str
     paths: tuple[Path, ...]
     """n images."""
     ranks: tuple[tuple[int, ...], ...]
-    """For each annotator n places, 1 = best; equal places are ties."""
+    """For each annotator n ranks, 1 = best; equal ranks are ties."""
     weights: tuple[float, ...]
-    """How much each annotator's word counts."""
+    """Weight of each annotator."""
 
 
 def by_images(rankings: Sequence[Ranking]) -> list[Ranked]:
@@ -51,8 +53,8 @@ def by_images(rankings: Sequence[Ranking]) -> list[Ranked]:
 def split(rankings: list[Ranked], share: float, seed: int) -> tuple[list[Ranked], list[Ranked]]:
     """Return training and held-out rankings: all rankings of one prompt fall on one side.
 
-    Prompts stand in an order that depends on each prompt and the seed alone, and the first ones are held out: with more data, or
-    a smaller share in a later training, hardly any prompt changes sides.
+    The order of prompts depends on each prompt and the seed alone, and the first ones are held out: with
+    more data, or a smaller share in a later training, few prompts move from one side to the other.
     """
     order = {
         ranking.prompt: hashlib.sha256(f"{seed} {ranking.prompt}".encode()).digest() for ranking in rankings

@@ -1,4 +1,4 @@
-"""The plumbing of a training run, for drivers whose loop stays in the open. Only this file knows accelerate.
+"""A training run, for drivers with an explicit training loop. Only this file imports accelerate.
 
     check(config.run)                      # first of all: fails in milliseconds, not after loading a model
     run = Run(config.run, driver="refl", config_text=dump(config))
@@ -13,14 +13,15 @@
         if run.due("checkpointing_steps", step): run.save(step, write=..., state={"best": best})
     sys.exit(run.finish())
 
-Steps count updates from 0; checkpoint `step_000500` holds the weights after 500 updates and resumes at step 500.
-Everything random derives from (seed, step), (seed, rank, step) or (seed, image index): on the same hardware a resumed run equals, bit
-for bit, one that was never stopped. Ctrl-C or SIGTERM lets the update finish, makes `due("checkpointing_steps", step)` true and
-ends `steps()`; `finish()` then returns the exit code 128 + signal (130, 143). A second one, a second
-later or more, kills at once.
+Steps count updates from 0; checkpoint `step_000500` holds the weights after 500 updates and resumes at step
+500. Random numbers derive from (seed, step), (seed, rank, step) or (seed, image index): on the same
+hardware a resumed run equals, bit for bit, one that was never stopped. On Ctrl-C or SIGTERM the update
+finishes, `due("checkpointing_steps", step)` is true and `steps()` ends; `finish()` then returns the exit
+code 128 + signal (130, 143). A second one, a second later or more, kills at once.
 
-Several processes: `accelerate launch --num_processes 2 driver.py` on GPUs; on CPUs `ACCELERATE_USE_CPU=true accelerate
-launch --multi_gpu --num_processes 2 driver.py`: without MPI, `--cpu` starts one process whatever it is asked for.
+Several processes: `accelerate launch --num_processes 2 driver.py` on GPUs; on CPUs `ACCELERATE_USE_CPU=true
+accelerate launch --multi_gpu --num_processes 2 driver.py`: without MPI, `--cpu` always starts a single
+process.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The settings of a training run that every driver shares, and what can be judged before any model is loaded."""
+"""Training options that all drivers share, and the checks that run before any model is loaded."""
 
 import importlib.util
 import math
@@ -15,28 +15,28 @@ from preftune.training import checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """How long, how fast and where to train: the settings that every driver shares."""
+    """Training options that every driver has."""
 
     output_dir: Path = Path("runs/default")
     """Folder of the run: config.yaml, metrics.jsonl, tensorboard/, step_000500/."""
     seed: int = 0
-    """Everything random derives from it."""
+    """Seed of all random numbers."""
     max_train_steps: int = 100
-    """Optimizer updates in all, counted from the very first start."""
+    """Total number of optimizer updates, those before a resume included."""
     train_batch_size: int = 2
     """Images per process in one forward and backward pass."""
     gradient_accumulation_steps: int = 4
     """Passes per update; one update sees batch x accumulation x processes images."""
     learning_rate: float | None = None
-    """Peak learning rate; None = what suits what is trained: a LoRA of Stable Diffusion 1e-4, all of its weights 1e-5."""
+    """Peak learning rate; None = default: for Stable Diffusion 1e-4 for a LoRA, 1e-5 for all weights."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warmup; linear and cosine fall to 0 at the last update."""
+    """Learning-rate schedule after the warmup; linear and cosine decay to 0 at the last update."""
     lr_warmup_steps: int = 0
     """Updates over which the learning rate rises linearly to its peak."""
     adam_weight_decay: float = 1e-2
     """Decoupled weight decay of AdamW."""
     decay_vectors: bool = True
-    """Decay biases, norms and scalars as well as matrices; CLIP and HPS v2 leave them alone."""
+    """Apply weight decay also to biases, norms and scalars; CLIP and HPS v2 do not."""
     adam_beta1: float = 0.9
     """Decay rate of AdamW's first moment."""
     adam_beta2: float = 0.999
@@ -48,7 +48,7 @@ class RunConfig:
     max_grad_norm: float = 1.0
     """Gradients with a larger global norm are scaled down to it; inf never clips."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Arithmetic of the forward pass; trained weights stay in float32. fp16 needs a GPU."""
+    """Precision of the forward pass; trained weights stay in float32. fp16 needs a GPU."""
     ema_decay: float = 0.0
     """Decay per update of an exponential moving average of the trained weights; 0 = none."""
     compile: bool = False
@@ -60,7 +60,7 @@ class RunConfig:
     checkpoints_total_limit: int = 2
     """Newest checkpoints to keep; 0 = all."""
     resume_from_checkpoint: Literal["latest"] | Path | None = None
-    """latest goes on from the newest checkpoint in --output-dir, if there is one; or the folder of a checkpoint."""
+    """latest = continue from the newest checkpoint in --output-dir, if any; or a checkpoint folder."""
     overwrite_output_dir: bool = False
     """Remove an earlier run from the output folder first."""
     threads: int = 0
@@ -149,6 +149,6 @@ def _check_not_mixed(output: Path, source: Path | None) -> None:
 
 
 def cpu_threads(config: RunConfig) -> int:
-    """Threads for this process. Torch's own default is no guide: the launchers set OMP_NUM_THREADS to 1."""
+    """Threads for this process. Torch's default is not used, because the launchers set OMP_NUM_THREADS to 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return config.threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

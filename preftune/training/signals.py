@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a run trains: the first lets the update finish, a second one kills at once."""
+"""Ctrl-C and SIGTERM during training: the first signal lets the update finish, a second one kills at once."""
 
 import signal
 import sys

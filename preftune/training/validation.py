@@ -1,8 +1,9 @@
-"""Validation images: generated from fixed prompts and seeds, scored, and compared before and after.
+"""Validation images: generated from fixed prompts and seeds, scored, and compared before and after training.
 
-Those of one moment lie in `RUN/samples/NAME/`: 0000.png, ... and `scores.json`, so that a resumed run, or a reader, finds
-the ones from before. Prompts are shared out over processes and images are written as they come: none waits in memory.
-Gold is the judge's score, where every prompt is a caption of the shapes world.
+The images of one point in training are in `RUN/samples/NAME/`: 0000.png, ... and `scores.json`. A resumed
+run reads the earlier ones from there. Prompts are distributed over processes, and images are written
+immediately, so memory stays constant. Gold is the judge's score; it exists only if every prompt is a
+caption of the shapes world.
 """
 
 import json
@@ -39,7 +40,7 @@ class Validation:
     gold: list[float] | None
 
     def scores(self) -> dict[str, list[float]]:
-        """Return those of proxy and gold that there are."""
+        """Return the available scores of proxy and gold."""
         both = {"proxy": self.proxy, "gold": self.gold}
         return {name: values for name, values in both.items() if values is not None}
 
@@ -65,9 +66,10 @@ def validate(
     name: str,
     negative: str = "",
 ) -> Validation:
-    """Generate prompt i with seed i, score it, and keep what comes of it in `RUN/samples/NAME`; call it on every process.
+    """Generate prompt i with seed i, score it, and write the results to `RUN/samples/NAME`; call it on
+    every process.
 
-    `negative` is the prompt that guidance points away from. Images beyond the first 16 are scored and forgotten.
+    `negative` is the negative prompt. Only the first 16 images are kept; the others are only scored.
     """
     folder = run.folder / "samples" / name
     partial = folder.with_name(f".{name}.tmp-shared")  # of all processes, so its name has no process in it

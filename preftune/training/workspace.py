@@ -1,4 +1,4 @@
-"""What programs that tune a model share around their loop: load everything, show the start, then after each step what is due.
+"""Shared code around the training loop of tuning programs: loading, validation and saving.
 
 with workspace.open(config.model, config.reward, config.validation, config.run, driver="refl", ...) as w:
     for step in w.run.steps():
@@ -47,7 +47,7 @@ class Workspace:
     prompts: Sequence[str]
     """Those whose images are generated."""
     moments: dict[str, str]
-    """What is compared at the end: title -> name of a folder in RUN/samples."""
+    """Compared at the end: title -> name of a folder in RUN/samples."""
     negatives: Mapping[str, str]
     """Ending of a folder's name -> negative prompt of its images: at each moment, images for each."""
 
@@ -111,7 +111,7 @@ class Workspace:
     ) -> Tensor:
         """Return the diffusion loss (B,) of images with these captions; `indices` and `stream` give their noise.
 
-        `dropped`: what stands in place of captions that caption_dropout takes away; None = nothing.
+        `dropped`: replacements of captions that caption_dropout removes; None = the empty caption.
         """
         return captioned_loss(
             self.family,
@@ -178,8 +178,9 @@ def open(
 ) -> Iterator[Workspace]:
     """Load scorers and model, open the run, and where it is new show and save the model as it is.
 
-    Whatever cannot work fails here, before training: one sentence and exit code 2 for what the user can mend. `settings` and
-    `driver_files` are Run's; `prompts` those of validation; `negatives` and `moments` see Workspace.
+    Errors that the user can fix end the program here, before training, with one sentence and exit code 2.
+    `settings` and `driver_files` are Run's; `prompts` those of validation; `negatives` and `moments` see
+    Workspace.
     """
     with exit_on_user_error():
         defaults = model.check()
