@@ -7,8 +7,8 @@ model is fine-tuned on the kept images with the plain noise-prediction loss.
 
     accelerate launch finetune/raft.py --model SD_FOLDER --prompts diffusiondb.txt --rewards imagereward=1
 
-Defaults: 10 images per prompt and learning rate 1e-5 (ImageReward); the best image of every prompt is kept
-(LMFlow's notebook also drops prompts: `--keep-share`). `--max-train-steps` counts the updates of all
+Defaults: 10 images per prompt (ImageReward); learning rate 1e-4 for a LoRA, 1e-5 for all weights as in
+the paper; the best image of every prompt is kept (LMFlow's notebook also drops prompts: `--keep-share`). `--max-train-steps` counts the updates of all
 iterations together. The images are generated with the `--sample` settings, like the validation images. The
 data set of an iteration is kept in RUN/iteration_01: an imagefolder with the reward of each image. Left
 out: the paper's second generator as a regulariser. Hardware: Stable Diffusion 1.x at 512 px needs a GPU;

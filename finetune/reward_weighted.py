@@ -11,8 +11,8 @@ plain error over pre-training images. There are two weightings:
     python data_build/score.py --data data/generated --rewards imagereward --add-to-metadata --output-dir data/generated_scores
     accelerate launch finetune/reward_weighted.py --model SD_FOLDER --data data/generated --score imagereward --pretraining-data data/laion
 
-Scores are read from metadata.jsonl, where the first command writes them. Defaults: beta 0.5 and learning
-rate 1e-5 (ImageReward). Hardware: Stable Diffusion 1.x at 512 px needs a GPU; tiny models run on a CPU.
+Scores are read from metadata.jsonl, where the first command writes them. Defaults: beta 0.5
+(ImageReward); learning rate 1e-4 for a LoRA, 1e-5 for all weights as in the paper. Hardware: Stable Diffusion 1.x at 512 px needs a GPU; tiny models run on a CPU.
 """
 
 import math
