@@ -188,7 +188,7 @@ def check_inputs(config: Config) -> Request:
     sampling = config.sampling().resolved(families.check(config.model, config.vae))
     columns = [parse_column(term, config.model) for term in config.columns]
     for column in columns:
-        families.check(column.pipeline, config.vae)
+        config.sampling().resolved(families.check(column.pipeline, config.vae))
     chosen = read_prompts(config.prompts)[: config.count]
     prompts = [prompt for prompt in chosen for _ in range(config.num_images_per_prompt)]
     check_scorers(config.weights(), config.files(), chosen, sampling.resolution, config.prompts)

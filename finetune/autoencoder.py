@@ -13,7 +13,6 @@ Hardware: two CPU cores, about 12 minutes for the given configuration. Output: a
 `OUTPUT/vae`.
 """
 
-import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+from preftune import files
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.families.tiny import build_autoencoder
 from preftune.grid import captioned_grid
@@ -130,10 +130,8 @@ def finish(vae: Any, images: Tensor, folder: Path) -> None:
     vae.eval()
     latents = vae.encode(images).latent_dist.mean
     vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
-    shutil.rmtree(folder / "vae.tmp", ignore_errors=True)
-    vae.save_pretrained(folder / "vae.tmp")
-    shutil.rmtree(folder / "vae", ignore_errors=True)
-    (folder / "vae.tmp").rename(folder / "vae")
+    with files.replacing(folder / "vae") as place:
+        vae.save_pretrained(place)
     originals, redrawn = ((x[:12].clamp(-1, 1) + 1) / 2 for x in (images, vae.decode(latents[:12]).sample))
     rows = [list(originals), list(redrawn)]
     save_image(

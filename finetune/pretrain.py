@@ -24,7 +24,7 @@ import tyro
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from preftune import families
+from preftune import families, files
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.diffusion_loss import diffusion_loss
 from preftune.families import Family
@@ -84,8 +84,7 @@ def open_model(config: Config, run: Run) -> tuple[Family, nn.Module]:
     family = families.load(model.model, run.device, torch.float32, model.vae)
     family.trainable(model.tuned(), config.run.seed)
     if config.train_text_encoder:
-        for encoder in family.text_encoders:
-            encoder.requires_grad_(True).train()
+        family.open_text_encoders()
     family.set_speed(
         model.attention,
         gradient_checkpointing=model.gradient_checkpointing,
@@ -130,7 +129,7 @@ def main(config: Config) -> int:
                 predict = partial(module, prompts=texts, framings=framings)
                 run.update(diffusion_loss(family, predict, x0, generators).mean())
         if run.due("validation_steps", step):
-            with run.ema_weights():
+            with run.ema_weights(), run.autocast():  # the denoiser is not the prepared module here
                 sampling, name = config.validation.sample, f"step_{step + 1:06d}"
                 run.log(step, **validate(family, None, prompts, sampling, run, name).means())
         if run.due("checkpointing_steps", step):
@@ -170,10 +169,11 @@ def encode_all(
 def save(family: Family, config: Config, folder: Path) -> None:
     """Write `folder/lora`, or where all weights are trained the whole pipeline as `folder/pipeline`."""
     lora = config.model.tuned()
-    if lora is None:
-        family.save_pipeline(folder / "pipeline")
-    else:
-        family.save_tuned(folder / "lora", lora)
+    with files.replacing(folder / ("pipeline" if lora is None else "lora")) as place:
+        if lora is None:
+            family.save_pipeline(place)
+        else:
+            family.save_tuned(place, lora)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,6 @@ from preftune.training.config import (
     ValidationConfig,
     check_dropout,
     check_guidance,
-    check_solver,
 )
 from preftune.training.run_config import RunConfig
 from preftune.training.workspace import Workspace
@@ -170,7 +169,7 @@ def check_inputs(config: Config) -> tuple[list[str], list[str], list[CaptionedIm
     """Return prompts, validation prompts and pre-training samples; ValueError for whatever is wrong, before weights load."""
     groups = config.model, config.reward, config.validation, config.run
     defaults = workspace.check(*groups, differentiable=True)
-    check_solver(config.solver, defaults, "--solver")
+    defaults.check_solver(config.solver, config.num_inference_steps)
     size = config.model.size(defaults)
     if config.jitter >= min(size):
         raise ValueError(f"--jitter {config.jitter} must be less than the image's side, {min(size)} pixels")

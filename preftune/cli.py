@@ -239,6 +239,7 @@ def _flatten(
     for key, node in group.value:
         line = key.start_mark.line + 1
         name = prefix + str(key.value).replace("-", "_")
+        name = ALIASES[name] if name not in leaves and ALIASES.get(name) in leaves else name
         members = [leaf for leaf in leaves if leaf.startswith(f"{name}.")]
         if name in leaves:
             yield name, line, node

@@ -7,6 +7,7 @@ While a folder is replaced, the old one is called `a/.b.tmp-old-PID` between two
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ from pathlib import Path
 from rewards.atomic_folder import sync
 
 __all__ = ["is_leftover", "remove", "replacing", "sync", "tidy", "write_text"]
+
+
+_LEFTOVER = re.compile(r"\..+\.tmp-(?:(?:old-)?(\d+)|shared|gone)")
 
 
 @contextlib.contextmanager
@@ -37,7 +41,11 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         if path.is_dir() and not path.is_symlink():
             old = path.with_name(f".{path.name}.tmp-old-{os.getpid()}")
             path.rename(old)  # renamed first: half removed, it must not look complete
-            temporary.rename(path)
+            try:
+                temporary.rename(path)
+            except OSError:
+                old.rename(path)
+                raise
             shutil.rmtree(old)
         else:
             temporary.replace(path)
@@ -55,7 +63,22 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
 
 def is_leftover(path: Path) -> bool:
     """Return whether a killed process left this behind while it wrote."""
-    return path.name.startswith(".") and ".tmp-" in path.name
+    match = _LEFTOVER.fullmatch(path.name)
+    if match is None:
+        return False
+    pid = int(match[1]) if match[1] else 0
+    return not (pid and pid != os.getpid() and _is_alive(pid))
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process of this machine has this number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 def tidy(folder: Path) -> None:

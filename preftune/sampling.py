@@ -59,16 +59,20 @@ class Sampling:
         return dataclasses.replace(self, batch_size=max(1, self.batch_size // number) * number)
 
     def resolved(self, defaults: Defaults) -> "Resolved":
-        """Return the settings with the family's defaults in place of None."""
+        """Return the settings with the family's defaults in place of None. ValueError, before any weight loads, for a solver or a
+        number of steps that the model cannot be sampled with.
+        """
         parsed = None if self.resolution is None else resolutions.parse(self.resolution)
         scale = self.guidance_scale  # 0 is a value, so no `or`
-        return Resolved(
+        settings = Resolved(
             num_inference_steps=self.num_inference_steps or defaults.num_inference_steps,
             guidance_scale=defaults.guidance_scale if scale is None else scale,
             solver=self.solver or defaults.solver,
             resolution=parsed or defaults.resolution,
             batch_size=self.batch_size,
         )
+        defaults.check_solver(settings.solver, settings.num_inference_steps)
+        return settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +114,7 @@ def step(
     -1), so that no random numbers are drawn unnecessarily.
     """
     transition = solvers.stepper(solver)(prediction, family.schedule(t), family.schedule(t_next))
-    if SOLVERS[solver].eta == 0 or t_next < 0:
+    if not SOLVERS[solver].stochastic or t_next < 0:
         return transition.mean
     return transition.sample(step_noise(prediction.x0, generators))
 

@@ -21,11 +21,9 @@ timestep are those of SOLVERS, because the folder's scheduler_config.json descri
 last saved with it.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -129,9 +127,11 @@ def _levels(x: Tensor, level: Level, next_level: Level) -> tuple[Tensor, Tensor,
 
 @dataclass(frozen=True, kw_only=True)
 class Solver:
-    """A row of SOLVERS: a DDIM with this eta, at timesteps with leading spacing."""
+    """A row of SOLVERS: a step function and the timesteps that it visits, with leading spacing."""
 
-    eta: float
+    step: Step
+    stochastic: bool
+    """Whether its steps add noise."""
     offset: int
     """Added to all timesteps; 1 is Stable Diffusion's."""
     end: int
@@ -140,9 +140,9 @@ class Solver:
 
 SOLVERS: dict[SolverName, Solver] = {
     # The released ImageReward script ran on a diffusers whose DDPM ignored the offset: 40 steps are 975, 950, ..., 0.
-    "ddpm": Solver(eta=1.0, offset=0, end=-1),
-    "ddim": Solver(eta=0.0, offset=1, end=0),
-    "euler": Solver(eta=0.0, offset=1, end=-1),
+    "ddpm": Solver(step=ddpm, stochastic=True, offset=0, end=-1),
+    "ddim": Solver(step=ddim, stochastic=False, offset=1, end=0),
+    "euler": Solver(step=euler, stochastic=False, offset=1, end=-1),
 }
 _DIFFUSERS: dict[SolverName, tuple[Any, dict[str, object]]] = {
     "pndm": (
@@ -173,7 +173,7 @@ _BETAS = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "tra
 
 def stepper(name: SolverName) -> Step:
     """Return the step function of a solver in SOLVERS."""
-    return partial(ddim, eta=_row(name).eta)
+    return _row(name).step
 
 
 def timesteps(
@@ -216,16 +216,6 @@ def check(
         raise ValueError(f"solver {name} cannot start at zero terminal SNR; one of {usable} can")
     if name == "pndm" and prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(f"solver pndm does not know prediction type {prediction_type}; one of {usable} does")
-
-
-def usable(prediction_type: PredictionType, zero_snr: bool) -> tuple[SolverName, ...]:
-    """Return the solvers that such a model can be sampled with."""
-    found: list[SolverName] = []
-    for name in get_args(SolverName):
-        with contextlib.suppress(ValueError):
-            check(name, 1, prediction_type, zero_snr)
-            found.append(name)
-    return tuple(found)
 
 
 def make_scheduler(

@@ -87,7 +87,7 @@ REFUSED: list[tuple[str, str, Change, str]] = [
     ("sd", "no vae named", index(vae=None), "has no vae; a StableDiffusionPipeline needs AutoencoderKL"),
     ("sd", "no scheduler named", index(scheduler=None), "has no scheduler; a StableDiffusionPipeline needs one"),
     ("sd", "no vae there", rename("vae", "vae-ema"), "lacks the folder vae"),
-    ("sd", "no config", rename("vae/config.json", "x"), "config.json is not there; save a whole pipeline"),
+    ("sd", "no config", rename("vae/config.json", "x"), "config.json is not there; name a folder that save_pretrained"),
     ("sd", "no scheduler config", rename("scheduler/scheduler_config.json", "x"), "scheduler_config.json is not there"),
     ("sd", "no weights", rename(f"vae/{WEIGHTS}", "vae/x"), f"vae has no weights: neither {WEIGHTS} nor diffusion_pytorch_model.bin is there$"),
     ("sd", "a variant alone", rename(f"unet/{WEIGHTS}", "unet/diffusion_pytorch_model.fp16.safetensors"), r"it has diffusion_pytorch_model\.fp16\.safetensors"),

@@ -92,9 +92,9 @@ def test_a_kill_leaves_the_old_content_and_what_is_known_as_a_leftover(tmp_path:
 @pytest.mark.parametrize(
     ("name", "left"),
     [
-        (".step_000001.tmp-123", True),
+        (".step_000001.tmp-4194305", True),
         (".samples.tmp-shared", True),
-        (".a.tmp-old-9", True),
+        (".a.tmp-old-4194305", True),
         ("a.tmp-1", False),
         (".hidden", False),
         ("metadata.jsonl", False),
@@ -115,14 +115,19 @@ def test_remove_takes_whatever_is_there(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+GONE = 2**22 + 1  # no process has such a number: Linux counts to 2**22
+
+
 def test_tidy_removes_leftovers_and_puts_back_what_was_being_replaced(tmp_path: Path) -> None:
-    for name in (".a.json.tmp-12", "kept.json", ".hidden"):
+    for name in (f".a.json.tmp-{GONE}", "kept.json", ".hidden"):
         (tmp_path / name).write_text(name)
-    for name in (".b.tmp-old-12", ".c.tmp-old-12", "c", ".d.tmp-7"):
+    for name in (f".b.tmp-old-{GONE}", f".c.tmp-old-{GONE}", "c", f".d.tmp-{GONE}", f".e.tmp-{os.getppid()}"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
     files.tidy(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "b", "c", "kept.json"]
-    assert (tmp_path / "b" / "file").read_text() == ".b.tmp-old-12", "killed between the two renames"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [".hidden", f".e.tmp-{os.getppid()}", "b", "c", "kept.json"]
+    ), "what a process that is alive writes stays"
+    assert (tmp_path / "b" / "file").read_text() == f".b.tmp-old-{GONE}", "killed between the two renames"
     assert (tmp_path / "c" / "file").read_text() == "c"
     files.tidy(tmp_path / "nothing")

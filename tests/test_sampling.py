@@ -263,10 +263,12 @@ def test_defaults_stand_in_for_none() -> None:
         num_inference_steps=50,
         guidance_scale=7.5,
         solver="pndm",
-        solvers=("pndm", "ddim"),
         lora_target_modules=("to_q",),
         lora_learning_rate=1e-4,
         full_learning_rate=1e-5,
+        prediction_type="epsilon",
+        zero_snr=False,
+        num_train_timesteps=1000,
     )
     resolved = Sampling().resolved(defaults)
     assert (resolved.num_inference_steps, resolved.guidance_scale, resolved.solver) == (50, 7.5, "pndm")

@@ -378,3 +378,39 @@ def test_what_stands_in_place_of_a_dropped_caption(root: Path) -> None:
     torch.testing.assert_close(losses(texts, 0.999, None), losses(["", ""], 0.0, None))
     torch.testing.assert_close(losses(texts, 0.0, instead), losses(texts, 0.0, None))
     assert (losses(instead, 0.0, None)[1] - losses(["", ""], 0.0, None)[1]).abs() > 1e-6
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_pretraining_in_half_precision_validates_and_saves(train: str, root: Path, tmp_path: Path) -> None:
+    """Its denoiser is not the prepared module, so that validation needs the run's precision of its own."""
+    flags = [
+        "--train",
+        train,
+        "--no-train-text-encoder",
+        "--mixed-precision",
+        "bf16",
+        "--max-train-steps",
+        "1",
+    ]
+    recorded.train("pretrain", arguments("pretrain", root, tmp_path, *flags))
+    assert (tmp_path / ("lora" if train == "lora" else "pipeline")).is_dir()
+    assert (tmp_path / "samples" / "step_000001" / "scores.json").is_file()
+
+
+def test_overwriting_removes_the_results_of_the_earlier_run(root: Path, tmp_path: Path) -> None:
+    for train, other in (("lora", "unet"), ("full", "lora")):
+        flags = ["--train", train, "--max-train-steps", "1", "--overwrite-output-dir"]
+        recorded.train("reward_weighted", arguments("reward_weighted", root, tmp_path, *flags))
+        assert not (tmp_path / other).exists()
+    assert (tmp_path / "unet").is_dir()
+
+
+def test_another_scale_of_the_lora_is_no_resume(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded.train("reward_weighted", arguments("reward_weighted", root, tmp_path, "--max-train-steps", "1"))
+    flags = ["--lora.alpha", "64", "--max-train-steps", "2", "--resume-from-checkpoint", "latest"]
+    with pytest.raises(SystemExit) as stop:
+        recorded.train("reward_weighted", arguments("reward_weighted", root, tmp_path, *flags))
+    assert stop.value.code == 2
+    assert "lora scale was 1.0, is 16.0" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Generator, Tensor, nn
 
+from preftune import solvers
 from preftune.lora import LoRA
 from preftune.noise import Prediction, PredictionType
 from preftune.resolution import Framing, Resolution
@@ -27,11 +28,19 @@ class Defaults:
     num_inference_steps: int
     guidance_scale: float
     solver: SolverName
-    solvers: tuple[SolverName, ...]
-    """Solvers that work with this model; some do not support zero terminal SNR."""
     lora_target_modules: tuple[str, ...]
     lora_learning_rate: float
     full_learning_rate: float
+    prediction_type: PredictionType
+    zero_snr: bool
+    """The last timestep is pure noise, where some solvers cannot start."""
+    num_train_timesteps: int
+
+    def check_solver(self, name: SolverName, num_inference_steps: int) -> None:
+        """Raise ValueError, before any weight loads, for a solver or a number of steps that the model cannot be sampled with."""
+        solvers.check(
+            name, num_inference_steps, self.prediction_type, self.zero_snr, self.num_train_timesteps
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +130,10 @@ class Family(Protocol):
 
     def trainable(self, lora: LoRA | None, seed: int) -> nn.Module:
         """Freeze all but the denoiser's LoRA, or with None all its weights; trained weights are float32."""
+        ...
+
+    def open_text_encoders(self) -> None:
+        """Train those weights of the text encoders that an encoded prompt depends on; put the encoders into training mode."""
         ...
 
     def reference(self) -> AbstractContextManager[None]:

@@ -26,7 +26,7 @@ _CHANNELS = {
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object that a file holds; ValueError where it is not there or holds none."""
     if not path.is_file():
-        raise ValueError(f"{path} is not there; save a whole pipeline with pipe.save_pretrained(folder)")
+        raise ValueError(f"{path} is not there; name a folder that save_pretrained(folder) wrote")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

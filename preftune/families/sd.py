@@ -23,7 +23,7 @@ from preftune.families import unet as unets
 from preftune.families.base import Cond, Defaults
 from preftune.noise import Prediction, PredictionType, predict_from
 from preftune.resolution import Framing, Resolution
-from preftune.solvers import SolverName, usable
+from preftune.solvers import SolverName
 
 PARTS = {
     "unet": ("UNet2DConditionModel",),
@@ -62,7 +62,9 @@ def _defaults(denoiser: Mapping[str, Any], autoencoder: Mapping[str, Any], noise
         num_inference_steps=50,
         guidance_scale=7.5,
         solver="ddim" if noise.zero_snr else "pndm",
-        solvers=usable(noise.prediction_type, noise.zero_snr),
+        prediction_type=noise.prediction_type,
+        zero_snr=noise.zero_snr,
+        num_train_timesteps=int(noise.betas["num_train_timesteps"]),
         lora_target_modules=loras.LoRA().target_modules,
         lora_learning_rate=1e-4,
         full_learning_rate=1e-5,
@@ -161,6 +163,10 @@ class SD:
         unets.freeze((self.unet, self.vae, self.text_encoder))
         self._replaced = self._replaced or lora is None
         return unets.trainable(self.unet, lora, seed)
+
+    def open_text_encoders(self) -> None:
+        """Train all weights of the text encoder."""
+        self.text_encoder.requires_grad_(True).train()
 
     def reference(self) -> AbstractContextManager[None]:
         """The LoRA off, where there is one."""

@@ -20,7 +20,10 @@ from torch.utils.tensorboard import SummaryWriter
 from preftune import files
 
 _STEP = re.compile(r"step_(\d{6,})")
-_RUN_FILES = ("config.yaml", "metrics.jsonl", "tensorboard", "samples")
+_RUN_FILES = (
+    "config.yaml", "metrics.jsonl", "tensorboard", "samples", "lora", "unet", "pipeline", "scorer", "vae",
+    "before_after.png", "reconstructions.png", "accuracy.png",
+)  # fmt: skip
 
 
 def updates_of(folder: Path) -> int | None:

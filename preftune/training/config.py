@@ -15,7 +15,6 @@ from preftune.lora import LoRA
 from preftune.prompts import read_prompts
 from preftune.resolution import Resolution
 from preftune.sampling import Sampling
-from preftune.solvers import SolverName
 from rewards.mix import Normalization, parse_files, parse_weights, units
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -129,8 +128,8 @@ class ValidationConfig:
             )
 
     def check(self, defaults: Defaults) -> None:
-        """Raise ValueError for a solver that the model cannot be sampled with."""
-        check_solver(self.sample.resolved(defaults).solver, defaults, "--sample.solver")
+        """Raise ValueError for settings that the model cannot be sampled with."""
+        self.sample.resolved(defaults)
 
     def prompts(self, texts: Sequence[str]) -> list[str]:
         """Return the prompts: those of --validation-prompts, else the first eight different ones of texts."""
@@ -149,11 +148,3 @@ def check_dropout(share: float) -> None:
     """Raise ValueError for an invalid share of captions."""
     if not 0 <= share < 1:
         raise ValueError(f"--caption-dropout must lie in [0, 1), got {share}")
-
-
-def check_solver(name: SolverName, defaults: Defaults, flag: str) -> None:
-    """Raise ValueError, before weights load, for a solver that the model cannot be sampled with."""
-    if name not in defaults.solvers:
-        raise ValueError(
-            f"{flag} {name} cannot start at this model's zero terminal SNR; one of {', '.join(defaults.solvers)}"
-        )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from preftune import families
+from preftune import families, files
 from preftune.cli import exit_on_user_error
 from preftune.diffusion_loss import captioned_loss
 from preftune.families import Defaults, Family
@@ -54,8 +54,8 @@ class Workspace:
     def write(self, folder: Path) -> None:
         """Write the tuned weights, or their EMA where the run has one, to folder/lora or folder/unet."""
         lora = self.model.tuned()
-        with self.run.ema_weights():
-            self.family.save_tuned(folder / ("unet" if lora is None else "lora"), lora)
+        with self.run.ema_weights(), files.replacing(folder / ("unet" if lora is None else "lora")) as place:
+            self.family.save_tuned(place, lora)
 
     def validate(self, step: int) -> dict[str, float]:
         """Generate and score the validation images after so many updates, and return the mean scores."""
@@ -183,9 +183,11 @@ def open(
     Workspace.
     """
     with exit_on_user_error():
-        defaults = model.check()
+        defaults = families.check(model.model, model.vae)
+        lora = model.tuned()
+        same = {"lora scale": lora and (lora.alpha or lora.rank) / lora.rank, **(settings or {})}
         run = Run(
-            run_config, driver=driver, config_text=config_text, settings=settings, driver_files=driver_files
+            run_config, driver=driver, config_text=config_text, settings=same, driver_files=driver_files
         )
         family, denoiser, mix = load_parts(model, reward, run_config, run.device)
         family.denoiser = run.prepare(denoiser, learning_rate=model.learning_rate(defaults))
