@@ -1,15 +1,19 @@
-"""How fast DiffusionDB's parts become a data set, what holds it up, and whether its memory grows with the number of parts.
+"""Speed of data_build/diffusiondb.py, its bottleneck, and whether its memory grows with the number of parts.
 
     python benchmarks/build.py                                            # the embedded scorer
-    python benchmarks/build.py --workdir /tmp/scorers --clip-vocab bpe_simple_vocab_16e6.txt.gz       # with CUDA: ViT-H, too
+    python benchmarks/build.py --workdir /tmp/scorers --clip-vocab bpe_simple_vocab_16e6.txt.gz       # with CUDA: also ViT-H
 
-Four figures for each scorer, from one process: `build` is data_build/diffusiondb.py from the checks to the written data set
-without loading the scorer, `scoring` its part until the last chunk is written, `decode` what worker processes do for it alone
-(list, read, decode, prepare), and `forward` the scorer alone on images that are ready; they take turns, and every turn reads
-all prompts anew. The bottleneck is the slower of the last two; where they share cores, scoring can be no faster than
-1 / (1 / decode + 1 / forward). `of raw` is scoring against forward. HPS v2.1 (ViT-H) joins on a CUDA device where --workdir has
-room for random weights of its size (4 GB).
-Then the peak memory of the builder with `--parts` numbers of parts, each in a fresh process; they must agree within 10 %.
+Four speeds per scorer, measured in one process, in turns; all prompts are encoded again in each turn:
+
+- `build`: data_build/diffusiondb.py from the checks to the written data set, without loading the scorer;
+- `scoring`: its part until the last chunk is written;
+- `decode`: only the work of the worker processes (list, read, decode, preprocess);
+- `forward`: only the scorer, on preprocessed images.
+
+The bottleneck is the slower of the last two. If they share cores, scoring cannot be faster than 1 / (1 /
+decode + 1 / forward). `of raw` is scoring relative to forward. HPS v2.1 (ViT-H) is included on a CUDA
+device if --workdir has room for random weights of its size (4 GB). Then the peak memory of the builder is
+measured for each number of `--parts`, each in a fresh process; the values must agree within 10 %.
 
 Hardware: one CPU core, a few minutes.
 """
@@ -46,9 +50,9 @@ from preftune.score_files import PreparedBatch, prepared_batches
 
 FULL_SIZE = "hpsv2.1"
 DIFFERENT = 64
-"""Images that are not the same bytes."""
+"""Number of different images."""
 GROWTH = 0.1
-"""Greatest share by which the memory of the runs may differ."""
+"""Largest allowed relative difference of the memory of the runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,19 +64,19 @@ class Config:
     side: int = 512
     """Pixels of an image's side."""
     parts: tuple[int, ...] = (10, 100)
-    """Numbers of parts of the memory runs; the first is that of the speed runs, too."""
+    """Numbers of parts of the memory runs; the first is also used for the speed runs."""
     repeats: int = 3
-    """Turns; the figures are medians."""
+    """Repetitions; the medians are reported."""
     batch_size: int = 32
-    """Images in one pass."""
+    """Images per forward pass."""
     workers: int = 2
     """Processes that read and decode."""
     threads: int = 0
     """CPU threads of the forward pass; 0 = torch's own choice."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the towers."""
+    """Precision of the towers."""
     workdir: Path | None = None
-    """Folder for ViT-H's random weights; what an earlier call wrote there is used again."""
+    """Folder for ViT-H's random weights; existing files are reused."""
     clip_vocab: Path | None = None
     """bpe_simple_vocab_16e6.txt.gz, for ViT-H."""
     output: Path | None = None

@@ -1,13 +1,15 @@
-"""Does ReFL at real size fit: two LoRA updates of Stable Diffusion 1.x at 512 px, judged by a full-size ImageReward.
+"""ReFL at real size on a CPU: two LoRA updates of Stable Diffusion 1.x at 512 px with a full-size
+ImageReward.
 
-Both models have the published configurations and random weights, so nothing is downloaded: memory and time are those of the
-real thing, images and scores are noise. The driver is started as a user would, `accelerate launch finetune/refl.py`, in
-processes of its own, and watched from outside.
+Both models have the published configurations and random weights, so nothing is downloaded: memory and time
+are realistic, images and scores are noise. The driver is started as a user would, with `accelerate launch
+finetune/refl.py`, in separate processes whose memory is monitored.
 
     python benchmarks/full_size.py --workdir /tmp/full_size --prompts refl_data.json --clip-vocab bpe_simple_vocab_16e6.txt.gz --bert-vocab vocab.txt
     python benchmarks/full_size.py --workdir /tmp/full_size --fast                    # 4 denoising steps instead of 40
 
-Needs 4 GB of disk in --workdir, Linux, and no GPU (with one, accelerate uses it). Left out: the quality of anything.
+Needs Linux and 4 GB of disk in --workdir, and no GPU (accelerate uses one if available). Left out: any
+measure of quality.
 """
 
 import multiprocessing
@@ -33,7 +35,7 @@ class Config:
     """Run two full-size ReFL updates and report their peak memory and time."""
 
     workdir: Path
-    """Folder for 4 GB of models and for the run; what an earlier call built there is used again."""
+    """Folder for 4 GB of models and for the run; existing files are reused."""
     prompts: Path = PROMPTS
     """Prompt file, such as the published refl_data.json."""
     clip_vocab: Path | None = None
@@ -41,13 +43,13 @@ class Config:
     bert_vocab: Path | None = None
     """vocab.txt of bert-base-uncased; None = made-up words: the shapes are the same."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Arithmetic of the model; the scorer computes in float32, as is the driver's default."""
+    """Precision of the model; the scorer uses float32, the default of the driver."""
     max_train_steps: int = 2
     """ReFL updates."""
     threads: int = 0
     """CPU threads of the driver; 0 = all."""
     fast: bool = False
-    """4 denoising steps instead of 40: to see that it works."""
+    """4 denoising steps instead of 40, for a quick check."""
 
     def __post_init__(self) -> None:
         if self.max_train_steps < 1:
@@ -146,7 +148,7 @@ def main(config: Config) -> int:
             raise ValueError("memory is read from /proc, which this system does not have; use Linux")
         config.workdir.mkdir(parents=True, exist_ok=True)
     print(f"models: 4 GB in {config.workdir}", flush=True)
-    # In a process of its own, which takes its memory with it.
+    # In a separate process, to release its memory.
     builder = multiprocessing.get_context("spawn").Process(
         target=build_sd1, args=(config.workdir, config.clip_vocab, config.bert_vocab)
     )

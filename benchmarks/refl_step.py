@@ -1,18 +1,21 @@
-"""How fast and how large is one ReFL update: ours under each setting, beside the published loop in the same process.
+"""Time and memory of one ReFL update: our loop under several settings, and the published loop in the same
+process.
 
-    python benchmarks/refl_step.py                                        # the tiny model on the CPU; SD 1.x too where CUDA is
+    python benchmarks/refl_step.py                                        # the tiny model on the CPU; also SD 1.x with CUDA
     python benchmarks/refl_step.py --models sd1 --cross --output sd1.json # all combinations instead of one change at a time
-    python benchmarks/refl_step.py --threads 2 --train-batch-size 16                 # what the README's demo does
+    python benchmarks/refl_step.py --threads 2 --train-batch-size 16                 # more images per update
 
-The first value of --precision, --train, --checkpointing and --compile is the base; by default every other value is tried
-alone. Every setting runs in a fresh process, or its peak of memory would be its predecessor's. Times are medians of
-updates (trajectory, late step, decoder, scorer, backward, clip, AdamW) at one late step. `plain` trains the same weights
-with the loop as released (ImageReward's code): autocast over float32 weights on CUDA, frozen parts and scorer in half
-precision, UNet checkpointing, set_timesteps anew each update, clamped pixels; the two take turns, so that a slow minute
-hits both. MFU divides the floating-point operations of the mathematics, without recomputation, by the card's dense bf16 peak.
+The first values of --precision, --train, --checkpointing and --compile are the base setting; by default
+every other value is measured alone. Every setting runs in a fresh process, so that peak memory is its own.
+Times are medians over updates (trajectory, late step, decoder, scorer, backward, clip, AdamW) at one late
+step. `plain` trains the same weights with the loop as released (ImageReward's code): autocast over float32
+weights on CUDA, frozen parts and scorer in half precision, UNet checkpointing, set_timesteps in each
+update, clamped pixels. The updates of the two loops alternate, so that variations of the machine's speed
+affect both. MFU is the floating-point operations of an update, without recomputation, relative to the
+card's dense bf16 peak.
 
-Hardware: two CPU cores, a few minutes; for SD 1.x at 512 px a CUDA device and 4 GB of disk. Left out of both: EMA, logs,
-checkpoints, several processes.
+Hardware: two CPU cores, a few minutes; for SD 1.x at 512 px a CUDA device and 4 GB of disk. Left out of
+both loops: EMA, logs, checkpoints, several processes.
 """
 
 import functools
@@ -44,7 +47,7 @@ from preftune.training.run_config import RunConfig
 from preftune.training.workspace import load_parts
 
 WARMUP = 2
-"""Updates before time counts: libraries choose kernels, compilers compile, AdamW makes its moments."""
+"""Warm-up updates before timing (kernel selection, compilation, optimizer state)."""
 
 Precision = Literal["no", "bf16", "fp16"]
 Switch = Literal["off", "on"]
@@ -59,9 +62,9 @@ class Config:
     """Measure time and peak memory of ReFL updates."""
 
     models: tuple[Literal["tiny", "sd1"], ...] | None = None
-    """tiny on the CPU, sd1 at 512 px on a CUDA device; None = what this machine can do."""
+    """tiny on the CPU, sd1 at 512 px on a CUDA device; None = tiny, and sd1 if CUDA is available."""
     precision: tuple[Precision, ...] | None = None
-    """Arithmetic of model and scorer, the base first; None = no bf16 on the CPU, bf16 no fp16 on CUDA."""
+    """Precision of model and scorer, the base first; None = no bf16 on the CPU, bf16 no fp16 on CUDA."""
     train: tuple[Train, ...] = ("lora", "full")
     """LoRA of rank 4, or all weights of the UNet."""
     checkpointing: tuple[Switch, ...] = ("off", "on")
@@ -81,7 +84,7 @@ class Config:
     threads: int = 0
     """CPU threads; 0 = torch's default."""
     peak_tflops: float | None = None
-    """Dense bf16 peak of the CUDA device; None = from its name."""
+    """Dense bf16 peak of the CUDA device in TFLOP/s; None = looked up by its name."""
     workdir: Path | None = None
     """Keeps the 4 GB of sd1 between calls; None = a temporary folder."""
     output: Path | None = None

@@ -1,17 +1,18 @@
-"""What an update of a reward model costs at published size: Stable Preference on CLIP ViT-L/14, and on ViT-H/14 with a GPU.
+r"""Time and memory of an update of a reward model at published size: Stable Preference on CLIP ViT-L/14, or
+ViT-H/14 with a GPU.
 
     python benchmarks/reward_model.py --workdir /tmp/scorers --clip-vocab bpe_simple_vocab_16e6.txt.gz
-    python benchmarks/reward_model.py --workdir /tmp/scorers --clip-vocab bpe_simple_vocab_16e6.txt.gz --scorers hpsv2 --train-batch-size 8 \\
+    python benchmarks/reward_model.py --workdir /tmp/scorers --clip-vocab bpe_simple_vocab_16e6.txt.gz --scorers hpsv2 --train-batch-size 8 \
         --gradient-accumulation-steps 8 --precision bf16                                 # a CUDA device: the paper's 64 pairs
 
-A row is `finetune/reward_model.py` itself, in a fresh process, with the recipe of stable_preference_clip_l.yaml: pairs, weak views,
-the last 18 layers of the image tower and 8 of the text tower, two stages. A pair is a ranking of two images, each of
-which passes the image tower with all its views: `images/s` counts all of these passes. `s/update` is the median over the
-updates after the first, where there are others; `ratio` divides it by that of the first row, so that `--views 0 3` says what
-the views cost.
+Each row runs `finetune/reward_model.py` in a fresh process with the settings of
+stable_preference_clip_l.yaml: pairs, weak views, the last 18 layers of the image tower and 8 of the text
+tower, two stages. A pair is a ranking of two images, each of which passes the image tower with all its
+views: `images/s` counts all these passes. `s/update` is the median over the updates after the first, if
+there are several. `ratio` is relative to the first row, so that `--views 0 3` gives the cost of the views.
 
-Weights are random, of the published size, written once to --workdir, so nothing is downloaded; losses mean nothing. Hardware: ViT-L in
-float32 on a CPU takes 7 GiB of memory and 6 GB of disk; ViT-H wants a GPU.
+Weights are random, of the published size, written once to --workdir, so nothing is downloaded; losses are
+meaningless. Hardware: ViT-L in float32 on a CPU needs 7 GiB of memory and 6 GB of disk; ViT-H needs a GPU.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ class Config:
     """Measure updates of a full-size reward model."""
 
     workdir: Path
-    """Folder for random weights; what an earlier call wrote there is used again."""
+    """Folder for random weights; existing files are reused."""
     clip_vocab: Path | None = None
     """bpe_simple_vocab_16e6.txt.gz of CLIP."""
     scorers: tuple[str, ...] = ("clipscore",)
@@ -47,13 +48,13 @@ class Config:
     views: tuple[int, ...] = (3,)
     """Weak views of each image; 0 = the plain pair loss."""
     checkpointing: tuple[Literal["on", "off"], ...] = ("on",)
-    """Whether activations are computed again in the backward pass."""
+    """Gradient checkpointing of the towers."""
     precision: tuple[Literal["no", "bf16", "fp16"], ...] = ("no",)
-    """Arithmetic of the towers."""
+    """Precision of the towers."""
     last_layers: tuple[int, int] = (18, 8)
     """Trained layers of the image tower and of the text tower."""
     train_batch_size: int = 4
-    """Pairs in one pass."""
+    """Pairs per forward pass."""
     gradient_accumulation_steps: int = 1
     """Passes in one update."""
     max_train_steps: int = 2

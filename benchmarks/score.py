@@ -1,16 +1,19 @@
-"""How fast images on the disk are scored: against the scorer's own forward pass, and against loading it for each image.
+"""Speed of scoring image files, compared with the scorer's forward pass and with loading the scorer for
+each image.
 
     python benchmarks/score.py                                            # the embedded scorer
     python benchmarks/score.py --scorers hpsv2.1 pickscore --workdir /tmp/scorers --clip-vocab bpe_simple_vocab_16e6.txt.gz
     python benchmarks/score.py --scorers imagereward blipscore --workdir /tmp/scorers --bert-vocab vocab.txt --images 16
 
-Three figures for each scorer, from one process: `files` is data_build/score.py from the first file to the last written
-chunk; `raw` is the forward pass alone on the same images, prepared and on the device; both read every prompt anew, and
-take turns. `reload` loads checkpoint and vocabulary for each image, as `hpsv2.score` does, on `--reload-images` of them.
-Published scorers get random weights of their published size, written once to --workdir, so nothing is downloaded and
-scores mean nothing. On a CUDA device `MFU` is the raw pass' floating-point operations against the dense bf16 peak.
+Three speeds per scorer, measured in one process: `files` is data_build/score.py from the first file to the
+last written chunk. `raw` is the forward pass alone on the same images, preprocessed and on the device. Both
+encode every prompt again, and alternate. `reload` loads checkpoint and vocabulary for each image, as
+`hpsv2.score` does, for `--reload-images` images. Published scorers get random weights of their published
+size, written once to --workdir, so nothing is downloaded and scores are meaningless. On a CUDA device,
+`MFU` is the floating-point operations of the raw pass relative to the dense bf16 peak.
 
-Hardware: two CPU cores for the embedded scorer, seconds; ViT-H wants 9 GB of memory, 4 GB of disk, and a GPU or patience.
+Hardware: two CPU cores for the embedded scorer, seconds; ViT-H needs 9 GB of memory, 4 GB of disk, and
+preferably a GPU.
 """
 
 import multiprocessing
@@ -46,21 +49,21 @@ class Config:
     scorers: tuple[str, ...] = ("imagereward-tiny",)
     """Names of `python -m rewards`; published ones need --workdir and a vocabulary."""
     precision: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32",)
-    """Arithmetic of the towers."""
+    """Precision of the towers."""
     batch_size: tuple[int, ...] = (32,)
-    """Images in one pass."""
+    """Images per forward pass."""
     images: int = 64
     """Image files, 512 x 512 PNG."""
     reload_images: int = 8
     """Images of the loop that loads the checkpoint for each; 0 leaves it out."""
     repeats: int = 3
-    """Turns of files and raw; the figures are medians."""
+    """Repetitions of files and raw; the medians are reported."""
     workers: int = 2
     """Processes that read and decode."""
     threads: int = 0
     """CPU threads of the forward pass; 0 = torch's own choice."""
     workdir: Path | None = None
-    """Folder for weights of published size; what an earlier call wrote there is used again."""
+    """Folder for weights of published size; existing files are reused."""
     clip_vocab: Path | None = None
     """bpe_simple_vocab_16e6.txt.gz, for CLIP scorers."""
     bert_vocab: Path | None = None

@@ -56,9 +56,7 @@ class Config:
     output_dir: Path
     """Folder to create; it must not exist yet."""
     images: Path | None = None
-    """Root folder of the image names; a.zip in it is read as a folder a. None = the folder of the first
-    input.
-    """
+    """Root folder of the image names; a.zip in it is read as a folder a. None = that of the first input."""
     aspect: Aspect | None = None
     """Aspect that the ranks of the layout `aspects` use; None = the mean of the four."""
 

@@ -44,9 +44,7 @@ class Config:
     output_dir: Path
     """Folder to create, or the folder of the same, unfinished job."""
     reward_files: tuple[str, ...] = ()
-    """Weights of scorers on disk, as imagereward=PATH; others are read from this repository or the Hugging
-    Face cache.
-    """
+    """Local weights of scorers, as imagereward=PATH; default: this repository or the Hugging Face cache."""
     prompt: str = ""
     """The prompt of all images of a folder without captions."""
     image_column: str = "image"

@@ -66,8 +66,7 @@ class Config:
     """Choose diverse and typical prompts by vote-k."""
 
     prompts: tuple[Path, ...]
-    """Prompt files: txt, json, jsonl, csv, tsv or parquet, also DiffusionDB's metadata; duplicates are
-    removed.
+    """Prompt files: txt, json, jsonl, csv, tsv or parquet, also DiffusionDB's metadata; duplicates are dropped.
     """
     output_dir: Path
     """Folder to create; it must not exist yet."""
@@ -80,7 +79,7 @@ class Config:
     embedding: Literal["tfidf", "sentence-transformers"] = "tfidf"
     """Embedding of the prompts."""
     model: str | None = None
-    """sentence-transformers model: a folder, or a name in the Hugging Face cache; None =
+    """sentence-transformers model, a folder or a cached hub name; None =
     paraphrase-mpnet-base-v2.
     """
     seed: int = 0

@@ -44,11 +44,9 @@ class Selection:
     k: int = 1
     """top-k: number of images of each kind; fewer if a prompt has fewer than 2 k images."""
     high: float | None = None
-    """threshold: minimum score of a preferred image, in units of the scorer; None = select no preferred
-    images.
-    """
+    """threshold: minimum score of a preferred image, in units of the scorer; None = none."""
     low: float | None = None
-    """threshold: maximum score of a non-preferred image; None = select no non-preferred images."""
+    """threshold: maximum score of a non-preferred image; None = none."""
 
     def __post_init__(self) -> None:
         for name, least in (("min_group", self.min_group), ("k", self.k)):

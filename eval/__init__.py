@@ -1,1 +1,1 @@
-"""Programs that measure and show what a run made; they read folders."""
+"""Programs that evaluate models and scorers; they read folders."""

@@ -1,15 +1,15 @@
-"""How a rater agrees with a reference about images of the same prompt: plain arithmetic on scores and ranks.
+"""Agreement of a rater with a reference on images of the same prompt: functions of scores and ranks.
 
-A rater is a scorer or an annotator; a reference is ranks that it is compared with. A metric takes both for one set of
-images and returns (hits, total), so that its value over prompts is sum(hits) / sum(totals) and a bootstrap can resample
-prompts.
+A rater is a scorer or an annotator; a reference is the ranks that it is compared with. A metric takes both
+for one set of images and returns (hits, total). Its value over prompts is sum(hits) / sum(totals), so a
+bootstrap can resample prompts.
 
-What one annotator reaches stands beside the scorers only where both are held against the same, and a set of images weighs
-alike for both whatever the number of its annotators.
+The result of one annotator is reported next to the scorers only where both are compared with the same
+reference, and a set of images has the same weight for both, whatever its number of annotators.
 
-Letters: n images of a set, A annotators of it, K comparisons of a rater with a reference on it, N images in all, V views
-of them, P prompts, S scorers.
-`scores` (K, n): higher is better. `ranks` (K, n): lower is better, ties allowed; only their order counts.
+Letters: n images of a set, A annotators of it, K comparisons of a rater with a reference on it, N images in
+total, V views of them, P prompts, S scorers. `scores` (K, n): higher is better. `ranks` (K, n): lower is
+better, ties allowed; only their order matters.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,12 +27,13 @@ Metric = Callable[[Floats, Floats], tuple[float, float]]
 """scores (K, n) and ranks (K, n) -> hits and total."""
 
 ANNOTATORS, MEAN, OTHERS, JUDGE = "annotators", "annotators' mean", "mean of the others", "judge"
-"""The references: every annotator's ranking; the mean of all annotators' places, which HPD v2 publishes; that of all but
-one, for each of them; the judge of the shapes world."""
+"""The references: the ranking of each annotator; the mean rank of all annotators (published by HPD v2); the
+mean rank of all other annotators, for each annotator; the judge of the shapes world.
+"""
 GOLD = "shapes"
 """The scorer that is this judge."""
 ONE = "one annotator"
-"""The rater beside the scorers."""
+"""The rater that is reported next to the scorers."""
 AS_IS = "as it is"
 """The view of the images that changes nothing."""
 
@@ -209,7 +210,7 @@ def of_scorer(scores: Floats, judged: Sequence[RankedSet], reference: Sequence[F
 
 
 def of_annotator(judged: Sequence[RankedSet], name: str, reference: Sequence[Floats]) -> list[Compared]:
-    """Return what one annotator reaches: each beside every other, beside the mean of the others, or beside the judge.
+    """Return what one annotator reaches: compared with each other, with the mean of the others, or with the judge.
 
     Weights are such that a set counts as much as it does for a scorer beside the same reference: A rankings, or once for the
     judge. A set of one annotator has only the judge. No annotator is compared with a mean that includes him.
@@ -300,10 +301,11 @@ def robustness(
     reference_ranks: Mapping[str, Sequence[Floats]],
     prompts: int,
 ) -> Sums:
-    """Return a scorer's accuracies on all views but the first, their changes from it, and the share of choices that flip.
+    """Return a scorer's accuracies on all views but the first, their changes from it, and the share of
+    choices that flip.
 
-    Scores are (V, N), `reference_ranks` is name -> ranks of the reference. Choices between two images are the scorer's
-    own: who they are held against says nothing there, and stands as the annotators.
+    Scores are (V, N), `reference_ranks` is name -> ranks of the reference. Choices between two images do
+    not depend on a reference; their reference is given as the annotators.
     """
     before, *changed = (
         reached(

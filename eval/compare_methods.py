@@ -1,20 +1,22 @@
-"""The methods table: train several methods from one model with several seeds, and judge all of them on the same images.
+r"""Train several methods from one model with several seeds, and evaluate them on the same prompts (the
+methods table).
 
-A method is NAME=DRIVER FLAGS, a command as one would type it: each is started by `accelerate launch` with --model, --seed
-and --output-dir added, in RUNS/NAME-SEED, and goes on where it was when the comparison is started again; a finished run
-is not trained twice. All then generate the same held-out prompts from the same noise as the base. ImageReward (arXiv
-2304.05977), Table 4 and Fig. 6: wins, ties and win rate of a method against the base, and between all methods. The
-budget is set by the methods' flags: give each the same number of images, and see the column `images`, which counts
-those that updates were computed on. NAME=OTHER@UPDATES is no separate training but another method's checkpoint after so
-many updates, as RAFT's after its first iteration.
+A method is NAME=DRIVER FLAGS, as typed on the command line. Each is started by `accelerate launch` in
+RUNS/NAME-SEED with --model, --seed and --output-dir added. When the comparison is started again, unfinished
+runs continue and finished runs are not repeated. All methods then generate the same held-out prompts from
+the same noise as the base model. As in ImageReward (arXiv 2304.05977), Table 4 and Fig. 6, it reports wins,
+ties and win rate of each method against the base, and between all methods. The flags of a method set its
+training budget: give each the same number of images, and check the column `images`, which counts the images
+that updates were computed on. NAME=OTHER@UPDATES is not trained but is the checkpoint of another method
+after this many updates, for example RAFT after its first iteration.
 
     python eval/compare_methods.py --methods "refl=finetune/refl.py --config refl.yaml" "weird=finetune/weird_lora.py --config weird.yaml" \
         --negatives "weird=Weird image. " --model SD_FOLDER --prompts held_out.txt --rewards imagereward=1 hpsv2.1=1
 
-Win rate is wins / (wins + losses), as there. Intervals are 95 % bootstrap intervals over prompts, seeds pooled; a
-single prompt has none. In the shapes world `shapes` is the gold score that no method was trained on. Writes images/ (all
-generated images, used again on a rerun: eval/generated.py), table.csv,
-scores.csv, wins.png, grid.png and report.html.
+Win rate is wins / (wins + losses), as in the paper. Intervals are 95 % bootstrap intervals over prompts
+with all seeds pooled; a single prompt has none. In the shapes world, `shapes` is the gold score that no
+method was trained on. Writes images/ (all generated images, reused when run again: eval/generated.py),
+table.csv, scores.csv, wins.png, grid.png and report.html.
 """
 
 import re
@@ -55,33 +57,34 @@ class Config:
     """Train methods from one model and judge them on the same prompts and seeds."""
 
     methods: tuple[str, ...]
-    """NAME=DRIVER FLAGS each, DRIVER a file such as finetune/refl.py; --model, --seed and --output-dir are added. Or
-    NAME=OTHER@UPDATES: the checkpoint of another method after so many updates."""
+    """NAME=DRIVER FLAGS, where DRIVER is a file such as finetune/refl.py; --model, --seed and --output-dir
+    are added. Or NAME=OTHER@UPDATES: the checkpoint of another method after this many updates.
+    """
     model: Path = Path("assets/tiny/pipeline")
     """Pipeline folder that every method starts from."""
     prompts: Path = Path("assets/tiny/held_out.txt")
     """Held-out prompt file."""
     count: int = 256
-    """At most so many prompts, the first of the file."""
+    """Maximum number of prompts, from the start of the file."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """A training run of each method for each; prompt i is generated with seed i whatever the run's."""
+    """Training seeds, one run per method and seed; prompt i is always generated with seed i."""
     rewards: tuple[str, ...] = ("imagereward-tiny=1.0", "shapes=1.0")
-    """Scorers that judge, a column each: NAME=WEIGHT, as hpsv2=1; the folder of a trained scorer is a name, too.
-    Weights do nothing here.
+    """Scorers for evaluation: NAME=WEIGHT, as hpsv2=1; NAME may be the folder of a trained scorer. Weights
+    have no effect here.
     """
     reward_files: tuple[str, ...] = ()
     """Weights of scorers on disk, as imagereward=PATH."""
     negatives: tuple[str, ...] = ()
-    """NAME=TEXT: the negative prompt of a method's images, as "weird=Weird image. "; base=TEXT gives the base one."""
+    """NAME=TEXT: negative prompt of a method, as "weird=Weird image. "; base=TEXT gives the base one."""
     grid_rows: int = 6
     """Prompts in the grid."""
     sample: Sampling = field(default_factory=Sampling)
     workers: int = 2
-    """Processes that decode images for the scorers; 0 = this one does it."""
+    """Processes that decode images for the scorers; 0 = the main process."""
     output_dir: Path = Path("runs/compare")
-    """Folder of the report; runs lie in its runs/, generated images in its images/, and both are used again on a rerun."""
+    """Folder of the report, with runs in runs/ and generated images in images/; both are reused."""
     overwrite_output_dir: bool = False
-    """Replace images that were made with other weights, prompts, seeds or settings. Trained runs are never replaced."""
+    """Replace images generated with other weights, prompts, seeds or settings; runs are never replaced."""
 
     def __post_init__(self) -> None:
         names = self.names()

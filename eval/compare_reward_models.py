@@ -1,21 +1,23 @@
-"""Train scorers by several objectives, and hold all of them against the same held-out rankings: ablations of reward models.
+r"""Train scorers with several objectives and compare them on the same held-out rankings: ablations of
+reward models.
 
-A method is NAME=DRIVER FLAGS, as in compare.py: finetune/reward_model.py with an objective, a start and data. Each is
-trained with each seed, once. All then score the same held-out images, as they are and mirrored and cropped (Stable
-Preference, Table 1). Its Tables 2 and 3 are such comparisons, from the first method's plain loss to all that it adds.
+A method is NAME=DRIVER FLAGS, as in compare_methods.py: finetune/reward_model.py with an objective, a start
+and data. Each is trained once per seed. All scorers then score the same held-out images, unchanged and
+mirrored and cropped (Stable Preference, Table 1). Its Tables 2 and 3 are such comparisons, from the plain
+loss of the first method to the complete method.
 
-    python eval/compare_reward_models.py --methods "plain=finetune/reward_model.py --config a.yaml" \\
+    python eval/compare_reward_models.py --methods "plain=finetune/reward_model.py --config a.yaml" \
         "stable=finetune/reward_model.py --config a.yaml --stable.views 3 --stable.weighting two-stage" --data data/held_out
 
-Printed and plotted are ImageReward's accuracy (pooled pairs, a predicted tie is wrong) against the annotators and, in
-the shapes world, against the noiseless judge, which is the measure that matters; and HPD v2's inversion score against
-the annotators' mean, where sets have several. What one annotator reaches stands beside the accuracies. `over the first`
-is the difference from the first method. Intervals are 95 % bootstrap intervals over prompts, where there are two or
-more, seeds pooled.
+Prints and plots ImageReward's accuracy (pooled pairs, a predicted tie is wrong) against the annotators and,
+in the shapes world, against the noiseless judge, which is the more precise measure. If sets have several
+annotators, also HPD v2's inversion score against their mean rank. The accuracy of a single annotator is
+shown for comparison. `over the first` is the difference from the first method. Intervals are 95 % bootstrap
+intervals over prompts (two or more), with all seeds pooled.
 
-Held-out images are read, and judged in the shapes world, before anything is trained; a damaged one is set aside and
-counted, and its rankings keep the others. Writes table.csv with all three published accuracies against every reference
-of agreement.py, seeds.csv, rejected.jsonl and accuracy.png.
+Held-out images are read, and judged in the shapes world, before training starts. Damaged images are
+rejected and counted, and their rankings keep the other images. Writes table.csv with all three published
+accuracies against every reference of agreement.py, seeds.csv, rejected.jsonl and accuracy.png.
 """
 
 import shlex
@@ -85,21 +87,21 @@ class Config:
     """Train scorers by several objectives and measure them on the same held-out rankings."""
 
     methods: tuple[str, ...]
-    """NAME=DRIVER FLAGS each, DRIVER finetune/reward_model.py; --seed and --output-dir are added. The first is what
-    others are held against.
+    """NAME=DRIVER FLAGS with DRIVER finetune/reward_model.py; --seed and --output-dir are added. The others
+    are compared with the first.
     """
     data: tuple[Path, ...]
-    """Folders of held-out rankings, each measured by itself."""
+    """Folders of held-out rankings, evaluated separately."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """A training run of each method for each."""
+    """Training seeds, one run per method and seed."""
     crops: tuple[float, ...] = (0.97, 0.95, 0.93, 0.9)
-    """Side lengths of centre crops, as shares in (0, 1], of mirrored images; none = robustness is not measured."""
+    """Centre crops of the mirrored image, as shares in (0, 1] of each side; none = no robustness."""
     count: int | None = None
-    """At most so many prompts of each folder; None = all."""
+    """Maximum number of prompts of each folder; None = all."""
     batch_size: int = 32
-    """Images in one pass, each with all its views."""
+    """Images per forward pass, each with all its views."""
     output_dir: Path = Path("runs/compare_scorers")
-    """Folder of the tables; runs lie in its runs/."""
+    """Folder of the tables, with runs in runs/."""
 
     def __post_init__(self) -> None:
         names = [name for name, _ in map(split_named, self.methods)]
@@ -151,7 +153,7 @@ def sums_of(
 def one_annotator(
     judged: Sequence[RankedSet], reference_ranks: Mapping[str, Sequence[Floats]], prompts: int
 ) -> Sums:
-    """Return what one annotator reaches against each reference that he is no part of."""
+    """Return what one annotator reaches against each reference that excludes this annotator."""
     compared = {
         reference: of_annotator(judged, reference, ranks)
         for reference, ranks in reference_ranks.items()

@@ -1,4 +1,4 @@
-"""How scorers relate to each other on ranked images: mixtures of two, and correlations. Plain arithmetic on scores.
+"""Relations between scorers on ranked images: accuracy of mixtures of two scorers, and correlations.
 
 Letters: N images, S scorers. Higher scores are better.
 """

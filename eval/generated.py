@@ -1,12 +1,11 @@
-"""Folders of generated images: written one by one, and used again as long as all that decides an image is the same.
+"""Folders of generated images, reused as long as everything that determines the images is unchanged.
 
     images/TITLE/0000.png ...     image i of prompt i with seed i
     images/TITLE/metadata.jsonl   file_name, text, seed: `datasets.load_dataset("imagefolder")` reads the folder
-    images/TITLE/generated.json   what decides the images: SHA-256 of the weights and of the prompts, seeds, sampling
-    settings
+    images/TITLE/generated.json   SHA-256 of the weights and of the prompts, seeds, sampling settings
 
-A folder appears when it is complete. Another folder of that name is refused, or with `overwrite` replaced. Letters that
-do not belong into a file name are _ in that of a folder.
+A folder appears only when it is complete. A folder of that name with other images is refused, or with
+`overwrite` replaced. Characters of a title that are not allowed in file names become _ in the folder name.
 """
 
 import hashlib
@@ -48,10 +47,10 @@ class Request:
     seeds: Sequence[int]
     sampling: Resolved
     negatives: Mapping[str, str]
-    """Title -> the prompt that guidance points away from; others have none."""
+    """Title -> negative prompt; others have none."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     vae: Path | None = None
-    """Folder of an autoencoder that takes the place of each pipeline's."""
+    """Folder of an autoencoder to use instead of each pipeline's."""
 
     def files(self, title: str) -> list[Path]:
         """Return the N images of a column."""

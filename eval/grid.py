@@ -1,21 +1,22 @@
-"""Compare models side by side: a row is a prompt with a seed, a column a model, and scores stand under every image.
+"""Compare models side by side: each row is a prompt with a seed, each column a model, with scores below
+every image.
 
-All images of a row start from the same noise, so what differs is the weights. Columns are TITLE=WHAT, where WHAT is empty
-(the model itself), a LoRA folder, a run's folder, a folder with a UNet, or another pipeline; FOLDER@0.5 puts a LoRA on
-at half strength. Written into --output-dir:
+All images of a row start from the same noise, so only the weights differ. Columns are TITLE=WHAT, where
+WHAT is empty (the model itself), a LoRA folder, a run's folder, a UNet folder or another pipeline;
+FOLDER@0.5 applies a LoRA with scale 0.5. Written into --output-dir:
 
-    images/TITLE/   the images of a column, their prompts and seeds; a rerun uses them again (eval/generated.py)
-    index.html      all images small, each linked to its file, with scores, each column's means, and how often it wins against
-                    the first column
+    images/TITLE/   the images of a column, their prompts and seeds; reused when run again (eval/generated.py)
+    index.html      all images as thumbnails linked to their files, scores, means per column, and win rate against the first
+                    column
     thumbnails/     the small images of the page
     grid.png        the first --grid-rows rows
 
     python eval/grid.py --columns base= tuned=runs/refl-tiny half=runs/refl-tiny@0.5 --guidance-scale 3 --num-inference-steps 25
     python eval/grid.py --model SD_FOLDER --columns base= tuned=runs/refl --prompts refl_data.json --rewards imagereward=1
 
-Hardware: the embedded model runs on a CPU; Stable Diffusion wants a GPU, and uses one where there is one. Memory does
-not grow with the number of images. Left out: confidence intervals, since the few images one looks at are too few for a
-claim.
+Hardware: the embedded model runs on a CPU; Stable Diffusion needs a GPU in practice, and uses one if
+available. Memory does not grow with the number of images. Left out: confidence intervals, since a grid has
+too few images for conclusions.
 """
 
 import os
@@ -52,50 +53,52 @@ THUMBNAIL_SIZE = 320
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Generate the same prompts and seeds with several models, score the images, and write a page and a grid of them."""
+    """Generate the same prompts and seeds with several models, score the images, and write a page and a grid."""
 
     model: Path = Path("assets/tiny/pipeline")
     """Pipeline folder in diffusers' format that the columns build on."""
     vae: Path | None = None
-    """Folder of an autoencoder in place of the pipelines', such as one of SDXL's that was repaired for fp16."""
+    """Folder of an autoencoder to use instead of the pipelines', such as an fp16-safe one for SDXL."""
     columns: tuple[str, ...] = ("base=",)
-    """TITLE=WHAT each: nothing, a LoRA folder, a run, a UNet folder or a pipeline; a LoRA or run may end in @WEIGHT."""
+    """TITLE=WHAT, where WHAT is empty, a LoRA, run, UNet or pipeline folder; LoRA and run may end in @WEIGHT.
+    """
     prompts: Path = Path("assets/tiny/held_out.txt")
     """Prompt file: txt, json, jsonl, csv, tsv or parquet."""
     count: int = 8
-    """At most so many prompts, the first of the file."""
+    """Maximum number of prompts, from the start of the file."""
     num_images_per_prompt: int = 1
-    """Images of each prompt, a row each."""
+    """Images per prompt, one row each."""
     seed: int = 0
     """Image k of prompt i has the seed seed + i * num_images_per_prompt + k."""
     rewards: tuple[str, ...] = ("imagereward-tiny=1.0", "shapes=1.0")
-    """Scorers with weights; several also give a weighted sum. `--rewards` alone scores nothing."""
+    """Scorers with weights; several also give a weighted sum. `--rewards` without a value disables scoring.
+    """
     reward_files: tuple[str, ...] = ()
-    """Weights of scorers on disk, as imagereward=PATH; others come from this repository or the hub's cache."""
+    """Local weights of scorers, as imagereward=PATH; default: this repository or the Hugging Face cache."""
     negative: str = ""
-    """Prompt that guidance points away from, such as "Weird image. "."""
+    """Negative prompt, such as "Weird image. "."""
     negative_columns: tuple[str, ...] = ()
-    """Titles of the columns that have --negative; none = all."""
+    """Titles of the columns that use --negative; none = all."""
     guidance_scale: float | None = None
     """Classifier-free guidance scale; 1 or less = none; None = the default of --model's family, 7.5 for Stable Diffusion."""
     num_inference_steps: int | None = None
     """Denoising steps; None = the default of --model's family."""
     solver: SolverName | None = None
-    """Which solver takes the steps; None = the default of --model's family."""
+    """Solver (scheduler); None = the default of --model's family."""
     resolution: str | None = None
-    """Pixels: 512, or width x height as 768x512; None = what --model was trained at."""
+    """Pixels: 512, or width x height as 768x512; None = the resolution of --model."""
     batch_size: int = 8
-    """Images in one pass; changes speed, not images."""
+    """Images per forward pass; affects speed, not the images."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Arithmetic of the models; scorers stay in fp32."""
+    """Precision of the models; scorers stay in fp32."""
     workers: int = 2
-    """Processes that decode images for the scorers; 0 = this one does it."""
+    """Processes that decode images for the scorers; 0 = the main process."""
     grid_rows: int = 32
-    """At most so many rows in grid.png, the first ones; index.html has all."""
+    """Maximum number of rows in grid.png; index.html has all."""
     output_dir: Path = Path("grid")
     """Folder of the images, the page and grid.png."""
     overwrite_output_dir: bool = False
-    """Replace folders of images that were made with other weights, prompts, seeds or settings."""
+    """Replace images generated with other weights, prompts, seeds or settings."""
 
     def __post_init__(self) -> None:
         for name, value, least in (

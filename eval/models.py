@@ -1,4 +1,4 @@
-"""Models to compare, as a user names them: a pipeline, a LoRA or a UNet on it, or a run."""
+"""Parsing of the models to compare: a pipeline, a LoRA or a UNet on it, or a run."""
 
 import hashlib
 import math

@@ -1,4 +1,4 @@
-"""HTML pages of the programs: templates whose texts are escaped, and files that a page holds itself."""
+"""HTML pages from templates: values are escaped, and files can be embedded."""
 
 import base64
 from pathlib import Path

@@ -1,24 +1,26 @@
-"""How well scorers predict preferences: accuracies, selection, robustness and correlation on ranked images.
+"""Measure how well scorers predict preferences: accuracy, selection, robustness and correlation on ranked
+images.
 
-Reads folders of images with rankings.jsonl. Several annotators may rank the same images: `source` tells them apart, so that
-a second ranking by the same one is skipped and counted; each ranking without a source counts as another annotator's. A
-scorer is held against every single ranking, against the annotators' mean places (as HPD v2 publishes it), and against
-the mean of all annotators but one, for each of them. Beside it stands "one annotator": what a single person reaches
-against another, and against the mean of the others; sets that one annotator ranked have no such row. In the shapes
-world the scorer `shapes` is the noiseless judge, and one more reference. All folders are pooled; for each by itself,
-run it on each.
+Reads folders of images with rankings.jsonl. Several annotators may rank the same images; `source`
+identifies them. A second ranking by the same source is skipped and counted; each ranking without a source
+counts as another annotator's. A scorer is compared with every single ranking, with the annotators' mean
+rank (as HPD v2 publishes it), and with the mean rank of all but one annotator, for each of them. For
+comparison, "one annotator" is the accuracy of a single person against another person, and against the mean
+of the others; sets with one annotator have no such row. In the shapes world the scorer `shapes` is the
+noiseless judge, which is one more reference. All folders are pooled; to evaluate them separately, run the
+program on each.
 
     python eval/preference_accuracy.py --data data/held_out --rewards imagereward-tiny=1 shapes=1 --output-dir runs/preference
     python eval/preference_accuracy.py --data data/imagereward_test --rewards imagereward=1 hpsv2.1=1 --reward-files imagereward=x.pt
 
-The metrics and their sources are in agreement.py, the views of robustness (Stable Preference, Table 1) in
-view_scores.py. Intervals are 95 % bootstrap intervals over prompts, where there are two or more. An image that cannot
-be read is set aside and counted, and its rankings keep the others. Writes table.csv, scores.csv, rejected.jsonl, five
-plots and report.html.
+agreement.py defines the metrics and cites their sources, view_scores.py defines the views for robustness
+(Stable Preference, Table 1). Intervals are 95 % bootstrap intervals over prompts (two or more). An
+unreadable image is rejected and counted, and its rankings keep the other images. Writes table.csv,
+scores.csv, rejected.jsonl, five plots and report.html.
 
-Left out: correlation over generative models (Stable Preference, Fig. 5), since rankings do not say which model
-generated an image; it is over images here. Hardware: the embedded scorer needs a CPU; published ones want a GPU, and
-use one where there is one.
+Left out: correlation over generative models (Stable Preference, Fig. 5), because rankings do not name the
+model of an image; the correlation here is over images. Hardware: the embedded scorer runs on a CPU;
+published ones need a GPU in practice, and use one if available.
 """
 
 import sys
@@ -52,19 +54,19 @@ class Config:
     data: tuple[Path, ...]
     """Folders with rankings.jsonl and the images that it names; several are pooled."""
     rewards: tuple[str, ...] = ("imagereward-tiny=1.0", "shapes=1.0")
-    """NAME=WEIGHT each, as hpsv2=1; the folder of a trained scorer is a name, too. Weights do nothing here: write 1,
-    even for one scorer.
+    """NAME=WEIGHT each, as hpsv2=1; the folder of a trained scorer is a name, too. Weights do nothing here:
+    write 1, even for one scorer.
     """
     reward_files: tuple[str, ...] = ()
-    """Weights of scorers on disk, as imagereward=PATH; others come from this repository or the hub's cache."""
+    """Local weights of scorers, as imagereward=PATH; default: this repository or the Hugging Face cache."""
     count: int | None = None
-    """At most so many prompts of each folder, the first ones; None = all."""
+    """Maximum number of prompts of each folder; None = all."""
     crops: tuple[float, ...] = (0.97, 0.95, 0.93, 0.9)
-    """Side lengths of centre crops, as shares in (0, 1], that robustness is measured with; none = no robustness."""
+    """Centre crops for robustness, as shares in (0, 1] of each side; none = no robustness."""
     batch_size: int = 16
-    """Images in one pass, each with all its views."""
+    """Images per forward pass, each with all its views."""
     workers: int = 2
-    """Processes that read and decode; 0 = this one does it."""
+    """Reading and decoding processes; 0 = the main process."""
     output_dir: Path = Path("runs/preference")
     """Folder of the report."""
 

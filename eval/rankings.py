@@ -1,4 +1,4 @@
-"""RankedImages images as agreement is measured on them: every image once, and the sets that annotators ranked."""
+"""Reading of ranked images for evaluation: every image once, and the sets that annotators ranked."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +35,7 @@ def check_folders(folders: Sequence[Path]) -> None:
             first = folders[resolved.index(resolved[number])]
             raise ValueError(
                 f"--data names {folder} twice{'' if first == folder else f', first as {first}'}; its annotators would be"
-                " held against themselves"
+                " compared with themselves"
             )
 
 

@@ -1,10 +1,11 @@
-"""Trainings that a comparison starts: drivers as commands, each with each seed in a separate folder, each once.
+"""Training runs that a comparison starts: each method with each seed in its own folder, each once.
 
-A method is NAME=DRIVER FLAGS, a command as one would type it. Programs of eval/ import no driver: they start it by
-`accelerate launch`, and read the folder that it leaves.
+A method is NAME=DRIVER FLAGS, as typed on the command line. Programs of eval/ do not import drivers: they
+start them with `accelerate launch`, and read the folder of the run.
 
-Beside the folder NAME-SEED lie NAME-SEED.log, NAME-SEED.command, the record of its command, written before it began, and
-NAME-SEED.done once it has ended well. A folder is never used for another command than that one.
+Next to the folder NAME-SEED are NAME-SEED.log, NAME-SEED.command (the record of its command, written before
+it starts) and NAME-SEED.done (written when it has finished). A folder is never used for another command
+than the recorded one.
 """
 
 import hashlib

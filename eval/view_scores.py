@@ -1,8 +1,9 @@
-"""Images to scores, view by view: as they are, and mirrored with the centre cut out (Stable Preference, Table 1).
+"""Scores of images in several views: unchanged, and mirrored with a centre crop (Stable Preference, Table 1).
 
-Each image is read and decoded once, in worker processes (preftune/score_files.py); each view is prepared as the scorers'
-authors do and scored once. The judge of the shapes world takes uncropped images only and scores the first view. In
-captions of that world left and right change sides with the image; other prompts stay as they are, as in the paper.
+Each image is read and decoded once, in worker processes (preftune/score_files.py). Each view is
+preprocessed like the scorers' authors do and scored once. The judge of the shapes world needs complete
+images and scores only the first view. In captions of that world, left and right are swapped for a mirrored
+image; other prompts are unchanged, as in the paper.
 
 Letters: N images, V views, S scorers.
 """

@@ -1,7 +1,7 @@
-"""The arithmetic of a methods table: wins, ties and win rates, bootstrap intervals, heat maps and CSV.
+"""Computations of the methods table: wins, ties and win rates, bootstrap intervals, heat maps and CSV.
 
-Scores are name -> (seeds, prompts, scorers), the base's first. Win rate is wins / (wins + losses), as in ImageReward (arXiv
-2304.05977, Table 4).
+Scores are name -> (seeds, prompts, scorers), with the base first. Win rate is wins / (wins + losses), as in
+ImageReward (arXiv 2304.05977, Table 4).
 """
 
 import csv

@@ -110,9 +110,7 @@ class Config:
     """
 
     model: str
-    """Scorer to start from: a name such as imagereward, hpsv2 or blipscore, or the folder of a trained
-    scorer.
-    """
+    """Scorer to start from: a name, such as imagereward or hpsv2, or the folder of a trained scorer."""
     weights: Path | None = None
     """Weights of --model on disk; None = from the Hugging Face cache."""
     data: tuple[Path, ...]
@@ -130,13 +128,10 @@ class Config:
     jitter: int = 0
     """Shift training images at random by up to this many pixels along each axis; borders are repeated."""
     frozen_share: float | None = None
-    """Frozen share of each tower's layers, from the bottom, embeddings included; 0.7 in ImageReward, 0
-    trains all.
+    """Frozen share of each tower's layers, from the bottom, with embeddings; 0.7 in ImageReward, 0 trains all.
     """
     last_layers: tuple[int, int] | None = None
-    """Train only this many last layers of the image and text tower; 10 6 in HPS v1, 18 8 in Stable
-    Preference.
-    """
+    """Train only the last layers of the image and text tower; HPS v1: 10 6, Stable Preference: 18 8."""
     gradient_checkpointing: bool = False
     """Recompute the towers' activations in the backward pass."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(
@@ -259,7 +254,7 @@ def part_of(train: list[Ranked], indices: range, preprocess: Preprocess, config:
 def total_before(
     module: nn.Module, parts: Sequence[Part], config: Config, step: int, run: Run
 ) -> Tensor | None:
-    """Return the logarithm () of the sum of all weights of an update; None where its only pass says it.
+    """Return the logarithm () of the sum of all weights of an update; None if there is a single pass, which gives it.
 
     Only the weights of eq. 8 depend on scores: all passes are made for them once without gradient and weak views.
     """

@@ -50,9 +50,7 @@ class ImageError(ValueError):
 
 
 def decode(content: bytes) -> Image.Image:
-    """Return an encoded image with all its pixels read; ImageError if it is not an image, truncated or too
-    large.
-    """
+    """Return an encoded image with all its pixels read; ImageError if it is invalid or too large."""
     if not content:
         raise ImageError("no bytes", "the image has no bytes")
     if len(content) > MAX_BYTES:

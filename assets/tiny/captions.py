@@ -1,4 +1,4 @@
-"""Write the embedded prompts: training captions, and held-out ones that are not among them.
+"""Write the embedded prompts: training captions and disjoint held-out captions.
 
 python assets/tiny/captions.py --output-dir assets/tiny
 """

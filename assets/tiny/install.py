@@ -1,9 +1,11 @@
-"""Put trained models into this folder, UNet, autoencoder and scorers in half precision to save space.
+r"""Copy trained models into this folder; UNet, autoencoder and scorers are converted to half precision to
+save space.
 
-    python assets/tiny/install.py --pipeline runs/pretrain_second/pipeline --scorer runs/reward_model_second/scorer \\
+    python assets/tiny/install.py --pipeline runs/pretrain_second/pipeline --scorer runs/reward_model_second/scorer \
         --blip runs/pretrain_scorer/scorer --clip runs/pretrain_clip/scorer
 
-The text encoder stays in float32: transformers loads a model in the precision of its file, diffusers in float32.
+The text encoder stays in float32, because transformers loads a model in the precision of its file,
+diffusers in float32.
 """
 
 import shutil
@@ -21,7 +23,7 @@ HALF = ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Install what was trained as the embedded models; what is not given stays as it is."""
+    """Install trained models as the embedded models; models that are not given are unchanged."""
 
     pipeline: Path | None = None
     """Pipeline folder, as pretrain.py wrote it."""
@@ -30,7 +32,7 @@ class Config:
     blip: Path | None = None
     """Scorer folder, as pretrain_scorer.py wrote it: what reward models of ImageReward's architecture start from."""
     clip: Path | None = None
-    """The same of a CLIP."""
+    """Scorer folder of the pre-trained CLIP."""
     output_dir: Path = HERE
     """Folder that gets pipeline/, imagereward/, pretrained/blip/ and pretrained/clip/."""
 

@@ -1,9 +1,10 @@
-"""Measure the embedded model and scorer: gold on held-out captions, and pair accuracy against the noiseless judge.
+"""Measure the embedded model and scorer: gold score on held-out captions, and pair accuracy against the
+noiseless judge.
 
     python assets/tiny/measure.py --rankings data/held_rendered data/held_drawn
 
-The rankings must be fresh ones (another --seed of data_build/simulate_rankings.py than the scorer was trained on). A pair is two
-images of one ranking with different gold; a tie of the scorer counts as wrong.
+Use rankings that the scorer was not trained on (another --seed of data_build/simulate_rankings.py). A pair
+is two images of one ranking with different gold; a tie of the scorer counts as wrong.
 """
 
 import json

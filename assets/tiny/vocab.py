@@ -1,6 +1,7 @@
-"""Write the WordPiece vocabulary of the tiny scorer: BERT's special tokens, the world's words, letters for all others.
+"""Write the WordPiece vocabulary of the tiny scorer: BERT's special tokens, the words of the shapes world,
+and single letters.
 
-python assets/tiny/vocab.py --data data/scorer --output-dir data/vocab.txt
+    python assets/tiny/vocab.py --data data/scorer --output-dir data/vocab.txt
 """
 
 import re

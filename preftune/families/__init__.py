@@ -1,6 +1,4 @@
-"""Model families: one module each, with the methods of `base.Family`; model_index.json of a pipeline folder
-selects the module.
-"""
+"""Model families: one module each, selected by the `_class_name` in a pipeline folder's model_index.json."""
 
 import importlib
 from pathlib import Path

@@ -1,6 +1,4 @@
-"""Builders of small models in Stable Diffusion's format with random seeded weights; the embedded pipeline
-was trained from them.
-"""
+"""Builders of small models in Stable Diffusion's format with random seeded weights."""
 
 import json
 from collections.abc import Iterable, Sequence

@@ -77,11 +77,9 @@ class RewardConfig:
     rewards: tuple[str, ...] = ()
     """Scorers with weights, as imagereward=1.0; `python -m rewards` lists them."""
     reward_files: tuple[str, ...] = ()
-    """Weights of scorers on disk, as imagereward=PATH; others come from this repository or the hub's cache."""
+    """Local weights of scorers, as imagereward=PATH; default: this repository or the Hugging Face cache."""
     reward_normalization: Normalization = "none"
-    """none = raw scores; card, dataset = each scorer is normalized to mean 0, standard deviation 1 before
-    the sum.
-    """
+    """none = raw scores; card, dataset = scale each scorer to mean 0 and standard deviation 1."""
     reward_stats: Path | None = None
     """summary.json of data_build/score.py with the statistics for --reward-normalization dataset."""
     reward_precision: Literal["fp32", "fp16", "bf16"] = "fp32"

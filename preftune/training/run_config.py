@@ -28,9 +28,7 @@ class RunConfig:
     gradient_accumulation_steps: int = 4
     """Passes per update; one update sees batch x accumulation x processes images."""
     learning_rate: float | None = None
-    """Peak learning rate; None = the driver's default: 1e-4 for a LoRA of Stable Diffusion, 1e-5 for all
-    weights.
-    """
+    """Peak learning rate; None = default: for Stable Diffusion 1e-4 for a LoRA, 1e-5 for all weights."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
     """Learning-rate schedule after the warmup; linear and cosine decay to 0 at the last update."""
     lr_warmup_steps: int = 0
@@ -62,9 +60,7 @@ class RunConfig:
     checkpoints_total_limit: int = 2
     """Newest checkpoints to keep; 0 = all."""
     resume_from_checkpoint: Literal["latest"] | Path | None = None
-    """latest = continue from the newest checkpoint in --output-dir, if there is one; or the folder of a
-    checkpoint.
-    """
+    """latest = continue from the newest checkpoint in --output-dir, if any; or a checkpoint folder."""
     overwrite_output_dir: bool = False
     """Remove an earlier run from the output folder first."""
     threads: int = 0

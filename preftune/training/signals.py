@@ -1,6 +1,4 @@
-"""Handling of Ctrl-C and SIGTERM during training: the first signal lets the update finish, a second one
-kills at once.
-"""
+"""Ctrl-C and SIGTERM during training: the first signal lets the update finish, a second one kills at once."""
 
 import signal
 import sys
