@@ -148,7 +148,7 @@ def main(config: Config) -> int:
             raise ValueError("memory is read from /proc, which this system does not have; use Linux")
         config.workdir.mkdir(parents=True, exist_ok=True)
     print(f"models: 4 GB in {config.workdir}", flush=True)
-    # In a process of its own, which takes its memory with it.
+    # In a separate process, to release its memory.
     builder = multiprocessing.get_context("spawn").Process(
         target=build_sd1, args=(config.workdir, config.clip_vocab, config.bert_vocab)
     )

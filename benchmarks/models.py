@@ -96,7 +96,7 @@ def tokenizer(clip_vocab: Path | None, folder: Path) -> CLIPTokenizer:
             raise ValueError(
                 f"--clip-vocab {clip_vocab} is not bpe_simple_vocab_16e6.txt.gz: {error}"
             ) from error
-        merges = lines[1 : CLIP_TOKENS - 2 - 2 * len(symbols) + 1]  # the file goes on; CLIP stops here
+        merges = lines[1 : CLIP_TOKENS - 2 - 2 * len(symbols) + 1]  # the file has more merges than CLIP uses
     joined = ["".join(merge.split()) for merge in merges]
     words = [*symbols, *(f"{s}</w>" for s in symbols), *joined, "<|startoftext|>", "<|endoftext|>"]
     if clip_vocab is not None and len(set(words)) != CLIP_TOKENS:
@@ -168,7 +168,7 @@ def write_scorer(name: str, folder: Path, clip_vocab: Path | None, bert_vocab: P
 
 
 def fresh_scorer(name: str, folder: Path, clip_vocab: Path | None, bert_vocab: Path | None) -> Path:
-    """Do what `write_scorer` does in a process of its own, which takes its memory with it; ValueError where it was killed, too."""
+    """Do what `write_scorer` does in a separate process, to release its memory; ValueError where it was killed, too."""
     path: Path | None = fresh(write_scorer, name, folder, clip_vocab, bert_vocab)
     if path is None:
         raise ValueError(

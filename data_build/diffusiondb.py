@@ -16,7 +16,8 @@ With --ray the processes of a Ray cluster score the parts; the resulting data se
     python data_build/diffusiondb.py --data /shared/images/ --rewards hpsv2.1 --output-dir data/filtered --ray auto --ray-workers 8
 
 The 2M set has nearly always one image per prompt; groups of four are in Large. The released code scores
-with another activation than the one HPS v1 was trained with; rewards/ uses the one in its README. Captions
+with another activation than the one HPS v1 was trained with;
+rewards/ follows the README of that code instead. Captions
 are stored without the "Weird image. " prefix and without ordinary images: finetune/weird_lora.py adds both
 (--regularisation). Hardware: as score.py. Left out: several GPUs without Ray; prompts with too few images
 are scored although they cannot be selected.

@@ -210,7 +210,7 @@ def of_scorer(scores: Floats, judged: Sequence[RankedSet], reference: Sequence[F
 
 
 def of_annotator(judged: Sequence[RankedSet], name: str, reference: Sequence[Floats]) -> list[Compared]:
-    """Return what one annotator reaches: each beside every other, beside the mean of the others, or beside the judge.
+    """Return what one annotator reaches: compared with each other, with the mean of the others, or with the judge.
 
     Weights are such that a set counts as much as it does for a scorer beside the same reference: A rankings, or once for the
     judge. A set of one annotator has only the judge. No annotator is compared with a mean that includes him.

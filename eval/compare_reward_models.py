@@ -153,7 +153,7 @@ def sums_of(
 def one_annotator(
     judged: Sequence[RankedSet], reference_ranks: Mapping[str, Sequence[Floats]], prompts: int
 ) -> Sums:
-    """Return what one annotator reaches against each reference that he is no part of."""
+    """Return what one annotator reaches against each reference that excludes this annotator."""
     compared = {
         reference: of_annotator(judged, reference, ranks)
         for reference, ranks in reference_ranks.items()

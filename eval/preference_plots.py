@@ -38,7 +38,7 @@ class PageTable:
 
     title: str
     keys: int
-    """So many first columns say what a line is about."""
+    """Number of leading columns that identify a row."""
     heads: tuple[str, ...]
     lines: list[tuple[str, ...]]
 

@@ -60,7 +60,7 @@ class Config:
     def __post_init__(self) -> None:
         check_dropout(self.caption_dropout)
         if self.train_text_encoder and self.model.train != "full":
-            raise ValueError(f"--train-text-encoder needs --train full, got --train {self.model.train}")
+            raise ValueError(f"--train-text-encoder goes with --train full, got --train {self.model.train}")
 
 
 class TextToImage(nn.Module):

@@ -254,7 +254,7 @@ def part_of(train: list[Ranked], indices: range, preprocess: Preprocess, config:
 def total_before(
     module: nn.Module, parts: Sequence[Part], config: Config, step: int, run: Run
 ) -> Tensor | None:
-    """Return the logarithm () of the sum of all weights of an update; None where its only pass says it.
+    """Return the logarithm () of the sum of all weights of an update; None if there is a single pass, which gives it.
 
     Only the weights of eq. 8 depend on scores: all passes are made for them once without gradient and weak views.
     """

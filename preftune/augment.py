@@ -41,7 +41,7 @@ def _weak_view(image: Tensor, generator: Generator, least_area: float, flip: boo
     height, width = image.shape[1:]
     area = (least_area + (1 - least_area) * area) * height * width
     low, high = map(math.log, RATIO)
-    # A crop that would be longer than the image is as long as it: then only the other side is cut.
+    # A crop longer than the image is limited to its side: then only the other side is cut.
     aspect = math.exp(low + (high - low) * ratio)
     aspect = min(max(aspect, area / height**2), width**2 / area)
     h = min(height, max(1, round(math.sqrt(area / aspect))))

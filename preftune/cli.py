@@ -56,7 +56,7 @@ def parse(
             for name, (line, tokens) in _read_yaml(file, leaves).items():
                 flags += tokens
                 origins[_flag(name)] = f"{file} line {line}"
-        for token in typed:  # what the command line repeats is no longer the file's fault
+        for token in typed:  # a value that the command line overrides cannot be an error of the file
             origins.pop(token.split("=")[0].replace("_", "-"), None)
         return _tyro(config_class, flags + typed, origins)
 
@@ -191,7 +191,7 @@ def _instead(name: str, leaves: dict[str, _Leaf], write: typing.Callable[[str], 
     """What there is in place of an unknown name, as the end of a sentence; nothing where nobody knows."""
     other = ELSEWHERE.get(name, "")
     first = other.split(maxsplit=1)[0].removeprefix("--").replace("-", "_") if other.startswith("--") else ""
-    if first in leaves or (other and not first):  # a flag of another program is no advice here
+    if first in leaves or (other and not first):  # do not suggest a flag that this program lacks
         return f" (here: {other})"
     near = difflib.get_close_matches(name, leaves, n=1)
     return f" (did you mean {write(near[0])}?)" if near else ""

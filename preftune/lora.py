@@ -173,7 +173,7 @@ def disabled(unet: UNet2DConditionModel) -> Iterator[None]:
         for (
             weight,
             flag,
-        ) in flags:  # peft freezes the update while it is off, and thaws it afterwards in any case
+        ) in flags:  # peft freezes the update while it is off, and always makes it trainable afterwards
             weight.requires_grad_(flag)
 
 

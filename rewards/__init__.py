@@ -225,7 +225,7 @@ def find_card(name: str) -> Card:
                 f"{name} is missing, because a write of it was cut short; its last state is {previous}: rename it to {name}"
             )
         raise ValueError(
-            f"unknown scorer {name!r}; one of {', '.join(CARDS)}, or the folder of a trained scorer"
+            f"unknown scorer {name!r}; one of {', '.join(CARDS)}, or the folder of one that was trained here"
         )
     return card_of(name)
 

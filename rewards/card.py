@@ -40,7 +40,7 @@ class Preprocess:
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """The sizes of a CLIP's two towers, and what no checkpoint says: activation, epsilon, heads, tokeniser, the score."""
+    """The sizes of a CLIP's two towers, and what a checkpoint does not contain: activation, epsilon, heads, tokeniser, the score."""
 
     embed: int
     """Width of the common space of images and texts."""

@@ -103,7 +103,7 @@ class ClipText(nn.Module):
 
 
 class ClipScorer(nn.Module):
-    """The scorer: the cosine between image and prompt, (B,) float32, or what the card says instead.
+    """The scorer: the cosine between image and prompt, (B,) float32, or the score that the card defines.
 
     That is exp(logit_scale) times the cosine, or the output of an MLP head, which no mean and deviation change: the card has them.
     """
@@ -139,7 +139,7 @@ class ClipScorer(nn.Module):
 
     def of_vectors(self, vectors: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the scores (B,) float32 of B images of which the image tower made these vectors (B, E)."""
-        # Of a tower that is trained, what is kept of a prompt would grow old.
+        # While a tower is trained, cached text vectors would be out of date.
         training = self.text.text_projection.weight.requires_grad
         texts = self.texts(prompts) if training else self.cache(prompts, self.logit_scale.device)
         return self.compare(vectors, texts) if self.scaled else (vectors * texts).sum(dim=1)

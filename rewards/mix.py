@@ -132,8 +132,8 @@ def parse_weights(terms: Sequence[str]) -> dict[str, float]:
             )
         if name not in CARDS and not Path(name).is_dir():
             raise ValueError(
-                f"reward {term!r} names an unknown scorer; one of {', '.join(CARDS)}, or the folder of a trained"
-                " scorer"
+                f"reward {term!r} names an unknown scorer; one of {', '.join(CARDS)}, or the folder of one that was"
+                " trained here"
             )
         find_card(name)  # the folder may be no scorer's
         if name in weights:

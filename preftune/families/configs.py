@@ -123,7 +123,7 @@ def check_unet(folder: Path, unet: Config, vae: Config, text_width: int, *, addi
 def check_vae(folder: Path, like: Config | None = None) -> Config:
     """Return the configuration of an AutoencoderKL folder.
 
-    ValueError for another autoencoder, or where latents are not of the same kind as those of `like`, which it takes the place of.
+    ValueError for another autoencoder, or where latents are not of the same kind as those of `like`, which it replaces.
     """
     vae = read_model(folder, "AutoencoderKL")
     if not isinstance(vae.get("block_out_channels"), list):
