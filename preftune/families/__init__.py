@@ -12,8 +12,9 @@ from preftune.families.configs import read_json
 
 if TYPE_CHECKING:
     from preftune.families.sd import SD
+    from preftune.families.sdxl import SDXL
 
-    _HAVE_THE_WHOLE_PROTOCOL: list[type[Family]] = [SD]
+    _HAVE_THE_WHOLE_PROTOCOL: list[type[Family]] = [SD, SDXL]
 
 __all__ = ["FAMILIES", "Cond", "Defaults", "Family", "check", "load"]
 
@@ -21,6 +22,7 @@ __all__ = ["FAMILIES", "Cond", "Defaults", "Family", "check", "load"]
 # tuned and saved from it, as a pipeline that wants an image; and the SDXL refiner is saved as an image-to-image pipeline.
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "sd",
+    "StableDiffusionXLPipeline": "sdxl",
 }
 """`_class_name` of a folder's model_index.json -> module of this package."""
 

@@ -1,0 +1,317 @@
+"""Stable Diffusion XL (Podell et al. 2023, arXiv 2307.01952): a UNet with two CLIP text encoders and the image's size as an input.
+
+The refiner, which has one text encoder and a score instead of the size, is not of this family.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import Generator, Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from preftune import lora as loras
+from preftune.families import configs, text, vp
+from preftune.families import unet as unets
+from preftune.families.base import Cond, Defaults
+from preftune.noise import Prediction, PredictionType, predict_from
+from preftune.resolution import Framing, Resolution
+from preftune.solvers import SolverName
+
+PARTS = {
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "text_encoder": ("CLIPTextModel",),
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "tokenizer": configs.TOKENIZERS,
+    "tokenizer_2": configs.TOKENIZERS,
+    "scheduler": (),
+}
+_TIME_IDS = 6
+"""Original height and width, top and left of the crop, target height and width."""
+
+
+def check(folder: Path, index: Mapping[str, Any], vae: Path | None = None) -> Defaults:
+    """Return the defaults of a Stable Diffusion XL folder with this model_index.json; reads JSON files alone.
+
+    ValueError in one sentence for what it is instead. `vae` is the folder of another autoencoder, as in `load`.
+    """
+    if index.get("text_encoder") == [None, None] and index.get("text_encoder_2"):
+        raise ValueError(f"{folder} has text_encoder_2 alone (an SDXL refiner); expected two text encoders")
+    configs.check_parts(folder, index, PARTS)
+    noise = vp.read(configs.read_json(folder / "scheduler" / "scheduler_config.json"), folder / "scheduler")
+    autoencoder = configs.check_vae(folder / "vae")
+    first = configs.check_text_encoder(folder / "text_encoder", "CLIPTextModel")
+    second = configs.check_text_encoder(folder / "text_encoder_2", "CLIPTextModelWithProjection")
+    denoiser = configs.read_model(folder / "unet", "UNet2DConditionModel")
+    width = first["hidden_size"] + second["hidden_size"]
+    configs.check_unet(folder, denoiser, autoencoder, width, addition="text_time")
+    ids = denoiser.get("addition_time_embed_dim") or 0
+    found, pooled = denoiser.get("projection_class_embeddings_input_dim"), second.get("projection_dim", 512)
+    if found != _TIME_IDS * ids + pooled:
+        raise ValueError(
+            f"{folder}: its unet has projection_class_embeddings_input_dim {found} (an SDXL refiner has 5 times"
+            f" addition_time_embed_dim in it); expected {_TIME_IDS} x {ids} + {pooled}, the pooled text"
+        )
+    configs.check_tokenizer(folder / "tokenizer")
+    configs.check_tokenizer(folder / "tokenizer_2")
+    if vae is not None:
+        configs.check_vae(vae, autoencoder)
+    return _defaults(denoiser, autoencoder, noise)
+
+
+def _defaults(denoiser: Mapping[str, Any], autoencoder: Mapping[str, Any], noise: vp.VP) -> Defaults:
+    """50 steps of Euler at 5, as the pipeline."""
+    return Defaults(
+        resolution=configs.trained_resolution(denoiser, autoencoder, 128),
+        num_inference_steps=50,
+        guidance_scale=5.0,
+        solver="euler",
+        prediction_type=noise.prediction_type,
+        zero_snr=noise.zero_snr,
+        num_train_timesteps=int(noise.betas["num_train_timesteps"]),
+        lora_target_modules=loras.LoRA().target_modules,
+        lora_learning_rate=1e-4,
+        full_learning_rate=1e-5,
+    )
+
+
+class SDXL:
+    """The Family of Stable Diffusion XL; see preftune.families.base for what each method promises."""
+
+    def __init__(
+        self,
+        *,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        text_encoder_2: CLIPTextModelWithProjection,
+        tokenizer: Any,
+        tokenizer_2: Any,
+        scheduler_config: Mapping[str, object],
+        force_zeros_for_empty_prompt: bool = True,
+    ) -> None:
+        self.unet, self.vae = unet, vae
+        self.text_encoders: Sequence[nn.Module] = (text_encoder, text_encoder_2)
+        self.tokenizers = (tokenizer, tokenizer_2)
+        self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
+        self.denoiser: nn.Module = unet
+        self.device: torch.device = vae.device
+        self.noise = vp.read(scheduler_config, "scheduler_config")
+        self.prediction_type: PredictionType = self.noise.prediction_type
+        self.defaults: Defaults = _defaults(unet.config, vae.config, self.noise)
+        self._negatives: dict[str, dict[str, Tensor]] = {}
+        self._replaced = False
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        """Move all parts, and cast those that are frozen; the autoencoder as `vae_dtype` says."""
+        for part in (self.unet, *self.text_encoders):
+            unets.cast(part, device, dtype)
+        unets.cast(self.vae, device, None if dtype is None else vae_dtype(self.vae.config, dtype))
+        self.device = self.vae.device
+        self.noise = dataclasses.replace(self.noise, alphas_cumprod=self.noise.alphas_cumprod.to(self.device))
+        self._negatives.clear()
+        return self
+
+    def latent_shape(self, resolution: Resolution) -> tuple[int, int, int]:
+        """Return (C, h, w)."""
+        return unets.latent_shape(self.vae, resolution)
+
+    def _encoded(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The hidden states before the last layer of both encoders, side by side, and the second's projected text."""
+        outputs = [
+            encoder(text.token_ids(tokenizer, encoder, prompts, self.device), output_hidden_states=True)
+            for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True)
+        ]
+        embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return {"embeds": embeds, "pooled": outputs[1].text_embeds}
+
+    def _negative(self, negative: str, positive: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The negative prompt as the pipeline encodes it: zeros for an empty one, where the folder says so."""
+        if not negative and self.force_zeros_for_empty_prompt:
+            return {name: torch.zeros_like(value[:1]) for name, value in positive.items()}
+        if any(encoder.training for encoder in self.text_encoders):
+            return self._encoded([negative])
+        if negative not in self._negatives:
+            with torch.no_grad():
+                self._negatives[negative] = self._encoded([negative])
+        return self._negatives[negative]
+
+    def encode(
+        self, prompts: Sequence[str], negative: str = "", framings: Sequence[Framing] | None = None
+    ) -> Cond:
+        """Return embeds (B, L, D) and pooled (B, P), and of framings (B, 4) original height and width, top and left.
+
+        Without framings an image counts as one that was never resized nor cropped, as in the pipeline.
+        """
+        positive = self._encoded(prompts)
+        null = self._negative(negative, positive)
+        if framings is not None:
+            rows = [(*framing.original, framing.top, framing.left) for framing in framings]
+            if len(rows) != len(prompts):
+                raise ValueError(f"{len(prompts)} prompts but {len(rows)} framings")
+            positive["framing"] = torch.tensor(rows, dtype=torch.float32, device=self.device)
+        return Cond(positive=positive, negative=null)
+
+    def time_ids(self, x: Tensor, framing: Tensor | None = None) -> Tensor:
+        """Return (B, 6) float32 for latents x (B, C, h, w): (original height, width, top, left, target height, width).
+
+        The target is the size of x in pixels, the framing (B, 4) by default (target height, target width, 0, 0).
+        """
+        factor = configs.vae_factor(self.vae.config)
+        height, width = x.shape[-2] * factor, x.shape[-1] * factor
+        ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=x.device)
+        ids = ids.repeat(len(x), 1)
+        if framing is not None:
+            ids[:, :4] = framing
+        return ids
+
+    def predict(self, x: Tensor, t: Tensor, cond: Cond, guidance_scale: float = 1.0) -> Prediction:
+        """Return the UNet's prediction in float32; with guidance, both passes in one batch, with the same time ids."""
+
+        def call(x: Tensor, t: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+            added = {"text_embeds": rows["pooled"], "time_ids": self.time_ids(x, rows.get("framing"))}
+            output: Tensor = self.denoiser(
+                x.to(rows["embeds"].dtype), t, rows["embeds"], added_cond_kwargs=added
+            ).sample
+            return output
+
+        output = unets.guided(call, x, t, cond, guidance_scale)
+        return predict_from(output, x, *self.schedule(t), self.prediction_type)
+
+    def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (alpha, sigma)."""
+        return vp.schedule(self.noise, t)
+
+    def timesteps(self, num_inference_steps: int, solver: SolverName, resolution: Resolution) -> Tensor:
+        """Return the solver's timesteps, which depend on no resolution here."""
+        return vp.timesteps(self.noise, num_inference_steps, solver)
+
+    def training_timesteps(self, generators: Sequence[Generator]) -> Tensor:
+        """Return uniform timesteps."""
+        return vp.training_timesteps(self.noise, generators)
+
+    def scheduler(self, solver: SolverName, num_inference_steps: int) -> Any:
+        """Return diffusers' pndm or dpm++ with this model's betas."""
+        return vp.scheduler(self.noise, solver, num_inference_steps)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Return pixels in float32, not clamped."""
+        with self._vae_precision():
+            return unets.decode(self.vae, x0)
+
+    def encode_pixels(self, pixels: Tensor, generators: Sequence[Generator] | None = None) -> Tensor:
+        """Return scaled latents in float32."""
+        with self._vae_precision():
+            return unets.encode(self.vae, pixels.to(self.device), generators)
+
+    def _vae_precision(self) -> AbstractContextManager[Any]:
+        """No autocast to float16 around an autoencoder that overflows in it."""
+        kind = self.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            if vae_dtype(self.vae.config, dtype) != dtype:
+                return torch.autocast(kind, enabled=False)
+        return nullcontext()
+
+    def trainable(self, lora: loras.LoRA | None, seed: int) -> nn.Module:
+        """Freeze all parts, then open the UNet."""
+        unets.freeze((self.unet, self.vae, *self.text_encoders))
+        self._replaced = self._replaced or lora is None
+        return unets.trainable(self.unet, lora, seed)
+
+    def open_text_encoders(self) -> None:
+        """Train the text encoders, but not what comes after the first one's last layer but one, whose states are read."""
+        for encoder in self.text_encoders:
+            encoder.requires_grad_(True).train()
+        first: Any = self.text_encoders[0]
+        text_model = getattr(first, "text_model", first)  # transformers 5 has no such level
+        text_model.encoder.layers[-1].requires_grad_(False)
+        text_model.final_layer_norm.requires_grad_(False)
+
+    def reference(self) -> AbstractContextManager[None]:
+        """The LoRA off, where there is one."""
+        return unets.reference(self.unet, replaced=self._replaced)
+
+    def set_speed(self, attention: str, *, gradient_checkpointing: bool, vae_checkpointing: bool) -> None:
+        """Choose the attention kernel, and what is computed again in the backward pass instead of kept."""
+        unets.set_speed(
+            self.unet,
+            self.vae,
+            attention,
+            gradient_checkpointing=gradient_checkpointing,
+            vae_checkpointing=vae_checkpointing,
+        )
+
+    def save_tuned(self, folder: Path, lora: loras.LoRA | None) -> None:
+        """Write the LoRA, or the UNet in diffusers' folder format."""
+        unets.save_tuned(self.unet, folder, lora)
+
+    def load_tuned(self, folder: Path, weight: float = 1.0) -> None:
+        """Load a LoRA or a UNet folder."""
+        self._replaced = unets.load_tuned(self.unet, folder, weight) or self._replaced
+
+    def save_pipeline(self, folder: Path) -> None:
+        """Write the whole pipeline in diffusers' folder format, with SDXL's own sampler (Euler)."""
+        scheduler = EulerDiscreteScheduler(
+            **self.noise.betas,
+            prediction_type=self.prediction_type,
+            rescale_betas_zero_snr=self.noise.zero_snr,
+            timestep_spacing="trailing" if self.noise.zero_snr else "leading",
+            steps_offset=1,
+        )
+        StableDiffusionXLPipeline(
+            unet=self.unet,
+            vae=self.vae,
+            text_encoder=self.text_encoders[0],
+            text_encoder_2=self.text_encoders[1],
+            tokenizer=self.tokenizers[0],
+            tokenizer_2=self.tokenizers[1],
+            scheduler=scheduler,
+            force_zeros_for_empty_prompt=self.force_zeros_for_empty_prompt,
+            add_watermarker=False,
+        ).save_pretrained(folder)
+
+
+def vae_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
+    """Return float32 for an autoencoder whose activations overflow in float16 (force_upcast), else dtype itself."""
+    return torch.float32 if dtype == torch.float16 and config["force_upcast"] else dtype
+
+
+def load(
+    folder: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    vae: Path | None = None,
+) -> SDXL:
+    """Load a checked pipeline folder, all parts frozen and in eval mode.
+
+    `vae` is the folder of another autoencoder, such as one that was repaired for float16.
+    """
+    autoencoder = vae or folder / "vae"
+    config = {"force_upcast": True, **configs.read_json(autoencoder / "config.json")}
+    index = configs.read_json(folder / "model_index.json")
+    family = SDXL(
+        unet=UNet2DConditionModel.from_pretrained(
+            folder, subfolder="unet", torch_dtype=dtype, local_files_only=True
+        ),
+        vae=AutoencoderKL.from_pretrained(
+            autoencoder, torch_dtype=vae_dtype(config, dtype), local_files_only=True
+        ),
+        text_encoder=CLIPTextModel.from_pretrained(
+            folder, subfolder="text_encoder", dtype=dtype, local_files_only=True
+        ),
+        text_encoder_2=CLIPTextModelWithProjection.from_pretrained(
+            folder, subfolder="text_encoder_2", dtype=dtype, local_files_only=True
+        ),
+        tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True),
+        tokenizer_2=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2", local_files_only=True),
+        scheduler_config=configs.read_json(folder / "scheduler" / "scheduler_config.json"),
+        force_zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt", True),
+    )
+    unets.freeze((family.unet, family.vae, *family.text_encoders))
+    return family.to(device)
