@@ -54,8 +54,8 @@ class Config:
     data: tuple[Path, ...]
     """Folders with rankings.jsonl and the images that it names; several are pooled."""
     rewards: tuple[str, ...] = ("imagereward-tiny=1.0", "shapes=1.0")
-    """NAME=WEIGHT, as hpsv2=1; NAME may be the folder of a trained scorer. Weights have no effect here, but
-    are required: write 1.
+    """NAME=WEIGHT each, as hpsv2=1; the folder of a trained scorer is a name, too. Weights do nothing here:
+    write 1, even for one scorer.
     """
     reward_files: tuple[str, ...] = ()
     """Local weights of scorers, as imagereward=PATH; default: this repository or the Hugging Face cache."""

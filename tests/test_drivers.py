@@ -74,7 +74,10 @@ EVERY = [
 PIPELINE = [
     (["--model", "{bad}/nothing"], "has no model_index.json"),
     (["--model", "{root}/scorer"], "has no model_index.json"),
-    (["--model", "{bad}/zero_snr", "--sample.solver", "pndm"], "--sample.solver pndm cannot start at this"),
+    (
+        ["--model", "{bad}/zero_snr", "--sample.solver", "pndm"],
+        "solver pndm cannot start at zero terminal SNR",
+    ),
     (
         ["--resolution", "48x30"],
         "--resolution: resolution '48x30': width and height must be positive multiples",

@@ -59,7 +59,7 @@ def test_parts_that_are_there_stay(root: Path, tmp_path: Path, monkeypatch: pyte
     generate.main(config(root, folder))
     whole = {path.name: path.read_bytes() for path in folder.glob("*.zip")}
     (folder / "part-000002.zip").unlink()
-    (folder / ".part-000002.zip.tmp-1").write_bytes(b"of a killed process")
+    (folder / ".part-000002.zip.tmp-4194305").write_bytes(b"of a killed process")
     written: list[int] = []
     write = generate.write_part
     monkeypatch.setattr(generate, "write_part", lambda *args: (written.append(args[3]), write(*args)))

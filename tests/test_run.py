@@ -259,7 +259,7 @@ def test_killed_runs_resume_bit_for_bit(tmp_path: Path) -> None:
         time.sleep(moments.uniform(0, 0.1))
         process.kill()
         assert process.wait() == -signal.SIGKILL, "finished before it was killed"
-    (output / ".step_000099.tmp-1").mkdir()  # as a kill in the middle of a save leaves it
+    (output / ".step_000099.tmp-4194305").mkdir()  # as a kill in the middle of a save leaves it
     train(output, resume_from_checkpoint="latest", driver={"local_noise": True}, **changes)
     assert_same_run(tmp_path / "straight", output, 40)
     assert sorted(p.name for p in output.glob("step_*")) == ["step_000038", "step_000039", "step_000040"]
