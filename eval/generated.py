@@ -29,7 +29,7 @@ from preftune.families.base import Family
 from preftune.files import replacing, tidy, write_text
 from preftune.images import to_pil
 from preftune.records import write_jsonl
-from preftune.sampling import Resolved, Sampling, sample
+from preftune.sampling import Resolved, sample
 from rewards import Scorer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -152,17 +152,9 @@ def _generate_group(request: Request, group: Sequence[Column], pipeline: Path, d
 
 def _write_folder(request: Request, column: Column, family: Family) -> None:
     """Write the images of a column as they are generated, then what they are; no more than a batch is in memory."""
-    settings = request.sampling
-    sampling = Sampling(
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
-        solver=settings.solver,
-        resolution=str(settings.resolution),
-        batch_size=settings.batch_size,
-    )
     negative = request.negatives.get(column.title, "")
     batches = sample(
-        family, request.prompts, request.seeds, sampling, negative=negative, progress=column.title
+        family, request.prompts, request.seeds, request.sampling, negative=negative, progress=column.title
     )
     names = [path.name for path in request.files(column.title)]
     with replacing(request.folder_of(column.title)) as folder:

@@ -24,7 +24,7 @@ import tyro
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from preftune import families, files
+from preftune import files
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.diffusion_loss import diffusion_loss
 from preftune.families import Family
@@ -32,10 +32,11 @@ from preftune.images import load_with_framing
 from preftune.order import items_at
 from preftune.records import CaptionedImage, read_imagefolder
 from preftune.resolution import Framing, Resolution
-from preftune.training.config import DTYPES, ModelConfig, ValidationConfig, check_dropout
+from preftune.training.config import ModelConfig, ValidationConfig, check_dropout
 from preftune.training.run import Run
 from preftune.training.run_config import RunConfig, check
 from preftune.training.validation import validate
+from preftune.training.workspace import load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,22 +79,6 @@ class TextToImage(nn.Module):
         return family.predict(x, t, family.encode(prompts, framings=framings)).output
 
 
-def open_model(config: Config, run: Run) -> tuple[Family, nn.Module]:
-    """Return the model, opened for training, and the prepared module that is trained."""
-    model, defaults = config.model, config.model.check()
-    family = families.load(model.model, run.device, torch.float32, model.vae)
-    family.trainable(model.tuned(), config.run.seed)
-    if config.train_text_encoder:
-        family.open_text_encoders()
-    family.set_speed(
-        model.attention,
-        gradient_checkpointing=model.gradient_checkpointing,
-        vae_checkpointing=model.vae_checkpointing,
-    )
-    family.to(run.device, DTYPES[config.run.mixed_precision])
-    return family, run.prepare(TextToImage(family), learning_rate=model.learning_rate(defaults))
-
-
 def main(config: Config) -> int:
     """Train, save and sample."""
     with exit_on_user_error():
@@ -103,7 +88,10 @@ def main(config: Config) -> int:
         samples = read_imagefolder(config.data)
         prompts = config.validation.prompts([sample.text for sample in samples])
         run = Run(config.run, driver="pretrain", config_text=dump(config))
-        family, module = open_model(config, run)
+        family, _ = load_model(
+            config.model, config.run, run.device, train_text_encoders=config.train_text_encoder
+        )
+        module = run.prepare(TextToImage(family), learning_rate=config.model.learning_rate(defaults))
     resolution = config.model.size(defaults)
     cache = encode_all(family, samples, resolution) if config.cache_latents else None
 

@@ -123,7 +123,7 @@ def sample(
     family: Family,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    sampling: Sampling,
+    sampling: "Sampling | Resolved",
     *,
     negative: str = "",
     progress: str | None = None,
@@ -135,7 +135,7 @@ def sample(
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
-    settings = sampling.resolved(family.defaults)
+    settings = sampling if isinstance(sampling, Resolved) else sampling.resolved(family.defaults)
     starts = range(0, len(prompts), settings.batch_size)
     parts = (slice(start, start + settings.batch_size) for start in starts)
     return (

@@ -66,17 +66,13 @@ def check(folder: Path, index: Mapping[str, Any], vae: Path | None = None) -> De
 
 def _defaults(denoiser: Mapping[str, Any], autoencoder: Mapping[str, Any], noise: vp.VP) -> Defaults:
     """50 steps of Euler at 5, as the pipeline."""
-    return Defaults(
-        resolution=configs.trained_resolution(denoiser, autoencoder, 128),
-        num_inference_steps=50,
+    return unets.defaults(
+        denoiser,
+        autoencoder,
+        noise,
+        latent_size=128,
         guidance_scale=5.0,
         solver="euler",
-        prediction_type=noise.prediction_type,
-        zero_snr=noise.zero_snr,
-        num_train_timesteps=int(noise.betas["num_train_timesteps"]),
-        lora_target_modules=loras.LoRA().target_modules,
-        lora_learning_rate=1e-4,
-        full_learning_rate=1e-5,
     )
 
 

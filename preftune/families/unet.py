@@ -3,18 +3,44 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Generator, Tensor, nn
 
 from preftune import lora as loras
-from preftune.families import configs
-from preftune.families.base import Cond
+from preftune.families import configs, vp
+from preftune.families.base import Cond, Defaults
 from preftune.resolution import Resolution
+from preftune.solvers import SolverName
 
 Call = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """(x (N, C, h, w), t (N,), conditions by name (N, ...)) -> the network's output (N, C, h, w)."""
+
+
+def defaults(
+    denoiser: Mapping[str, Any],
+    autoencoder: Mapping[str, Any],
+    noise: vp.VP,
+    *,
+    latent_size: int,
+    guidance_scale: float,
+    solver: SolverName,
+) -> Defaults:
+    """Return the defaults of a model with these configurations; latent_size is its size where the UNet's names none."""
+    return Defaults(
+        resolution=configs.trained_resolution(denoiser, autoencoder, latent_size),
+        num_inference_steps=50,
+        guidance_scale=guidance_scale,
+        solver=solver,
+        prediction_type=noise.prediction_type,
+        zero_snr=noise.zero_snr,
+        num_train_timesteps=int(noise.betas["num_train_timesteps"]),
+        lora_target_modules=loras.LoRA().target_modules,
+        lora_learning_rate=1e-4,
+        full_learning_rate=1e-5,
+    )
 
 
 def latent_shape(vae: AutoencoderKL, resolution: Resolution) -> tuple[int, int, int]:

@@ -144,21 +144,30 @@ def check(
     return defaults
 
 
-def load_parts(
-    model: ModelConfig, reward: RewardConfig, run: RunConfig, device: torch.device
-) -> tuple[Family, nn.Module, Mix | None]:
-    """Return the model on its device in the run's precision, what of it is trained, and the scorers, None without --rewards."""
-    weights, precision = reward.weights(), DTYPES[reward.reward_precision]
-    scorers = load_all(list(weights), files=reward.files(), device=device, dtype=precision)
-    mix = Mix(scorers, weights, reward.reward_normalization, reward.reward_stats) if scorers else None
+def load_model(
+    model: ModelConfig, run: RunConfig, device: torch.device, *, train_text_encoders: bool = False
+) -> tuple[Family, nn.Module]:
+    """Return the model on its device in the run's precision, and the denoiser, opened for training."""
     family = families.load(model.model, device, torch.float32, model.vae)
     denoiser = family.trainable(model.tuned(), run.seed)
+    if train_text_encoders:
+        family.open_text_encoders()
     family.set_speed(
         model.attention,
         gradient_checkpointing=model.gradient_checkpointing,
         vae_checkpointing=model.vae_checkpointing,
     )
-    return family.to(device, DTYPES[run.mixed_precision]), denoiser, mix
+    return family.to(device, DTYPES[run.mixed_precision]), denoiser
+
+
+def load_parts(
+    model: ModelConfig, reward: RewardConfig, run: RunConfig, device: torch.device
+) -> tuple[Family, nn.Module, Mix | None]:
+    """Return what `load_model` does, and the scorers, None without --rewards."""
+    weights, precision = reward.weights(), DTYPES[reward.reward_precision]
+    scorers = load_all(list(weights), files=reward.files(), device=device, dtype=precision)
+    mix = Mix(scorers, weights, reward.reward_normalization, reward.reward_stats) if scorers else None
+    return *load_model(model, run, device), mix
 
 
 @contextmanager
