@@ -45,9 +45,9 @@ from data_build.scoring import DTYPES, Batch, PrepareEntry
 from data_build.selection import Selection
 from preftune.cli import exit_on_user_error, parse
 from rewards import CARDS, Scorer, find_card
+from rewards.digests import sha256_of
 from rewards.mix import parse_files
 from rewards.shared_towers import load_all
-from rewards.weights import sha256_of
 
 COSINES = ("hpsv1", "hpsv2", "hpsv2.1", "clipscore", "blipscore")
 """Scorers that give plain cosines, of which the published rule takes 100 times as many."""

@@ -20,7 +20,7 @@ from data_build.readers import DataSet, read_bytes
 from data_build.score_folder import ScoreRow
 from preftune.score_files import ScoredItem, View, prepared_view, score_files
 from rewards import Preprocess, Scorer
-from rewards.weights import sha256_of
+from rewards.digests import sha256_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

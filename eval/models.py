@@ -11,8 +11,8 @@ from preftune import families
 from preftune import lora as loras
 from preftune.families.configs import read_json
 from preftune.resolution import Resolution
+from rewards.digests import sha256_of
 from rewards.shapes import SIZE, in_world
-from rewards.weights import sha256_of
 
 TUNED = ("lora", "unet")
 """Folders of a run that hold what was tuned."""

@@ -1,7 +1,5 @@
 """Finding weights, reading them without executing anything in them, and writing a folder of them."""
 
-import functools
-import hashlib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from rewards.atomic_folder import replace_folder
 from rewards.card import Card
+from rewards.digests import sha256_of
 
 ROOT = Path(__file__).resolve().parents[1]
 """The repository root, to which the folders of embedded weights are relative."""
@@ -89,18 +88,6 @@ def verify(path: Path, *, num_bytes: int | None, sha256: str | None) -> None:
     digest = sha256_of(path)
     if digest != sha256:
         raise ValueError(f"{path} has SHA-256 {digest}, the published file has {sha256}; download it again")
-
-
-def sha256_of(path: Path) -> str:
-    """Return a file's SHA-256; it is worked out once as long as the file stays the same."""
-    return _sha256(path, path.stat().st_mtime_ns)
-
-
-@functools.cache
-def _sha256(path: Path, _modified: int) -> str:
-    """Return a file's digest; a run checks its weights before it starts and again when it loads them."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read(path: Path) -> dict[str, Tensor]:
