@@ -85,8 +85,7 @@ def check_inputs(config: Config) -> RankedImages:
     """Return the rankings, and make the output folder; ValueError before any weight loads."""
     weights = parse_weights(config.rewards)
     files = parse_files(config.reward_files, weights)
-    for name in weights:
-        rewards.check(name, files.get(name))
+    rewards.check_all(weights, files, download=False)
     ranked = read_ranked_images(config.data, config.count)
     if GOLD in weights and not in_world(ranked.prompts):
         foreign = next(prompt for prompt in ranked.prompts if not in_world([prompt]))
