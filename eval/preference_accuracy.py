@@ -32,7 +32,8 @@ import torch
 
 import rewards
 from eval import preference_plots as plots
-from eval.agreement import GOLD, Floats, Measurement, RankedSet, agreement_table
+from eval.agreement import GOLD, Floats, RankedSet
+from eval.agreement_table import Measurement, agreement_table
 from eval.pages import base64_of, render
 from eval.rankings import RankedImages, check_folders, read_ranked_images, rejected_rows, sound_sets, summary
 from eval.view_scores import PromptedImage, check_crops, score_views, view_names
