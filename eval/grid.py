@@ -6,7 +6,8 @@ WHAT is empty (the model itself), a LoRA folder, a run's folder, a UNet folder o
 FOLDER@0.5 applies a LoRA with scale 0.5. Written into --output-dir:
 
     images/TITLE/   the images of a column, their prompts and seeds; reused when run again (eval/generated.py)
-    index.html      all images as thumbnails linked to their files, scores, means per column, and win rate against the first
+    index.html      all images as thumbnails linked to their files, scores (several scorers also give the sum by their
+                    weights; --rewards without a value scores nothing), means per column, and win rate against the first
                     column
     thumbnails/     the small images of the page
     grid.png        the first --grid-rows rows
@@ -41,6 +42,7 @@ from preftune.grid import captioned_grid
 from preftune.images import save_image, thumbnail
 from preftune.prompts import read_prompts
 from preftune.sampling import Resolved, Sampling
+from preftune.scorer_flags import Files, Weighted
 from preftune.solvers import SolverName
 from rewards.mix import parse_files, parse_weights
 from rewards.shared_towers import load_all
@@ -70,11 +72,8 @@ class Config:
     """Images per prompt, one row each."""
     seed: int = 0
     """Image k of prompt i has the seed seed + i * num_images_per_prompt + k."""
-    rewards: tuple[str, ...] = ("imagereward-tiny=1.0", "shapes=1.0")
-    """Scorers with weights; several also give a weighted sum. `--rewards` without a value disables scoring.
-    """
-    reward_files: tuple[str, ...] = ()
-    """Local weights of scorers, as imagereward=PATH; default: this repository or the Hugging Face cache."""
+    rewards: Weighted = ("imagereward-tiny=1.0", "shapes=1.0")
+    reward_files: Files = ()
     negative: str = ""
     """Negative prompt, such as "Weird image. "."""
     negative_columns: tuple[str, ...] = ()

@@ -10,8 +10,8 @@ of the others; sets with one annotator have no such row. In the shapes world the
 noiseless judge, which is one more reference. All folders are pooled; to evaluate them separately, run the
 program on each.
 
-    python eval/preference_accuracy.py --data data/held_out --rewards imagereward-tiny=1 shapes=1 --output-dir runs/preference
-    python eval/preference_accuracy.py --data data/imagereward_test --rewards imagereward=1 hpsv2.1=1 --reward-files imagereward=x.pt
+    python eval/preference_accuracy.py --data data/held_out --rewards imagereward-tiny shapes --output-dir runs/preference
+    python eval/preference_accuracy.py --data data/imagereward_test --rewards imagereward hpsv2.1 --reward-files imagereward=x.pt
 
 agreement.py defines the metrics and cites their sources, view_scores.py defines the views for robustness
 (Stable Preference, Table 1). Intervals are 95 % bootstrap intervals over prompts (two or more). An
@@ -41,7 +41,8 @@ from eval.win_rates import csv_text
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import write_text
 from preftune.records import write_jsonl
-from rewards.mix import parse_files, parse_weights
+from preftune.scorer_flags import Files, Measured
+from rewards.mix import parse_files, parse_names
 from rewards.shapes import in_world
 from rewards.shared_towers import load_all
 
@@ -54,12 +55,8 @@ class Config:
 
     data: tuple[Path, ...]
     """Folders with rankings.jsonl and the images that it names; several are pooled."""
-    rewards: tuple[str, ...] = ("imagereward-tiny=1.0", "shapes=1.0")
-    """NAME=WEIGHT each, as hpsv2=1; the folder of a trained scorer is a name, too. Weights do nothing here:
-    write 1, even for one scorer.
-    """
-    reward_files: tuple[str, ...] = ()
-    """Local weights of scorers, as imagereward=PATH; default: this repository or the Hugging Face cache."""
+    rewards: Measured = ("imagereward-tiny", "shapes")
+    reward_files: Files = ()
     count: int | None = None
     """Maximum number of prompts of each folder; None = all."""
     crops: tuple[float, ...] = (0.97, 0.95, 0.93, 0.9)
@@ -79,16 +76,19 @@ class Config:
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
         check_crops(self.crops)
-        parse_files(self.reward_files, parse_weights(self.rewards))
+        self.files()
+
+    def files(self) -> dict[str, Path]:
+        """Return scorer name -> weights on disk."""
+        return parse_files(self.reward_files, parse_names(self.rewards))
 
 
 def check_inputs(config: Config) -> RankedImages:
     """Return the rankings, and make the output folder; ValueError before any weight loads."""
-    weights = parse_weights(config.rewards)
-    files = parse_files(config.reward_files, weights)
-    rewards.check_all(weights, files, download=False)
+    names = parse_names(config.rewards)
+    rewards.check_all(names, config.files(), download=False)
     ranked = read_ranked_images(config.data, config.count)
-    if GOLD in weights and not in_world(ranked.prompts):
+    if GOLD in names and not in_world(ranked.prompts):
         foreign = next(prompt for prompt in ranked.prompts if not in_world([prompt]))
         raise ValueError(
             f"the scorer {GOLD} judges captions of the shapes world only, not {foreign!r}; leave it out of --rewards"
@@ -144,9 +144,8 @@ def main(config: Config) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with exit_on_user_error():
         ranked = check_inputs(config)
-        weights = parse_weights(config.rewards)
-        files = parse_files(config.reward_files, weights)
-        scorers = load_all(list(weights), files=files, device=device, dtype=torch.float32)
+        names = parse_names(config.rewards)
+        scorers = load_all(names, files=config.files(), device=device, dtype=torch.float32)
     scores, rejected = score_views(
         ranked.images, scorers, config.crops, device, batch_size=config.batch_size, workers=config.workers
     )

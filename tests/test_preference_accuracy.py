@@ -258,8 +258,10 @@ def test_help_says_what_rewards_are(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.parse(preference_accuracy.Config, ["--help"])
     said = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
-    assert "NAME=WEIGHT each, as hpsv2=1; the folder of a trained scorer is a name, too." in said
-    assert "Weights do nothing here: write 1, even for one scorer." in said
+    assert (
+        "Scorers, each NAME or NAME=WEIGHT; NAME is one that `python -m rewards` lists, or the folder" in said
+    )
+    assert "Each is reported by itself, so no weight but 1 is taken." in said
 
 
 def test_views_are_mirrored_and_cut_in_the_middle() -> None:
