@@ -7,7 +7,8 @@ with the checkpoints, in published/; diffusers converts the weights.
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from typing import Any
 import safetensors
 import torch
 import yaml
+from diffusers import AutoencoderKL
+from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
 from preftune.families import weights
 from preftune.families.configs import read_json
 
 PUBLISHED = Path(__file__).with_name("published")
-"""Folders of configurations: sd1, sd2, sdxl."""
+"""Folders of configurations: sd1, sd2, sd2-base, sdxl."""
 _UNET = "model.diffusion_model."
 _FIRST = f"{_UNET}input_blocks.0.0.weight"
 _KINDS = {"v1": "sd1", "v2": "sd2", "xl_base": "sdxl"}
@@ -73,15 +76,19 @@ def detect(file: Path) -> Kind:
             f"{file} is no whole checkpoint of Stable Diffusion 1.x, 2.x or XL: {have}; name a checkpoint or a pipeline folder"
         )
     kind = _kind(file, shapes)
+    noise = _noise(file, kind, shapes, metadata)
+    if kind == "sd2" and noise["prediction_type"] == "epsilon":
+        kind = "sd2-base"
     folder = PUBLISHED / kind
     unet = read_json(folder / "unet" / "config.json")
-    expected = (unet["block_out_channels"][0], unet.get("in_channels", 4))
-    if shapes[_FIRST].shape[:2] != expected:
+    found = (*shapes[_FIRST].shape[:2], _text_width(shapes))
+    expected = (unet["block_out_channels"][0], unet["in_channels"], unet["cross_attention_dim"])
+    if found != expected:
         raise ValueError(
-            f"{file} has a UNet with {shapes[_FIRST].shape[1]} input channels and a width of {shapes[_FIRST].shape[0]}; expected"
-            f" {expected[1]} and {expected[0]}"
+            f"{file} has a UNet with a width of {found[0]}, {found[1]} input channels and text of width {found[2]}; expected"
+            f" {expected[0]}, {expected[1]} and {expected[2]}, as in {kind}"
         )
-    return Kind(folder=folder, noise=_noise(file, kind, shapes, metadata))
+    return Kind(folder=folder, noise=tuple(sorted(noise.items())))
 
 
 def read_shapes(file: Path) -> tuple[dict[str, _Shape], dict[str, str]]:
@@ -117,14 +124,18 @@ def read_shapes(file: Path) -> tuple[dict[str, _Shape], dict[str, str]]:
     return {name: _Shape(tuple(value.shape)) for name, value in tensors.items()}, {}
 
 
+def _text_width(shapes: Mapping[str, _Shape]) -> int | None:
+    """Return the width of the text that the UNet reads."""
+    keys = (s.shape[-1] for name, s in shapes.items() if name.startswith(_UNET) and name.endswith("attn2.to_k.weight"))
+    return next(keys, None)
+
+
 def _some(shapes: Mapping[str, _Shape]) -> str:
     return f"{len(shapes)} weights, such as {min(shapes)}" if shapes else "no weights"
 
 
 def _kind(file: Path, shapes: Mapping[str, _Shape]) -> str:
     """Return the folder of configurations; ValueError for a model of another kind."""
-    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
-
     found = infer_diffusers_model_type(shapes)
     if found not in _KINDS:
         raise ValueError(
@@ -135,7 +146,7 @@ def _kind(file: Path, shapes: Mapping[str, _Shape]) -> str:
 
 def _noise(
     file: Path, kind: str, shapes: Mapping[str, _Shape], metadata: Mapping[str, str]
-) -> tuple[tuple[str, Any], ...]:
+) -> dict[str, Any]:
     """Return what the file, or the .yaml beside it, says about the noise schedule.
 
     The weights of Stable Diffusion 2.x do not tell whether they predict noise (the 512 px models) or v (the 768 px ones).
@@ -155,7 +166,7 @@ def _noise(
             f"{file} is Stable Diffusion 2.x, whose weights do not say whether they predict noise or v; put the model's .yaml"
             f' beside it as {beside.name} (parameterization: "v" or "eps"), or name a pipeline folder'
         )
-    return tuple(sorted(noise.items()))
+    return noise
 
 
 def _said(metadata: Mapping[str, str]) -> set[str]:
@@ -179,18 +190,34 @@ def _from_yaml(file: Path) -> str:
 def load(
     pipeline: Any, file: Path, folder: Path, dtype: torch.dtype, given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the parts of a single file, converted by the pipeline class; those in `given` are taken as they are."""
-    made = pipeline.from_single_file(
-        str(file), config=str(folder), torch_dtype=dtype, local_files_only=True, **given
-    )
-    parts: dict[str, Any] = made.components
+    """Return the parts of a single file, converted by the pipeline class; those in `given` are taken as they are.
+
+    ValueError where the weights do not fit the configurations of the file's kind.
+    """
+    with _one_sentence(file):
+        parts: dict[str, Any] = pipeline.from_single_file(
+            str(file), config=str(folder), torch_dtype=dtype, local_files_only=True, **given
+        ).components
+    for name, part in parts.items():
+        missing = [key for key, weight in getattr(part, "named_parameters", dict)() if weight.is_meta]
+        if missing:
+            raise ValueError(f"{file} lacks {len(missing)} weights of the {name}, such as {missing[0]}")
     return parts
 
 
 def load_vae(file: Path, folder: Path, dtype: torch.dtype) -> Any:
-    """Return the autoencoder of a single file in a precision of its own."""
-    from diffusers import AutoencoderKL
+    """Return the autoencoder of a single file in a precision of its own; ValueError as `load`."""
+    with _one_sentence(file):
+        return AutoencoderKL.from_single_file(
+            str(file), config=str(folder), subfolder="vae", torch_dtype=dtype, local_files_only=True
+        )
 
-    return AutoencoderKL.from_single_file(
-        str(file), config=str(folder), subfolder="vae", torch_dtype=dtype, local_files_only=True
-    )
+
+@contextmanager
+def _one_sentence(file: Path) -> Iterator[None]:
+    """Say in one sentence what diffusers finds wrong with the weights."""
+    try:
+        yield
+    except (ValueError, KeyError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{file} does not fit the model that its weights look like: {reason}") from error
