@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from filelock import FileLock
-from PIL import ExifTags, ImageOps, __version__
+from PIL import ExifTags, Image, ImageOps, __version__
 from tqdm import tqdm
 
 from preftune.files import write_text
@@ -97,10 +97,12 @@ def _look(path: Path, *, full: bool) -> tuple[str, int, int, int]:
                 file.format != "MPO" and getattr(file, "is_animated", False)
             )  # MPO: previews of cameras
             file.draft("RGB", (1, 1))
-            if full or file.format != "PNG":
+            decoded = full or file.format != "PNG"
+            if decoded:
                 file.load()
-            turned = int(file.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9))
-            if full or file.format != "PNG":
+            exif = file.getexif() if decoded else Image.Image.getexif(file)  # a PNG's own would decode it
+            turned = int(exif.get(ExifTags.Base.Orientation, 1) in range(2, 9))
+            if decoded:
                 ImageOps.exif_transpose(file)
             else:
                 file.verify()
