@@ -16,7 +16,8 @@ program on each.
 agreement.py defines the metrics and cites their sources, view_scores.py defines the views for robustness
 (Stable Preference, Table 1). Intervals are 95 % bootstrap intervals over prompts (two or more). An
 unreadable image is rejected and counted, and its rankings keep the other images. Writes table.csv,
-scores.csv, rejected.jsonl, five plots and report.html.
+scores.csv, rejected.jsonl, five plots, report.html, and report.json, which says what they are of: a report
+of something else is not overwritten without being told to.
 
 Left out: correlation over generative models (Stable Preference, Fig. 5), because rankings do not name the
 model of an image; the correlation here is over images. Hardware: the embedded scorer runs on a CPU;
@@ -27,6 +28,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +38,7 @@ from eval.agreement import GOLD, Floats, RankedSet
 from eval.agreement_table import Measurement, agreement_table
 from eval.pages import base64_of, render
 from eval.rankings import RankedImages, check_folders, read_ranked_images, rejected_rows, sound_sets, summary
+from eval.report_folder import check_report, write_record
 from eval.view_scores import PromptedImage, check_crops, score_views, view_names
 from eval.win_rates import csv_text
 from preftune.cli import exit_on_user_error, parse
@@ -47,6 +50,8 @@ from rewards.shapes import in_world
 from rewards.shared_towers import load_all
 
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
+REPORT, RECORD = ("report.html", "table.csv", "scores.csv"), "report.json"
+"""Files of a report, and the one that says what it is of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +72,8 @@ class Config:
     """Reading and decoding processes; 0 = the main process."""
     output_dir: Path = Path("runs/preference")
     """Folder of the report."""
+    overwrite_output_dir: bool = False
+    """Replace a report of other data, scorers or settings."""
 
     def __post_init__(self) -> None:
         check_folders(self.data)
@@ -93,11 +100,23 @@ def check_inputs(config: Config) -> RankedImages:
         raise ValueError(
             f"the scorer {GOLD} judges captions of the shapes world only, not {foreign!r}; leave it out of --rewards"
         )
+    check_report(config.output_dir, REPORT, RECORD, record_of(config), overwrite=config.overwrite_output_dir)
     try:
         config.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output-dir {config.output_dir} cannot be made: {error.strerror}") from error
     return ranked
+
+
+def record_of(config: Config) -> dict[str, Any]:
+    """Return what a report depends on, beside the contents of files."""
+    return {
+        "data": [str(folder.resolve()) for folder in config.data],
+        "rewards": list(parse_names(config.rewards)),
+        "reward files": {name: str(path) for name, path in config.files().items()},
+        "count": config.count,
+        "crops": list(config.crops),
+    }
 
 
 def scores_csv(images: Sequence[PromptedImage], scores: Mapping[str, Floats], views: Sequence[str]) -> str:
@@ -149,6 +168,7 @@ def main(config: Config) -> int:
     scores, rejected = score_views(
         ranked.images, scorers, config.crops, device, batch_size=config.batch_size, workers=config.workers
     )
+    write_record(config.output_dir, RECORD, record_of(config))
     write_text(config.output_dir / "scores.csv", scores_csv(ranked.images, scores, view_names(config.crops)))
     aside = rejected_rows(ranked.images, rejected)
     write_jsonl(config.output_dir / "rejected.jsonl", aside)

@@ -202,9 +202,22 @@ def _with_aliases(typed: list[str], leaves: dict[str, _Leaf]) -> list[str]:
     written = []
     for token in typed:
         name, equals, value = token.partition("=")
-        alias = ALIASES.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
-        written.append(f"{_flag(alias)}{equals}{value}" if alias in leaves and alias else token)
+        alias = _alias(name.removeprefix("--").replace("-", "_"), leaves) if name.startswith("--") else None
+        written.append(f"{_flag(alias)}{equals}{value}" if alias else token)
     return written
+
+
+def _alias(name: str, leaves: dict[str, _Leaf]) -> str | None:
+    """The name here of another script's flag, or of one of --sample that is written without it; None for all others.
+
+    --guidance-scale is --sample.guidance-scale where no other flag could be meant: none ends in these words.
+    """
+    if name in leaves:
+        return None
+    if ALIASES.get(name) in leaves:
+        return ALIASES[name]
+    ends = [leaf for leaf in leaves if leaf.replace(".", "_").endswith(f"_{name}")]
+    return f"sample.{name}" if ends == [f"sample.{name}"] else None
 
 
 def _read_yaml(file: Path, leaves: dict[str, _Leaf]) -> dict[str, tuple[int, list[str]]]:
@@ -239,7 +252,7 @@ def _flatten(
     for key, node in group.value:
         line = key.start_mark.line + 1
         name = prefix + str(key.value).replace("-", "_")
-        name = ALIASES[name] if name not in leaves and ALIASES.get(name) in leaves else name
+        name = _alias(name, leaves) or name
         members = [leaf for leaf in leaves if leaf.startswith(f"{name}.")]
         if name in leaves:
             yield name, line, node

@@ -91,7 +91,19 @@ def moved_to_train(folder: Path) -> None:
         pairs(".caption", "utf-8-sig"),
         moved_to_train,
     ],
-    ids=["jsonl", "names", "bom", "blank", "csv", "csv-bom", "csv-data", "parquet", "txt", "caption", "train"],
+    ids=[
+        "jsonl",
+        "names",
+        "bom",
+        "blank",
+        "csv",
+        "csv-bom",
+        "csv-data",
+        "parquet",
+        "txt",
+        "caption",
+        "train",
+    ],
 )
 def test_what_people_have(make: Make, folder: Path) -> None:
     make(folder)
