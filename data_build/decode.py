@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyarrow
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from preftune import images
 
@@ -57,6 +57,8 @@ class ImageEntry:
     """In DiffusionDB its seed, guidance scale, number of steps and sampler; None where that is not known."""
     size: tuple[int, int] | None = None
     """Width and height, once it is decoded."""
+    turned: bool = False
+    """Whether it was turned as its EXIF data say, once it is decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +122,13 @@ def or_unusable(reason: Reason) -> Iterator[None]:
         yield
     except BROKEN as error:
         raise UnusableError(reason, error) from error
+
+
+def upright(image: Image.Image) -> tuple[Image.Image, bool]:
+    """Return an image turned as its EXIF data say, and whether that differs from how it is stored."""
+    with or_unusable("undecodable"):
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+        return (ImageOps.exif_transpose(image) if turned else image), turned
 
 
 def decode(content: bytes) -> Image.Image:

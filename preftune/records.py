@@ -9,7 +9,7 @@ names of the ImageReward data.
 import functools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -77,17 +77,18 @@ def read_captioned(folder: Path, columns: Columns) -> tuple[list[CaptionedImage]
     if found is None:
         raise no_captions(folder)
     samples, skipped = list[CaptionedImage](), list[Skipped]()
+    columns = columns if found.table is not None else Columns()  # files beside images have no columns
     for place, row in captioned_rows(found, columns):
         try:
             if isinstance(row, ValueError):
                 raise row
-            image_field, caption_field = fields_of(row, columns, place)
-            path = image_of(found, field(row, image_field, str, place), place)
-            text = caption_of(row, caption_field, place)
+            image, caption = image_field(row, columns, place), caption_field(row, columns, place)
+            path = image_of(found, field(row, image, str, place), place)
+            text = caption_of(row, caption, place)
         except ValueError as error:
             skipped.append(Skipped(place=place, reason=str(error)))
             continue
-        extra = {key: value for key, value in row.items() if key not in (image_field, caption_field)}
+        extra = {key: value for key, value in row.items() if key not in (image, caption)}
         samples.append(CaptionedImage(path=found.root / path, text=text, extra=extra, place=place))
     if not samples:
         first = (
@@ -116,21 +117,22 @@ def captioned_rows(
                 yield place, error
 
 
-def fields_of(row: Mapping[str, Any], columns: Columns, place: str) -> tuple[str, str]:
-    """The names of the fields of a row that hold the image's file name and its caption; ValueError where one is missing."""
-    found = []
-    for named, known, flag in (
-        (columns.image_column, IMAGE_FIELDS, "--image-column"), (columns.caption_column, FIELDS, "--caption-column"),
-    ):  # fmt: skip
-        name = named if named in row else None if named is not None else find_field(row, known)
-        if name is None:
-            missing = named if named is not None else known[0]
-            other = "" if named is not None else f" or {', '.join(known[1:])}"
-            raise ValueError(
-                f"{place} has no {missing}{other}; {flag} names one of {', '.join(row) or 'its columns'}"
-            )
-        found.append(name)
-    return found[0], found[1]
+def image_field(row: Mapping[str, Any], columns: Columns, place: str) -> str:
+    """The name of the field of a row that holds the image's file name; ValueError where it is missing."""
+    return _field_of(row, columns.image_column, IMAGE_FIELDS, "--image-column", place)
+
+
+def caption_field(row: Mapping[str, Any], columns: Columns, place: str) -> str:
+    """The name of the field of a row that holds the caption; ValueError where it is missing."""
+    return _field_of(row, columns.caption_column, FIELDS, "--caption-column", place)
+
+
+def _field_of(row: Mapping[str, Any], named: str | None, known: Sequence[str], flag: str, place: str) -> str:
+    found = find_field(row, known) if named is None else named if named in row else None
+    if found is None:
+        wanted = named if named is not None else f"{', '.join(known[:-1])} or {known[-1]}"
+        raise ValueError(f"{place} has no {wanted}; {flag} names one of {', '.join(row) or 'its columns'}")
+    return found
 
 
 def image_of(folder: ImageFolder, name: str, place: str) -> str:
@@ -144,10 +146,14 @@ def image_of(folder: ImageFolder, name: str, place: str) -> str:
 
 def caption_of(row: Mapping[str, Any], name: str, place: str) -> str:
     """The caption of a row; ValueError where it is none."""
-    text = row[name]
-    if text is None or (isinstance(text, float) and text != text):  # pandas writes NaN for an empty cell
+    if is_empty(row[name]):
         raise ValueError(f"{place}: {name} is empty")
     return text_field(row, name, place)
+
+
+def is_empty(value: object) -> bool:
+    """Whether a cell of a table is empty: None, or NaN, which pandas writes."""
+    return value is None or (isinstance(value, float) and value != value)
 
 
 def read_rankings(folder: Path) -> list[Ranking]:
