@@ -91,12 +91,7 @@ def read_captioned(folder: Path, columns: Columns) -> tuple[list[CaptionedImage]
         extra = {key: value for key, value in row.items() if key not in (image, caption)}
         samples.append(CaptionedImage(path=found.root / path, text=text, extra=extra, place=place))
     if not samples:
-        first = (
-            f"; none of {counted(len(skipped), 'row')} can be used, the first: {skipped[0].reason}"
-            if skipped
-            else ""
-        )
-        raise ValueError(f"{found.source} holds no samples{first}")
+        raise ValueError(f"{found.source} holds no samples{_none_usable(skipped)}")
     return samples, skipped
 
 
@@ -157,17 +152,44 @@ def is_empty(value: object) -> bool:
 
 
 def read_rankings(folder: Path) -> list[Ranking]:
-    """The rankings of folder/rankings.jsonl, in its order. Raises ValueError that names the line."""
-    rankings = []
+    """The rankings of folder/rankings.jsonl, in its order; rows that cannot be used are left out and said.
+
+    Raises ValueError where no row can be used, with the reason of the first.
+    """
+    rankings, skipped = read_usable_rankings(folder)
+    if skipped:
+        say(f"{folder}: {counted(len(skipped), 'ranking')} left out; the first: {skipped[0].reason}")
+    return rankings
+
+
+def read_usable_rankings(folder: Path) -> tuple[list[Ranking], list[Skipped]]:
+    """The rankings of folder/rankings.jsonl, in its order, and the rows that cannot be used; no image is opened.
+
+    Raises ValueError as `read_rankings`.
+    """
+    rankings, skipped = list[Ranking](), list[Skipped]()
     known: dict[str, Path] = {}  # several annotators name the same images
-    for place, row in _objects(folder / "rankings.jsonl"):
-        prompt, names, ranks, source, weight = ranking_fields(row, place)
-        known |= {name: inside(folder, name, place) for name in names if name not in known}
+    path = folder / "rankings.jsonl"
+    for place, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            prompt, names, ranks, source, weight = ranking_fields(parse_object(line, place), place)
+            known |= {name: inside(folder, name, place) for name in names if name not in known}
+        except ValueError as error:
+            skipped.append(Skipped(place=place, reason=str(error)))
+            continue
         paths = tuple(known[name] for name in names)
         rankings.append(Ranking(prompt=prompt, paths=paths, ranks=ranks, source=source, weight=weight))
     if not rankings:
-        raise ValueError(f"{folder / 'rankings.jsonl'} holds no rankings")
-    return rankings
+        raise ValueError(f"{path} holds no rankings{_none_usable(skipped)}")
+    return rankings, skipped
+
+
+def _none_usable(skipped: Sequence[Skipped]) -> str:
+    if not skipped:
+        return ""
+    return f"; none of {counted(len(skipped), 'row')} can be used, the first: {skipped[0].reason}"
 
 
 def ranking_fields(row: dict[str, Any], place: str) -> tuple[str, list[str], tuple[int, ...], str, float]:

@@ -130,7 +130,7 @@ def test_a_named_column_wins_and_must_be_there(folder: Path) -> None:
         ({"file_name": "a.png", "text": " "}, "text is empty"),
         ('{"file_name": "a.png", "text": NaN}', "text is empty"),
         ({"file_name": "a.png", "text": ["x"]}, "text is a list"),
-        ({"file_name": "a.png"}, "has no text or prompt, caption"),
+        ({"file_name": "a.png"}, "has no text, prompt or caption"),
         ({"file_name": "gone.png", "text": "x"}, "gone.png does not exist"),
         ({"file_name": None, "text": "x"}, "file_name is a NoneType"),
         ("[1]", "must be an object"),
@@ -156,10 +156,8 @@ def test_an_image_without_its_caption_file_is_set_aside(folder: Path) -> None:
     (folder / "notes.txt").write_text("of no image")
     samples, skipped = read_captioned(folder, Columns())
     assert [sample.path.name for sample in samples] == ["b.jpg"]
-    assert ["is not UTF-8" in row.reason or "has no caption file" in row.reason for row in skipped] == [
-        True,
-        True,
-    ]
+    assert "a.txt is not UTF-8 text" in skipped[0].reason
+    assert skipped[1].reason == "c.webp: caption is empty"
 
 
 def test_a_snapshot_in_the_hubs_cache(tmp_path: Path) -> None:
