@@ -11,22 +11,22 @@ import pyarrow.parquet
 
 from data_build.decode import BROKEN
 from preftune.image_folders import (
-    ARCHIVES,
     PLACES,
     Columns,
     ImageFolder,
     find_pairs,
     find_table,
     list_images,
-    no_captions,
     suffixes,
 )
 from preftune.images import SUFFIXES
 from preftune.prompts import FIELDS, find_field
 
-Kind = Literal["imagefolder", "images", "parquet", "zip"]
+Kind = Literal["imagefolder", "images", "parquet", "zip", "tar"]
 
-CONTAINERS: dict[str, Kind] = {".zip": "zip", ".parquet": "parquet"}
+CONTAINERS: dict[str, Kind] = {
+    ".zip": "zip", ".parquet": "parquet", ".tar": "tar", ".tar.gz": "tar", ".tgz": "tar",
+}  # fmt: skip
 """Ending of files that hold many images -> kind of data."""
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "img", "bytes")
 """Names of the column of a table that holds encoded images, in order of preference."""
@@ -54,7 +54,7 @@ class DataSet:
     folder: ImageFolder | None = None
     """Of an imagefolder: where its captions are."""
     columns: Columns = field(default_factory=Columns)
-    """Of an imagefolder."""
+    """Of the table of an imagefolder, or of the .json files in tar archives."""
     passed_over: Counter[str] = field(default_factory=Counter)
     """Suffix -> number of files of a folder of images that are not read."""
 
@@ -84,7 +84,7 @@ def find_data_set(
     columns = Columns(image_column=named, caption_column=text_column)
     return DataSet(
         root=root, kind=kind, sources=sources, prompted=prompted, prompt=prompt, image_column=image, text_column=text,
-        folder=folder, columns=columns if folder is not None and folder.table is not None else Columns(),
+        folder=folder, columns=columns if kind == "tar" or (folder is not None and folder.table is not None) else Columns(),
         passed_over=_passed_over(root, kind, folder),
     )  # fmt: skip
 
@@ -92,11 +92,12 @@ def find_data_set(
 def _recognise(path: Path) -> tuple[Path, Kind, tuple[str, ...], ImageFolder | None]:
     """Return the root, the kind and the sources of a data set, and where an imagefolder has its captions."""
     if path.is_file():
-        if path.name.lower().endswith(ARCHIVES):
-            raise no_captions(path)
-        if path.suffix.lower() not in CONTAINERS:
-            raise ValueError(f"{path} is a file; data is a folder, a .zip of DiffusionDB or a .parquet table")
-        return path.parent, CONTAINERS[path.suffix.lower()], (path.name,), None
+        kind = _kind_of(path.name)
+        if kind is None:
+            raise ValueError(
+                f"{path} is a file; data is a folder, a .zip of DiffusionDB, a .parquet table or a .tar of webdataset"
+            )
+        return path.parent, kind, (path.name,), None
     if not path.is_dir():
         raise ValueError(f"there is no data at {path}")
     folder = find_table(path)
@@ -107,34 +108,39 @@ def _recognise(path: Path) -> tuple[Path, Kind, tuple[str, ...], ImageFolder | N
     folder = find_pairs(path)
     if folder is not None:
         return path, "imagefolder", (".",), folder
-    images, others = list_images(path)
+    images, _ = list_images(path)
     if images:
         return path, "images", images, None
-    if any(name.lower().endswith(ARCHIVES) for name in others):
-        raise no_captions(path)
     raise ValueError(
-        f"{path} is no data set: it has no metadata.jsonl, .zip or .parquet, and no images ({', '.join(SUFFIXES)})"
+        f"{path} is no data set: it has no metadata.jsonl, .zip, .parquet or .tar, and no images ({', '.join(SUFFIXES)})"
     )
 
 
 def _containers(path: Path) -> tuple[Kind, tuple[str, ...]] | None:
     """The zip files or tables of a folder, or of the first of PLACES below it that has some; the hub's are often in data/."""
     for place in PLACES:
-        found = {suffix: tuple(sorted(_names(path / place, path, suffix))) for suffix in CONTAINERS}
-        if all(found.values()):
+        found: dict[Kind, list[str]] = {}
+        for name in sorted(_names(path / place, path)):
+            if (kind := _kind_of(name)) is not None:
+                found.setdefault(kind, []).append(name)
+        if len(found) > 1:
+            kinds = " and ".join(f".{kind}" for kind in sorted(found, reverse=True))
             raise ValueError(
-                f"{path / place} holds both .zip and .parquet files; name one of them, or a folder of one kind"
+                f"{path / place} holds both {kinds} files; name one of them, or a folder of one kind"
             )
-        for suffix, kind in CONTAINERS.items():
-            if found[suffix]:
-                return kind, found[suffix]
+        for kind, names in found.items():
+            return kind, tuple(names)
     return None
 
 
-def _names(folder: Path, root: Path, suffix: str) -> Iterator[str]:
-    """The files of a folder with this ending, relative to the root; hidden ones are passed over."""
+def _kind_of(name: str) -> Kind | None:
+    return next((kind for suffix, kind in CONTAINERS.items() if name.lower().endswith(suffix)), None)
+
+
+def _names(folder: Path, root: Path) -> Iterator[str]:
+    """The files of a folder that hold many images, relative to the root; hidden ones are passed over."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name.lower().endswith(suffix) and not path.name.startswith(".") and path.is_file():
+        if _kind_of(path.name) is not None and not path.name.startswith(".") and path.is_file():
             yield path.relative_to(root).as_posix()
 
 

@@ -9,6 +9,7 @@ import contextlib
 import lzma
 import math
 import struct
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ MAX_RATIO = 100
 
 BROKEN = (  # what reading a file, archive or table can raise
     OSError, EOFError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
-    struct.error, pyarrow.ArrowException,
+    struct.error, pyarrow.ArrowException, tarfile.TarError,
 )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from data_build.decode import (
     made_of,
     or_unusable,
 )
+from data_build.tars import count_images, tar_entries
 from preftune.image_folders import ImageFolder
 from preftune.images import MAX_BYTES, SUFFIXES
 from preftune.records import (
@@ -69,6 +70,8 @@ def survey(data: DataSet) -> tuple[str, int]:
         try:
             if data.kind == "parquet":
                 count += pyarrow.parquet.read_metadata(data.root / name).num_rows
+            elif data.kind == "tar":
+                count += count_images(data.root / name) or 1
             else:
                 with zipfile.ZipFile(data.root / name) as archive:
                     count += len(archive.namelist()) - 1
@@ -87,6 +90,7 @@ def entries(data: DataSet, source: int = 0, start: int = 0) -> Iterator[tuple[in
         "images": _of_image,
         "parquet": _of_table,
         "zip": _of_archive,
+        "tar": _of_tar,
     }
     for index in range(source, len(data.sources)):
         for number, entry in listers[data.kind](data, data.sources[index], start):
@@ -227,6 +231,11 @@ def _row(data: DataSet, name: str, number: int, batch: pyarrow.RecordBatch, row:
         return unusable.of(name, str(number))
 
 
+def _of_tar(data: DataSet, name: str, start: int) -> Iterator[tuple[int, Entry]]:
+    """The samples of a webdataset archive."""
+    yield from tar_entries(data.root / name, name, data.columns, start)
+
+
 def _of_archive(data: DataSet, name: str, start: int) -> Iterator[tuple[int, Entry]]:
     """The images of a zip file in its order, then those that only its JSON knows."""
     try:
@@ -303,8 +312,9 @@ def read_bytes(data: DataSet, image: ImageEntry) -> bytes:
     if image.content is not None:
         return image.content
     path = data.root / image.file
-    if image.member and data.kind == "parquet":
-        _, again = next(_of_table(data, image.file, int(image.member)), (0, None))
+    if image.member and data.kind in ("parquet", "tar"):
+        lister = _of_table if data.kind == "parquet" else _of_tar
+        _, again = next(lister(data, image.file, int(image.member)), (0, None))
         if not isinstance(again, ImageEntry) or again.content is None:
             raise UnusableError("broken file", f"row {image.member} can no longer be read")
         return again.content

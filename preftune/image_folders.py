@@ -25,7 +25,8 @@ PLACES = (".", "train", "data", "data/train")
 CAPTION_FILES = (".txt", ".caption")
 CAPTION = "caption"
 """Name under which the caption of such a file is found."""
-ARCHIVES = (".tar", ".tar.gz", ".tgz")
+PACKED = (".parquet", ".tar", ".tar.gz", ".tgz", ".zip")
+"""Endings of tables and archives with images, which data_build/unpack.py reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,17 +129,11 @@ def no_captions(folder: Path) -> ValueError:
         if not folder.exists():
             return ValueError(f"there is no folder {folder}; --data is a folder of captioned images")
     names = [folder.name] if folder.is_file() else sorted(os.listdir(folder))
-    tar = next((name for name in names if name.lower().endswith(ARCHIVES)), None)
-    parquet = next((name for name in names if name.lower().endswith(".parquet")), None)
-    if tar is not None:
-        path = folder if folder.is_file() else folder / tar
+    packed = next((name for name in names if name.lower().endswith(PACKED)), None)
+    if packed is not None:
         return ValueError(
-            f"{folder} holds tar archives; unpack them: `tar -xf {path} -C FOLDER`, then image and .txt pairs are read from FOLDER"
-        )
-    if parquet is not None:
-        return ValueError(
-            f"{folder} holds parquet tables; write the images of a table as files:"
-            f" `python data_build/unpack.py --data {folder} --output-dir FOLDER`"
+            f"{folder} holds images in {packed}; write them as files:"
+            f" `python data_build/unpack.py --data {folder} --output-dir FOLDER`, and give FOLDER"
         )
     below = sorted(path.parent.name for name in TABLES for path in folder.glob(f"*/{name}"))
     if below:

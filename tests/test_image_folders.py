@@ -91,7 +91,19 @@ def moved_to_train(folder: Path) -> None:
         pairs(".caption", "utf-8-sig"),
         moved_to_train,
     ],
-    ids=["jsonl", "names", "bom", "blank", "csv", "csv-bom", "csv-data", "parquet", "txt", "caption", "train"],
+    ids=[
+        "jsonl",
+        "names",
+        "bom",
+        "blank",
+        "csv",
+        "csv-bom",
+        "csv-data",
+        "parquet",
+        "txt",
+        "caption",
+        "train",
+    ],
 )
 def test_what_people_have(make: Make, folder: Path) -> None:
     make(folder)
@@ -184,7 +196,10 @@ def test_a_snapshot_in_the_hubs_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["x.tar", "y.tar"], r"holds tar archives; unpack them: `tar -xf .*/x\.tar -C FOLDER`"),
+        (
+            ["x.tar", "y.tar"],
+            r"holds images in x\.tar; .* `python data_build/unpack\.py --data .* --output-dir FOLDER`",
+        ),
         (["x.parquet"], r"python data_build/unpack\.py --data"),
         (["test/metadata.jsonl"], r"has no metadata\.jsonl, but test/ has one; give .*/test"),
         (["a.png", "readme.txt"], "it holds 1 image without captions; captions are in"),

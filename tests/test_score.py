@@ -843,9 +843,8 @@ BAD = [
     (["--rewards", "clipscore"], "the weights of clipscore are not here; run `hf download"),
     (["--reward-files", "clipscore=x"], "names clipscore, which --rewards does not use"),
     (["--data", "TMP/gone"], "there is no data at "),
-    (["--data", "TMP/empty"], "is no data set: it has no metadata.jsonl, .zip or .parquet, and no images"),
-    (["--data", "TMP/a.tar"], "unpack them: `tar -xf "),
-    (["--data", "TMP/a.txt"], "is a file; data is a folder, a .zip of DiffusionDB or a .parquet table"),
+    (["--data", "TMP/empty"], "is no data set: it has no metadata.jsonl, .zip, .parquet or .tar, and no images"),
+    (["--data", "TMP/a.txt"], "is a file; data is a folder, a .zip of DiffusionDB, a .parquet table or"),
     (["--data", "TMP/both"], "holds both .zip and .parquet files"),
     (["--data", "TMP/bare"], "holds images without captions (no metadata.jsonl), and a scorer reads the prompt"),
     (["--data", "TMP/bare", "--prompt", " "], "give --prompt, or scorers that read none"),
@@ -891,7 +890,6 @@ def write_wrong_data(rendered: Path, folder: Path) -> None:
     for name in ("empty", "both", "none", "latin", "bare"):
         (folder / name).mkdir()
     (folder / "a.txt").touch()
-    (folder / "a.tar").touch()
     for name in ("a.zip", "b.parquet"):
         (folder / "both" / name).touch()
     shutil.copy(read_imagefolder(rendered)[0].path, folder / "bare" / "a.png")
