@@ -125,8 +125,20 @@ def test_tidy_removes_leftovers_and_puts_back_what_was_being_replaced(tmp_path: 
         (tmp_path / name / "file").write_text(name)
     files.tidy(tmp_path)
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == sorted(
-        [".hidden", ".notes.unfinished", "b", "b/file", "c", "c/file", "deep", "kept.json", "s", "s/file"]
-        + ["t", "t/file"]
+        [
+            ".hidden",
+            ".notes.unfinished",
+            "b",
+            "b/file",
+            "c",
+            "c/file",
+            "deep",
+            "kept.json",
+            "s",
+            "s/file",
+            "t",
+            "t/file",
+        ]
     ), "a file of the user stays, whatever it is called"
     was = {name: (tmp_path / name / "file").read_text() for name in "bcst"}
     assert was == {"b": ".b.tmp-old-2", "c": "c", "s": ".s.previous", "t": "t"}, (

@@ -1,26 +1,31 @@
 """One writer for an output folder, and what is said when it cannot be written."""
 
+import importlib
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from preftune import lock
+from preftune.cli import parse
 
 ROOT = Path(__file__).parents[1]
 HOLD = """
 import os, sys, time
 from pathlib import Path
 from preftune import lock
+from preftune.cli import parse
 lock.acquire(Path(sys.argv[1]))
 if len(sys.argv) > 2:  # a forked worker, as of a data loader, which outlives its parent
-    if os.fork() == 0:
-        time.sleep(30)
+    if os.fork():
+        sys.stdin.read()
+    print("held", flush=True)
+    time.sleep(30)
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -43,7 +48,8 @@ def holder(folder: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
@@ -123,29 +129,22 @@ PROGRAMS = {
 }
 
 
+@pytest.mark.usefixtures("cpu")
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_programs_are_refused_before_they_touch_a_byte(program: str, tmp_path: Path) -> None:
+def test_programs_are_refused_before_they_touch_a_byte(
+    program: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").write_text('{"step": 0}\n')
     (run / ".metrics.jsonl.tmp-5").write_text("half")
+    module = importlib.import_module(program)
+    argv = [*PROGRAMS[program].format(tmp_path).split(), "--output-dir", str(run)]
     with holder(run):
         before = state_of(tmp_path)
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                program,
-                *PROGRAMS[program].format(tmp_path).split(),
-                "--output-dir",
-                str(run),
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
-        )
+        with pytest.raises(SystemExit) as stop:
+            module.main(parse(module.Config, argv))
         assert state_of(tmp_path) == before
-    assert done.returncode == 2
-    assert f"{run} is being written by process" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{run} is being written by process" in line
