@@ -38,7 +38,7 @@ from eval.rankings import RankedImages, check_folders, read_ranked_images, rejec
 from eval.view_scores import PromptedImage, check_crops, score_views, view_names
 from eval.win_rates import csv_text
 from preftune.cli import exit_on_user_error, parse
-from preftune.files import write_text
+from preftune.files import tidy, write_text
 from preftune.one_writer import one_writer
 from preftune.records import write_jsonl
 from rewards.mix import parse_files, parse_weights
@@ -149,6 +149,7 @@ def main(config: Config) -> int:
         weights = parse_weights(config.rewards)
         files = parse_files(config.reward_files, weights)
         scorers = load_all(list(weights), files=files, device=device, dtype=torch.float32)
+    tidy(config.output_dir)
     scores, rejected = score_views(
         ranked.images, scorers, config.crops, device, batch_size=config.batch_size, workers=config.workers
     )

@@ -62,7 +62,7 @@ def clear(output: Path, start: Start, *, overwrite: bool, driver_files: Sequence
         files.remove(place)
         damaged.rename(place)
     source = start.source
-    files.tidy(output)
+    files.tidy(output, output / "samples")
     if not overwrite or not holds_run(output):
         return
     inside = source is not None and source.resolve().parent == output.resolve()
