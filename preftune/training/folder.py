@@ -12,7 +12,7 @@ from preftune.training import checkpoint
 _RESULTS = (
     "lora", "unet", "pipeline", "scorer", "vae", "before_after.png", "reconstructions.png", "accuracy.png",
 )  # fmt: skip
-_OTHERS = ("config.yaml", "metrics.jsonl")
+_OTHERS = ("config.yaml", "metrics.jsonl", "skipped.jsonl")
 _CHECKPOINT = re.compile(r"step_(\d{6,})(\.damaged)?")
 _SAMPLES = re.compile(r"step_(\d{6,})(_\w+)?(\.png)?")
 
