@@ -44,6 +44,7 @@ from data_build.readers import DataSet, entries, survey
 from data_build.scoring import DTYPES, Batch, PrepareEntry
 from data_build.selection import Selection
 from preftune.cli import exit_on_user_error, parse
+from preftune.one_writer import one_writer
 from preftune.scorer_flags import Files
 from rewards import CARDS, Scorer, check_all, find_card
 from rewards.digests import sha256_of
@@ -255,6 +256,7 @@ def write_data_set(config: Config, job: Job) -> None:
     shutil.rmtree(job.building)
 
 
+@one_writer
 @torch.no_grad()
 def main(config: Config) -> None:
     """Score what is left, make the data set of it, and report."""

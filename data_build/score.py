@@ -29,9 +29,12 @@ from data_build import score_folder, scoring
 from data_build.decode import Entry
 from data_build.readers import DataSet, entries, find_data_set, survey
 from data_build.scoring import DTYPES, Batch, PrepareEntry, digests
+from preftune import lock
 from preftune.cli import exit_on_user_error, parse
+from preftune.files import tidy_beside
 from preftune.image_folders import describe_passed_over
 from preftune.notes import say
+from preftune.one_writer import one_writer
 from preftune.scorer_flags import Files, Measured
 from rewards import Scorer, check_all, find_card
 from rewards.mix import parse_files, parse_names
@@ -141,6 +144,7 @@ def score_rest(
             bar.update(count)
 
 
+@one_writer
 @torch.no_grad()
 def main(config: Config) -> None:
     """Score, conclude and report."""
@@ -157,7 +161,11 @@ def main(config: Config) -> None:
         score_folder.write_results(config.output_dir, data, config.names(), config.best)
     score_folder.remove_chunks(config.output_dir)
     if config.add_to_metadata:
+        with exit_on_user_error():
+            lock.acquire(data.root)  # other jobs may score the same data set
+        tidy_beside(data.root / "metadata.jsonl")
         score_folder.add_to_metadata(config.output_dir, data, config.names())
+        lock.release(data.root)
     print(f"{score_folder.summary_text(config.output_dir)}\n{config.output_dir}")  # noqa: T201
     with exit_on_user_error():
         score_folder.check_any_scored(config.output_dir, config.data)
