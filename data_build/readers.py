@@ -30,6 +30,7 @@ from data_build.decode import (
 )
 from preftune.images import MAX_BYTES, SUFFIXES
 from preftune.records import check_name, field, inside, parse_object, read_lines
+from rewards.input_files import has_surrogate
 
 Kind = Literal["imagefolder", "images", "parquet", "zip"]
 
@@ -188,7 +189,7 @@ def _with_prompt(entry: Entry, *, prompted: bool) -> Entry:
     """The entry, set aside where its prompt is no text, or is needed and empty."""
     if not isinstance(entry, ImageEntry):
         return entry
-    if any("\ud800" <= letter <= "\udfff" for letter in entry.text):
+    if has_surrogate(entry.text):
         why = UnusableError(
             "bad metadata", "the prompt holds half of a surrogate pair, which is no character"
         )

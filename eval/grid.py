@@ -38,7 +38,7 @@ from preftune import families
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import replacing, write_text
 from preftune.grid import captioned_grid
-from preftune.images import save_image, thumbnail
+from preftune.images import opened, save_image, thumbnail
 from preftune.prompts import read_prompts
 from preftune.sampling import Resolved, Sampling
 from preftune.solvers import SolverName
@@ -249,7 +249,7 @@ def write_thumbnails(sheet: Sheet, folder: Path) -> list[list[Path]]:
     """
     shown = []
     for files in sheet.files:
-        with Image.open(files[0], formats=["PNG"]) as first:
+        with opened(files[0]) as first:
             if max(first.size) <= THUMBNAIL_SIZE:
                 shown.append(list(files))
                 continue

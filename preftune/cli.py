@@ -28,9 +28,12 @@ import tyro
 import yaml
 
 from preftune.flags import ALIASES, ELSEWHERE
+from rewards.input_files import read_text
 
 Config = TypeVar("Config")
 
+MAX_YAML = 1 << 18
+"""Bytes of a config file; PyYAML reads 100 KB a second."""
 _HELP = "--config FILE.yaml reads flags from a file, one `key: value` a line; it may be repeated, and the last value wins."
 
 
@@ -210,10 +213,10 @@ def _with_aliases(typed: list[str], leaves: dict[str, _Leaf]) -> list[str]:
 def _read_yaml(file: Path, leaves: dict[str, _Leaf]) -> dict[str, tuple[int, list[str]]]:
     """Name -> (line, flags) of a YAML file, in the file's order. Only text is read: no tag builds an object."""
     try:
-        root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise ValueError(f"cannot read the config file {file}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        root = yaml.compose(read_text(file, MAX_YAML, "the config file "), Loader=yaml.SafeLoader)
+    except RecursionError as error:
+        raise ValueError(f"{file} is not YAML of a configuration: it is nested too deep") from error
+    except yaml.YAMLError as error:
         raise ValueError(f"{file} is not YAML: {error}") from error
     if root is None:
         return {}
@@ -238,6 +241,8 @@ def _flatten(
     """(name, line, value) of each leaf below a mapping."""
     for key, node in group.value:
         line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):  # printed, an alias would grow at each level
+            raise ValueError(f"{file} line {line}: a key must be a name, not a list or a mapping")
         name = prefix + str(key.value).replace("-", "_")
         name = ALIASES[name] if name not in leaves and ALIASES.get(name) in leaves else name
         members = [leaf for leaf in leaves if leaf.startswith(f"{name}.")]
