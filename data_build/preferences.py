@@ -34,7 +34,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from data_build.decode import ImageEntry, UnusableError, decode, or_unusable
+from data_build.decode import ImageEntry, UnusableError, decode, open_zip, or_unusable
 from data_build.published import Aspect, Layout, PublishedImage, PublishedRanking, SetAside, read_published
 from data_build.readers import DataSet, read_bytes
 from preftune.cli import exit_on_user_error, parse
@@ -213,7 +213,7 @@ def archive_members(archive: Path) -> dict[str, zipfile.ZipInfo | None]:
     None for a name that several have: nothing says which of them is meant.
     """
     found: dict[str, zipfile.ZipInfo | None] = {}
-    with or_unusable("broken file"), zipfile.ZipFile(archive) as file:
+    with or_unusable("broken file"), open_zip(archive) as file:
         for member in file.infolist():
             if not member.is_dir():
                 name = PurePosixPath(member.filename).name

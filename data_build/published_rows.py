@@ -23,14 +23,16 @@ from typing import IO, Any
 import pyarrow
 import pyarrow.parquet
 
+from data_build.decode import open_zip
 from preftune import records
+from rewards.input_files import check_regular
 
 PlacedRow = tuple[str, dict[str, Any]]
 
 CHUNK = 1 << 16
 """Characters of a JSON list that are read at a time."""
 MAX_ROW = 1 << 24
-"""Characters that one element of a JSON list may take."""
+"""Characters that one element of a JSON list, or a line, may take."""
 MAX_JSON = 1 << 26
 """Bytes of the JSON in a zip file."""
 BATCH = 16
@@ -68,7 +70,7 @@ def of_json(path: Path) -> Iterator[PlacedRow]:
 def of_jsonl(path: Path) -> Iterator[PlacedRow]:
     """The objects of a JSON-lines file; blank lines are passed over."""
     with _reading(path), path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(_lines(file, path), 1):
             if line.strip():
                 yield f"{path} line {number}", records.parse_object(line, f"{path} line {number}")
 
@@ -76,7 +78,7 @@ def of_jsonl(path: Path) -> Iterator[PlacedRow]:
 def of_csv(path: Path, columns: Sequence[str]) -> Iterator[PlacedRow]:
     """The rows of a CSV file whose first line names its columns; a value that a short row lacks is None."""
     with _reading(path), path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
+        reader = csv.DictReader(_lines(file, path), strict=True)
         _check_columns(path, columns, reader.fieldnames or ())
         for row in reader:
             yield f"{path} line {reader.line_num}", row
@@ -97,7 +99,7 @@ def of_parquet(path: Path, columns: Sequence[str], optional: Sequence[str] = ())
 
 def of_archive(path: Path) -> Iterator[PlacedRow]:
     """The objects of the one JSON list in a zip file."""
-    with _reading(path), zipfile.ZipFile(path) as archive:
+    with _reading(path), open_zip(path) as archive:
         lists = [member for member in archive.infolist() if member.filename.endswith(".json")]
         if len(lists) != 1:
             raise ValueError(f"{path} holds {len(lists)} JSON files; a part of ImageRewardDB has one")
@@ -163,6 +165,16 @@ def _cells(table: pyarrow.parquet.ParquetFile, column: str, numbers: Iterable[in
         at = number + 1
 
 
+def _lines(file: IO[str], path: Path) -> Iterator[str]:
+    """The lines of a file, each of a bounded length."""
+    number = 0
+    while line := file.readline(MAX_ROW + 1):
+        number += 1
+        if len(line) > MAX_ROW:
+            raise ValueError(f"{path} line {number} has more than {MAX_ROW} characters")
+        yield line
+
+
 def _elements(file: IO[str], place: str) -> Iterator[PlacedRow]:
     """The objects of a JSON list, parsed one by one."""
     decoder, number = json.JSONDecoder(), 0
@@ -200,6 +212,7 @@ def _check_columns(path: Path, columns: Sequence[str], names: Sequence[str]) -> 
 def _reading(path: Path) -> Iterator[None]:
     """What fails in the block is a fault of the file."""
     try:
+        check_regular(path)
         yield
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error

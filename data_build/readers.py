@@ -26,11 +26,13 @@ from data_build.decode import (
     ImageEntry,
     UnusableError,
     made_of,
+    open_zip,
     or_unusable,
 )
 from preftune.images import MAX_BYTES, SUFFIXES
 from preftune.records import check_name, field, inside, parse_object, read_lines
-from rewards.input_files import has_surrogate
+from rewards import input_files
+from rewards.input_files import MAX_LINE, check_regular, has_surrogate
 
 Kind = Literal["imagefolder", "images", "parquet", "zip"]
 
@@ -95,6 +97,9 @@ def survey(data: DataSet) -> tuple[str, int]:
             count += 1
         return digest.hexdigest(), count
     for name in data.sources:
+        if not (data.root / name).is_file():  # a pipe or a device, which is set aside when its turn comes
+            count += 1
+            continue
         with (data.root / name).open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(size - TAIL, 0))
@@ -103,7 +108,7 @@ def survey(data: DataSet) -> tuple[str, int]:
             if data.kind == "parquet":
                 count += pyarrow.parquet.read_metadata(data.root / name).num_rows
             else:
-                with zipfile.ZipFile(data.root / name) as archive:
+                with open_zip(data.root / name) as archive:
                     count += len(archive.namelist()) - 1
         except BROKEN:
             count += 1
@@ -151,6 +156,7 @@ def _columns(root: Path, sources: tuple[str, ...], image: str, text: str | None)
     """
     for name in sources:
         try:
+            check_regular(root / name)
             schema = pyarrow.parquet.read_schema(root / name)
         except BROKEN:
             continue  # set aside when its turn comes
@@ -241,7 +247,8 @@ def _locate(root: Path, name: str, place: str) -> None:
         if os.path.isfile(root / name):
             inside(root, name, place)
             return
-    raise UnusableError("missing", f"{place}: {name!r} does not exist")
+    state = "is no file" if os.path.exists(root / name) else "does not exist"
+    raise UnusableError("missing", f"{place}: {name!r} {state}")
 
 
 def _of_table(data: DataSet, name: str, start: int) -> Iterator[tuple[int, Entry]]:
@@ -249,6 +256,7 @@ def _of_table(data: DataSet, name: str, start: int) -> Iterator[tuple[int, Entry
     columns = [column for column in (data.image_column, data.text_column) if column is not None]
     try:
         with or_unusable("broken file"):
+            check_regular(data.root / name)
             table = pyarrow.parquet.ParquetFile(data.root / name, pre_buffer=False, buffer_size=1 << 20)
             groups = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
             if lacking := set(columns) - set(table.schema_arrow.names):
@@ -294,7 +302,7 @@ def _row(data: DataSet, name: str, number: int, batch: pyarrow.RecordBatch, row:
 def _of_archive(data: DataSet, name: str, start: int) -> Iterator[tuple[int, Entry]]:
     """The images of a zip file in its order, then those that only its JSON knows."""
     try:
-        with or_unusable("broken file"), zipfile.ZipFile(data.root / name) as archive:
+        with or_unusable("broken file"), open_zip(data.root / name) as archive:
             members = [member for member in archive.infolist() if not member.is_dir()]
             notes = _notes(archive, members)
     except UnusableError as unusable:
@@ -315,6 +323,8 @@ def _notes(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo]) -> dict[str
         raise UnusableError(
             "bad metadata", f"{len(files)} JSON files among {len(members)} members; there must be one"
         )
+    if files[0].file_size > MAX_LINE:
+        raise UnusableError("bad metadata", f"{files[0].file_size} bytes of JSON; at most {MAX_LINE}")
     _check_size(files[0])
     with or_unusable("bad metadata"):
         return parse_object(_unpacked(archive, files[0]).decode(), files[0].filename)
@@ -378,10 +388,10 @@ def read_bytes(data: DataSet, image: ImageEntry) -> bytes:
             return _unpacked(archive, archive.getinfo(image.member))
         if (size := path.stat().st_size) > MAX_BYTES:
             raise UnusableError("too large", f"{size} bytes; at most {MAX_BYTES}")
-        return path.read_bytes()
+        return input_files.read_bytes(path, MAX_BYTES)
 
 
 @functools.lru_cache(maxsize=1)
 def _open(path: Path) -> zipfile.ZipFile:
     """An archive that stays open while its images are read, in each process."""
-    return zipfile.ZipFile(path)
+    return open_zip(path)
