@@ -44,6 +44,7 @@ from data_build.readers import DataSet, entries, survey
 from data_build.scoring import DTYPES, Batch, PrepareEntry
 from data_build.selection import Selection
 from preftune.cli import exit_on_user_error, parse
+from preftune.printable import show
 from rewards import CARDS, Scorer, find_card
 from rewards.mix import parse_files
 from rewards.shared_towers import load_all
@@ -257,7 +258,7 @@ def main(config: Config) -> None:
     if job is not None:
         score_remaining_parts(config, job, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         write_data_set(config, job)
-    print(f"{selected_folder.summary_text(config.output_dir)}\n{config.output_dir}")  # noqa: T201
+    show(f"{selected_folder.summary_text(config.output_dir)}\n{config.output_dir}")
 
 
 if __name__ == "__main__":

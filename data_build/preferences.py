@@ -40,6 +40,7 @@ from data_build.readers import DataSet, read_bytes
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import replacing
 from preftune.images import MAX_BYTES
+from preftune.printable import show
 from preftune.records import check_name, inside, write_jsonl, write_lines
 
 IMAGES = "images"
@@ -259,7 +260,7 @@ def main(config: Config) -> None:
                     else "nothing"
                 )
                 raise ValueError(f"no ranking is left; set aside: {aside}")
-    print(json.dumps(summary))  # noqa: T201
+    show(json.dumps(summary))
 
 
 if __name__ == "__main__":

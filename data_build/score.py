@@ -28,6 +28,7 @@ from data_build.decode import Entry
 from data_build.readers import DataSet, entries, find_data_set, survey
 from data_build.scoring import DTYPES, Batch, PrepareEntry, digests
 from preftune.cli import exit_on_user_error, parse
+from preftune.printable import show
 from rewards import CARDS, Scorer, find_card
 from rewards.mix import parse_files
 from rewards.shared_towers import load_all
@@ -148,7 +149,7 @@ def main(config: Config) -> None:
     score_folder.remove_chunks(config.output_dir)
     if config.add_to_metadata:
         score_folder.add_to_metadata(config.output_dir, data, config.rewards)
-    print(f"{score_folder.summary_text(config.output_dir)}\n{config.output_dir}")  # noqa: T201
+    show(f"{score_folder.summary_text(config.output_dir)}\n{config.output_dir}")
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ from preftune.bootstrap import interval
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import write_text
 from preftune.images import save_figure
+from preftune.printable import show
 from preftune.records import write_jsonl
 from rewards.shapes import in_world
 
@@ -253,7 +254,7 @@ def check_inputs(config: Config) -> dict[str, HeldOut]:
     held_out = {data: read_held_out(one, config.batch_size) for data, one in ranked.items()}
     write_rejected(held_out, config.output_dir)
     for data, held in held_out.items():
-        print(f"{data}: {summary_of(held)}", flush=True)  # noqa: T201
+        show(f"{data}: {summary_of(held)}")
     return held_out
 
 
@@ -357,7 +358,7 @@ def main(config: Config) -> int:
         *(f"{data}: {summary_of(held)}" for data, held in held_out.items()),
         config.output_dir / "accuracy.png",
     ]
-    print(to_text(tables), *ends, sep="\n")  # noqa: T201
+    show("\n".join([to_text(tables), *map(str, ends)]))
     return 0
 
 

@@ -39,6 +39,7 @@ from preftune.cli import exit_on_user_error, parse
 from preftune.files import replacing, write_text
 from preftune.grid import captioned_grid
 from preftune.images import opened, save_image, thumbnail
+from preftune.printable import show
 from preftune.prompts import read_prompts
 from preftune.sampling import Resolved, Sampling
 from preftune.solvers import SolverName
@@ -288,8 +289,8 @@ def main(config: Config) -> int:
     thumbnails = write_thumbnails(sheet, config.output_dir)
     write_text(page, to_html(sheet, config, request.sampling, thumbnails))
     for column, mean in zip(sheet.columns, sheet.means(), strict=True):
-        print("  ".join([column.title, *sheet.lines(mean)]))  # noqa: T201
-    print(f"{png} and {page}")  # noqa: T201
+        show("  ".join([column.title, *sheet.lines(mean)]))
+    show(f"{png} and {page}")
     return 0
 
 

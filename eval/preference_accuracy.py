@@ -39,6 +39,7 @@ from eval.view_scores import PromptedImage, check_crops, score_views, view_names
 from eval.win_rates import csv_text
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import write_text
+from preftune.printable import show
 from preftune.records import write_jsonl
 from rewards.mix import parse_files, parse_weights
 from rewards.shapes import in_world
@@ -136,7 +137,7 @@ def write_report(
         inlined={path.stem: base64_of(path) for path in figures},
     )
     write_text(config.output_dir / "report.html", page)
-    print(f"{plots.to_text(rows)}\n{measured}\n{config.output_dir / 'report.html'}")  # noqa: T201
+    show(f"{plots.to_text(rows)}\n{measured}\n{config.output_dir / 'report.html'}")
 
 
 def main(config: Config) -> int:

@@ -28,6 +28,7 @@ import tyro
 import yaml
 
 from preftune.flags import ALIASES, ELSEWHERE
+from preftune.printable import printable
 from rewards.input_files import read_text
 
 Config = TypeVar("Config")
@@ -333,5 +334,5 @@ def _unboxed(text: str) -> str:
 
 def _fail(reason: str) -> NoReturn:
     """Print one line on stderr and leave with exit code 2."""
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(reason.splitlines())}\n")
+    sys.stderr.write(printable(f"{Path(sys.argv[0]).name}: error: {' '.join(reason.splitlines())}") + "\n")
     raise SystemExit(2)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from preftune.families import guard
 from preftune.families.base import Cond, Defaults, Family
 from preftune.families.configs import read_json
 
@@ -33,6 +34,7 @@ def check(folder: Path, vae: Path | None = None) -> Defaults:
     `vae` is the folder of an autoencoder to use instead of the pipeline's. ValueError, in one sentence,
     unless the folder is a complete pipeline of a known family.
     """
+    guard.check_files(folder)
     module, index = _module(folder)
     defaults: Defaults = module.check(folder, index, vae)
     return defaults
@@ -45,9 +47,9 @@ def load(
     vae: Path | None = None,
 ) -> Family:
     """Return a diffusers pipeline folder as its family, frozen; ValueError as `check`, before any weight is read."""
-    module, index = _module(folder)
-    module.check(folder, index, vae)
-    family: Family = module.load(folder, device, dtype, vae)
+    check(folder, vae)
+    with guard.loading(folder):
+        family: Family = _module(folder)[0].load(folder, device, dtype, vae)
     return family
 
 

@@ -20,6 +20,7 @@ from preftune import bootstrap, files
 from preftune.families.base import Family
 from preftune.grid import captioned_grid
 from preftune.images import load_pixels, save_image, to_pil
+from preftune.printable import show
 from preftune.records import read_jsonl, write_jsonl
 from preftune.sampling import Sampling, sample, sharded
 from preftune.training.run import Run
@@ -190,5 +191,5 @@ def write_comparison(run: Path, names: Mapping[str, str]) -> None:
     moments = {title: found for title, name in names.items() if (found := read(run, name)) is not None}
     if len(moments) == len(names):
         save_image(comparison(moments), run / "before_after.png")
-        print(summary(moments))  # noqa: T201
-    print(f"tuned weights, metrics and images: {run}")  # noqa: T201
+        show(summary(moments))
+    show(f"tuned weights, metrics and images: {run}")
