@@ -17,7 +17,7 @@ MAX_LAYERS = 1000
 """Limit of a number of layers or blocks; a model of a billion layers would be built for hours."""
 
 _LIBRARY = (  # what diffusers, transformers and tokenizers raise for files that are damaged or not theirs
-    RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, EOFError,
+    RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, EOFError, OSError,
     pickle.UnpicklingError, SafetensorError,
 )  # fmt: skip
 
