@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import itertools
 import math
 import re
 import sys
@@ -27,7 +28,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import tyro
 import yaml
 
-from preftune.flags import ALIASES, ELSEWHERE
+from preftune.flags import ALIASES, ELSEWHERE, ONE_VALUE
 from preftune.printable import printable
 from rewards.input_files import read_text
 
@@ -177,13 +178,21 @@ def _split_config(argv: list[str]) -> tuple[list[Path], list[str]]:
 
 def _check_names(typed: list[str], leaves: dict[str, _Leaf]) -> None:
     """Refuse flags that do not exist, and values for flags that take none."""
-    for token in (token for token in typed if token.startswith("--")):
+    for at, token in enumerate(typed):
+        if not token.startswith("--"):
+            continue
         name, equals, _ = token.removeprefix("--").replace("-", "_").partition("=")
         positive = re.sub(r"(^|\.)no_(?=[^.]*$)", r"\1", name)
         known = name in leaves or (positive in leaves and leaves[positive].hint is bool) or name == "help"
         if not known:
             raise ValueError(
                 f"unknown flag {token.partition('=')[0]}{_instead(name, leaves, _flag)}; see --help"
+            )
+        values = [*itertools.takewhile(lambda other: not other.startswith("--"), typed[at + 1 :])]
+        if name in leaves and not leaves[name].is_list and len(values) + bool(equals) > 1:
+            raise ValueError(
+                f"{_flag(name)} takes one value, got {len(values) + bool(equals)}: {' '.join(map(repr, values))};"
+                f" {ONE_VALUE.get(name, 'a value with spaces stands in quotes')}"
             )
         if equals and name in leaves and leaves[name].hint is bool:
             raise ValueError(

@@ -28,6 +28,7 @@ def read_prompts(path: Path) -> list[str]:
     if suffix not in SUFFIXES:
         raise ValueError(
             f"prompt file {path} ends in {suffix or 'nothing'}; it must end in {', '.join(SUFFIXES)}"
+            f"{'' if path.exists() else ' (prompts stand in a .txt file, one a line)'}"
         )
     if not path.is_file():
         raise ValueError(f"prompt file {path} {'is no file' if path.exists() else 'does not exist'}")

@@ -240,7 +240,7 @@ class Run:
         if len(self._scalars) < self._passes:
             return
         assert self._row, "call update() in the loop over steps(), before save()"
-        where = f"step {self._row['step']}, learning rate {self._row['lr']:.3g}, rank {self.rank}"
+        where = f"step {self._row['step']}, rank {self.rank}, learning rate {self._row['lr']:.3g}"
         self._row |= self._averaged(f"{prefix}loss", where)
         norm = float(self._accelerator.clip_grad_norm_(self._named.values(), self.config.max_grad_norm))
         self._row[f"{prefix}grad_norm"] = norm
