@@ -105,7 +105,7 @@ def parse_json(text: str, place: str) -> Any:
 def _is_deep(value: Any) -> bool:
     """Whether lists and objects are more than MAX_DEPTH inside each other: level by level, without recursion."""
     level = [value]
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(MAX_DEPTH):
         level = [
             inner
             for outer in level
