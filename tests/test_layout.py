@@ -175,8 +175,8 @@ CALLS = {
     "Image.open": ("preftune/images.py",),
     "ImageFile.Parser": (),
     "imread": (),
-    "read_image": (),
-    "load_image": (),
+    "io.read_image": (),
+    "utils.load_image": (),
     "print": ("preftune/printable.py", "rewards/__main__.py"),
     "jinja2.Environment": ("eval/pages.py", "data_build/selected_folder.py"),
 }
