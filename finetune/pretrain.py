@@ -28,11 +28,13 @@ from preftune import files
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.diffusion_loss import diffusion_loss
 from preftune.families import Family
+from preftune.image_folders import Columns
 from preftune.images import load_with_framing
 from preftune.order import items_at
-from preftune.records import CaptionedImage, read_imagefolder
+from preftune.records import CaptionedImage
 from preftune.resolution import Framing, Resolution
 from preftune.sampling import Sampling
+from preftune.training import data
 from preftune.training.config import ModelConfig, ValidationConfig, check_dropout
 from preftune.training.run import Run
 from preftune.training.run_config import RunConfig, check
@@ -45,7 +47,8 @@ class Config:
     """Train a text-to-image model on a captioned image folder."""
 
     data: Path
-    """Imagefolder with metadata.jsonl (file_name, text)."""
+    """Folder of captioned images: metadata.jsonl or .csv (file_name, text), or a .txt file beside each image."""
+    columns: Annotated[Columns, tyro.conf.arg(name="")] = field(default_factory=Columns)
     train_text_encoder: bool = False
     """Also train all weights of the text encoders; only with --train full."""
     caption_dropout: float = 0.1
@@ -86,16 +89,19 @@ def main(config: Config) -> int:
         check(config.run)
         defaults = config.model.check()
         config.validation.check(defaults)
-        samples = read_imagefolder(config.data)
+        samples, skipped = data.read(config.data, config.columns)
         prompts = config.validation.prompts([sample.text for sample in samples])
         run = Run(config.run, driver="pretrain", config_text=dump(config))
         family, _ = load_model(
             config.model, config.run, run.device, train_text_encoders=config.train_text_encoder
         )
         module = run.prepare(TextToImage(family), learning_rate=config.model.learning_rate(defaults))
+    if run.is_main:
+        data.write_report(run.folder, skipped)
     resolution = config.model.size(defaults)
-    cache = encode_all(family, samples, resolution) if config.cache_latents else None
-
+    latents = partial(encode, family, samples, resolution=resolution)
+    if config.cache_latents:
+        latents = partial(cached, encode_all(family, samples, resolution), run.device)
     show = partial(validate_at, family, prompts, config.validation.sample.at(resolution), run)
 
     def write(folder: Path) -> None:
@@ -109,12 +115,9 @@ def main(config: Config) -> int:
             indices = run.image_indices(step, micro_batch)
             generators = [run.generator(i) for i in indices]
             rows = items_at(range(len(samples)), indices, config.run.seed)
-            texts = captions([samples[row] for row in rows], generators, config.caption_dropout)
+            texts = captions(samples, rows, generators, config.caption_dropout)
             with run.accumulate():
-                if cache is None:
-                    x0, framings = encode(family, samples, rows, resolution, generators)
-                else:
-                    x0, framings = cache[0][rows].to(run.device), [cache[1][row] for row in rows]
+                x0, framings = latents(rows, generators=generators)
                 predict = partial(module, prompts=texts, framings=framings)
                 run.update(diffusion_loss(family, predict, x0, generators).mean())
         if step + 1 == config.run.max_train_steps and run.is_main:
@@ -136,10 +139,12 @@ def validate_at(family: Family, prompts: Sequence[str], sampling: Sampling, run:
         run.log(step, **means)
 
 
-def captions(samples: Sequence[CaptionedImage], generators: Sequence[Generator], dropout: float) -> list[str]:
-    """Return the captions, each empty where its generator's next number, in [0, 1), is below dropout."""
+def captions(
+    samples: Sequence[CaptionedImage], rows: Sequence[int], generators: Sequence[Generator], dropout: float
+) -> list[str]:
+    """Return the captions of these rows, each empty where its generator's next number, in [0, 1), is below dropout."""
     kept = [float(torch.rand((), generator=generator)) >= dropout for generator in generators]
-    return [sample.text if keep else "" for sample, keep in zip(samples, kept, strict=True)]
+    return [samples[row].text if keep else "" for row, keep in zip(rows, kept, strict=True)]
 
 
 @torch.no_grad()
@@ -151,9 +156,20 @@ def encode(
     generators: Sequence[Generator] | None = None,
 ) -> tuple[Tensor, list[Framing]]:
     """Return the latents (N, C, h, w) of the images of these rows, and how the images were cropped."""
-    loaded = [load_with_framing(samples[row].path, resolution) for row in rows]
+    with exit_on_user_error():  # an image that was sound when the run began
+        loaded = [load_with_framing(samples[row].path, resolution) for row in rows]
     pixels = torch.stack([image for image, _ in loaded])
     return family.encode_pixels(pixels, generators), [framing for _, framing in loaded]
+
+
+def cached(
+    cache: tuple[Tensor, list[Framing]],
+    device: torch.device,
+    rows: Sequence[int],
+    generators: Sequence[Generator],
+) -> tuple[Tensor, list[Framing]]:
+    """Return what `encode_all` found for the images of these rows; it needs no generators."""
+    return cache[0][rows].to(device), [cache[1][row] for row in rows]
 
 
 def encode_all(
