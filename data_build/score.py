@@ -38,6 +38,9 @@ from preftune.one_writer import one_writer
 from preftune.scorer_flags import Files, Measured
 from rewards import Scorer, check_all, find_card
 from rewards.mix import parse_files, parse_names
+from preftune.printable import show
+from rewards import CARDS, Scorer, check_all, find_card
+from rewards.mix import parse_files
 from rewards.shared_towers import load_all
 
 
@@ -166,7 +169,7 @@ def main(config: Config) -> None:
         tidy_beside(data.root / "metadata.jsonl")
         score_folder.add_to_metadata(config.output_dir, data, config.names())
         lock.release(data.root)
-    print(f"{score_folder.summary_text(config.output_dir)}\n{config.output_dir}")  # noqa: T201
+    show(f"{score_folder.summary_text(config.output_dir)}\n{config.output_dir}")
     with exit_on_user_error():
         score_folder.check_any_scored(config.output_dir, config.data)
 

@@ -43,6 +43,7 @@ from preftune.files import tidy, write_text
 from preftune.grid import captioned_grid
 from preftune.images import save_image
 from preftune.one_writer import one_writer
+from preftune.printable import show
 from preftune.prompts import read_prompts
 from preftune.records import read_jsonl
 from preftune.sampling import Resolved, Sampling
@@ -255,7 +256,7 @@ def write_report(
         inlined={name: base64_of(folder / name) for name in ("wins.png", "grid.png")},
     )
     write_text(folder / "report.html", page)
-    print(f"{to_text(rows)}\n{folder / 'report.html'}")  # noqa: T201
+    show(f"{to_text(rows)}\n{folder / 'report.html'}")
 
 
 def grid_of(

@@ -41,8 +41,9 @@ from preftune import families
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import replacing, tidy, write_text
 from preftune.grid import captioned_grid
-from preftune.images import save_image, thumbnail
+from preftune.images import opened, save_image, thumbnail
 from preftune.one_writer import one_writer
+from preftune.printable import show
 from preftune.prompts import read_prompts
 from preftune.sampling import Resolved, Sampling
 from preftune.scorer_flags import Files, Weighted
@@ -241,7 +242,7 @@ def write_thumbnails(sheet: Sheet, folder: Path) -> list[list[Path]]:
     shown = []
     tidy(*(folder / THUMBNAILS).glob("*"))
     for files in sheet.files:
-        with Image.open(files[0], formats=["PNG"]) as first:
+        with opened(files[0]) as first:
             if max(first.size) <= THUMBNAIL_SIZE:
                 shown.append(list(files))
                 continue
@@ -288,8 +289,8 @@ def main(config: Config) -> int:
     thumbnails = write_thumbnails(sheet, config.output_dir)
     write_text(page, to_html(sheet, config, request.sampling, thumbnails))
     for column, mean in zip(sheet.columns, sheet.means(), strict=True):
-        print("  ".join([column.title, *sheet.lines(mean)]))  # noqa: T201
-    print(f"{png} and {page}")  # noqa: T201
+        show("  ".join([column.title, *sheet.lines(mean)]))
+    show(f"{png} and {page}")
     return 0
 
 

@@ -44,6 +44,7 @@ from eval.win_rates import csv_text
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import tidy, write_text
 from preftune.one_writer import one_writer
+from preftune.printable import show
 from preftune.records import write_jsonl
 from preftune.scorer_flags import Files, Measured
 from rewards.mix import parse_files, parse_names
@@ -156,7 +157,7 @@ def write_report(
         inlined={path.stem: base64_of(path) for path in figures},
     )
     write_text(config.output_dir / "report.html", page)
-    print(f"{plots.to_text(rows)}\n{measured}\n{config.output_dir / 'report.html'}")  # noqa: T201
+    show(f"{plots.to_text(rows)}\n{measured}\n{config.output_dir / 'report.html'}")
 
 
 @one_writer
