@@ -43,7 +43,6 @@ from preftune.records import (
     is_empty,
     parse_object,
 )
-from preftune.records import check_name, field, inside, parse_object, read_lines
 from rewards import input_files
 from rewards.input_files import MAX_LINE, check_regular, has_surrogate
 

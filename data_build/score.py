@@ -35,12 +35,10 @@ from preftune.files import tidy_beside
 from preftune.image_folders import describe_passed_over
 from preftune.notes import say
 from preftune.one_writer import one_writer
+from preftune.printable import show
 from preftune.scorer_flags import Files, Measured
 from rewards import Scorer, check_all, find_card
 from rewards.mix import parse_files, parse_names
-from preftune.printable import show
-from rewards import CARDS, Scorer, check_all, find_card
-from rewards.mix import parse_files
 from rewards.shared_towers import load_all
 
 

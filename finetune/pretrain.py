@@ -101,9 +101,11 @@ def main(config: Config) -> int:
     if run.is_main:
         data.write_report(run.folder, skipped)
     resolution = config.model.size(defaults)
-    latents = partial(encode, family, samples, resolution=resolution)
-    if config.cache_latents:
-        latents = partial(cached, encode_all(family, samples, resolution), run.device)
+    latents = (
+        partial(cached, encode_all(family, samples, resolution), run.device)
+        if config.cache_latents
+        else partial(encode, family, samples, resolution=resolution)
+    )
     show = partial(validate_at, family, prompts, config.validation.sample.at(resolution), run)
 
     def write(folder: Path) -> None:
