@@ -44,6 +44,8 @@ from data_build.readers import DataSet, entries, survey
 from data_build.scoring import DTYPES, Batch, PrepareEntry
 from data_build.selection import Selection
 from preftune.cli import exit_on_user_error, parse
+from preftune.one_writer import one_writer
+from preftune.printable import show
 from preftune.scorer_flags import Files
 from rewards import CARDS, Scorer, check_all, find_card
 from rewards.digests import sha256_of
@@ -256,6 +258,7 @@ def write_data_set(config: Config, job: Job) -> None:
     shutil.rmtree(job.building)
 
 
+@one_writer
 @torch.no_grad()
 def main(config: Config) -> None:
     """Score what is left, make the data set of it, and report."""
@@ -264,7 +267,7 @@ def main(config: Config) -> None:
     if job is not None:
         score_remaining_parts(config, job, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         write_data_set(config, job)
-    print(f"{selected_folder.summary_text(config.output_dir)}\n{config.output_dir}")  # noqa: T201
+    show(f"{selected_folder.summary_text(config.output_dir)}\n{config.output_dir}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from data_build.decode import ImageEntry, UnusableError, decode, or_unusable
+from data_build.decode import ImageEntry, UnusableError, decode, open_zip, or_unusable
 from data_build.published import (
     Aspect,
     Layout,
@@ -49,6 +49,8 @@ from data_build.readers import DataSet, read_bytes
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import replacing
 from preftune.images import MAX_BYTES
+from preftune.one_writer import one_writer
+from preftune.printable import show
 from preftune.records import check_name, inside, write_jsonl, write_lines
 
 IMAGES = "images"
@@ -230,7 +232,7 @@ def archive_members(archive: Path) -> dict[str, zipfile.ZipInfo | None]:
     None for a name that several have: nothing says which of them is meant.
     """
     found: dict[str, zipfile.ZipInfo | None] = {}
-    with or_unusable("broken file"), zipfile.ZipFile(archive) as file:
+    with or_unusable("broken file"), open_zip(archive) as file:
         for member in file.infolist():
             if not member.is_dir():
                 name = PurePosixPath(member.filename).name
@@ -263,6 +265,7 @@ def first_rejected(folder: Path) -> str:
     return " ".join((detail if detail.startswith(name) else f"{name}: {detail}").splitlines())
 
 
+@one_writer
 def main(config: Config) -> None:
     """Check, write under a temporary name, rename."""
     with exit_on_user_error():
@@ -278,7 +281,7 @@ def main(config: Config) -> None:
                     else "nothing"
                 )
                 raise ValueError(f"no ranking is left; set aside: {aside}")
-    print(json.dumps(summary))  # noqa: T201
+    show(json.dumps(summary))
 
 
 if __name__ == "__main__":

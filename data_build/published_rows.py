@@ -24,14 +24,16 @@ from typing import IO, Any
 import pyarrow
 import pyarrow.parquet
 
+from data_build.decode import open_zip
 from preftune import records
+from rewards.input_files import check_regular
 
 PlacedRow = tuple[str, dict[str, Any]]
 
 CHUNK = 1 << 16
 """Characters of a JSON list that are read at a time."""
 MAX_ROW = 1 << 24
-"""Characters that one element of a JSON list may take."""
+"""Characters that one element of a JSON list, or a line, may take."""
 MAX_JSON = 1 << 26
 """Bytes of the JSON in a zip file."""
 BATCH = 16
@@ -73,7 +75,7 @@ def of_jsonl(path: Path) -> Iterator[PlacedRow]:
     """The objects of a JSON-lines file; blank lines are passed over. ValueError where the first is not JSON."""
     with _reading(path), path.open(encoding="utf-8-sig") as file:
         sound = 0
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(_lines(file, path), 1):
             place = f"{path} line {number}"
             if not line.strip():
                 continue
@@ -93,7 +95,7 @@ def of_csv(path: Path, columns: Sequence[str]) -> Iterator[PlacedRow]:
     ValueError for a quote that is never closed, unless it was opened in the last line: all that follows it would be lost.
     """
     with _reading(path), path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
+        reader = csv.DictReader(_lines(file, path), strict=True)
         _check_columns(path, columns, reader.fieldnames or ())
         while True:
             begin = reader.reader.line_num + 1
@@ -130,7 +132,7 @@ def of_parquet(path: Path, columns: Sequence[str], optional: Sequence[str] = ())
 
 def of_archive(path: Path) -> Iterator[PlacedRow]:
     """The objects of the one JSON list in a zip file."""
-    with _reading(path), zipfile.ZipFile(path) as archive:
+    with _reading(path), open_zip(path) as archive:
         lists = [member for member in archive.infolist() if member.filename.endswith(".json")]
         if len(lists) != 1:
             raise ValueError(f"{path} holds {len(lists)} JSON files; a part of ImageRewardDB has one")
@@ -198,6 +200,16 @@ def _cells(table: pyarrow.parquet.ParquetFile, column: str, numbers: Iterable[in
         at = number + 1
 
 
+def _lines(file: IO[str], path: Path) -> Iterator[str]:
+    """The lines of a file, each of a bounded length."""
+    number = 0
+    while line := file.readline(MAX_ROW + 1):
+        number += 1
+        if len(line) > MAX_ROW:
+            raise ValueError(f"{path} line {number} has more than {MAX_ROW} characters")
+        yield line
+
+
 def _elements(file: IO[str], place: str) -> Iterator[PlacedRow]:
     """The objects of a JSON list, parsed one by one."""
     decoder, number = json.JSONDecoder(), 0
@@ -235,6 +247,7 @@ def _check_columns(path: Path, columns: Sequence[str], names: Sequence[str]) -> 
 def _reading(path: Path) -> Iterator[None]:
     """What fails in the block is a fault of the file."""
     try:
+        check_regular(path)
         yield
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error

@@ -46,6 +46,8 @@ from data_build.fragments import is_fragment
 from preftune import seeds
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import replacing
+from preftune.one_writer import one_writer
+from preftune.printable import show
 from preftune.prompts import read_rows
 from preftune.records import write_jsonl, write_lines
 
@@ -251,6 +253,7 @@ def covered(graph: csr_array, chosen: Sequence[int]) -> float:
     return float((marks + graph @ marks > 0).mean())
 
 
+@one_writer
 def main(config: Config) -> None:
     """Choose from each group, write the folder under a temporary name, and rename it."""
     with exit_on_user_error():
@@ -280,7 +283,7 @@ def main(config: Config) -> None:
     with replacing(config.output_dir) as partial:
         write_jsonl(partial / "prompts.jsonl", rows)
         write_lines(partial / "summary.json", json.dumps(summary, indent=2).splitlines())
-    print(f"{json.dumps(summary)}\n{config.output_dir}")  # noqa: T201
+    show(f"{json.dumps(summary)}\n{config.output_dir}")
 
 
 if __name__ == "__main__":

@@ -39,9 +39,11 @@ from eval.win_rates import BASE, MethodResult, heat_maps, method_table, scores_c
 from preftune import families
 from preftune.bootstrap import interval
 from preftune.cli import exit_on_user_error, parse
-from preftune.files import write_text
+from preftune.files import tidy, write_text
 from preftune.grid import captioned_grid
 from preftune.images import save_image
+from preftune.one_writer import one_writer
+from preftune.printable import show
 from preftune.prompts import read_prompts
 from preftune.records import read_jsonl
 from preftune.sampling import Resolved, Sampling
@@ -141,6 +143,7 @@ def check_inputs(config: Config) -> tuple[list[str], Resolved]:
     prompts = read_prompts(config.prompts)[: config.count]
     check_scorers(parse_names(config.rewards), config.files(), prompts, sampling.resolution, config.prompts)
     config.output_dir.mkdir(parents=True, exist_ok=True)
+    tidy(config.output_dir / "runs")
     return prompts, sampling
 
 
@@ -195,6 +198,7 @@ def images_by_method(config: Config, runs: Mapping[tuple[str, int], Path]) -> di
     return counts
 
 
+@one_writer
 def main(config: Config) -> int:
     """Train, generate, judge, report."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -252,7 +256,7 @@ def write_report(
         inlined={name: base64_of(folder / name) for name in ("wins.png", "grid.png")},
     )
     write_text(folder / "report.html", page)
-    print(f"{to_text(rows)}\n{folder / 'report.html'}")  # noqa: T201
+    show(f"{to_text(rows)}\n{folder / 'report.html'}")
 
 
 def grid_of(

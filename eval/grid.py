@@ -39,9 +39,11 @@ from eval.pages import render
 from eval.report_folder import check_report, write_record
 from preftune import families
 from preftune.cli import exit_on_user_error, parse
-from preftune.files import replacing, write_text
+from preftune.files import replacing, tidy, write_text
 from preftune.grid import captioned_grid
-from preftune.images import save_image, thumbnail
+from preftune.images import opened, save_image, thumbnail
+from preftune.one_writer import one_writer
+from preftune.printable import show
 from preftune.prompts import read_prompts
 from preftune.sampling import Resolved, Sampling
 from preftune.scorer_flags import Files, Weighted
@@ -233,21 +235,26 @@ def to_png(sheet: Sheet, rows: int) -> Image.Image:
 
 
 def write_thumbnails(sheet: Sheet, folder: Path) -> list[list[Path]]:
-    """Return the small images of the page, C of N; those that are missing, or older than their image, are written.
+    """Return the small images of the page, C of N; those that are missing, or of another image, are written.
 
     For an image that is no larger than a thumbnail, the image itself.
     """
     shown = []
+    tidy(*(folder / THUMBNAILS).glob("*"))
     for files in sheet.files:
-        with Image.open(files[0], formats=["PNG"]) as first:
+        with opened(files[0]) as first:
             if max(first.size) <= THUMBNAIL_SIZE:
                 shown.append(list(files))
                 continue
         small = [folder / THUMBNAILS / path.parent.name / f"{path.stem}.jpg" for path in files]
         for path, target in zip(files, small, strict=True):
-            if not target.is_file() or target.stat().st_mtime_ns < path.stat().st_mtime_ns:
+            made = (
+                path.stat().st_mtime_ns
+            )  # of the image and its thumbnail; the clock may have been set back since
+            if not target.is_file() or target.stat().st_mtime_ns != made:
                 with replacing(target) as temporary:
                     thumbnail(path, THUMBNAIL_SIZE, THUMBNAIL_SIZE).save(temporary, format="JPEG", quality=90)
+                    os.utime(temporary, ns=(made, made))
         shown.append(small)
     return shown
 
@@ -261,6 +268,7 @@ def to_html(sheet: Sheet, config: Config, sampling: Resolved, thumbnails: Sequen
     return render(TEMPLATE, sheet=sheet, config=config, sampling=sampling, files=files, thumbnails=small)
 
 
+@one_writer
 def main(config: Config) -> int:
     """Generate what is missing, score, and write the page and the grid."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -281,8 +289,8 @@ def main(config: Config) -> int:
     thumbnails = write_thumbnails(sheet, config.output_dir)
     write_text(page, to_html(sheet, config, request.sampling, thumbnails))
     for column, mean in zip(sheet.columns, sheet.means(), strict=True):
-        print("  ".join([column.title, *sheet.lines(mean)]))  # noqa: T201
-    print(f"{png} and {page}")  # noqa: T201
+        show("  ".join([column.title, *sheet.lines(mean)]))
+    show(f"{png} and {page}")
     return 0
 
 

@@ -43,8 +43,10 @@ from eval.report_folder import check_report, write_record
 from eval.view_scores import PromptedImage, check_crops, score_views, view_names
 from eval.win_rates import csv_text
 from preftune.cli import exit_on_user_error, parse
-from preftune.files import write_text
+from preftune.files import tidy, write_text
 from preftune.images import opened
+from preftune.one_writer import one_writer
+from preftune.printable import show
 from preftune.records import write_jsonl
 from preftune.scorer_flags import Files, Measured
 from rewards.mix import parse_files, parse_names
@@ -163,9 +165,10 @@ def write_report(
         inlined={path.stem: base64_of(path) for path in figures},
     )
     write_text(config.output_dir / "report.html", page)
-    print(f"{plots.to_text(rows)}\n{measured}\n{config.output_dir / 'report.html'}")  # noqa: T201
+    show(f"{plots.to_text(rows)}\n{measured}\n{config.output_dir / 'report.html'}")
 
 
+@one_writer
 def main(config: Config) -> int:
     """Score every image, compare, report."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -173,6 +176,7 @@ def main(config: Config) -> int:
         ranked = check_inputs(config)
         names = parse_names(config.rewards)
         scorers = load_all(names, files=config.files(), device=device, dtype=torch.float32)
+    tidy(config.output_dir)
     scores, rejected = score_views(
         ranked.images, scorers, config.crops, device, batch_size=config.batch_size, workers=config.workers
     )

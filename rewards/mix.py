@@ -1,6 +1,5 @@
 """A weighted sum of several scorers: scores (B, n), optionally normalized, then weighted."""
 
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from rewards import CARDS, find_card
 from rewards.card import Card, Scorer
+from rewards.input_files import parse_json, read_text
 from rewards.shared_towers import score_all, share_towers
 
 Normalization = Literal["none", "card", "dataset"]
@@ -94,11 +94,10 @@ def units(
 
 def _dataset_units(names: Sequence[str], stats: Path) -> list[tuple[float, float]]:
     """Return (mean, std) of each scorer from a summary.json."""
+    text = read_text(stats, what="the file of statistics ")
     try:
-        scores = json.loads(stats.read_text(encoding="utf-8"))["scores"]
+        scores = parse_json(text, str(stats))["scores"]
         found = {name: (float(row["mean"]), float(row["std"])) for name, row in scores.items()}
-    except OSError as error:
-        raise ValueError(f"cannot read the file of statistics {stats}: {error.strerror}") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{stats} is no summary.json of data_build/score.py ({type(error).__name__}: {error})"
