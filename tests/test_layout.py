@@ -23,7 +23,7 @@ RUN = ("preftune.training.checkpoint", "preftune.training.optimizer", "preftune.
 
 HOMES = {
     "accelerate": ("preftune/training/run.py",),
-    "diffusers": ("preftune/families/", "preftune/solvers.py", "preftune/lora.py"),
+    "diffusers": ("preftune/families/", "preftune/solvers.py"),
     "peft": ("preftune/lora.py",),
     "open_clip": ("rewards/",),
     "ray": ("data_build/cluster.py",),

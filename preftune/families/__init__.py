@@ -9,6 +9,7 @@ import torch
 
 from preftune.families.base import Cond, Defaults, Family
 from preftune.families.configs import read_json
+from preftune.lora_names import Layers
 
 if TYPE_CHECKING:
     from preftune.families.sd import SD
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     _HAVE_THE_WHOLE_PROTOCOL: list[type[Family]] = [SD, SDXL]
 
-__all__ = ["FAMILIES", "Cond", "Defaults", "Family", "check", "load"]
+__all__ = ["FAMILIES", "Cond", "Defaults", "Family", "check", "load", "lora_layers"]
 
 # The image-to-image and inpainting pipelines have the same parts but stay out: diffusers would load such a folder, and what is
 # tuned and saved from it, as a pipeline that wants an image; and the SDXL refiner is saved as an image-to-image pipeline.
@@ -49,6 +50,17 @@ def load(
     module.check(folder, index, vae)
     family: Family = module.load(folder, device, dtype, vae)
     return family
+
+
+def lora_layers(folder: Path) -> Layers:
+    """Return the layers of a pipeline folder that a LoRA can update, in less than a second; reads JSON files alone.
+
+    ValueError as `check`.
+    """
+    module, index = _module(folder)
+    module.check(folder, index, None)
+    layers: Layers = module.lora_layers(folder)
+    return layers
 
 
 def _module(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
