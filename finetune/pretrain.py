@@ -36,7 +36,7 @@ from preftune.training.config import ModelConfig, ValidationConfig, check_dropou
 from preftune.training.run import Run
 from preftune.training.run_config import RunConfig, check
 from preftune.training.validation import validate
-from preftune.training.workspace import load_model
+from preftune.training.workspace import export, load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,9 @@ def main(config: Config) -> int:
         config.validation.check(defaults)
         samples = read_imagefolder(config.data)
         prompts = config.validation.prompts([sample.text for sample in samples])
-        run = Run(config.run, driver="pretrain", config_text=dump(config))
+        run = Run(
+            config.run, driver="pretrain", config_text=dump(config), settings=config.model.lora_settings()
+        )
         family, _ = load_model(
             config.model, config.run, run.device, train_text_encoders=config.train_text_encoder
         )
@@ -124,6 +126,7 @@ def main(config: Config) -> int:
             run.save(step, write=write)
     if run.is_main and not run.interrupted:
         write(run.folder)
+        export(config.model, family, run.folder)
     return run.finish()
 
 

@@ -11,6 +11,7 @@ Every layer's own scale, alpha / rank (with rslora alpha / sqrt(rank), arXiv 231
 it. What cannot be taken whole (DoRA, LoHa, LoKr, layers that the model lacks) is refused: half an update is another update.
 """
 
+import hashlib
 import json
 import math
 import pickle
@@ -109,11 +110,13 @@ class _Layer:
 def find(path: Path) -> list[Path]:
     """Return the files of the update that a path names: a file itself, or what is in a folder; none where there is no update.
 
-    A folder of peft's has adapter_model.safetensors, or folders unet/ and text_encoder/ with one each. ValueError for a folder with
-    several .safetensors of other names.
+    In a run it is lora/. A folder of peft's has adapter_model.safetensors, or folders unet/ and text_encoder/ with one each. ValueError
+    for a folder with several .safetensors of other names.
     """
     if path.is_file():
         return [path]
+    if (path / "lora").is_dir():
+        return find(path / "lora")
     for name in (FILE, OLD_FILE, ADAPTER):
         if (path / name).is_file():
             return [path / name]
@@ -125,6 +128,17 @@ def find(path: Path) -> list[Path]:
         names = ", ".join(other.name for other in others[:3])
         raise ValueError(f"{path} holds {len(others)} files that may be a LoRA ({names}); name one of them")
     return others
+
+
+def digest(path: Path) -> str:
+    """Return a SHA-256 of the update that a path names: of its weights, and of peft's configurations beside them."""
+    total = hashlib.sha256()
+    for file in find(path):
+        for part in (file, file.with_name(ADAPTER_CONFIG)):
+            if part == file or (part.is_file() and file.name == ADAPTER):
+                with part.open("rb") as content:
+                    total.update(hashlib.file_digest(content, "sha256").digest())
+    return total.hexdigest()
 
 
 def read(path: Path, layers: Layers) -> Update:
@@ -140,7 +154,7 @@ def read(path: Path, layers: Layers) -> Update:
         )
     update: Update = {}
     for file in files:
-        part = file.parent.name if len(files) > 1 or (file.parent != path and path.is_dir()) else None
+        part = file.parent.name if file.name == ADAPTER and file.parent.name in PREFIXES else None
         for name, pairs in _read_file(file, layers, part).items():
             update.setdefault(name, {}).update(pairs)
     return update

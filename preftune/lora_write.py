@@ -8,7 +8,7 @@ filled up with zeros to one rank, since readers without metadata take the first 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
@@ -21,7 +21,8 @@ from preftune.lora_names import Layers, file_name
 
 Layout = Literal["kohya", "diffusers", "peft"]
 """kohya: one file for AUTOMATIC1111's web UI, ComfyUI and sd-scripts; diffusers: a folder; peft: a folder with one for each part."""
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+KOHYA_FILE = "lora_kohya.safetensors"
+"""Name of kohya's file in a run."""
 
 
 def write_diffusers(folder: Path, update: Update, dtype: torch.dtype = torch.float32) -> None:

@@ -252,5 +252,7 @@ def test_wrong_files(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=words):
             lora.load(tiny.unet(), tmp_path)
     safetensors.torch.save_file({key: torch.zeros(2, 5) for key in layers}, file)
-    with pytest.raises(ValueError, match=r"does not fit this model: unet\S+ has [AB] \(2, 5\).* weight there is \("):
+    with pytest.raises(
+        ValueError, match=r"does not fit this model: unet\S+ has [AB] \(2, 5\).* weight there is \("
+    ):
         lora.load(tiny.unet(), tmp_path)

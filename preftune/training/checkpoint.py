@@ -21,7 +21,7 @@ from preftune import files
 
 _STEP = re.compile(r"step_(\d{6,})")
 _RUN_FILES = (
-    "config.yaml", "metrics.jsonl", "tensorboard", "samples", "lora", "unet", "pipeline", "scorer", "vae",
+    "config.yaml", "metrics.jsonl", "tensorboard", "samples", "lora", "lora_kohya.safetensors", "unet", "pipeline", "scorer", "vae",
     "before_after.png", "reconstructions.png", "accuracy.png",
 )  # fmt: skip
 

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from preftune import families, files
+from preftune import families, files, lora_files
 from preftune.cli import exit_on_user_error
 from preftune.diffusion_loss import captioned_loss
 from preftune.families import Defaults, Family
 from preftune.lora import LoRA
+from preftune.lora_write import KOHYA_FILE, write_kohya
 from preftune.records import CaptionedImage
 from preftune.resolution import Resolution
 from preftune.training import validation
@@ -86,6 +87,7 @@ class Workspace:
         if not run.interrupted:
             if run.is_main:
                 self.write(run.folder)
+                export(self.model, self.family, run.folder)
             if any(
                 validation.read(run.folder, self.name_of(steps, ending)) is None for ending in self.negatives
             ):
@@ -149,6 +151,8 @@ def load_model(
 ) -> tuple[Family, nn.Module]:
     """Return the model on its device in the run's precision, and the denoiser, opened for training."""
     family = families.load(model.model, device, torch.float32, model.vae)
+    if model.lora_start is not None:
+        family.start_from(model.lora_start)
     denoiser = family.trainable(model.tuned(), run.seed)
     if train_text_encoders:
         family.open_text_encoders()
@@ -158,6 +162,13 @@ def load_model(
         vae_checkpointing=model.vae_checkpointing,
     )
     return family.to(device, DTYPES[run.mixed_precision]), denoiser
+
+
+def export(model: ModelConfig, family: Family, folder: Path) -> None:
+    """Write folder/lora in the layout of --export, where one is asked for."""
+    if model.export is not None:
+        layers = family.lora_layers()
+        write_kohya(folder / KOHYA_FILE, lora_files.read(folder / "lora", layers), layers)
 
 
 def load_parts(
@@ -193,8 +204,7 @@ def open(
     """
     with exit_on_user_error():
         defaults = families.check(model.model, model.vae)
-        lora = model.tuned()
-        same = {"lora scale": lora and (lora.alpha or lora.rank) / lora.rank, **(settings or {})}
+        same = {**model.lora_settings(), **(settings or {})}
         run = Run(
             run_config, driver=driver, config_text=config_text, settings=same, driver_files=driver_files
         )
