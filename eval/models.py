@@ -107,7 +107,7 @@ def _tuned(folder: Path, model: Path, where: str) -> Path:
         try:
             loras.read(part, families.lora_layers(model))
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise ValueError(f"{where.removesuffix(str(folder))}{error}") from error
     else:
         check_unet(part, model, where)
     return part

@@ -14,7 +14,6 @@ it. What cannot be taken whole (DoRA, LoHa, LoKr, layers that the model lacks) i
 import hashlib
 import json
 import math
-import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +32,9 @@ OLD_FILE = "pytorch_lora_weights.bin"
 """Their name until 2023, when `unet.save_attn_procs` wrote them."""
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """Names of peft's two files."""
+
+TORCH = (".bin", ".pt", ".pth", ".ckpt")
+"""Endings of torch files."""
 
 Update = dict[str, dict[str, tuple[Tensor, Tensor]]]
 """part -> layer -> (A (rank, in, ...), B (out, rank, ...)), float32: the layer's weight becomes W + B A."""
@@ -215,9 +217,13 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, _Config]]:
 
 def _load_torch(path: Path) -> dict[str, Tensor]:
     """The weights of a torch file, which runs nothing; ValueError where it is none."""
+    if path.suffix not in TORCH:
+        raise ValueError(
+            f"{path} is not a LoRA file; expected one that ends in .safetensors, {', '.join(TORCH)}"
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a damaged file fails anywhere in torch's reader
         first = str(error).split("\n", maxsplit=1)[0]
         raise ValueError(f"{path} is damaged, or holds more than weights: {first}") from error
     if not isinstance(state, dict) or not all(

@@ -7,19 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from peft import PeftModel
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import record_trajectories as recorded
 import tiny
+from eval import grid
 from eval.models import parse_column
 from preftune import cli, export_lora, families, lora_files, lora_names
 from preftune.families import Family
+from preftune.sampling import Sampling, sample
 
 PROMPTS = ["a red circle", "two cats"]
 BUILD = {"sd": tiny.pipeline_folder, "sdxl": tiny.pipeline_xl_folder}
@@ -569,3 +573,35 @@ def test_export_for_the_web_uis(
         with pytest.raises(SystemExit):
             cli.parse(export_lora.Config, argv)
         assert "is there already; choose another name" in capsys.readouterr().err
+
+
+def test_a_column_of_the_grid_is_drawn_with_the_whole_file(
+    models: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """Text encoder and negative prompt included, and nothing of it is left in the column after."""
+    state, added = kohya_file(families.load(models["sd"]))
+    save_file(state, tmp_path / "my@style.safetensors")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    argv = [
+        "--model",
+        str(models["sd"]),
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--num-inference-steps",
+        "2",
+    ]
+    argv += ["--solver", "ddim", "--negative", "ugly", "--output-dir", str(tmp_path / "grid"), "--rewards"]
+    argv += ["--columns", "base=", f"style={tmp_path / 'my@style.safetensors'}", "again="]
+    assert grid.main(cli.parse(grid.Config, argv)) == 0
+    drawn = {
+        title: [
+            np.asarray(Image.open(tmp_path / "grid" / "images" / title / f"000{i}.png")) / 255
+            for i in range(2)
+        ]
+        for title in ("base", "style", "again")
+    }
+    assert np.array_equal(drawn["base"], drawn["again"])
+    sampling = Sampling(num_inference_steps=2, solver="ddim")
+    (expected,) = sample(changed(models["sd"], added), PROMPTS, [0, 1], sampling, negative="ugly")
+    assert np.abs(np.stack(drawn["style"]) - expected.permute(0, 2, 3, 1).numpy()).max() < 0.6 / 255
+    assert np.abs(np.stack(drawn["style"]) - drawn["base"]).max() > 2 / 255
