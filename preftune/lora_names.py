@@ -9,10 +9,9 @@ What the programs that read kohya's layout look for, from their public sources:
 - kohya's sd-scripts (networks/lora.py): the path with _ for every dot, after lora_unet_, lora_te_ (Stable Diffusion), lora_te1_ or
   lora_te2_ (SDXL). Its SDXL UNet has the names of the original release, lora_unet_input_blocks_4_1_...
   (library/sdxl_model_util.py), its Stable Diffusion UNet those of diffusers, lora_unet_down_blocks_1_attentions_0_...
-- AUTOMATIC1111's web UI (extensions-builtin/Lora): looks a name up as it is, with the original release's names, then
-  translates diffusers' names to those. It finds the wrong layer for the first upsampler of an SDXL UNet in
-  diffusers' names, therefore SDXL is written in the original's. Of metadata it reads ss_base_model_version and ss_v2, to hide
-  what is not for the loaded model.
+- AUTOMATIC1111's web UI (extensions-builtin/Lora): translates diffusers' names to those of the original release, and looks up
+  what is already the original's. It misses the first upsampler of an SDXL UNet in diffusers' names, therefore SDXL is
+  written in the original's. Of metadata it reads ss_base_model_version and ss_v2, to hide what is not for the loaded model.
 - ComfyUI (comfy/lora.py): a table with both kinds of names for every layer; lora_te_ and lora_te1_ are the same to it.
 - All three scale an update by alpha / rank, and without an alpha by 1; none reads a scale from the metadata.
 """

@@ -4,7 +4,6 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +17,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 # The tests run in a process for each core; more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests may take as long as they need."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(0))
 
 
 @pytest.fixture
@@ -67,14 +73,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The recorded CLIPs and their vocabulary, and the layers of the aesthetic predictor on one of them."""
-    from golden_weights import CLIP_NAMES, write_aesthetic, write_clip, write_clip_vocab
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recorded CLIPs, and the layers of the aesthetic predictor on one of them."""
+    from golden_weights import CLIP_NAMES, write_aesthetic, write_clip
 
     folder = tmp_path_factory.mktemp("clips")
-    with pytest.MonkeyPatch.context() as patch:
-        write_clip_vocab(folder, patch)
-        for name in CLIP_NAMES:
-            write_clip(name, folder)
-        write_aesthetic(folder)
-        yield folder
+    for name in CLIP_NAMES:
+        write_clip(name, folder)
+    write_aesthetic(folder)
+    return folder

@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from transformers import PreTrainedModel
 
 from preftune import lora as loras
-from preftune.families import configs, vp
+from preftune.families import configs, vp, weights
 from preftune.families.base import Cond, Defaults
 from preftune.lora_files import Update
 from preftune.lora_names import Layers, layers_of
@@ -196,8 +196,11 @@ def load_tuned(parts: Mapping[str, nn.Module], folder: Path, weight: float) -> b
     if weight != 1:
         raise ValueError(f"{folder} is a whole UNet, which has no weight {weight}; only a LoRA has one")
     configs.read_model(folder, "UNet2DConditionModel")
+    found = weights.find(folder, "diffusers")
     loras.unload(*parts.values())
-    state = UNet2DConditionModel.from_pretrained(folder, local_files_only=True).state_dict()
+    state = UNet2DConditionModel.from_pretrained(
+        folder, variant=found.variant, use_safetensors=found.safetensors, local_files_only=True
+    ).state_dict()
     here = unet.state_dict()
     wrong = [name for name in here.keys() | state.keys() if not _same_shape(here, state, name)]
     if wrong:
