@@ -11,12 +11,14 @@ included; what cannot be taken whole is refused. Hardware: none; the model's wei
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+import tyro
 
 from preftune import families, lora_files
 from preftune.cli import exit_on_user_error, parse
+from preftune.families import Pretrained
 from preftune.lora_write import Layout, write_diffusers, write_kohya, write_peft
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -28,8 +30,8 @@ class Config:
 
     lora: Path
     """LoRA file, or a folder or run with one."""
-    model: Path
-    """Pipeline folder in diffusers' format that it was trained on."""
+    model: Annotated[Pretrained, tyro.conf.arg(name="")]
+    """The model that it was trained on."""
     output: Path
     """What is written: a .safetensors file for kohya, a folder for diffusers and peft; it must not be there yet."""
     layout: Layout = "kohya"
@@ -47,7 +49,7 @@ class Config:
 def main(config: Config) -> int:
     """Read, check and write."""
     with exit_on_user_error():
-        layers = families.lora_layers(config.model)
+        layers = families.lora_layers(config.model.source())
         update = lora_files.read(config.lora, layers)
         dtype = DTYPES[config.precision]
         if config.layout == "kohya":

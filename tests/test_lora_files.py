@@ -131,6 +131,8 @@ def kohya_file(family: Family, rank_step: int = 3) -> tuple[dict[str, Tensor], d
         else:
             down = random(rank, *shape[1:], seed=2 * index + 1)
             change = (up.flatten(1) @ down.flatten(1)).reshape(shape)
+        if layer.endswith("proj_in"):  # as convolutions, also where the layer is linear
+            up, down = up.reshape(*up.shape[:2], 1, 1), down.reshape(*down.shape[:2], 1, 1)
         state |= {
             f"{name}.lora_up.weight": up,
             f"{name}.lora_down.weight": down,
@@ -545,6 +547,13 @@ def test_names_of_the_real_sdxl() -> None:
         "up_blocks.0.attentions.2.proj_out": "output_blocks.2.1.proj_out",
     }
     assert lora_names.original_names(expected) == expected
+    layers = lora_names.Layers(
+        {"unet": dict.fromkeys(expected, (4, 4)), "text_encoder": {}, "text_encoder_2": {}}
+    )
+    names, table = layers.kohya_names(), layers.by_flat_name()
+    for layer, other in expected.items():  # read are both kinds of names, written is the original's
+        assert names["unet", layer] == f"lora_unet_{other.replace('.', '_')}"
+        assert table["unet", layer.replace(".", "_")] == table["unet", other.replace(".", "_")] == layer
 
 
 def test_export_for_the_web_uis(
