@@ -20,6 +20,7 @@ from preftune import families, lora_files
 from preftune.cli import exit_on_user_error, parse
 from preftune.families import Pretrained
 from preftune.lora_write import Layout, write_diffusers, write_kohya, write_peft
+from preftune.printable import show
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -59,7 +60,7 @@ def main(config: Config) -> int:
         else:
             write_peft(config.output, update, dtype)
     counts = ", ".join(f"{len(pairs)} layers of {part}" for part, pairs in update.items())
-    print(f"{config.output}: {counts}")  # noqa: T201
+    show(f"{config.output}: {counts}")
     return 0
 
 

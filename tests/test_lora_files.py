@@ -507,6 +507,7 @@ def test_a_start_is_checked_before_anything_loads_and_a_resume_keeps_it(
     save_file(state, tmp_path / "start.safetensors")
     save_file({**state, "stray": A}, tmp_path / "bad.safetensors")
     save_file({name: 2 * value for name, value in state.items()}, tmp_path / "other.safetensors")
+    save_file(state, tmp_path / "moved.safetensors")
     command = recorded.arguments("weird_lora", root, tmp_path / "run")
     assert command[-2] == "--output-dir"
     resumed = ["--resume-from-checkpoint", "latest"]
@@ -519,8 +520,15 @@ def test_a_start_is_checked_before_anything_loads_and_a_resume_keeps_it(
             "also updates text_encoder",
         ),
         (["--train", "full", "--lora.rank", "32", "--export", "kohya"], "--export kohya writes a LoRA"),
-        ([*resumed, "--lora-start", str(tmp_path / "other.safetensors")], "cannot resume .*: lora start was"),
-        (resumed, "cannot resume .*: lora start was .*, is absent"),
+        (
+            [*resumed, "--lora-start", str(tmp_path / "other.safetensors")],
+            "cannot resume .*: --lora-start was .*start.safetensors, is .*other.safetensors",
+        ),
+        (
+            [*resumed, "--lora-start", str(tmp_path / "moved.safetensors"), "--max-train-steps", "2"],
+            "--max-train-steps 2 is less",
+        ),
+        (resumed, "cannot resume .*: --lora-start was .*, is None"),
         (
             [*resumed, "--lora.alpha", "8", "--lora-start", str(tmp_path / "start.safetensors")],
             "lora scale was 1.0, is 2.0",

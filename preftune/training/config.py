@@ -16,6 +16,7 @@ from preftune.lora import LoRA
 from preftune.prompts import read_prompts
 from preftune.resolution import Resolution
 from preftune.sampling import Sampling
+from preftune.scorer_flags import Files, Weighted
 from rewards.mix import Normalization, parse_files, parse_weights, units
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -62,10 +63,7 @@ class ModelConfig:
     def lora_settings(self) -> dict[str, object]:
         """Return what of the LoRA a resume must not change, besides the shapes of its weights."""
         lora = self.tuned()
-        scale: dict[str, object] = {"lora scale": lora and (lora.alpha or lora.rank) / lora.rank}
-        return (
-            scale if self.lora_start is None else {**scale, "lora start": lora_files.digest(self.lora_start)}
-        )
+        return {"lora scale": lora and (lora.alpha or lora.rank) / lora.rank}
 
     def check(self, lora: LoRA | None = None) -> Defaults:
         """Return the model's defaults, in milliseconds; ValueError for what is no pipeline folder of a known family.
@@ -103,10 +101,8 @@ class ModelConfig:
 class RewardConfig:
     """Scorers, their weights, and how their scores become one reward."""
 
-    rewards: tuple[str, ...] = ()
-    """Scorers with weights, as imagereward=1.0; `python -m rewards` lists them."""
-    reward_files: tuple[str, ...] = ()
-    """Local weights of scorers, as imagereward=PATH; default: this repository or the Hugging Face cache."""
+    rewards: Weighted = ()
+    reward_files: Files = ()
     reward_normalization: Normalization = "none"
     """none = raw scores; card, dataset = scale each scorer to mean 0 and standard deviation 1."""
     reward_stats: Path | None = None
