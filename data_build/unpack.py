@@ -134,7 +134,7 @@ def main(config: Config) -> None:
                 )
     written = counts.pop("")
     reasons = "".join(f"; {number} {reason}" for reason, number in sorted(counts.items()))
-    print(f"{written} written, {counts.total()} left out{reasons}\n{config.output_dir}")  # noqa: T201
+    show(f"{written} written, {counts.total()} left out{reasons}\n{config.output_dir}")
 
 
 if __name__ == "__main__":
