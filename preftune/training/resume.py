@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from preftune.training import checkpoint, inputs, metrics
@@ -56,7 +57,7 @@ _SAY_NOTHING = frozenset(
 """Flags that change nothing, or that something else in the comparison covers."""
 
 
-def identity(config_text: str, settings: Mapping[str, object]) -> dict[str, Any]:
+def identity(config_text: str, settings: Mapping[str, object], processes: int = 1) -> dict[str, Any]:
     """Return what makes a run, as JSON has it; `config_text` is the YAML that replays its configuration."""
     try:
         rows = yaml.safe_load(config_text)
@@ -72,9 +73,9 @@ def identity(config_text: str, settings: Mapping[str, object]) -> dict[str, Any]
     digests = inputs.digests(flags)
     if flags.get("rewards"):
         flags["rewards"] = parse_weights(flags["rewards"])
-    found: dict[str, Any] = json.loads(
-        json.dumps({"settings": dict(settings), "flags": flags, "digests": digests})
-    )
+    around = {"processes": processes, "torch": torch.__version__}
+    run = {"settings": dict(settings), "flags": flags, "digests": digests, "around": around}
+    found: dict[str, Any] = json.loads(json.dumps(run))
     return found
 
 
@@ -142,6 +143,9 @@ def compare(source: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> st
         ):
             what = name if name.startswith("scorer ") else f"--{_flag(name)} {now['flags'][name]}"
             refused.append(f"{what} is not what it was: its content has changed")
+    for name, before in then["around"].items():
+        if before != now["around"].get(name):
+            allowed.append(f"{name} {now['around'].get(name)} (was {before})")
     if refused:
         raise _refusal(source, sorted(refused))
     return ", ".join(sorted(allowed))
