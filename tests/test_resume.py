@@ -108,7 +108,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     said = capsys.readouterr().err
     assert "warning: " in said
     assert words in said
-    assert "going on from step_000002" in said
+    assert "set aside as step_000004.damaged, going on from step_000002" in said
     assert_same_run(straight, output, 6)
     (aside,) = [path.name for path in output.iterdir() if path.name.startswith("step_000004.")]
     assert aside == "step_000004.damaged"

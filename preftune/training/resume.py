@@ -108,11 +108,15 @@ def find_start(config: RunConfig, now: Mapping[str, Any]) -> Start:
                 f"--max-train-steps {config.max_train_steps} is less than the {done} updates that {source} has; give {done} or"
                 " more, or resume from an earlier checkpoint"
             )
-        said = [f"warning: {fault}; going on from {source.name}" for fault in faults]
+        said = [
+            f"warning: {fault}; set aside as {path.name}.damaged, going on from {source.name}"
+            for fault, path in zip(faults, damaged, strict=True)
+        ]
         if changed:
             said.append(f"going on from {source} with {changed}")
         if source.resolve().parent == output.resolve():
-            said += filter(None, [metrics.check(output, notes["metrics"], source)])
+            gone = metrics.check(output, notes["metrics"], source)
+            said += [f"warning: {gone}"] if gone else []
         return Start(source=source, damaged=tuple(damaged), said=tuple(said))
     if faults:
         earlier = [path for path in checkpoint.find_checkpoints(output, damaged=True) if path not in damaged]
@@ -121,7 +125,7 @@ def find_start(config: RunConfig, now: Mapping[str, Any]) -> Start:
             f"cannot resume: {'; '.join(faults)}; use {offer}start anew with --overwrite-output-dir or another --output-dir"
         )
     begun = (output / metrics.FILE).exists()
-    return Start(said=(f"{output} has no checkpoint: the run begins anew",) if begun else ())
+    return Start(said=(f"warning: {output} has no checkpoint: the run begins anew",) if begun else ())
 
 
 def compare(source: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
