@@ -5,16 +5,20 @@ import importlib
 import json
 import random
 import shutil
+import signal
 import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+from PIL import Image
 
 import record_trajectories as recorded
+from finetune import reward_model
 from preftune import manifest
-from preftune.training import checkpoint, inputs, metrics, resume
+from preftune.images import save_image
+from preftune.training import checkpoint, inputs, metrics, resume, validation
 from preftune.training.folder import Start
 from preftune.training.folder import clear as clear_folder
 from test_run import assert_same_run, rows, run_config, train
@@ -327,3 +331,89 @@ def test_manifest_by_hand(tmp_path: Path) -> None:
     }
     (tmp_path / "more").write_text("beside")
     assert manifest.verify(tmp_path) == found
+
+
+# What belongs to a run besides its checkpoints
+
+
+def moment(run: Path, name: str, proxy: list[float], made_by: str = "one") -> None:
+    folder = run / "samples" / name
+    for index in range(len(proxy)):
+        save_image(Image.new("RGB", (32, 32)), folder / f"{index:04d}.png")
+    scores = {"prompts": ["a cat"] * len(proxy), "proxy": proxy, "gold": None, "run": made_by}
+    (folder / "scores.json").write_text(json.dumps(scores))
+    manifest.write(folder)
+
+
+def test_only_the_same_scorers_and_prompts_are_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moments = {"before": "step_000000", "after": "step_000002"}
+    moment(tmp_path, "step_000000", [0.0, 1.0])
+    moment(tmp_path, "step_000002", [1.0, 2.0])
+    validation.write_comparison(tmp_path, moments)
+    assert "proxy before 0.500 -> after 1.500" in capsys.readouterr().out
+    (tmp_path / "before_after.png").unlink()
+    moment(tmp_path, "step_000002", [1.0, 2.0], made_by="other")
+    validation.write_comparison(tmp_path, moments)
+    assert (
+        "no comparison of before and after: the settings, inputs or scorers differ" in capsys.readouterr().out
+    )
+    moment(tmp_path, "step_000002", [1.0, 2.0])
+    flip(tmp_path / "samples" / "step_000000" / "0001.png", random.Random(2))
+    validation.write_comparison(tmp_path, moments)
+    said = capsys.readouterr().out
+    assert "no comparison of before and after: samples/step_000000 is not there or damaged" in said
+    assert not (tmp_path / "before_after.png").exists()
+
+
+@pytest.mark.usefixtures("cpu")
+def test_a_stopped_scorer_training_validates_and_keeps_what_a_straight_one_does(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither an accuracy out of turn after SIGTERM, nor the scorer of a killed run that was later than its checkpoint."""
+
+    def argv(name: str) -> list[str]:
+        few = ["--checkpointing-steps", "0", "--validation-steps", "2"]
+        return [*recorded.arguments("reward_model", root, tmp_path / name), *few]
+
+    recorded.train("reward_model", argv("straight"))
+    whole = reward_model.total_before
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            reward_model, "total_before", lambda *args: (signal.raise_signal(signal.SIGTERM), whole(*args))[1]
+        )
+        assert recorded.train("reward_model", argv("stopped")) == 128 + signal.SIGTERM
+    assert "validation_accuracy" not in rows(tmp_path / "stopped")[-1]
+    assert recorded.train("reward_model", [*argv("stopped"), "--resume-from-checkpoint", "latest"]) == 0
+    assert rows(tmp_path / "stopped") == rows(tmp_path / "straight")
+    names = [path.name for path in (tmp_path / "straight" / "scorer").iterdir()]
+    assert names
+    shutil.copytree(tmp_path / "straight", tmp_path / "killed")
+    flip(tmp_path / "killed" / "scorer" / "model.safetensors", random.Random(3))
+    recorded.train("reward_model", [*argv("killed"), "--resume-from-checkpoint", "latest"])
+    for name in names:
+        content = (tmp_path / "straight" / "scorer" / name).read_bytes()
+        assert (tmp_path / "stopped" / "scorer" / name).read_bytes() == content
+        assert (tmp_path / "killed" / "scorer" / name).read_bytes() == content
+
+
+@pytest.mark.usefixtures("cpu")
+def test_a_damaged_data_set_of_raft_is_named_or_generated_again(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--validation-prompts", str(root / "prompts.txt"), "--num-validation-prompts", "1"]
+    argv = [*recorded.arguments("raft", root, tmp_path), *few]
+    recorded.train("raft", argv)
+    image = tmp_path / "iteration_01" / "000001.png"
+    sound = image.read_bytes()
+    for updates in (2, 3):
+        shutil.rmtree(tmp_path / f"step_{updates:06d}")
+    flip(image, random.Random(0))
+    with pytest.raises(SystemExit) as stop:
+        recorded.train("raft", [*argv, "--resume-from-checkpoint", "latest"])
+    assert stop.value.code == 2
+    assert "000001.png is damaged" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "step_000001")  # now it goes on from the weights that generated the data set
+    recorded.train("raft", [*argv, "--resume-from-checkpoint", "latest"])
+    assert image.read_bytes() == sound
