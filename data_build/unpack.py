@@ -29,6 +29,7 @@ from data_build.decode import Entry, ImageEntry, Rejected, UnusableError, decode
 from data_build.readers import DataSet, entries, find_data_set, read_bytes, survey
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import replacing
+from preftune.printable import show
 from preftune.records import write_jsonl
 
 SUFFIX_OF = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}
