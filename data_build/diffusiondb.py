@@ -168,6 +168,7 @@ def check_inputs(config: Config) -> Job | None:
     check_all([config.scorer], files, download=False)
     data = find_parts(config.data)
     digest, total = survey(data)
+    scoring.check_judge([config.scorer], data)
     filters = asdict(config.filters)
     if config.filters.metadata is not None:
         filters["metadata"] = sha256_of(config.filters.metadata)

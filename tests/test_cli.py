@@ -381,9 +381,9 @@ def test_a_short_name_is_not_guessed(capsys: pytest.CaptureFixture[str]) -> None
     from finetune import refl
 
     parsed = cli.parse(
-        refl.Config, ["--model", "x", "--prompts", "x", "--pretraining", "off", "--num-inference-steps", "35"]
+        refl.Config, ["--model", "x", "--prompts", "x", "--pretraining", "off", "--num-inference-steps", "45"]
     )
-    assert (parsed.num_inference_steps, parsed.validation.sample.num_inference_steps) == (35, None)
+    assert (parsed.num_inference_steps, parsed.validation.sample.num_inference_steps) == (45, None)
     assert "unknown flag --batch-size" in refused(capsys, ["--batch-size", "2"], refl.Config)
 
 
