@@ -113,7 +113,7 @@ def main(config: Config) -> int:
     for step in run.steps():
         for micro_batch in run.passes():
             indices = run.image_indices(step, micro_batch)
-            generators = [run.generator(i) for i in indices]
+            generators = list(map(run.generator, indices))
             rows = items_at(range(len(samples)), indices, config.run.seed)
             texts = captions(samples, rows, generators, config.caption_dropout)
             with run.accumulate():
