@@ -103,11 +103,7 @@ def main(config: Config) -> int:
     if config.cache_latents:
         latents = partial(cached, encode_all(family, samples, resolution), run.device)
     show = partial(validate_at, family, prompts, config.validation.sample.at(resolution), run)
-
-    def write(folder: Path) -> None:
-        with run.ema_weights():
-            save(family, config, folder)
-
+    write = partial(save, family, config, run)
     if missed(run, [f"step_{run.start:06d}"]):
         show(run.start - 1)
     for step in run.steps():
@@ -185,10 +181,10 @@ def encode_all(
     return torch.cat(latents), framings
 
 
-def save(family: Family, config: Config, folder: Path) -> None:
+def save(family: Family, config: Config, run: Run, folder: Path) -> None:
     """Write `folder/lora`, or where all weights are trained the whole pipeline as `folder/pipeline`."""
     lora = config.model.tuned()
-    with files.replacing(folder / ("pipeline" if lora is None else "lora")) as place:
+    with run.ema_weights(), files.replacing(folder / ("pipeline" if lora is None else "lora")) as place:
         if lora is None:
             family.save_pipeline(place)
         else:
