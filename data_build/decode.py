@@ -10,6 +10,7 @@ import lzma
 import math
 import os
 import struct
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from preftune import images
 from rewards.input_files import check_regular
@@ -45,7 +46,7 @@ _END, _END64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q")
 
 BROKEN = (  # what reading a file, archive or table can raise
     OSError, EOFError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
-    struct.error, pyarrow.ArrowException,
+    struct.error, pyarrow.ArrowException, tarfile.TarError,
 )  # fmt: skip
 
 
@@ -64,6 +65,8 @@ class ImageEntry:
     """In DiffusionDB its seed, guidance scale, number of steps and sampler; None where that is not known."""
     size: tuple[int, int] | None = None
     """Width and height, once it is decoded."""
+    turned: bool = False
+    """Whether it was turned as its EXIF data say, once it is decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +130,13 @@ def or_unusable(reason: Reason) -> Iterator[None]:
         yield
     except BROKEN as error:
         raise UnusableError(reason, error) from error
+
+
+def upright(image: Image.Image) -> tuple[Image.Image, bool]:
+    """Return an image turned as its EXIF data say, and whether that differs from how it is stored."""
+    with or_unusable("undecodable"):
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+        return (ImageOps.exif_transpose(image) if turned else image), turned
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:

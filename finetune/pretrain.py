@@ -30,6 +30,7 @@ from preftune.diffusion_loss import diffusion_loss
 from preftune.families import Family
 from preftune.image_folders import Columns
 from preftune.images import load_with_framing
+from preftune.one_writer import one_writer
 from preftune.order import items_at
 from preftune.records import CaptionedImage
 from preftune.resolution import Framing, Resolution
@@ -83,6 +84,7 @@ class TextToImage(nn.Module):
         return family.predict(x, t, family.encode(prompts, framings=framings)).output
 
 
+@one_writer
 def main(config: Config) -> int:
     """Train, save and sample."""
     with exit_on_user_error():
@@ -99,9 +101,11 @@ def main(config: Config) -> int:
     if run.is_main:
         data.write_report(run.folder, skipped)
     resolution = config.model.size(defaults)
-    latents = partial(encode, family, samples, resolution=resolution)
-    if config.cache_latents:
-        latents = partial(cached, encode_all(family, samples, resolution), run.device)
+    latents = (
+        partial(cached, encode_all(family, samples, resolution), run.device)
+        if config.cache_latents
+        else partial(encode, family, samples, resolution=resolution)
+    )
     show = partial(validate_at, family, prompts, config.validation.sample.at(resolution), run)
     write = partial(save, family, config, run)
     if missed(run, [f"step_{run.start:06d}"]):

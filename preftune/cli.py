@@ -28,6 +28,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import tyro
 import yaml
 
+from preftune import disk
 from preftune.flags import ALIASES, ELSEWHERE, ONE_VALUE
 from preftune.printable import printable
 from rewards.input_files import read_text
@@ -76,6 +77,8 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in disk.WORDS:
+            raise  # a write that failed: preftune/one_writer.py says so
         _fail(str(error))
 
 
@@ -215,9 +218,22 @@ def _with_aliases(typed: list[str], leaves: dict[str, _Leaf]) -> list[str]:
     written = []
     for token in typed:
         name, equals, value = token.partition("=")
-        alias = ALIASES.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
-        written.append(f"{_flag(alias)}{equals}{value}" if alias in leaves and alias else token)
+        alias = _alias(name.removeprefix("--").replace("-", "_"), leaves) if name.startswith("--") else None
+        written.append(f"{_flag(alias)}{equals}{value}" if alias else token)
     return written
+
+
+def _alias(name: str, leaves: dict[str, _Leaf]) -> str | None:
+    """The name here of another script's flag, or of one of --sample that is written without it; None for all others.
+
+    --guidance-scale is --sample.guidance-scale where no other flag could be meant: none ends in these words.
+    """
+    if name in leaves:
+        return None
+    if ALIASES.get(name) in leaves:
+        return ALIASES[name]
+    ends = [leaf for leaf in leaves if leaf.replace(".", "_").endswith(f"_{name}")]
+    return f"sample.{name}" if ends == [f"sample.{name}"] else None
 
 
 def _read_yaml(file: Path, leaves: dict[str, _Leaf]) -> dict[str, tuple[int, list[str]]]:
@@ -254,7 +270,7 @@ def _flatten(
         if not isinstance(key, yaml.ScalarNode):  # printed, an alias would grow at each level
             raise ValueError(f"{file} line {line}: a key must be a name, not a list or a mapping")
         name = prefix + str(key.value).replace("-", "_")
-        name = ALIASES[name] if name not in leaves and ALIASES.get(name) in leaves else name
+        name = _alias(name, leaves) or name
         members = [leaf for leaf in leaves if leaf.startswith(f"{name}.")]
         if name in leaves:
             yield name, line, node

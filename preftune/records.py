@@ -9,7 +9,7 @@ names of the ImageReward data.
 import functools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -81,25 +81,21 @@ def read_captioned(folder: Path, columns: Columns) -> tuple[list[CaptionedImage]
     if found is None:
         raise no_captions(folder)
     samples, skipped = list[CaptionedImage](), list[Skipped]()
+    columns = columns if found.table is not None else Columns()  # files beside images have no columns
     for place, row in captioned_rows(found, columns):
         try:
             if isinstance(row, ValueError):
                 raise row
-            image_field, caption_field = fields_of(row, columns, place)
-            path = image_of(found, field(row, image_field, str, place), place)
-            text = caption_of(row, caption_field, place)
+            image, caption = image_field(row, columns, place), caption_field(row, columns, place)
+            path = image_of(found, field(row, image, str, place), place)
+            text = caption_of(row, caption, place)
         except ValueError as error:
             skipped.append(Skipped(place=place, reason=str(error)))
             continue
-        extra = {key: value for key, value in row.items() if key not in (image_field, caption_field)}
+        extra = {key: value for key, value in row.items() if key not in (image, caption)}
         samples.append(CaptionedImage(path=found.root / path, text=text, extra=extra, place=place))
     if not samples:
-        first = (
-            f"; none of {counted(len(skipped), 'row')} can be used, the first: {skipped[0].reason}"
-            if skipped
-            else ""
-        )
-        raise ValueError(f"{found.source} holds no samples{first}")
+        raise ValueError(f"{found.source} holds no samples{_none_usable(skipped)}")
     return samples, skipped
 
 
@@ -120,21 +116,22 @@ def captioned_rows(
                 yield place, error
 
 
-def fields_of(row: Mapping[str, Any], columns: Columns, place: str) -> tuple[str, str]:
-    """The names of the fields of a row that hold the image's file name and its caption; ValueError where one is missing."""
-    found = []
-    for named, known, flag in (
-        (columns.image_column, IMAGE_FIELDS, "--image-column"), (columns.caption_column, FIELDS, "--caption-column"),
-    ):  # fmt: skip
-        name = named if named in row else None if named is not None else find_field(row, known)
-        if name is None:
-            missing = named if named is not None else known[0]
-            other = "" if named is not None else f" or {', '.join(known[1:])}"
-            raise ValueError(
-                f"{place} has no {missing}{other}; {flag} names one of {', '.join(row) or 'its columns'}"
-            )
-        found.append(name)
-    return found[0], found[1]
+def image_field(row: Mapping[str, Any], columns: Columns, place: str) -> str:
+    """The name of the field of a row that holds the image's file name; ValueError where it is missing."""
+    return _field_of(row, columns.image_column, IMAGE_FIELDS, "--image-column", place)
+
+
+def caption_field(row: Mapping[str, Any], columns: Columns, place: str) -> str:
+    """The name of the field of a row that holds the caption; ValueError where it is missing."""
+    return _field_of(row, columns.caption_column, FIELDS, "--caption-column", place)
+
+
+def _field_of(row: Mapping[str, Any], named: str | None, known: Sequence[str], flag: str, place: str) -> str:
+    found = find_field(row, known) if named is None else named if named in row else None
+    if found is None:
+        wanted = named if named is not None else f"{', '.join(known[:-1])} or {known[-1]}"
+        raise ValueError(f"{place} has no {wanted}; {flag} names one of {', '.join(row) or 'its columns'}")
+    return found
 
 
 def image_of(folder: ImageFolder, name: str, place: str) -> str:
@@ -148,24 +145,55 @@ def image_of(folder: ImageFolder, name: str, place: str) -> str:
 
 def caption_of(row: Mapping[str, Any], name: str, place: str) -> str:
     """The caption of a row; ValueError where it is none."""
-    text = row[name]
-    if text is None or (isinstance(text, float) and text != text):  # pandas writes NaN for an empty cell
+    if is_empty(row[name]):
         raise ValueError(f"{place}: {name} is empty")
     return text_field(row, name, place)
 
 
+def is_empty(value: object) -> bool:
+    """Whether a cell of a table is empty: None, or NaN, which pandas writes."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
 def read_rankings(folder: Path) -> list[Ranking]:
-    """The rankings of folder/rankings.jsonl, in its order. Raises ValueError that names the line."""
-    rankings = []
+    """The rankings of folder/rankings.jsonl, in its order; rows that cannot be used are left out and said.
+
+    Raises ValueError where no row can be used, with the reason of the first.
+    """
+    rankings, skipped = read_usable_rankings(folder)
+    if skipped:
+        say(f"{folder}: {counted(len(skipped), 'ranking')} left out; the first: {skipped[0].reason}")
+    return rankings
+
+
+def read_usable_rankings(folder: Path) -> tuple[list[Ranking], list[Skipped]]:
+    """The rankings of folder/rankings.jsonl, in its order, and the rows that cannot be used; no image is opened.
+
+    Raises ValueError as `read_rankings`.
+    """
+    rankings, skipped = list[Ranking](), list[Skipped]()
     known: dict[str, Path] = {}  # several annotators name the same images
-    for place, row in _objects(folder / "rankings.jsonl"):
-        prompt, names, ranks, source, weight = ranking_fields(row, place)
-        known |= {name: inside(folder, name, place) for name in names if name not in known}
+    path = folder / "rankings.jsonl"
+    for place, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            prompt, names, ranks, source, weight = ranking_fields(parse_object(line, place), place)
+            known |= {name: inside(folder, name, place) for name in names if name not in known}
+        except ValueError as error:
+            skipped.append(Skipped(place=place, reason=str(error)))
+            continue
         paths = tuple(known[name] for name in names)
         rankings.append(Ranking(prompt=prompt, paths=paths, ranks=ranks, source=source, weight=weight))
     if not rankings:
-        raise ValueError(f"{folder / 'rankings.jsonl'} holds no rankings")
-    return rankings
+        raise ValueError(f"{path} holds no rankings{_none_usable(skipped)}")
+    return rankings, skipped
+
+
+def _none_usable(skipped: Sequence[Skipped]) -> str:
+    if not skipped:
+        return ""
+    return f"; none of {counted(len(skipped), 'row')} can be used, the first: {skipped[0].reason}"
 
 
 def ranking_fields(row: dict[str, Any], place: str) -> tuple[str, list[str], tuple[int, ...], str, float]:

@@ -1,5 +1,6 @@
 """The command line: a YAML file is a list of flags written down, and the last one wins."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import tyro
 
 from preftune import cli
+from preftune.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,6 +363,40 @@ def test_flags_of_other_scripts_get_a_sentence(
     from finetune import refl
 
     assert words in refused(capsys, [flag], refl.Config)
+
+
+@pytest.mark.parametrize("program", ["eval.grid", "eval.compare_methods", "data_build.generate"])
+def test_flags_of_sampling_have_one_name_in_all_programs(program: str) -> None:
+    """--sample.guidance-scale as in training; without --sample where nothing else could be meant."""
+    module = importlib.import_module(program)
+    flags = {"--methods": ["a=finetune/refl.py"]} if program == "eval.compare_methods" else {}
+    if program == "data_build.generate":
+        flags = {"--model": ["x"], "--prompts": ["x"], "--output-dir": ["x"]}
+    given = [word for flag, values in flags.items() for word in (flag, *values)]
+    values = {
+        "guidance-scale": "3",
+        "num-inference-steps": "4",
+        "solver": "ddim",
+        "resolution": "64",
+        "batch-size": "5",
+    }
+    long = cli.parse(module.Config, [*given, *(f"--sample.{name}={value}" for name, value in values.items())])
+    short = cli.parse(
+        module.Config, [*given, *(word for name, value in values.items() for word in (f"--{name}", value))]
+    )
+    assert short.sample == long.sample != Sampling()
+    assert cli.parse(module.Config, given).sample == Sampling()
+
+
+def test_a_short_name_is_not_guessed(capsys: pytest.CaptureFixture[str]) -> None:
+    """refl has its own steps, and --batch-size could be that of training."""
+    from finetune import refl
+
+    parsed = cli.parse(
+        refl.Config, ["--model", "x", "--prompts", "x", "--pretraining", "off", "--num-inference-steps", "35"]
+    )
+    assert (parsed.num_inference_steps, parsed.validation.sample.num_inference_steps) == (35, None)
+    assert "unknown flag --batch-size" in refused(capsys, ["--batch-size", "2"], refl.Config)
 
 
 def test_every_flag_that_is_named_as_a_remedy_exists() -> None:
