@@ -543,6 +543,20 @@ def test_a_start_is_checked_before_anything_loads_and_a_resume_keeps_it(
         assert re.search(words, capsys.readouterr().err.splitlines()[-1])
 
 
+@pytest.mark.usefixtures("cpu")
+def test_pretraining_exports_what_it_saves(root: Path, tmp_path: Path) -> None:
+    argv = recorded.arguments("pretrain", root, tmp_path / "run")
+    argv += ["--no-train-text-encoder", "--train", "lora", "--export", "kohya", "--ema-decay", "0.5"]
+    assert recorded.train("pretrain", argv) == 0
+    layers = families.lora_layers(root / "pipeline")
+    ours = lora_files.read(tmp_path / "run" / "lora", layers)["unet"]
+    theirs = lora_files.read(tmp_path / "run" / "lora_kohya.safetensors", layers)["unet"]
+    assert ours.keys() == theirs.keys()
+    for layer, pair in ours.items():
+        torch.testing.assert_close(theirs[layer], pair, atol=0, rtol=0)
+    assert any(b.abs().max() > 0 for _, b in ours.values())
+
+
 def test_names_of_the_real_sdxl() -> None:
     """Names as sd-scripts writes them, of SDXL's own layers."""
     expected = {

@@ -31,6 +31,7 @@ from preftune.training.run import Run
 from preftune.training.run_config import RunConfig
 from preftune.training.run_config import check as check_run
 from rewards.mix import Mix
+from rewards.shapes import check_judgeable
 from rewards.shared_towers import load_all
 
 
@@ -215,6 +216,9 @@ def open(
     """
     with exit_on_user_error():
         defaults = families.check(model.model, model.vae)
+        if "shapes" in reward.weights():
+            size = validation.sample.resolved(defaults).resolution
+            check_judgeable(prompts, (size.width, size.height), "the validation images")
         same = {**model.lora_settings(), **(settings or {})}
         run = Run(
             run_config, driver=driver, config_text=config_text, settings=same, driver_files=driver_files
