@@ -20,12 +20,15 @@ import json
 import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 from tqdm import tqdm
 
 from preftune import families, seeds
 from preftune.cli import exit_on_user_error, parse
+from preftune.families import Pretrained
 from preftune.families.base import Family
 from preftune.files import replacing, tidy
 from preftune.images import to_pil
@@ -41,8 +44,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)
 class Config:
     """Generate several images of each prompt, in zip files like DiffusionDB's."""
 
-    model: Path
-    """Pipeline folder in diffusers' format."""
+    model: Annotated[Pretrained, tyro.conf.arg(name="")]
     prompts: Path
     """Prompt file: txt, json, jsonl, csv, tsv or parquet."""
     output_dir: Path
@@ -72,10 +74,12 @@ def seed_of(seed: int, prompt: int, image: int) -> int:
 
 def begin_folder(config: Config) -> list[str]:
     """Return the prompts, and begin the folder; ValueError for what is wrong, before the model loads."""
-    sampling = config.sample.resolved(families.check(config.model))
+    sampling = config.sample.resolved(families.check(config.model.source()))
     prompts = read_prompts(config.prompts)[: config.count]
     settings = {
-        key: str(value) for key, value in asdict(config).items() if key not in ("output_dir", "sample")
+        key: str(value)
+        for key, value in (asdict(config) | asdict(config.model)).items()
+        if key not in ("output_dir", "sample") and value is not None
     }
     settings["sample"] = str(_settings(sampling))
     settings["text of prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
@@ -132,7 +136,7 @@ def main(config: Config) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with exit_on_user_error():
         prompts = begin_folder(config)
-        family = families.load(config.model, device)
+        family = families.load(config.model.source(), device)
     tidy(config.output_dir)
     for part in tqdm(range(-(-len(prompts) // config.prompts_per_part)), desc="parts", unit="part"):
         path = config.output_dir / f"part-{part + 1:06d}.zip"

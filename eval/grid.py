@@ -22,12 +22,13 @@ too few images for conclusions.
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import tyro
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -36,6 +37,7 @@ from eval.models import Column, check_scorers, parse_column, split_term
 from eval.pages import render
 from preftune import families
 from preftune.cli import exit_on_user_error, parse
+from preftune.families import Pretrained
 from preftune.files import replacing, write_text
 from preftune.grid import captioned_grid
 from preftune.images import save_image, thumbnail
@@ -55,8 +57,9 @@ THUMBNAIL_SIZE = 320
 class Config:
     """Generate the same prompts and seeds with several models, score the images, and write a page and a grid."""
 
-    model: Path = Path("assets/tiny/pipeline")
-    """Pipeline folder in diffusers' format that the columns build on."""
+    model: Annotated[Pretrained, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: Pretrained(model="assets/tiny/pipeline")
+    )
     vae: Path | None = None
     """Folder of an autoencoder to use instead of the pipelines', such as an fp16-safe one for SDXL."""
     columns: tuple[str, ...] = ("base=",)
@@ -185,8 +188,8 @@ class Sheet:
 
 def check_inputs(config: Config) -> Request:
     """Return what to generate; ValueError before any weight loads."""
-    sampling = config.sampling().resolved(families.check(config.model, config.vae))
-    columns = [parse_column(term, config.model) for term in config.columns]
+    sampling = config.sampling().resolved(families.check(config.model.source(), config.vae))
+    columns = [parse_column(term, config.model.source()) for term in config.columns]
     for column in columns:
         config.sampling().resolved(families.check(column.pipeline, config.vae))
     chosen = read_prompts(config.prompts)[: config.count]

@@ -25,6 +25,7 @@ from typing import Annotated
 import tyro
 
 from preftune.cli import dump, exit_on_user_error, parse
+from preftune.families import Pretrained
 from preftune.lora import LoRA
 from preftune.order import items_at
 from preftune.records import CaptionedImage, read_imagefolder
@@ -41,7 +42,7 @@ PUBLISHED = LoRA(rank=32)
 
 
 def _published_model() -> ModelConfig:
-    return ModelConfig(model=tyro.MISSING, lora=PUBLISHED)
+    return ModelConfig(pretrained=Pretrained(model=tyro.MISSING), lora=PUBLISHED)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rewards import hub
 from hub_server import Hub
+from rewards import hub
 
 WEIGHTS = bytes(range(256)) * 4096  # 1 MiB
 REPO = {"a/b": {"config.json": b'{"x": 1}', "model.safetensors": WEIGHTS, "sub/other.bin": b"1234" * 1000}}

@@ -41,7 +41,12 @@ class Pretrained:
     variant: str | None = None
     """Variant of the weights, as fp16; None = those without one, or the only one there is."""
 
-    def source(self) -> "Source":
+    def flags(self) -> list[str]:
+        """Return the flags that name this model to another program."""
+        given = {"--model": self.model, "--revision": self.revision, "--variant": self.variant}
+        return [word for flag, value in given.items() if value is not None for word in (flag, value)]
+
+    def source(self) -> Source:
         """Return where the model is, after a download if it must be; ValueError as `locate`."""
         return locate(self.model, self.revision, self.variant)
 

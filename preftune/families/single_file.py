@@ -126,7 +126,11 @@ def read_shapes(file: Path) -> tuple[dict[str, _Shape], dict[str, str]]:
 
 def _text_width(shapes: Mapping[str, _Shape]) -> int | None:
     """Return the width of the text that the UNet reads."""
-    keys = (s.shape[-1] for name, s in shapes.items() if name.startswith(_UNET) and name.endswith("attn2.to_k.weight"))
+    keys = (
+        s.shape[-1]
+        for name, s in shapes.items()
+        if name.startswith(_UNET) and name.endswith("attn2.to_k.weight")
+    )
     return next(keys, None)
 
 
