@@ -7,9 +7,9 @@ import torch
 
 from preftune.families import known, weights
 from preftune.families.base import Cond, Defaults, Family
-from preftune.families.digest import digest
 from preftune.families.known import FAMILIES
-from preftune.families.locate import Pretrained, as_source, locate
+from preftune.families.location import Pretrained, as_source, locate
+from preftune.families.model_digest import digest
 from preftune.families.source import Source
 
 if TYPE_CHECKING:
