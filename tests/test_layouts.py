@@ -161,6 +161,44 @@ def test_shards(build: Folder, save: dict[str, Any]) -> None:
         families.check(folder)
 
 
+class Run:
+    """Code in a pickle."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, ("raise SystemExit('code was executed')",)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_damaged_weights(build: Folder, tmp_path: Path, part: str) -> None:
+    """Truncated, not all there, or with code in them: one sentence, and nothing runs."""
+    original = build("sd1")
+    for damage in ("truncated", "missing", "pickle"):
+        folder = shutil.copytree(original, tmp_path / damage)
+        (file,) = (folder / part).glob("*.safetensors")
+        if damage == "truncated":
+            file.write_bytes(file.read_bytes()[:-1000])
+        elif damage == "missing":
+            weights = load_file(file)
+            del weights[min(weights)]
+            save_file(weights, file, {"format": "pt"})
+        else:
+            file.unlink()
+            torch.save(
+                {"a": Run()},
+                file.with_name(
+                    "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
+                ),
+            )
+        words = (
+            rf"{part} lacks 1 weights, such as"
+            if damage == "missing"
+            else rf"weights in .*{part} cannot be read \("
+        )
+        with pytest.raises(ValueError, match=words) as error:
+            families.load(folder)
+        assert len(str(error.value).splitlines()) == 1
+
+
 def test_stable_diffusion_2_1(build: Folder) -> None:
     folder = build("sd2")
     edit(folder / "model_index.json", feature_extractor=["transformers", "CLIPImageProcessor"])
