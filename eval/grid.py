@@ -61,7 +61,7 @@ class Config:
         default_factory=lambda: Pretrained(model="assets/tiny/pipeline")
     )
     vae: Path | None = None
-    """Folder of an autoencoder to use instead of the pipelines', such as an fp16-safe one for SDXL."""
+    """Folder or hub id of an autoencoder to use instead of the pipelines', such as madebyollin/sdxl-vae-fp16-fix for SDXL in fp16."""
     columns: tuple[str, ...] = ("base=",)
     """TITLE=WHAT, where WHAT is empty, a LoRA, run, UNet or pipeline folder; LoRA and run may end in @WEIGHT.
     """

@@ -11,9 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
+from data_build import generate
+from eval import grid
+from finetune import pretrain, refl
 from hub_server import Hub
-from preftune import families
+from preftune import cli, families
 from preftune.families import Pretrained, digest, locate
+from preftune.families.location import locate_vae
 
 REPO = "owner/tiny-sd"
 
@@ -166,6 +170,78 @@ def test_repositories_that_are_no_model(
     ):
         locate(REPO, **call)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_an_autoencoder_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    vae = tiny.vae(7)
+    vae.save_pretrained(tmp_path / "vae")
+    files = {**files_of(tmp_path / "vae"), "sdxl_vae.safetensors": b"x", "README.md": b"x"}
+    with (
+        Hub({"owner/vae": files, REPO: {"a": b""}}) as server,
+        server.in_use(monkeypatch, tmp_path / "cache"),
+    ):
+        family: Any = families.load(folder, vae=Path("owner/vae"))
+        assert torch.equal(family.vae.quant_conv.weight, vae.quant_conv.weight)
+        assert downloaded(tmp_path / "cache") == {"config.json", "diffusion_pytorch_model.safetensors"}
+        with pytest.raises(ValueError, match=f"{REPO} is no autoencoder of diffusers"):
+            families.check(folder, Path(REPO))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        locate_vae.cache_clear()
+        families.check(folder, Path("owner/vae"))
+
+
+def test_programs_take_hub_ids(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    published: dict[str, bytes],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The same three flags everywhere, and the same sentence with exit code 2."""
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    flags = ["--model", REPO, "--revision", "v1", "--variant", "fp16"]
+    few = [
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--output-dir",
+        str(tmp_path / "out"),
+        "--sample.resolution",
+        "64",
+    ]
+    few += ["--images", "1", "--sample.num-inference-steps", "2", "--sample.solver", "ddim"]
+    with (
+        Hub({REPO: published}, revisions=("main", "v1")) as server,
+        server.in_use(monkeypatch, tmp_path / "cache"),
+    ):
+        generate.main(cli.parse(generate.Config, [*flags, *few]))
+        settings = json.loads((tmp_path / "out" / "job.json").read_text())
+        assert (settings["model"], settings["revision"], settings["variant"]) == (REPO, "v1", "fp16")
+        assert "unet/diffusion_pytorch_model.fp16.safetensors" in downloaded(tmp_path / "cache")
+        for program in (generate, grid, pretrain, refl):
+            data = [] if program in (generate, grid) else ["--data", str(tmp_path)]
+            prompts = [] if program is pretrain else few[:2]
+            config = cli.parse(program.Config, [*flags, *data, *prompts, "--output-dir", str(tmp_path / "x")])
+            group = config.model.pretrained if program in (pretrain, refl) else config.model
+            assert group == Pretrained(model=REPO, revision="v1", variant="fp16")
+            assert group.flags() == flags
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for program in (generate, grid):
+        with pytest.raises(SystemExit) as stop:
+            program.main(
+                cli.parse(
+                    program.Config,
+                    [
+                        "--model",
+                        "owner/other",
+                        "--prompts",
+                        str(tmp_path / "prompts.txt"),
+                        "--output-dir",
+                        str(tmp_path / "y"),
+                    ],
+                )
+            )
+        assert stop.value.code == 2
+        assert "owner/other is not in the hub's cache" in capsys.readouterr().err
+    assert not (tmp_path / "y").exists()
 
 
 def test_a_single_file_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import torch
 from preftune.families import known, weights
 from preftune.families.base import Cond, Defaults, Family
 from preftune.families.known import FAMILIES
-from preftune.families.location import Pretrained, as_source, locate
+from preftune.families.location import Pretrained, as_source, locate, locate_vae
 from preftune.families.model_digest import digest
 from preftune.families.source import Source
 
@@ -35,10 +35,11 @@ __all__ = [
 def check(model: Source | Path | str, vae: Path | None = None) -> Defaults:
     """Return the defaults of a model, in milliseconds where it is on this machine; reads JSON files and names of weights alone.
 
-    `vae` is the folder of an autoencoder to use instead of the pipeline's. ValueError, in one sentence,
+    `vae` is the folder or hub id of an autoencoder to use instead of the pipeline's. ValueError, in one sentence,
     unless the model is a complete pipeline of a known family. A path or hub id is located as `locate` does.
     """
     source = as_source(model)
+    vae = None if vae is None else locate_vae(str(vae))
     defaults = known.check(source, vae)
     source.check_weights(without=() if vae is None else ("vae",))
     if vae is not None:
@@ -55,5 +56,6 @@ def load(
     """Return a model as its family, frozen; ValueError as `check`, before any weight is read."""
     source = as_source(model)
     check(source, vae)
+    vae = None if vae is None else locate_vae(str(vae))
     family: Family = known.module_of(source).load(source, device, dtype, vae)
     return family

@@ -19,6 +19,7 @@ from preftune.families.source import (
     check_variant,
     commit_of,
     models_of,
+    names_in,
     parts_of,
 )
 from rewards import hub
@@ -112,6 +113,38 @@ def lora_in(names: Collection[str]) -> str | None:
     """Return the file, among these names, that only a LoRA has."""
     known = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapter_config.json")
     return next((name for name in known if name in names), None)
+
+
+@functools.cache
+def locate_vae(vae: str) -> Path:
+    """Return the folder of an autoencoder that is named by its path or hub id; ValueError where there is none.
+
+    A hub id is answered from the cache or downloaded, as a model is.
+    """
+    path = Path(vae).expanduser()
+    if path.exists() or not _HUB_ID.fullmatch(vae) or path.parent.is_dir():
+        if not path.is_dir():
+            raise ValueError(
+                f"--vae {vae} {'is a file' if path.exists() else 'does not exist'}; name the folder of an autoencoder or a hub id,"
+                " as madebyollin/sdxl-vae-fp16-fix"
+            )
+        return path
+
+    def choose(names: Collection[str]) -> list[str]:
+        found = weights.choose([name for name in names if "/" not in name], "diffusers", None)
+        if "config.json" not in names or found is None:
+            raise ValueError(
+                f"{vae} is no autoencoder of diffusers: it has no config.json with weights; name another --vae"
+            )
+        return ["config.json", *found.files]
+
+    folder = hub.cached_folder(vae)
+    if folder is not None:
+        try:
+            choose(names_in(folder))
+        except ValueError:
+            folder = None
+    return folder or hub.fetch_folder(vae, choose)
 
 
 # ---------------------------------------------------------------- single files

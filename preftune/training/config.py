@@ -28,7 +28,7 @@ class ModelConfig:
 
     pretrained: Annotated[Pretrained, tyro.conf.arg(name="")]
     vae: Path | None = None
-    """Folder of an autoencoder to use instead of the pipeline's, such as an fp16-safe one for SDXL."""
+    """Folder or hub id of an autoencoder to use instead of the pipeline's, such as madebyollin/sdxl-vae-fp16-fix for SDXL in fp16."""
     train: Literal["lora", "full"] = "lora"
     """Trained weights: a LoRA, or all weights of the denoiser."""
     lora: LoRA = field(default_factory=LoRA)
