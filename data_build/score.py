@@ -28,7 +28,7 @@ from data_build.decode import Entry
 from data_build.readers import DataSet, entries, find_data_set, survey
 from data_build.scoring import DTYPES, Batch, PrepareEntry, digests
 from preftune.cli import exit_on_user_error, parse
-from rewards import CARDS, Scorer, find_card
+from rewards import CARDS, Scorer, check_all, find_card
 from rewards.mix import parse_files
 from rewards.shared_towers import load_all
 
@@ -96,7 +96,7 @@ def check_inputs(config: Config) -> tuple[DataSet, int, dict[str, Path]]:
     ValueError before any weight loads.
     """
     files = parse_files(config.reward_files, config.rewards)
-    weights = digests(config.rewards, files)
+    check_all(config.rewards, files, download=False)
     data = find_data_set(
         config.data,
         prompted=any(find_card(name).prompted for name in config.rewards),
@@ -111,6 +111,7 @@ def check_inputs(config: Config) -> tuple[DataSet, int, dict[str, Path]]:
     digest, total = survey(data)
     if not total:
         raise ValueError(f"{config.data} holds no images")
+    weights = digests(config.rewards, files)
     names = ("precision", "prompt", "image_column", "text_column", "chunk")
     settings = {name: getattr(config, name) for name in names}
     score_folder.begin_job(

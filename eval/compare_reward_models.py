@@ -44,16 +44,11 @@ from eval.agreement import (
     ONE,
     PUBLISHED,
     Floats,
-    Measurement,
     RankedSet,
-    Sums,
-    measurements,
-    of_annotator,
     of_scorer,
-    reached,
     references,
-    robustness,
 )
+from eval.agreement_table import Measurement, Sums, by_annotator, measurements, reached, robustness
 from eval.rankings import (
     RankedImages,
     check_folders,
@@ -154,12 +149,8 @@ def one_annotator(
     judged: Sequence[RankedSet], reference_ranks: Mapping[str, Sequence[Floats]], prompts: int
 ) -> Sums:
     """Return what one annotator reaches against each reference that excludes this annotator."""
-    compared = {
-        reference: of_annotator(judged, reference, ranks)
-        for reference, ranks in reference_ranks.items()
-        if reference != MEAN
-    }
-    return reached(ONE, AS_IS, compared, PUBLISHED, prompts)
+    fair = {reference: ranks for reference, ranks in reference_ranks.items() if reference != MEAN}
+    return by_annotator(judged, fair, PUBLISHED, prompts)
 
 
 def pooled(runs: Sequence[Sums]) -> Sums:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,15 +119,15 @@ def check_unet(folder: Path, model: Source, where: str) -> None:
 
 
 def check_scorers(
-    names: Iterable[str],
+    names: Collection[str],
     files: Mapping[str, Path],
     prompts: Sequence[str],
     resolution: Resolution,
     source: Path,
 ) -> None:
     """Raise ValueError for scorers whose weights are missing, or for a judge that cannot read such images of `source`."""
+    rewards.check_all(names, files, download=False)
     for name in names:
-        rewards.check(name, files.get(name))
         if name == "shapes" and not (in_world(prompts) and resolution == (SIZE, SIZE)):
             raise ValueError(
                 f"the scorer shapes judges {SIZE} x {SIZE} images of captions of the shapes world only, not"

@@ -32,7 +32,8 @@ import torch
 
 import rewards
 from eval import preference_plots as plots
-from eval.agreement import GOLD, Floats, Measurement, RankedSet, agreement_table
+from eval.agreement import GOLD, Floats, RankedSet
+from eval.agreement_table import Measurement, agreement_table
 from eval.pages import base64_of, render
 from eval.rankings import RankedImages, check_folders, read_ranked_images, rejected_rows, sound_sets, summary
 from eval.view_scores import PromptedImage, check_crops, score_views, view_names
@@ -85,8 +86,7 @@ def check_inputs(config: Config) -> RankedImages:
     """Return the rankings, and make the output folder; ValueError before any weight loads."""
     weights = parse_weights(config.rewards)
     files = parse_files(config.reward_files, weights)
-    for name in weights:
-        rewards.check(name, files.get(name))
+    rewards.check_all(weights, files, download=False)
     ranked = read_ranked_images(config.data, config.count)
     if GOLD in weights and not in_world(ranked.prompts):
         foreign = next(prompt for prompt in ranked.prompts if not in_world([prompt]))

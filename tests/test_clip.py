@@ -329,7 +329,8 @@ def test_a_saved_folder_is_in_the_authors_layout(
     assert all(torch.equal(saved[key], original[key]) for key in saved)
     again: Any = rewards.load(str(tmp_path))
     assert again.card == replace(
-        scorer.card, name=str(tmp_path), folder=str(tmp_path), summary=again.card.summary, repo=None, source=None, file=None
+        scorer.card, name=str(tmp_path), folder=str(tmp_path), summary=again.card.summary, repo=None, source=None, file=None,
+        about_bytes=None,
     )  # fmt: skip
     pixels = torch.rand(2, 3, 50, 40, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again(pixels, CLIP["prompts"][:2]), scorer(pixels, CLIP["prompts"][:2]))

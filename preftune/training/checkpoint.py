@@ -22,7 +22,7 @@ from preftune import files
 _STEP = re.compile(r"step_(\d{6,})")
 _RUN_FILES = (
     "config.yaml", "metrics.jsonl", "tensorboard", "samples", "lora", "unet", "pipeline", "scorer", "vae",
-    "before_after.png", "reconstructions.png", "accuracy.png",
+    "before_after.png", "reconstructions.png", "accuracy.png", "skipped.jsonl",
 )  # fmt: skip
 
 
