@@ -18,6 +18,7 @@ import torch
 import yaml
 from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+from diffusers.utils import logging
 
 from preftune.families import weights
 from preftune.families.configs import read_json
@@ -219,9 +220,15 @@ def load_vae(file: Path, folder: Path, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _one_sentence(file: Path) -> Iterator[None]:
-    """Say in one sentence what diffusers finds wrong with the weights."""
+    """Say in one sentence what diffusers finds wrong with the weights, and nothing else."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of modules to be kept in float32, and lists none
+    logging.disable_progress_bar()
     try:
         yield
     except (ValueError, KeyError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{file} does not fit the model that its weights look like: {reason}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
