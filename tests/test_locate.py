@@ -16,8 +16,9 @@ from eval import grid
 from finetune import pretrain, refl
 from hub_server import Hub
 from preftune import cli, families
-from preftune.families import Pretrained, digest, locate
-from preftune.families.location import locate_vae
+from preftune.families import Pretrained, locate
+from preftune.families.digest import digest
+from preftune.families.locate import locate_vae
 
 REPO = "owner/tiny-sd"
 
@@ -337,8 +338,8 @@ def test_digest(tmp_path: Path, folder: Path) -> None:
 
 def test_digest_of_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """A sample of blocks from the start to the end, and the size."""
-    monkeypatch.setattr("preftune.families.model_digest._WHOLE", 1000)
-    monkeypatch.setattr("preftune.families.model_digest._BLOCK", 100)
+    monkeypatch.setattr("preftune.families.digest._WHOLE", 1000)
+    monkeypatch.setattr("preftune.families.digest._BLOCK", 100)
     copy = shutil.copytree(folder, tmp_path / "copy")
     first = digest(copy)
     file = copy / "unet" / "diffusion_pytorch_model.safetensors"

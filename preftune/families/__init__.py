@@ -8,8 +8,7 @@ import torch
 from preftune.families import known, weights
 from preftune.families.base import Cond, Defaults, Family
 from preftune.families.known import FAMILIES
-from preftune.families.location import Pretrained, as_source, locate, locate_vae
-from preftune.families.model_digest import digest
+from preftune.families.locate import Pretrained, as_source, locate, locate_vae
 from preftune.families.source import Source
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ __all__ = [
     "Pretrained",
     "Source",
     "check",
-    "digest",
     "load",
     "locate",
 ]

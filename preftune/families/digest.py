@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from preftune.families import weights
-from preftune.families.location import as_source
+from preftune.families.locate import as_source
 from preftune.families.source import INDEX, Source, models_of, names_in, parts_of
 from rewards.digests import sha256_of
 
