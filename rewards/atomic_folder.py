@@ -25,12 +25,17 @@ def replace_folder(folder: Path, names: Collection[str], write: Callable[[Path],
     _tidy(place)
     unfinished, previous = _unfinished(place), _previous(place)
     unfinished.mkdir()
-    write(unfinished)
-    for name in names:  # the content must reach the disk before the folder's name does
-        sync(unfinished / name)
-    sync(unfinished)
+    try:
+        write(unfinished)
+        for name in names:  # the content must reach the disk before the folder's name does
+            sync(unfinished / name)
+        sync(unfinished)
+        if place.is_dir():
+            _link_others(place, unfinished, names)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     if place.is_dir():
-        _link_others(place, unfinished, names)
         os.rename(place, previous)
     os.rename(unfinished, place)
     sync(place.parent)
@@ -70,12 +75,13 @@ def _link_others(place: Path, unfinished: Path, names: Collection[str]) -> None:
         unfinished,
         symlinks=True,
         ignore=lambda inside, _: names if Path(inside) == place else (),
-        copy_function=_link,
+        copy_function=link,
         dirs_exist_ok=True,
     )
 
 
-def _link(source: str, target: str) -> None:
+def link(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name, or copy it where the file system has none."""
     try:
         os.link(source, target)
     except OSError:  # a file system that knows no second names

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from preftune.families import known, weights
+from preftune.families import guard, known, weights
 from preftune.families.base import Cond, Defaults, Family
 from preftune.families.known import FAMILIES
-from preftune.families.locate import Pretrained, as_source, locate, locate_vae
+from preftune.families.locate import Pretrained, as_source, locate, locate_vae, names_a_model
 from preftune.families.source import Source
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ __all__ = [
     "check",
     "load",
     "locate",
+    "names_a_model",
 ]
 
 
@@ -38,6 +39,7 @@ def check(model: Source | Path | str, vae: Path | None = None) -> Defaults:
     """
     source = as_source(model)
     vae = None if vae is None else locate_vae(str(vae))
+    guard.check_files(source.folder)
     defaults = known.check(source, vae)
     source.check_weights(without=() if vae is None else ("vae",))
     if vae is not None:
@@ -55,5 +57,6 @@ def load(
     source = as_source(model)
     check(source, vae)
     vae = None if vae is None else locate_vae(str(vae))
-    family: Family = known.module_of(source).load(source, device, dtype, vae)
+    with guard.loading(source):
+        family: Family = known.module_of(source).load(source, device, dtype, vae)
     return family

@@ -85,6 +85,16 @@ def locate(model: str, revision: str | None = None, variant: str | None = None) 
     )
 
 
+def names_a_model(text: str) -> bool:
+    """Return whether a text names a whole model, of what may also name a LoRA, a UNet or a run; downloads nothing."""
+    path = Path(text).expanduser()
+    if path.is_file():
+        return single_file.is_checkpoint(path)
+    if path.is_dir():
+        return (path / INDEX).is_file()
+    return bool(_HUB_PAGE.fullmatch(text)) or (bool(_HUB_ID.fullmatch(text)) and not path.parent.is_dir())
+
+
 def check_pipeline_folder(folder: Path) -> None:
     """Raise ValueError for a folder without model_index.json; it says what the folder is instead."""
     if (folder / INDEX).is_file():

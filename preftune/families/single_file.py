@@ -22,7 +22,10 @@ from diffusers.utils import logging
 
 from preftune.families import weights
 from preftune.families.configs import read_json
+from rewards.input_files import read_text
 
+_MAX_YAML = 1 << 18
+"""Bytes of a .yaml beside a checkpoint."""
 PUBLISHED = Path(__file__).with_name("published")
 """Folders of configurations: sd1, sd2, sd2-base, sdxl."""
 _UNET = "model.diffusion_model."
@@ -90,6 +93,11 @@ def detect(file: Path) -> Kind:
             f" {expected[0]}, {expected[1]} and {expected[2]}, as in {kind}"
         )
     return Kind(folder=folder, noise=tuple(sorted(noise.items())))
+
+
+def is_checkpoint(file: Path) -> bool:
+    """Return whether a file has the UNet of a whole model, and not a LoRA or something else; ValueError for a damaged file."""
+    return file.suffix in (".safetensors", ".ckpt") and _FIRST in read_shapes(file)[0]
 
 
 def read_shapes(file: Path) -> tuple[dict[str, _Shape], dict[str, str]]:
@@ -183,11 +191,14 @@ def _said(metadata: Mapping[str, str]) -> set[str]:
 def _from_yaml(file: Path) -> str:
     """Return the prediction type of a .yaml of the original code, which lies beside a checkpoint."""
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = read_text(file, _MAX_YAML)
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ValueError(f"{file} has aliases (*name), which no configuration of a checkpoint has")
+        content = yaml.safe_load(text)
         params = content["model"]["params"]
         found = params.get("parameterization", "eps")
         denoiser = json.dumps(params.get("denoiser_config", {}))  # of SDXL's code
-    except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, AttributeError) as error:
+    except (yaml.YAMLError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no configuration of a checkpoint: {error}") from error
     return "v_prediction" if found == "v" or "VScaling" in denoiser else "epsilon"
 
