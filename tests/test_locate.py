@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from data_build import generate
 from eval import grid
+from eval.models import parse_column
 from finetune import pretrain, refl
 from hub_server import Hub
 from preftune import cli, families
@@ -121,6 +122,14 @@ def test_an_interrupted_download_goes_on(
         capsys.readouterr()
         families.load(locate(REPO))
         assert f"downloading {bad} of {REPO}" in capsys.readouterr().err
+        (snapshot,) = tmp_path.glob("models--*/snapshots/*")
+        for lost in ("scheduler/scheduler_config.json", "tokenizer/tokenizer.json", "unet/config.json"):
+            (snapshot / lost).resolve().unlink()
+            (snapshot / lost).unlink()
+            (snapshot / "tokenizer" / "vocab.json").unlink(missing_ok=True)  # tokenizer.json would do
+            locate.cache_clear()
+            families.check(locate(REPO))
+            assert (snapshot / lost).is_file()
 
 
 def test_configurations_are_checked_before_weights_are_downloaded(
@@ -276,6 +285,7 @@ def test_four_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder:
     (tmp_path / "lora").mkdir()
     shutil.copy(tmp_path / "style.safetensors", tmp_path / "lora" / "pytorch_lora_weights.safetensors")
     for lora in ("lora", "style.safetensors"):
+        assert not families.names_a_model(lora)
         with pytest.raises(
             ValueError, match=rf"{lora} is a LoRA.* not a model: .*as --model; eval/grid.py shows it"
         ):
@@ -296,6 +306,20 @@ def test_four_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder:
         ValueError, match=r"unet/diffusion_pytorch_model.safetensors is a Git LFS pointer.* `git lfs pull`"
     ):
         families.check(clone)
+
+
+def test_a_column_of_the_grid_may_be_any_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path, published: dict[str, bytes]
+) -> None:
+    base = locate(str(folder))
+    with Hub({REPO: published}) as server, server.in_use(monkeypatch, tmp_path):
+        column = parse_column(f"other={REPO}", base)
+        assert (column.pipeline.commit, column.tuned) == (server.commit(REPO), None)
+    assert parse_column(f"same={folder}", base).pipeline == base
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ValueError, match="column 'a': runs/none does not exist"):
+        parse_column("a=runs/none", base)
 
 
 def test_folders_that_are_no_pipeline(tmp_path: Path, folder: Path) -> None:

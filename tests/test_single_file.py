@@ -76,6 +76,7 @@ def test_latents_are_those_of_the_pipeline(
     defaults = families.check(str(file))
     assert time.perf_counter() - start < 1
     assert defaults.resolution == ((96, 96) if kind == "sd2" else (64, 64))
+    assert families.names_a_model(str(file))
     family = families.load(str(file))
     for part in ("unet", "vae"):
         mine, other = getattr(family, part).state_dict(), getattr(pipe, part).state_dict()

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from preftune.families import known, single_file, weights
-from preftune.families.configs import read_json
+from preftune.families import configs, known, single_file, weights
 from preftune.families.source import (
     INDEX,
     Source,
@@ -113,7 +112,11 @@ def check_pipeline_folder(folder: Path) -> None:
     singles = [name for name in names if name.endswith((".safetensors", ".ckpt"))]
     if singles and "config.json" not in names:
         raise ValueError(f"{folder} has no {INDEX}; name one of its files instead: {', '.join(singles[:4])}")
-    part = f" but {read_json(folder / 'config.json').get('_class_name')}" if "config.json" in names else ""
+    part = (
+        f" but {configs.read_json(folder / 'config.json').get('_class_name')}"
+        if "config.json" in names
+        else ""
+    )
     raise ValueError(
         f"{folder} is not a diffusers pipeline folder{part}: it has no {INDEX}; save one with pipe.save_pretrained(folder)"
     )
@@ -186,14 +189,19 @@ def _from_hub(repo: str, revision: str | None, variant: str | None) -> Source:
 
 def _complete(folder: Path, variant: str | None) -> bool:
     """Whether a snapshot in the cache has all that this model needs."""
+    source = Source(name=str(folder), folder=folder, variant=variant)
     try:
-        source = Source(name=str(folder), folder=folder, variant=variant)
-        parts = parts_of(source.index())
+        for part in parts_of(source.index()):
+            if part.startswith("tokenizer"):
+                configs.check_tokenizer(folder / part)
+            else:
+                configs.read_json(
+                    folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+                )
         source.check_weights()
     except ValueError:
         return False
-    configs = {"scheduler": "scheduler_config.json", "tokenizer": "", "tokenizer_2": ""}
-    return all((folder / part / configs.get(part, "config.json")).exists() for part in parts)
+    return True
 
 
 def _index_of(repo: str, names: Collection[str]) -> Sequence[str]:
@@ -216,7 +224,7 @@ def _chooser(
     repo: str, revision: str | None, choose: Callable[[Mapping[str, Any], Collection[str]], Sequence[str]]
 ) -> Callable[[Collection[str]], Sequence[str]]:
     """Return a choice of files that knows the repository's model_index.json."""
-    index = read_json(hub.fetch_file(repo, INDEX, revision=revision))
+    index = configs.read_json(hub.fetch_file(repo, INDEX, revision=revision))
 
     def chosen(names: Collection[str]) -> Sequence[str]:
         try:
