@@ -251,7 +251,7 @@ def test_what_counts_of_a_data_set(tmp_path: Path) -> None:
     (data / "deep").mkdir(parents=True)
     for name in ("a.png", "a.txt", "deep/b.jpg", ".hidden.txt"):
         (data / name).write_text(name)
-    (data / "deep" / "circle").symlink_to(data)
+    (data / "deep" / "circle").symlink_to("..")
     os.mkfifo(data / "pipe.txt")
 
     def digest(path: Path = data) -> str:
