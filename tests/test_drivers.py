@@ -110,7 +110,7 @@ ONE: dict[str, list[tuple[list[str], str]]] = {
     "raft": [
         *PIPELINE,
         (["--prompts", "{bad}/blank.txt"], "blank.txt holds no prompts"),
-        (["--rewards", "beauty=1"], "unknown scorer; one of brightness, shapes"),
+        (["--rewards", "beauty=1"], "unknown scorer 'beauty'; one of brightness, shapes"),
         (["--rewards"], "--rewards is empty"),
         (["--iterations", "2"], "--max-train-steps 3 must be a multiple of --iterations 2"),
         (["--iterations", "0"], "--iterations must be at least 1, got 0"),
@@ -121,8 +121,8 @@ ONE: dict[str, list[tuple[list[str], str]]] = {
         *PIPELINE,
         *IMAGES,
         (["--lora.target-modules", "to_z"], "no layer is called to_z"),
-        (["--rewards", "beauty=1"], "unknown scorer; one of brightness, shapes"),
-        (["--rewards", "brightness"], "is not scorer=weight"),
+        (["--rewards", "beauty=1"], "unknown scorer 'beauty'; one of brightness, shapes"),
+        (["--rewards", "brightness="], "is not NAME or NAME=WEIGHT"),
         (["--rewards", "shapes=1"], "shapes is not differentiable"),
         (["--reward-files", "imagereward=x"], "imagereward, which --rewards does not use"),
         (["--reward-normalization", "dataset"], "normalization dataset with no file of statistics"),
@@ -324,7 +324,8 @@ def assert_saved_weights_are_the_ema(output: Path) -> None:
     assert any(path.parent == output for path in folders), "the run saved its weights"
     for folder in folders:
         saved = [tensor for path in folder.glob("**/*.safetensors") for tensor in load_file(path).values()]
-        candidates = [states[folder.parent.name]] if folder.parent != output else states.values()
+        of_one = folder.parent != output and folder.name != "scorer"  # a scorer is the best until then
+        candidates = [states[folder.parent.name]] if of_one else states.values()
         assert any(
             all(any(torch.equal(average, tensor) for tensor in saved) for average in state["average"])
             for state in candidates
