@@ -92,7 +92,7 @@ def test_a_listing_of_an_archive_goes_on_from_any_place(tmp_path: Path) -> None:
 def test_what_is_wrong_with_an_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     png = encoded("PNG", 9)
     members = {
-        "0.png": png, "0.txt": b"fine",
+        "0.img.png": png, "0.txt": b"fine",
         "1.png": png,
         "2.txt": b"no image",
         "3.png": png[:40], "3.txt": b"cut",
