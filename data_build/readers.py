@@ -27,6 +27,7 @@ from data_build.decode import (
     ImageEntry,
     UnusableError,
     made_of,
+    open_zip,
     or_unusable,
 )
 from data_build.tars import count_images, tar_entries
@@ -42,6 +43,8 @@ from preftune.records import (
     is_empty,
     parse_object,
 )
+from rewards import input_files
+from rewards.input_files import MAX_LINE, check_regular, has_surrogate
 
 __all__ = ["DataSet", "entries", "find_data_set", "read_bytes", "survey"]
 
@@ -63,6 +66,9 @@ def survey(data: DataSet) -> tuple[str, int]:
             count += 1
         return digest.hexdigest(), count
     for name in data.sources:
+        if not (data.root / name).is_file():  # a pipe or a device, which is set aside when its turn comes
+            count += 1
+            continue
         with (data.root / name).open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(size - TAIL, 0))
@@ -73,7 +79,7 @@ def survey(data: DataSet) -> tuple[str, int]:
             elif data.kind == "tar":
                 count += count_images(data.root / name) or 1
             else:
-                with zipfile.ZipFile(data.root / name) as archive:
+                with open_zip(data.root / name) as archive:
                     count += len(archive.namelist()) - 1
         except BROKEN:
             count += 1
@@ -102,7 +108,7 @@ def _with_prompt(entry: Entry, *, prompted: bool) -> Entry:
     """The entry, set aside where its prompt is no text, or is needed and empty."""
     if not isinstance(entry, ImageEntry):
         return entry
-    if any("\ud800" <= letter <= "\udfff" for letter in entry.text):
+    if has_surrogate(entry.text):
         why = UnusableError(
             "bad metadata", "the prompt holds half of a surrogate pair, which is no character"
         )
@@ -181,6 +187,8 @@ def _locate(root: Path, name: str, place: str) -> None:
         if os.path.isfile(root / name):
             inside(root, name, place)
             return
+    if os.path.exists(root / name):
+        raise UnusableError("missing", f"{place}: {name!r} is no file")
     raise FileNotFoundError(name)
 
 
@@ -189,6 +197,7 @@ def _of_table(data: DataSet, name: str, start: int) -> Iterator[tuple[int, Entry
     columns = [column for column in (data.image_column, data.text_column) if column is not None]
     try:
         with or_unusable("broken file"):
+            check_regular(data.root / name)
             table = pyarrow.parquet.ParquetFile(data.root / name, pre_buffer=False, buffer_size=1 << 20)
             groups = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
             if lacking := set(columns) - set(table.schema_arrow.names):
@@ -239,7 +248,7 @@ def _of_tar(data: DataSet, name: str, start: int) -> Iterator[tuple[int, Entry]]
 def _of_archive(data: DataSet, name: str, start: int) -> Iterator[tuple[int, Entry]]:
     """The images of a zip file in its order, then those that only its JSON knows."""
     try:
-        with or_unusable("broken file"), zipfile.ZipFile(data.root / name) as archive:
+        with or_unusable("broken file"), open_zip(data.root / name) as archive:
             members = [member for member in archive.infolist() if not member.is_dir()]
             notes = _notes(archive, members)
     except UnusableError as unusable:
@@ -260,6 +269,8 @@ def _notes(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo]) -> dict[str
         raise UnusableError(
             "bad metadata", f"{len(files)} JSON files among {len(members)} members; there must be one"
         )
+    if files[0].file_size > MAX_LINE:
+        raise UnusableError("bad metadata", f"{files[0].file_size} bytes of JSON; at most {MAX_LINE}")
     _check_size(files[0])
     with or_unusable("bad metadata"):
         return parse_object(_unpacked(archive, files[0]).decode(), files[0].filename)
@@ -324,10 +335,10 @@ def read_bytes(data: DataSet, image: ImageEntry) -> bytes:
             return _unpacked(archive, archive.getinfo(image.member))
         if (size := path.stat().st_size) > MAX_BYTES:
             raise UnusableError("too large", f"{size} bytes; at most {MAX_BYTES}")
-        return path.read_bytes()
+        return input_files.read_bytes(path, MAX_BYTES)
 
 
 @functools.lru_cache(maxsize=1)
 def _open(path: Path) -> zipfile.ZipFile:
     """An archive that stays open while its images are read, in each process."""
-    return zipfile.ZipFile(path)
+    return open_zip(path)

@@ -29,11 +29,16 @@ from data_build import score_folder, scoring
 from data_build.decode import Entry
 from data_build.readers import DataSet, entries, find_data_set, survey
 from data_build.scoring import DTYPES, Batch, PrepareEntry, digests
+from preftune import lock
 from preftune.cli import exit_on_user_error, parse
+from preftune.files import tidy_beside
 from preftune.image_folders import describe_passed_over
 from preftune.notes import say
-from rewards import CARDS, Scorer, check_all, find_card
-from rewards.mix import parse_files
+from preftune.one_writer import one_writer
+from preftune.printable import show
+from preftune.scorer_flags import Files, Measured
+from rewards import Scorer, check_all, find_card
+from rewards.mix import parse_files, parse_names
 from rewards.shared_towers import load_all
 
 
@@ -43,12 +48,10 @@ class Config:
 
     data: Path
     """Imagefolder, folder of images, parquet table, DiffusionDB zip, or a folder of tables or zips."""
-    rewards: tuple[str, ...]
-    """Scorers, a column each; `python -m rewards` lists them."""
+    rewards: Measured
     output_dir: Path
     """Folder to create, or the folder of the same, unfinished job."""
-    reward_files: tuple[str, ...] = ()
-    """Local weights of scorers, as imagereward=PATH; default: this repository or the Hugging Face cache."""
+    reward_files: Files = ()
     prompt: str = ""
     """The prompt of all images of a folder without captions."""
     image_column: str | None = None
@@ -70,8 +73,7 @@ class Config:
     """Also write the scores into the imagefolder's metadata.jsonl."""
 
     def __post_init__(self) -> None:
-        if not self.rewards or len(set(self.rewards)) != len(self.rewards):
-            raise ValueError(f"--rewards must name scorers, each once; one of {', '.join(CARDS)}")
+        self.names()
         for name, value, least in (
             ("batch-size", self.batch_size, 1), ("chunk", self.chunk, 1), ("workers", self.workers, 0), ("best", self.best, 0),
         ):  # fmt: skip
@@ -79,6 +81,10 @@ class Config:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
         if self.precision == "fp16" and not torch.cuda.is_available():
             raise ValueError("--precision fp16 needs a GPU; use fp32 or bf16")
+
+    def names(self) -> tuple[str, ...]:
+        """Return the scorers, a column each."""
+        return parse_names(self.rewards)
 
 
 def batches(data: DataSet, place: tuple[int, int], size: int, chunk: int) -> Iterator[Batch]:
@@ -100,11 +106,11 @@ def check_inputs(config: Config) -> tuple[DataSet, int, dict[str, Path]]:
 
     ValueError before any weight loads.
     """
-    files = parse_files(config.reward_files, config.rewards)
-    check_all(config.rewards, files, download=False)
+    files = parse_files(config.reward_files, config.names())
+    check_all(config.names(), files, download=False)
     data = find_data_set(
         config.data,
-        prompted=any(find_card(name).prompted for name in config.rewards),
+        prompted=any(find_card(name).prompted for name in config.names()),
         prompt=config.prompt,
         image_column=config.image_column,
         text_column=config.caption_column,
@@ -116,11 +122,11 @@ def check_inputs(config: Config) -> tuple[DataSet, int, dict[str, Path]]:
     digest, total = survey(data)
     if not total:
         raise ValueError(f"{config.data} holds no images")
-    weights = digests(config.rewards, files)
+    weights = digests(config.names(), files)
     names = ("precision", "prompt", "image_column", "caption_column", "chunk")
     settings = {name: getattr(config, name) for name in names}
     score_folder.begin_job(
-        config.output_dir, {"rewards": list(config.rewards), "data": digest, **settings, "weights": weights}
+        config.output_dir, {"rewards": list(config.names()), "data": digest, **settings, "weights": weights}
     )
     return data, total, files
 
@@ -139,6 +145,7 @@ def score_rest(
             bar.update(count)
 
 
+@one_writer
 @torch.no_grad()
 def main(config: Config) -> None:
     """Score, conclude and report."""
@@ -150,13 +157,17 @@ def main(config: Config) -> None:
     if not score_folder.is_complete(config.output_dir):
         with exit_on_user_error():
             dtype = DTYPES[config.precision]
-            scorers = load_all(config.rewards, files=files, device=device, dtype=dtype)
+            scorers = load_all(config.names(), files=files, device=device, dtype=dtype)
         score_rest(config, data, total, scorers, device)
-        score_folder.write_results(config.output_dir, data, config.rewards, config.best)
+        score_folder.write_results(config.output_dir, data, config.names(), config.best)
     score_folder.remove_chunks(config.output_dir)
     if config.add_to_metadata:
-        score_folder.add_to_metadata(config.output_dir, data, config.rewards)
-    print(f"{score_folder.summary_text(config.output_dir)}\n{config.output_dir}")  # noqa: T201
+        with exit_on_user_error():
+            lock.acquire(data.root)  # other jobs may score the same data set
+        tidy_beside(data.root / "metadata.jsonl")
+        score_folder.add_to_metadata(config.output_dir, data, config.names())
+        lock.release(data.root)
+    show(f"{score_folder.summary_text(config.output_dir)}\n{config.output_dir}")
     with exit_on_user_error():
         score_folder.check_any_scored(config.output_dir, config.data)
 

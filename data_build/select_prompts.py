@@ -44,6 +44,8 @@ from tqdm import tqdm
 from preftune import seeds
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import replacing
+from preftune.one_writer import one_writer
+from preftune.printable import show
 from preftune.prompts import read_rows
 from preftune.records import write_jsonl, write_lines
 
@@ -246,6 +248,7 @@ def covered(graph: csr_array, chosen: Sequence[int]) -> float:
     return float((marks + graph @ marks > 0).mean())
 
 
+@one_writer
 def main(config: Config) -> None:
     """Choose from each group, write the folder under a temporary name, and rename it."""
     with exit_on_user_error():
@@ -275,7 +278,7 @@ def main(config: Config) -> None:
     with replacing(config.output_dir) as partial:
         write_jsonl(partial / "prompts.jsonl", rows)
         write_lines(partial / "summary.json", json.dumps(summary, indent=2).splitlines())
-    print(f"{json.dumps(summary)}\n{config.output_dir}")  # noqa: T201
+    show(f"{json.dumps(summary)}\n{config.output_dir}")
 
 
 if __name__ == "__main__":

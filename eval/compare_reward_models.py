@@ -63,8 +63,10 @@ from eval.view_scores import check_crops, score_views, view_names
 from eval.win_rates import csv_text
 from preftune.bootstrap import interval
 from preftune.cli import exit_on_user_error, parse
-from preftune.files import write_text
+from preftune.files import tidy, write_text
 from preftune.images import save_figure
+from preftune.one_writer import one_writer
+from preftune.printable import show
 from preftune.records import write_jsonl
 from rewards.shapes import in_world
 
@@ -242,9 +244,10 @@ def check_inputs(config: Config) -> dict[str, HeldOut]:
     ranked = {folder.name: read_ranked_images([folder], config.count) for folder in config.data}
     config.output_dir.mkdir(parents=True, exist_ok=True)
     held_out = {data: read_held_out(one, config.batch_size) for data, one in ranked.items()}
+    tidy(config.output_dir, config.output_dir / "runs")
     write_rejected(held_out, config.output_dir)
     for data, held in held_out.items():
-        print(f"{data}: {summary_of(held)}", flush=True)  # noqa: T201
+        show(f"{data}: {summary_of(held)}")
     return held_out
 
 
@@ -313,6 +316,7 @@ def score_all(
     return columns, replace(held, rejected=rejected)
 
 
+@one_writer
 def main(config: Config) -> int:
     """Train, score, compare."""
     with exit_on_user_error():
@@ -348,7 +352,7 @@ def main(config: Config) -> int:
         *(f"{data}: {summary_of(held)}" for data, held in held_out.items()),
         config.output_dir / "accuracy.png",
     ]
-    print(to_text(tables), *ends, sep="\n")  # noqa: T201
+    show("\n".join([to_text(tables), *map(str, ends)]))
     return 0
 
 

@@ -28,6 +28,7 @@ from preftune.families.tiny import build_autoencoder
 from preftune.grid import captioned_grid
 from preftune.image_folders import Columns
 from preftune.images import load_pixels, save_image
+from preftune.one_writer import one_writer
 from preftune.order import items_at
 from preftune.training import data
 from preftune.training.run import Run
@@ -78,6 +79,7 @@ class Reconstruct(nn.Module):
         return self.vae.decode(latents).sample, kl
 
 
+@one_writer
 def main(config: Config) -> int:
     """Train, save, and write a grid of originals and reconstructions."""
     with exit_on_user_error():

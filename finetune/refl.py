@@ -31,6 +31,7 @@ from preftune.augment import shifted
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.families import Family
 from preftune.image_folders import Columns
+from preftune.one_writer import one_writer
 from preftune.order import items_at
 from preftune.prompts import read_prompts
 from preftune.records import CaptionedImage, Skipped
@@ -184,6 +185,7 @@ def check_inputs(config: Config) -> tuple[list[str], list[str], list[CaptionedIm
     return prompts, validation_prompts, *data.read(config.data, config.columns)
 
 
+@one_writer
 def main(config: Config) -> int:
     """Tune, validate and save."""
     with exit_on_user_error():

@@ -29,6 +29,7 @@ from torch import Tensor
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.image_folders import Columns
 from preftune.notes import counted, say
+from preftune.one_writer import one_writer
 from preftune.order import items_at
 from preftune.records import CaptionedImage, Skipped
 from preftune.training import data, workspace
@@ -120,6 +121,7 @@ def with_scores(
     return scored, torch.tensor(scores, dtype=torch.float32), skipped
 
 
+@one_writer
 def main(config: Config) -> int:
     """Tune, validate and save."""
     groups = config.model, config.reward, config.validation, config.run

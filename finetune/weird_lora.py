@@ -27,6 +27,7 @@ import tyro
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.image_folders import Columns
 from preftune.lora import LoRA
+from preftune.one_writer import one_writer
 from preftune.order import items_at
 from preftune.records import CaptionedImage, Skipped
 from preftune.training import data, workspace
@@ -129,6 +130,7 @@ def read(config: Config) -> tuple[list[CaptionedImage], list[Skipped]]:
     return samples + items_at(others, range(number), config.run.seed), skipped
 
 
+@one_writer
 def main(config: Config) -> int:
     """Tune, validate and save."""
     with exit_on_user_error():

@@ -2,22 +2,27 @@
 
 The temporary name of `a/b.json` is `a/.b.json.tmp-PID`. A killed process leaves it behind; `tidy` removes it.
 While a folder is replaced, the old one is called `a/.b.tmp-old-PID` between two renames. If the process is killed there,
-`tidy` puts it back.
+`tidy` puts it back. Only the process that holds the folder's lock (preftune/lock.py) may tidy it: what another one is
+writing looks the same.
 """
 
 import contextlib
+import glob
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rewards.atomic_folder import sync
+from preftune import lock
+from rewards.atomic_folder import link, replace_folder, sync
 
-__all__ = ["is_leftover", "remove", "replacing", "sync", "tidy", "write_text"]
+__all__ = ["copy_into", "is_leftover", "remove", "replacing", "sync", "tidy", "tidy_beside", "write_text"]
 
 
-_LEFTOVER = re.compile(r"\..+\.tmp-(?:(?:old-)?(\d+)|shared|gone)")
+_LEFTOVER = re.compile(
+    r"\.(?P<name>.+)\.(?:tmp-(?:(?P<old>old-)?\d+|shared|gone)|unfinished|(?P<previous>previous))"
+)
 
 
 @contextlib.contextmanager
@@ -62,35 +67,51 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Return whether a killed process left this behind while it wrote."""
-    match = _LEFTOVER.fullmatch(path.name)
-    if match is None:
-        return False
-    pid = int(match[1]) if match[1] else 0
-    return not (pid and pid != os.getpid() and _is_alive(pid))
+    """Return whether a killed process left this behind while it wrote, by its name."""
+    return _LEFTOVER.fullmatch(path.name) is not None
 
 
-def _is_alive(pid: int) -> bool:
-    """Whether a process of this machine has this number."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return True
+def tidy(*folders: Path) -> None:
+    """Remove what killed processes left in these folders, but not below them; where one was killed while a folder took another's
+    place, put that back. Only for the process that is their writer, while it writes nothing there.
+    """
+    for folder in folders:
+        _remove_leftovers(folder.iterdir() if folder.is_dir() else ())
 
 
-def tidy(folder: Path) -> None:
-    """Remove what killed processes left in a folder; where one was killed while a folder took another's place, put that back."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if not is_leftover(path):
+def tidy_beside(folder: Path) -> None:
+    """Do what `tidy` does for what was left beside a folder while that was written itself under a temporary name."""
+    if folder.name and folder.parent.is_dir():
+        _remove_leftovers(folder.parent.glob(f".{glob.escape(folder.name)}.*"), only=folder.name)
+
+
+def _remove_leftovers(paths: Iterable[Path], only: str | None = None) -> None:
+    for path in list(paths):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None or only not in (None, match["name"]):
             continue
-        name, _, kind = path.name.removeprefix(".").rpartition(".tmp-")
-        if kind.startswith("old-") and not (folder / name).exists():
-            path.rename(folder / name)
+        if (match["previous"] is not None or path.suffix == ".unfinished") and not path.is_dir():
+            continue  # a file of the user: these names are of folders
+        place = path.with_name(match["name"])
+        if lock.is_held_elsewhere(place):
+            continue  # another process writes this very file or folder
+        if (match["old"] or match["previous"]) and not os.path.lexists(place):
+            path.rename(place)
         else:
             remove(path)
+
+
+def copy_into(source: Path, folder: Path) -> None:
+    """Give a folder the files of another one, all together; files with other names stay. They are second names where the file
+    system has such: neither folder's files may be changed in place.
+    """
+    names = [path.name for path in source.iterdir() if path.is_file()]
+
+    def write(unfinished: Path) -> None:
+        for name in names:
+            link(source / name, unfinished / name)
+
+    replace_folder(folder, names, write)
 
 
 def remove(path: Path) -> None:

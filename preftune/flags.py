@@ -92,3 +92,7 @@ ELSEWHERE = {
     "weight_decay": "--adam-weight-decay",
 }
 """Unsupported flag -> what to use instead: a flag, or a sentence."""
+
+_FILE = "it is a prompt file: write the prompts into a .txt file, one a line, and name that file"
+ONE_VALUE = {"prompts": _FILE, "validation_prompts": _FILE}
+"""Flag of one value that other scripts give several -> what to do."""

@@ -16,12 +16,15 @@ from typing import Any
 from preftune.images import SUFFIXES
 from preftune.notes import counted
 from preftune.prompts import FIELDS
+from rewards.input_files import read_text
 
 IMAGE_FIELDS = ("file_name", "image", "image_path", "image_file", "filename", "path", "file")
 """Names of the column that holds the file names of images, in order of preference."""
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 PLACES = (".", "train", "data", "data/train")
 """Folders below a data set's own where its table may be, in order of preference."""
+MAX_CAPTION = 1 << 20
+"""Bytes of a caption file."""
 CAPTION_FILES = (".txt", ".caption")
 CAPTION = "caption"
 """Name under which the caption of such a file is found."""
@@ -171,11 +174,9 @@ def _pairs(folder: ImageFolder) -> Iterator[tuple[str, dict[str, Any] | ValueErr
             yield name, {"file_name": name, CAPTION: None}
             continue
         try:
-            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            yield name, ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}")
-        except OSError as error:
-            yield name, ValueError(f"cannot read {path}: {error.strerror}")
+            lines = read_text(Path(path), MAX_CAPTION).splitlines()
+        except ValueError as error:
+            yield name, error
         else:
             text = next((line.strip() for line in lines if line.strip()), None)
             yield name, {"file_name": name, CAPTION: text}

@@ -19,6 +19,10 @@ from preftune.files import replacing
 from preftune.image_folders import IMAGE_FIELDS, Columns, ImageFolder, find_captions, no_captions, table_rows
 from preftune.notes import counted, say
 from preftune.prompts import FIELDS, find_field
+from rewards.input_files import has_surrogate, parse_json, read_text_lines
+
+MAX_NAME = 1024
+"""Letters of a file name in a data set, its folders included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,12 +231,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def read_lines(path: Path) -> list[tuple[str, str]]:
     """(place for messages, text) of each line of a file, without a byte order mark and the blank lines that end it."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    lines = read_text_lines(path).rstrip().split("\n")
     return [(f"{path} line {number}", line) for number, line in enumerate(lines if lines != [""] else [], 1)]
 
 
@@ -244,10 +243,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 def parse_object(line: str, place: str) -> dict[str, Any]:
     """The object of a line."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also of a number with thousands of digits
-        raise ValueError(f"{place} is not JSON: {error}") from error
+    row = parse_json(line, place)
     if not isinstance(row, dict):
         raise ValueError(f"{place} must be an object, not a {type(row).__name__}")
     return row
@@ -272,6 +268,8 @@ def text_field(row: Mapping[str, Any], key: str, place: str) -> str:
     text: str = field(row, key, str, place)
     if not text.strip():
         raise ValueError(f"{place}: {key} is empty")
+    if has_surrogate(text):
+        raise ValueError(f"{place}: {key} holds half of a surrogate pair, which is no character")
     return text
 
 
@@ -280,7 +278,7 @@ def inside(folder: Path, name: str, place: str) -> Path:
     check_name(name, place)
     path = folder / name
     if not path.is_file():
-        raise ValueError(f"{place}: {path} does not exist")
+        raise ValueError(f"{place}: {path} {'is no file' if path.exists() else 'does not exist'}")
     if not _leads_to(path).is_relative_to(_resolved(folder)) and not _is_cached(path, folder):
         raise ValueError(f"{place}: file name {name!r} is a link that leads out of the folder")
     return path
@@ -322,10 +320,13 @@ def check_name(name: str, place: str) -> None:
         not name
         or "\\" in name
         or "\0" in name
+        or has_surrogate(name)
+        or len(name) > MAX_NAME
         or posix.is_absolute()
         or windows.drive
         or ".." in posix.parts
     ):
         raise ValueError(
-            f"{place}: file name {name!r} must be a relative path with / inside the folder, without .."
+            f"{place}: file name {name[:MAX_NAME]!r} must be a relative path with / inside the folder, without .., NUL and half"
+            f" characters, of at most {MAX_NAME} letters"
         )

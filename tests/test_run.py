@@ -403,9 +403,8 @@ def test_an_earlier_run_goes_when_all_of_the_new_one_has_loaded(tmp_path: Path) 
     with pytest.raises(AssertionError, match="float32"):  # as a model that is not what it should be
         new.prepare(nn.Linear(1, 1).double(), learning_rate=1e-5)
     assert files_of(tmp_path) == before
-    other = Run(run_config(tmp_path, seed=1, resume_from_checkpoint="latest"), driver="toy", config_text="")
     with pytest.raises(ValueError, match="seed was 0, is 1"):
-        other.prepare(nn.Linear(1, 1), learning_rate=1e-5)
+        Run(run_config(tmp_path, seed=1, resume_from_checkpoint="latest"), driver="toy", config_text="")
     assert files_of(tmp_path) == before
     assert (tmp_path / "iteration_01").is_dir()
     new.prepare(nn.Linear(1, 1), learning_rate=1e-5)
@@ -433,7 +432,7 @@ def test_current_hyperparameters_apply_after_resume(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("setting", "what"), [("nan_at", "loss"), ("inf_gradient_at", "gradient norm")])
 def test_a_number_that_is_not_finite_stops_at_its_step(tmp_path: Path, setting: str, what: str) -> None:
-    with pytest.raises(FloatingPointError, match=f"^{what} at step 3, rank 0 is nan"):
+    with pytest.raises(FloatingPointError, match=f"^{what} at step 3, rank 0, learning rate 0.01 is nan"):
         train(tmp_path, checkpointing_steps=1, driver={setting: 3})
     assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2]
     assert checkpoint.find_checkpoints(tmp_path)[-1].name == "step_000003"

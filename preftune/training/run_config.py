@@ -10,7 +10,8 @@ from typing import Literal
 
 import torch
 
-from preftune.training import checkpoint
+from preftune import lock
+from preftune.training import checkpoint, folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +106,11 @@ def _demand(holds: bool, name: str, value: object, legal: str) -> None:
 def check(config: RunConfig) -> None:
     """Fail on what this machine or the output folder cannot do; takes milliseconds, so call it before loading a model.
 
+    The main process becomes the folder's only writer here.
+
     Raises:
-        ValueError: fp16 without a GPU, 8-bit AdamW without bitsandbytes, an output folder that cannot be written or
-            already holds a run, a checkpoint to resume from that is not there.
+        ValueError: fp16 without a GPU, 8-bit AdamW without bitsandbytes, an output folder that cannot be written, is
+            being written by another process or already holds a run, a checkpoint to resume from that is not there.
     """
     forced_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")  # accelerate launch --cpu
     if config.mixed_precision == "fp16" and (forced_cpu or not torch.accelerator.is_available()):
@@ -116,6 +119,8 @@ def check(config: RunConfig) -> None:
         raise ValueError(
             "--use-8bit-adam needs bitsandbytes: pip install bitsandbytes, or leave the flag out"
         )
+    if lock.is_main_process():
+        lock.acquire(config.output_dir)  # until `Run.finish`, or the end of the process
     try:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=config.output_dir):
@@ -130,22 +135,7 @@ def check(config: RunConfig) -> None:
             f"--resume-from-checkpoint {source} is no checkpoint; give latest or a folder such as runs/x/step_000500"
         )
     if not config.overwrite_output_dir and config.resume_from_checkpoint != "latest":
-        _check_not_mixed(config.output_dir, source)
-
-
-def _check_not_mixed(output: Path, source: Path | None) -> None:
-    if not checkpoint.holds_run(output):
-        return
-    if source is None:
-        raise ValueError(
-            f"--output-dir {output} already holds a run: continue it with --resume-from-checkpoint latest, remove it with --overwrite-output-dir, "
-            "or choose another --output-dir"
-        )
-    if [source.resolve()] != [newest.resolve() for newest in checkpoint.find_checkpoints(output)[-1:]]:
-        raise ValueError(
-            f"--output-dir {output} holds work that does not lead to --resume-from-checkpoint {source}: remove it with --overwrite-output-dir, "
-            "or choose another --output-dir"
-        )
+        folder.check_not_mixed(config.output_dir, source)
 
 
 def cpu_threads(config: RunConfig) -> int:
