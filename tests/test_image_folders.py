@@ -179,6 +179,11 @@ def test_an_image_without_its_caption_file_is_set_aside(folder: Path) -> None:
     assert [sample.path.name for sample in samples] == ["b.jpg"]
     assert "a.txt is not UTF-8 text" in skipped[0].reason
     assert skipped[1].reason == "c.webp: caption is empty"
+    (folder / "c.txt").symlink_to("/etc/hostname")
+    (folder / "a.txt").write_bytes(b"x" * (2 << 20))
+    _, skipped = read_captioned(folder, Columns())
+    assert "bytes" in skipped[0].reason
+    assert "c.webp: file name 'c.txt' is a link that leads out of the folder" in skipped[1].reason
 
 
 def test_a_snapshot_in_the_hubs_cache(tmp_path: Path) -> None:
