@@ -29,6 +29,7 @@ from data_build.decode import Entry, ImageEntry, Rejected, UnusableError, decode
 from data_build.readers import DataSet, entries, find_data_set, read_bytes, survey
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import replacing
+from preftune.printable import show
 from preftune.records import write_jsonl
 
 SUFFIX_OF = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}
@@ -134,7 +135,7 @@ def main(config: Config) -> None:
                 )
     written = counts.pop("")
     reasons = "".join(f"; {number} {reason}" for reason, number in sorted(counts.items()))
-    print(f"{written} written, {counts.total()} left out{reasons}\n{config.output_dir}")  # noqa: T201
+    show(f"{written} written, {counts.total()} left out{reasons}\n{config.output_dir}")
 
 
 if __name__ == "__main__":
