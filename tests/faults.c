@@ -19,6 +19,7 @@ enum { COUNT, FULL, FAULT, KILL, TORN, TERM, STOP, READ_ONLY };
 struct record {
     long pid, action, at, count;
     char folder[1024];
+    char match[256]; /* only calls on paths that hold this text count */
     char where[1024]; /* the call that got the fault */
 };
 static struct record *record;
@@ -65,6 +66,7 @@ static int watched_fd(int fd, char *full) {
 
 /* Count a call; returns 0 or the error that it must give. grows: the call needs space on the disk. */
 static int injected(const char *call, const char *path, int grows) {
+    if (!strstr(path, record->match) && !(record->at > 0 && record->count >= record->at)) return 0;
     long number = __sync_add_and_fetch(&record->count, 1);
     if (number == record->at) snprintf(record->where, sizeof record->where, "%s %s", call, path);
     if (record->at <= 0 || number < record->at) return 0;
@@ -81,8 +83,8 @@ static int injected(const char *call, const char *path, int grows) {
 }
 
 /* Before a write that will be torn or run out of space, half of it reaches the disk. */
-static int halved(void) {
-    return record->count + 1 == record->at && (record->action == TORN || record->action == FULL);
+static int halved(const char *path) {
+    return strstr(path, record->match) && record->count + 1 == record->at && (record->action == TORN || record->action == FULL);
 }
 
 #define INJECT(watched, call, path, grows, failure)                                                                  \
@@ -96,7 +98,7 @@ ssize_t write(int fd, const void *bytes, size_t size) {
     REAL(write);
     char full[PATH_MAX];
     if (watched_fd(fd, full)) {
-        if (halved() && size > 1) { ssize_t ignored = real(fd, bytes, size / 2); (void)ignored; }
+        if (halved(full) && size > 1) { ssize_t ignored = real(fd, bytes, size / 2); (void)ignored; }
         int error = injected("write", full, 1);
         if (error) { errno = error; return -1; }
     }
@@ -116,7 +118,7 @@ ssize_t writev(int fd, const struct iovec *parts, int count) {
     REAL(writev);
     char full[PATH_MAX];
     if (watched_fd(fd, full)) {
-        if (halved() && count > 0) { ssize_t ignored = real(fd, parts, 1); (void)ignored; }
+        if (halved(full) && count > 0) { ssize_t ignored = real(fd, parts, 1); (void)ignored; }
         int error = injected("writev", full, 1);
         if (error) { errno = error; return -1; }
     }

@@ -43,11 +43,15 @@ WAIT = 300.0
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """A fault at the `at`-th call, from 1, that changes something below `folder`; 0 = none, the calls are only counted."""
+    """A fault at the `at`-th call, from 1, that changes something below `folder`; 0 = none, the calls are only counted.
+
+    match: only calls on paths that hold this text count.
+    """
 
     kind: str = "count"
     at: int = 0
     folder: Path
+    match: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +89,7 @@ class Record(ctypes.Structure):
         ("at", ctypes.c_long),
         ("count", ctypes.c_long),
         ("folder", ctypes.c_char * 1024),
+        ("match", ctypes.c_char * 256),
         ("where", ctypes.c_char * 1024),
     )
 
@@ -105,9 +110,7 @@ class Server:
         subprocess.run(command, check=True, capture_output=True)
         environment = os.environ | {
             "LD_PRELOAD": str(library),
-            "PYTHONPATH": os.pathsep.join(
-                [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-            ),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
             "ACCELERATE_USE_CPU": "true",
             "HF_HUB_OFFLINE": "1",
             "MPLBACKEND": "Agg",
@@ -144,7 +147,7 @@ class Server:
 
     def start(self, module: str, argv: list[str], fault: Fault | None = None) -> int:
         """Start `module.main` on a command line; returns the number of the process."""
-        what = [fault.kind, fault.at, str(fault.folder)] if fault else ["count", 0, "/nowhere"]
+        what = [fault.kind, fault.at, str(fault.folder), fault.match] if fault else ["count", 0, "/-", ""]
         return int(self._ask("start", module, argv, *what))
 
     def wait(self, child: int) -> Ended:
@@ -245,9 +248,9 @@ def _be_a_program(
     sys.stdin = open(os.devnull)  # noqa: SIM115
     code: Any = 1
     try:
-        kind, at, folder = fault
+        kind, at, folder, match = fault
         record = Record.from_buffer(shared)
-        record.folder = os.fsencode(folder)
+        record.folder, record.match = os.fsencode(folder), os.fsencode(match)
         record.action, record.at, record.pid = KINDS.index(kind), at, os.getpid()
         layer.fault_use(ctypes.byref(record))
         program = importlib.import_module(module)

@@ -203,8 +203,8 @@ def main() -> None:
     for trial in trials(config.trials, config.seed, tuple(config.programs)):
         done.append(trial)
         if trial.verdict != "equal":
-            print(len(done), trial, flush=True)
-    print(table(done))
+            print(len(done), trial, flush=True)  # noqa: T201
+    print(table(done))  # noqa: T201
 
 
 if __name__ == "__main__":
