@@ -7,9 +7,9 @@ an item is and how it is read. An item has one or several views, for example an 
 Letters: V views of an item, S scorers, H W pixels of any size.
 """
 
+import multiprocessing
 import os
 import threading
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -168,11 +168,11 @@ def _score(
 
 def _end_with_parent(_: int) -> None:
     """Let a worker process end when its parent was killed; else it would wait forever to hand over its batch."""
-    parent = os.getppid()
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "runs in a worker process"
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

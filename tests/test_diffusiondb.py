@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing
 import os
 import random
 import shutil
@@ -25,6 +24,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
+import children
 import rewards
 from data_build import diffusiondb, filters, scoring, selected_folder
 from data_build.decode import made_of
@@ -466,18 +466,6 @@ def test_nsfw_figures_of_the_metadata(tmp_path: Path, monkeypatch: pytest.Monkey
 # ---------------------------------------------------------------- killed
 
 
-def child(call: Callable[[], object]) -> Any:
-    """A process of its own, begun; it does not return to the tests."""
-
-    def alone() -> None:
-        torch.set_num_threads(1)  # the threads of this process are not in the child
-        call()
-
-    process = multiprocessing.get_context("fork").Process(target=alone)
-    process.start()
-    return process
-
-
 def run_and_die(settings: diffusiondb.Config, writes: int) -> None:
     """Run, and be killed just before rename number `writes`, or before the last removal."""
 
@@ -511,9 +499,7 @@ def test_killed_at_any_write_and_resumed(
     straight = contents(tmp_path / "straight")
     for writes in range(100):
         settings = config(folder, tmp_path / "killed", shown=1)
-        process = child(lambda settings=settings, writes=writes: run_and_die(settings, writes))
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+        assert children.end(children.begin(run_and_die, settings, writes)) == -signal.SIGKILL
         chunks = settings.output_dir.with_name("killed.building") / "chunks"
         assert len(list(chunks.glob("*.jsonl"))) == min(max(writes - 1, 0), 7)
         complete = settings.output_dir.exists()
@@ -536,11 +522,10 @@ def killed_at_random(data: Path, output: Path, kills: int) -> None:
     took, times, done = time.monotonic() - start, random.Random(kills), 0
     for kill in range(kills):
         worked = replace(settings, workers=kill % 2)
-        process = child(lambda worked=worked: diffusiondb.main(worked))
+        process = children.begin(diffusiondb.main, worked)
         time.sleep(times.uniform(0, took if kill % 2 else took / 3))
         process.kill()
-        process.join()
-        done += process.exitcode == 0
+        done += children.end(process) == 0
         if output.exists():
             assert contents(output) == contents(output.with_name("straight"))
             shutil.rmtree(output)
@@ -553,29 +538,35 @@ def test_killed_at_random_and_resumed(parts: tuple[Path, dict[tuple[str, str], s
     killed_at_random(parts[0], tmp_path / "killed", 2)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_no_worker_outlives_a_killed_builder(
-    parts: tuple[Path, dict[tuple[str, str], str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also one that waits to hand over images."""
+def wait_for_ever(settings: diffusiondb.Config, sign: Path) -> None:
+    """Run, and wait in the first scoring."""
 
     def wait(*_: Any) -> None:
-        (tmp_path / "waits").touch()
+        sign.touch()
         time.sleep(60)
 
-    monkeypatch.setattr(score_files, "_score", wait)
-    process = child(lambda: diffusiondb.main(config(parts[0], tmp_path / "out", workers=1)))
+    score_files._score = wait  # type: ignore[assignment]
+    diffusiondb.main(settings)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_no_worker_outlives_a_killed_builder(
+    parts: tuple[Path, dict[tuple[str, str], str]], tmp_path: Path
+) -> None:
+    """Also one that waits to hand over images."""
+    settings = config(parts[0], tmp_path / "out", workers=1)
+    process = children.begin(wait_for_ever, settings, tmp_path / "waits")
     until((tmp_path / "waits").exists)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(workers) == 1
     time.sleep(1)  # the pipe fills
     process.kill()
-    process.join()
+    children.end(process)
     until(lambda: not any(Path(f"/proc/{worker}/fd").exists() for worker in workers))
 
 
 def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.05)

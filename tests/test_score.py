@@ -1,10 +1,8 @@
 """Scoring a data set: every kind of data, everything that can be wrong with it, and being killed at any moment."""
 
-import functools
 import io
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import signal
@@ -15,7 +13,7 @@ import time
 import tracemalloc
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ import pytest
 import torch
 from PIL import Image
 
+import children
 import rewards
 from data_build import readers, score, score_folder, scoring, shapes
 from data_build.decode import ImageEntry, UnusableError, decode
@@ -657,19 +656,6 @@ def mixed_archives(rendered: Path, folder: Path) -> Path:
     return folder
 
 
-def in_a_child(call: Callable[[], object]) -> int | None:
-    """The exit code of a process of its own; it does not return to the tests."""
-
-    def alone() -> None:
-        torch.set_num_threads(1)  # the threads of this process are not in the child
-        call()
-
-    process = multiprocessing.get_context("fork").Process(target=alone)
-    process.start()
-    process.join()
-    return process.exitcode
-
-
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -697,7 +683,7 @@ def test_killed_at_any_write_and_resumed(rendered: Path, tmp_path: Path) -> None
     for writes in range(written + 1):
         output = tmp_path / f"killed{writes}"
         settings = config(data, output, chunk=2, best=1)
-        assert in_a_child(functools.partial(run_and_die, settings, writes)) == -signal.SIGKILL
+        assert children.end(children.begin(run_and_die, settings, writes)) == -signal.SIGKILL
         assert len(list(output.glob("chunks/0*"))) == min(max(writes - 1, 0), 5)
         score.main(replace(settings, workers=writes % 2))
         assert contents(output) == straight, writes
@@ -709,7 +695,7 @@ def test_killed_again_and_again(rendered: Path, tmp_path: Path) -> None:
     score.main(config(data, tmp_path / "straight", chunk=1, best=1))
     settings = config(data, tmp_path / "killed", chunk=1, best=1)
     for kills in range(1, 5):
-        assert in_a_child(functools.partial(run_and_die, settings, 2)) == -signal.SIGKILL
+        assert children.end(children.begin(run_and_die, settings, 2)) == -signal.SIGKILL
         assert score_folder.progress(settings.output_dir)[0] == 2 * kills - 1  # the first file is the job
     number, place = score_folder.progress(settings.output_dir)
     found = readers.find_data_set(data, prompted=True, prompt="", image_column="image", text_column="text")
