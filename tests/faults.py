@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -254,8 +255,11 @@ def _be_a_program(
         record.action, record.at, record.pid = KINDS.index(kind), at, os.getpid()
         layer.fault_use(ctypes.byref(record))
         program = importlib.import_module(module)
+        from tqdm import tqdm
+
         from preftune.cli import parse
 
+        tqdm.set_lock(threading.RLock())  # the usual one is shared: a killed child would hold it for ever
         sys.argv = [f"{module.rpartition('.')[2]}.py", *argv]
         code = program.main(parse(program.Config, argv))
     except SystemExit as stop:
