@@ -75,6 +75,12 @@ class Ended:
         return "Traceback (most recent call last)" in self.output
 
     @property
+    def tail(self) -> str:
+        """How it ended, for messages of tests."""
+        lines = [line for line in self.output.splitlines() if line.strip()]
+        return f"exit code {self.code}: " + " / ".join(lines[-3:])
+
+    @property
     def sentence(self) -> str:
         """What it said when it refused: its last line, where that names an error; else empty."""
         lines = self.output.strip().splitlines()

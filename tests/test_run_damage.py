@@ -63,14 +63,14 @@ class Lab:
         self, run: Path, ended: Ended, allowed: str = "equal or said", named: str = ""
     ) -> None:
         """Assert that a command has given the undisturbed run, or one sentence that names what is wrong."""
-        assert not ended.traced, ended.output
+        assert not ended.traced, ended.tail
         if ended.code == 0:
-            assert differences(self.whole, contents(run)) == [], ended.output
+            assert differences(self.whole, contents(run)) == [], ended.tail
         else:
-            assert ended.code == 2, ended.output
-            assert ended.sentence, ended.output
-        assert ("equal" if ended.code == 0 else "said") in allowed, ended.output
-        assert named in ended.output, ended.output
+            assert ended.code == 2, ended.tail
+            assert ended.sentence, ended.tail
+        assert ("equal" if ended.code == 0 else "said") in allowed, ended.tail
+        assert named in ended.output, ended.tail
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def lab(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         lab = Lab(server=server, root=root)
         run = tmp_path_factory.mktemp("whole") / "run"
         ended = lab.train(run, fault=Fault(folder=run.parent))
-        assert ended.code == 0, ended.output
+        assert ended.code == 0, ended.tail
         lab.calls, lab.whole = ended.calls, contents(run)
         yield lab
 
@@ -93,7 +93,7 @@ def killed(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was killed as it began its last checkpoint: it holds those after 1, 2 and 3 updates."""
     run = tmp_path_factory.mktemp("killed") / "run"
     ended = lab.train(run, fault=Fault(kind="kill", at=1, folder=run.parent, match="step_000004"))
-    assert ended.code == -9, ended.output
+    assert ended.code == -9, ended.tail
     assert [path.name for path in sorted(run.glob("step_*"))] == ["step_000001", "step_000002", "step_000003"]
     return run
 
@@ -141,7 +141,7 @@ def live(lab: Lab, killed: Path, tmp_path_factory: pytest.TempPathFactory, reque
     stop = Fault(kind="stop", at=2, folder=run.parent, match="step_000004" if resumed else "step_000002")
     child = lab.server.start("finetune.refl", lab.argv(run, *(RESUME if resumed else ())), stop)
     ended = lab.server.wait(child)
-    assert ended.stopped, ended.output
+    assert ended.stopped, ended.tail
     return Live(run=run, child=child, before=tree(run.parent))
 
 
@@ -149,7 +149,7 @@ def live(lab: Lab, killed: Path, tmp_path_factory: pytest.TempPathFactory, reque
 def test_a_second_writer_is_refused_before_it_touches_a_byte(lab: Lab, live: Live, second: str) -> None:
     more = [flag.format(run=live.run, root=lab.root) for flag in SECOND[second]]
     ended = lab.train(live.run, *more)
-    assert (ended.code, ended.traced) == (2, False), ended.output
+    assert (ended.code, ended.traced) == (2, False), ended.tail
     assert str(live.run) in ended.sentence
     assert tree(live.run.parent) == live.before
 
@@ -157,7 +157,7 @@ def test_a_second_writer_is_refused_before_it_touches_a_byte(lab: Lab, live: Liv
 def test_another_program_is_refused_too(lab: Lab, live: Live) -> None:
     argv = [*random_faults.recorded.arguments("pretrain_scorer", lab.root, live.run), *OVERWRITE]
     ended = lab.server.run("finetune.pretrain_scorer", argv)
-    assert (ended.code, ended.traced) == (2, False), ended.output
+    assert (ended.code, ended.traced) == (2, False), ended.tail
     assert tree(live.run.parent) == live.before
 
 
@@ -176,7 +176,7 @@ def test_of_two_that_start_together_one_is_refused(
     argv = lab.argv(run, *(RESUME if resumed else ()))
     both = [lab.server.start("finetune.refl", argv) for _ in range(2)]
     ended = sorted((lab.server.wait(child) for child in both), key=lambda one: one.code)
-    assert [one.code for one in ended] == [0, 2], [one.output for one in ended]
+    assert [one.code for one in ended] == [0, 2], [one.tail for one in ended]
     lab.assert_settled(run, ended[0], "equal")
     assert ended[1].sentence
 
@@ -195,7 +195,7 @@ def test_two_builders(lab: Lab, builder_root: Path, tmp_path: Path, program: str
     assert lab.server.wait(child).stopped
     before = tree(box)
     ended = lab.server.run(module, argv)
-    assert (ended.code, ended.traced) == (2, False), ended.output
+    assert (ended.code, ended.traced) == (2, False), ended.tail
     assert ended.sentence
     assert tree(box) == before
     lab.server.go_on(child)
@@ -240,7 +240,7 @@ def test_a_refused_command_leaves_every_byte(lab: Lab, run: Path, why: str) -> N
     before = tree(run.parent)
     ended = lab.train(run, *(flag.format(run=run, root=lab.root) for flag in flags))
     assert tree(run.parent) == before
-    assert (ended.code, ended.traced) == (2, False), ended.output
+    assert (ended.code, ended.traced) == (2, False), ended.tail
     assert named.lower() in ended.sentence.lower().replace("_", "-").replace("step-", "step_"), ended.sentence
 
 
@@ -248,7 +248,7 @@ def test_another_driver_leaves_every_byte(lab: Lab, run: Path) -> None:
     before = tree(run.parent)
     argv = [*random_faults.recorded.arguments("weird_lora", lab.root, run), *RESUME]
     ended = lab.server.run("finetune.weird_lora", argv)
-    assert (ended.code, ended.traced) == (2, False), ended.output
+    assert (ended.code, ended.traced) == (2, False), ended.tail
     assert tree(run.parent) == before
 
 
@@ -393,7 +393,7 @@ def test_a_linked_checkpoint(lab: Lab, run: Path) -> None:
     symlinked(run)
     before = tree(run.parent / "elsewhere")
     ended = lab.train(run, *RESUME)
-    assert not ended.traced, ended.output
+    assert not ended.traced, ended.tail
     assert tree(run.parent / "elsewhere") == before
     if ended.code == 0:
         found = {name: digest for name, digest in contents(run).items() if "step_000003" not in name}
@@ -406,7 +406,7 @@ def test_a_bit_in_an_older_checkpoint_is_found_when_it_is_used(lab: Lab, run: Pa
     flip(run / "step_000002" / "state.pt")
     more = ("--resume-from-checkpoint", str(run / "step_000002"))
     ended = lab.train(run.parent / "another", *more)
-    assert (ended.code, ended.traced) == (2, False), ended.output
+    assert (ended.code, ended.traced) == (2, False), ended.tail
     assert "step_000002" in ended.sentence
 
 
@@ -440,8 +440,8 @@ DISK = ("full", "error", "read-only")
 
 def assert_said(ended: Ended) -> None:
     """One sentence at most, no traceback; a fault at a write that does not matter may be passed over."""
-    assert not ended.traced, ended.output
-    assert ended.code == 0 or ended.sentence, ended.output
+    assert not ended.traced, ended.tail
+    assert ended.code == 0 or ended.sentence, ended.tail
 
 
 def points(number: int, calls: int) -> list[int]:
@@ -459,8 +459,8 @@ def at_writes(lab: Lab, run: Path, kind: str, number: int) -> None:
         if kind in DISK:
             assert_said(ended)
         again = lab.train(run, *RESUME)
-        assert not again.traced, f"{where}: {again.output}"
-        assert again.code == 0, f"{where}: {again.output}"
+        assert not again.traced, f"{where}: {again.tail}"
+        assert again.code == 0, f"{where}: {again.tail}"
         assert differences(lab.whole, contents(run)) == [], where
         assert [path.name for path in run.parent.iterdir()] == [run.name], where
 
@@ -483,9 +483,9 @@ def test_a_fault_at_any_write(lab: Lab, tmp_path: Path, kind: str) -> None:
 def test_a_full_disk_names_the_last_checkpoint(lab: Lab, run: Path, moment: str) -> None:
     """Also where an earlier checkpoint is there: it is named, the partial files are gone, and it goes on."""
     ended = lab.train(run, *RESUME, fault=Fault(kind="full", at=2, folder=run.parent, match=moment))
-    assert not ended.traced, ended.output
+    assert not ended.traced, ended.tail
     assert ended.code != 0
-    assert "step_00000" in ended.sentence, ended.output
+    assert "step_00000" in ended.sentence, ended.tail
     assert "no space left" in ended.sentence.lower()
     assert not [path for path in run.rglob(".*") if ".tmp-" in path.name]
     lab.assert_settled(run, lab.train(run, *RESUME), "equal")
