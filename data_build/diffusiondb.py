@@ -44,6 +44,7 @@ from data_build.readers import DataSet, entries, survey
 from data_build.scoring import DTYPES, Batch, PrepareEntry
 from data_build.selection import Selection
 from preftune.cli import exit_on_user_error, parse
+from preftune.one_writer import one_writer
 from rewards import CARDS, Scorer, find_card
 from rewards.mix import parse_files
 from rewards.shared_towers import load_all
@@ -249,6 +250,7 @@ def write_data_set(config: Config, job: Job) -> None:
     shutil.rmtree(job.building)
 
 
+@one_writer
 @torch.no_grad()
 def main(config: Config) -> None:
     """Score what is left, make the data set of it, and report."""

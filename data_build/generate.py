@@ -27,8 +27,10 @@ from tqdm import tqdm
 from preftune import families, seeds
 from preftune.cli import exit_on_user_error, parse
 from preftune.families.base import Family
-from preftune.files import replacing, tidy
+from preftune.files import is_leftover, replacing, tidy
 from preftune.images import to_pil
+from preftune.lock import is_lock
+from preftune.one_writer import one_writer
 from preftune.prompts import read_prompts
 from preftune.records import write_lines
 from preftune.sampling import Resolved, Sampling, sample
@@ -87,7 +89,9 @@ def begin_folder(config: Config) -> list[str]:
                 raise ValueError(
                     f"{config.output_dir} was begun with {key} {begun.get(key)}, not {value}; choose another --output-dir"
                 )
-    elif config.output_dir.exists() and any(config.output_dir.iterdir()):
+    elif config.output_dir.exists() and not all(
+        is_leftover(path) or is_lock(path) for path in config.output_dir.iterdir()
+    ):
         raise ValueError(f"{config.output_dir} exists and holds something else; choose another --output-dir")
     config.output_dir.mkdir(parents=True, exist_ok=True)
     write_lines(record, json.dumps(settings, indent=1).splitlines())
@@ -127,6 +131,7 @@ def write_part(config: Config, family: Family, prompts: list[str], part: int, pa
         archive.writestr(zipfile.ZipInfo(f"{path.stem}.json", _EPOCH), json.dumps(notes))
 
 
+@one_writer
 def main(config: Config) -> None:
     """Generate the parts that are not there."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -40,6 +40,7 @@ from data_build.readers import DataSet, read_bytes
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import replacing
 from preftune.images import MAX_BYTES
+from preftune.one_writer import one_writer
 from preftune.records import check_name, inside, write_jsonl, write_lines
 
 IMAGES = "images"
@@ -244,6 +245,7 @@ def first_rejected(folder: Path) -> str:
     return " ".join((detail if detail.startswith(name) else f"{name}: {detail}").splitlines())
 
 
+@one_writer
 def main(config: Config) -> None:
     """Check, write under a temporary name, rename."""
     with exit_on_user_error():

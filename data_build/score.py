@@ -27,7 +27,10 @@ from data_build import score_folder, scoring
 from data_build.decode import Entry
 from data_build.readers import DataSet, entries, find_data_set, survey
 from data_build.scoring import DTYPES, Batch, PrepareEntry, digests
+from preftune import lock
 from preftune.cli import exit_on_user_error, parse
+from preftune.files import tidy_beside
+from preftune.one_writer import one_writer
 from rewards import CARDS, Scorer, find_card
 from rewards.mix import parse_files
 from rewards.shared_towers import load_all
@@ -133,6 +136,7 @@ def score_rest(
             bar.update(count)
 
 
+@one_writer
 @torch.no_grad()
 def main(config: Config) -> None:
     """Score, conclude and report."""
@@ -147,7 +151,11 @@ def main(config: Config) -> None:
         score_folder.write_results(config.output_dir, data, config.rewards, config.best)
     score_folder.remove_chunks(config.output_dir)
     if config.add_to_metadata:
+        with exit_on_user_error():
+            lock.acquire(data.root)  # other jobs may score the same data set
+        tidy_beside(data.root / "metadata.jsonl")
         score_folder.add_to_metadata(config.output_dir, data, config.rewards)
+        lock.release(data.root)
     print(f"{score_folder.summary_text(config.output_dir)}\n{config.output_dir}")  # noqa: T201
 
 

@@ -29,6 +29,7 @@ from data_build.readers import DataSet, read_bytes
 from preftune.files import is_leftover, replacing, tidy
 from preftune.grid import captioned_grid
 from preftune.images import save_image, to_pil
+from preftune.lock import is_lock
 from preftune.records import parse_object, read_jsonl, read_lines, write_jsonl, write_lines
 from rewards.pixels import from_pil
 
@@ -46,8 +47,9 @@ def begin_job(folder: Path, job: Mapping[str, Any]) -> None:
     """Make the folder, or find in it the same job; ValueError for another one, and for a folder of something else."""
     record = folder / "job.json"
     inside = [folder] if folder.is_file() else [*folder.iterdir()] if folder.is_dir() else []
-    if not record.is_file() and not all(is_leftover(path) for path in inside):
+    if not record.is_file() and not all(is_leftover(path) or is_lock(path) for path in inside):
         raise ValueError(f"{folder} exists and holds no scores; choose another --output-dir")
+    tidy(folder)
     if not is_complete(folder) and not _chunks(folder):  # nothing is scored yet, so it may become another job
         write_jsonl(record, [job])
     begun = read_jsonl(record)[0]
@@ -93,9 +95,8 @@ def write_results(folder: Path, data: DataSet, names: Sequence[str], best: int) 
 
 
 def remove_chunks(folder: Path) -> None:
-    """Remove the chunks of a complete job, and what killed processes left."""
+    """Remove the chunks of a complete job."""
     shutil.rmtree(folder / "chunks", ignore_errors=True)
-    tidy(folder)
 
 
 def summarise(folder: Path, names: Sequence[str]) -> dict[str, Any]:

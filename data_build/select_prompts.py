@@ -44,6 +44,7 @@ from tqdm import tqdm
 from preftune import seeds
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import replacing
+from preftune.one_writer import one_writer
 from preftune.prompts import read_prompts
 from preftune.records import write_jsonl, write_lines
 
@@ -241,6 +242,7 @@ def covered(graph: csr_array, chosen: Sequence[int]) -> float:
     return float((marks + graph @ marks > 0).mean())
 
 
+@one_writer
 def main(config: Config) -> None:
     """Choose from each group, write the folder under a temporary name, and rename it."""
     with exit_on_user_error():

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from preftune import seeds
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import replacing
+from preftune.one_writer import one_writer
 from preftune.records import write_jsonl
 from rewards.shapes import Scene
 from rewards.shapes_rendering import (
@@ -116,6 +117,7 @@ def near_miss(scene: Scene, defects: Mapping[str, float], rng: Generator, name_d
     return scene.caption() + with_defects({other: rng.random()})
 
 
+@one_writer
 def main(config: Config) -> None:
     """Write the folder under a temporary name, then rename it."""
     with exit_on_user_error():

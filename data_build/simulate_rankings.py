@@ -34,6 +34,7 @@ from preftune import families, seeds
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import replacing, write_text
 from preftune.images import load_pixels, to_pil
+from preftune.one_writer import one_writer
 from preftune.records import write_jsonl
 from preftune.sampling import Sampling, sample
 from rewards.shapes import SIZE, Scene, judge
@@ -147,6 +148,7 @@ def write_rendered(config: Config, folder: Path) -> None:
             write_image(rendered_image(scene, rng), folder / name)
 
 
+@one_writer
 def main(config: Config) -> None:
     """Make the images, judge and annotate them; the folder has its name only when it is complete."""
     with exit_on_user_error():

@@ -42,6 +42,7 @@ from preftune.cli import exit_on_user_error, parse
 from preftune.files import write_text
 from preftune.grid import captioned_grid
 from preftune.images import save_image
+from preftune.one_writer import one_writer
 from preftune.prompts import read_prompts
 from preftune.records import read_jsonl
 from preftune.sampling import Resolved, Sampling
@@ -196,6 +197,7 @@ def images_by_method(config: Config, runs: Mapping[tuple[str, int], Path]) -> di
     return counts
 
 
+@one_writer
 def main(config: Config) -> int:
     """Train, generate, judge, report."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -70,6 +70,7 @@ from preftune.bootstrap import interval
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import write_text
 from preftune.images import save_figure
+from preftune.one_writer import one_writer
 from preftune.records import write_jsonl
 from rewards.shapes import in_world
 
@@ -322,6 +323,7 @@ def score_all(
     return columns, replace(held, rejected=rejected)
 
 
+@one_writer
 def main(config: Config) -> int:
     """Train, score, compare."""
     with exit_on_user_error():

@@ -39,6 +39,7 @@ from preftune.cli import exit_on_user_error, parse
 from preftune.files import replacing, write_text
 from preftune.grid import captioned_grid
 from preftune.images import save_image, thumbnail
+from preftune.one_writer import one_writer
 from preftune.prompts import read_prompts
 from preftune.sampling import Resolved, Sampling
 from preftune.solvers import SolverName
@@ -271,6 +272,7 @@ def to_html(sheet: Sheet, config: Config, sampling: Resolved, thumbnails: Sequen
     return render(TEMPLATE, sheet=sheet, config=config, sampling=sampling, files=files, thumbnails=small)
 
 
+@one_writer
 def main(config: Config) -> int:
     """Generate what is missing, score, and write the page and the grid."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -39,6 +39,7 @@ from eval.view_scores import PromptedImage, check_crops, score_views, view_names
 from eval.win_rates import csv_text
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import write_text
+from preftune.one_writer import one_writer
 from preftune.records import write_jsonl
 from rewards.mix import parse_files, parse_weights
 from rewards.shapes import in_world
@@ -139,6 +140,7 @@ def write_report(
     print(f"{plots.to_text(rows)}\n{measured}\n{config.output_dir / 'report.html'}")  # noqa: T201
 
 
+@one_writer
 def main(config: Config) -> int:
     """Score every image, compare, report."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

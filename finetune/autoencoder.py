@@ -27,6 +27,7 @@ from preftune.cli import dump, exit_on_user_error, parse
 from preftune.families.tiny import build_autoencoder
 from preftune.grid import captioned_grid
 from preftune.images import load_pixels, save_image
+from preftune.one_writer import one_writer
 from preftune.order import items_at
 from preftune.records import read_imagefolder
 from preftune.training.run import Run
@@ -76,6 +77,7 @@ class Reconstruct(nn.Module):
         return self.vae.decode(latents).sample, kl
 
 
+@one_writer
 def main(config: Config) -> int:
     """Train, save, and write a grid of originals and reconstructions."""
     with exit_on_user_error():

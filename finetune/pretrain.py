@@ -29,6 +29,7 @@ from preftune.cli import dump, exit_on_user_error, parse
 from preftune.diffusion_loss import diffusion_loss
 from preftune.families import Family
 from preftune.images import load_with_framing
+from preftune.one_writer import one_writer
 from preftune.order import items_at
 from preftune.records import CaptionedImage, read_imagefolder
 from preftune.resolution import Framing, Resolution
@@ -79,6 +80,7 @@ class TextToImage(nn.Module):
         return family.predict(x, t, family.encode(prompts, framings=framings)).output
 
 
+@one_writer
 def main(config: Config) -> int:
     """Train, save and sample."""
     with exit_on_user_error():

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.images import load_pixels
+from preftune.one_writer import one_writer
 from preftune.order import items_at
 from preftune.records import CaptionedImage, read_imagefolder
 from preftune.training.preference_losses import clamp_scale
@@ -243,6 +244,7 @@ def build_imagereward(config: Config) -> ImageReward:
     return ImageReward.build(layout, config.vocab, config.run.seed)
 
 
+@one_writer
 def main(config: Config) -> int:
     """Train and save the scorer."""
     with exit_on_user_error():

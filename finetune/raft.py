@@ -27,6 +27,7 @@ import tyro
 from preftune import files, seeds
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.images import save_image
+from preftune.one_writer import one_writer
 from preftune.order import items_at
 from preftune.prompts import read_prompts
 from preftune.records import CaptionedImage, read_imagefolder, read_jsonl, write_jsonl
@@ -169,6 +170,7 @@ def remove_later(run: Run, steps_per_iteration: int) -> None:
     run.wait()
 
 
+@one_writer
 def main(config: Config) -> int:
     """Tune, validate and save."""
     with exit_on_user_error():

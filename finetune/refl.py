@@ -30,6 +30,7 @@ from torch import Generator, Tensor
 from preftune.augment import shifted
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.families import Family
+from preftune.one_writer import one_writer
 from preftune.order import items_at
 from preftune.prompts import read_prompts
 from preftune.records import CaptionedImage, read_imagefolder
@@ -178,6 +179,7 @@ def check_inputs(config: Config) -> tuple[list[str], list[str], list[CaptionedIm
     return prompts, config.validation.prompts(prompts), samples
 
 
+@one_writer
 def main(config: Config) -> int:
     """Tune, validate and save."""
     with exit_on_user_error():

@@ -41,6 +41,7 @@ from torch.utils.checkpoint import checkpoint
 
 from preftune.augment import shifted, weak_view
 from preftune.cli import dump, exit_on_user_error, parse
+from preftune.one_writer import one_writer
 from preftune.order import items_at
 from preftune.records import read_rankings
 from preftune.training.accuracy_plot import plot
@@ -287,6 +288,7 @@ def prepare(config: Config) -> Trainable:
     return scorer
 
 
+@one_writer
 def main(config: Config) -> int:
     """Train, validate, keep the best."""
     with exit_on_user_error():

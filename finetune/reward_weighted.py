@@ -27,6 +27,7 @@ import tyro
 from torch import Tensor
 
 from preftune.cli import dump, exit_on_user_error, parse
+from preftune.one_writer import one_writer
 from preftune.order import items_at
 from preftune.records import CaptionedImage, read_imagefolder
 from preftune.training import workspace
@@ -101,6 +102,7 @@ def read_scores(samples: Sequence[CaptionedImage], name: str, folder: Path) -> T
     return torch.tensor(scores, dtype=torch.float32)
 
 
+@one_writer
 def main(config: Config) -> int:
     """Tune, validate and save."""
     groups = config.model, config.reward, config.validation, config.run

@@ -26,6 +26,7 @@ import tyro
 
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.lora import LoRA
+from preftune.one_writer import one_writer
 from preftune.order import items_at
 from preftune.records import CaptionedImage, read_imagefolder
 from preftune.training import workspace
@@ -127,6 +128,7 @@ def read(config: Config) -> list[CaptionedImage]:
     return samples + items_at(others, range(number), config.run.seed)
 
 
+@one_writer
 def main(config: Config) -> int:
     """Tune, validate and save."""
     with exit_on_user_error():

@@ -2,22 +2,26 @@
 
 The temporary name of `a/b.json` is `a/.b.json.tmp-PID`. A killed process leaves it behind; `tidy` removes it.
 While a folder is replaced, the old one is called `a/.b.tmp-old-PID` between two renames. If the process is killed there,
-`tidy` puts it back.
+`tidy` puts it back. Only the process that holds the folder's lock (preftune/lock.py) may tidy it: what another one is
+writing looks the same.
 """
 
 import contextlib
+import glob
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rewards.atomic_folder import sync
 
-__all__ = ["is_leftover", "remove", "replacing", "sync", "tidy", "write_text"]
+__all__ = ["is_leftover", "remove", "replacing", "sync", "tidy", "tidy_beside", "write_text"]
 
 
-_LEFTOVER = re.compile(r"\..+\.tmp-(?:(?:old-)?(\d+)|shared|gone)")
+_LEFTOVER = re.compile(
+    r"\.(?P<name>.+)\.(?:tmp-(?:(?P<old>old-)?\d+|shared|gone)|unfinished|(?P<previous>previous))"
+)
 
 
 @contextlib.contextmanager
@@ -62,33 +66,39 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Return whether a killed process left this behind while it wrote."""
-    match = _LEFTOVER.fullmatch(path.name)
-    if match is None:
-        return False
-    pid = int(match[1]) if match[1] else 0
-    return not (pid and pid != os.getpid() and _is_alive(pid))
-
-
-def _is_alive(pid: int) -> bool:
-    """Whether a process of this machine has this number."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return True
+    """Return whether a killed process left this behind while it wrote, by its name."""
+    return _LEFTOVER.fullmatch(path.name) is not None
 
 
 def tidy(folder: Path) -> None:
-    """Remove what killed processes left in a folder; where one was killed while a folder took another's place, put that back."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if not is_leftover(path):
-            continue
-        name, _, kind = path.name.removeprefix(".").rpartition(".tmp-")
-        if kind.startswith("old-") and not (folder / name).exists():
-            path.rename(folder / name)
+    """Remove what killed processes left in a folder, at any depth; where one was killed while a folder took another's place, put
+    that back. Only for the process that holds the folder's lock, while it writes nothing there.
+    """
+    for path, inside, names in os.walk(folder):
+        left = [
+            Path(path, name) for name in (*inside, *names) if name[0] == "." and _LEFTOVER.fullmatch(name)
+        ]
+        inside[:] = [name for name in inside if Path(path, name) not in left]
+        _remove_leftovers(left)
+
+
+def tidy_beside(folder: Path) -> None:
+    """Do what `tidy` does for what was left beside a folder while that was written itself under a temporary name."""
+    found = folder.parent.glob(f".{glob.escape(folder.name)}.*") if folder.name else ()
+    _remove_leftovers(
+        [path for path in found if (match := _LEFTOVER.fullmatch(path.name)) and match["name"] == folder.name]
+    )
+
+
+def _remove_leftovers(paths: Iterable[Path]) -> None:
+    for path in paths:
+        match = _LEFTOVER.fullmatch(path.name)
+        assert match is not None, "a leftover"
+        if not match[0].rpartition(".")[2].startswith("tmp-") and not path.is_dir():
+            continue  # a file of the user: these names are of folders
+        place = path.with_name(match["name"])
+        if (match["old"] or match["previous"]) and not os.path.lexists(place):
+            path.rename(place)
         else:
             remove(path)
 

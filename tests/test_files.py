@@ -115,19 +115,40 @@ def test_remove_takes_whatever_is_there(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-GONE = 2**22 + 1  # no process has such a number: Linux counts to 2**22
-
-
 def test_tidy_removes_leftovers_and_puts_back_what_was_being_replaced(tmp_path: Path) -> None:
-    for name in (f".a.json.tmp-{GONE}", "kept.json", ".hidden"):
+    for name in (".a.json.tmp-1", "kept.json", ".hidden", ".notes.unfinished", "deep/.f.png.tmp-7"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    for name in (f".b.tmp-old-{GONE}", f".c.tmp-old-{GONE}", "c", f".d.tmp-{GONE}", f".e.tmp-{os.getppid()}"):
+    folders = (".b.tmp-old-2", ".c.tmp-old-2", "c", ".d.tmp-2", ".e.tmp-shared", ".g.tmp-gone")
+    for name in (*folders, ".s.unfinished", ".s.previous", ".t.previous", "t"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
     files.tidy(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [".hidden", f".e.tmp-{os.getppid()}", "b", "c", "kept.json"]
-    ), "what a process that is alive writes stays"
-    assert (tmp_path / "b" / "file").read_text() == f".b.tmp-old-{GONE}", "killed between the two renames"
-    assert (tmp_path / "c" / "file").read_text() == "c"
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == sorted(
+        [
+            ".hidden",
+            ".notes.unfinished",
+            "b",
+            "b/file",
+            "c",
+            "c/file",
+            "deep",
+            "kept.json",
+            "s",
+            "s/file",
+            "t",
+            "t/file",
+        ]
+    ), "a file of the user stays, whatever it is called"
+    was = {name: (tmp_path / name / "file").read_text() for name in "bcst"}
+    assert was == {"b": ".b.tmp-old-2", "c": "c", "s": ".s.previous", "t": "t"}, (
+        "what was killed between two renames is put back"
+    )
     files.tidy(tmp_path / "nothing")
+
+
+def test_what_was_left_beside_a_folder_goes_and_what_is_of_others_stays(tmp_path: Path) -> None:
+    for name in (".data[1].tmp-3", ".data[1].tmp-old-3", ".data[1]x.tmp-3", ".data[1].lock", ".data1.tmp-3"):
+        (tmp_path / name).mkdir()
+    files.tidy_beside(tmp_path / "data[1]")
+    assert names(tmp_path) == sorted([".data[1].lock", ".data[1]x.tmp-3", ".data1.tmp-3", "data[1]"])

@@ -40,7 +40,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from preftune import files, order, seeds
+from preftune import files, lock, order, seeds
 from preftune.seeds import Stream
 from preftune.training import checkpoint, signals
 from preftune.training.optimizer import EMA, adamw, lr_factor
@@ -396,5 +396,6 @@ class Run:
         self.wait()
         if self._metrics is not None:
             self._metrics.close()
+            lock.release(self.folder)
         self._accelerator.end_training()
         return 128 + self._agreed_signal if self.interrupted else 0

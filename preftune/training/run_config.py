@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from preftune import lock
 from preftune.training import checkpoint
 
 
@@ -105,9 +106,11 @@ def _demand(holds: bool, name: str, value: object, legal: str) -> None:
 def check(config: RunConfig) -> None:
     """Fail on what this machine or the output folder cannot do; takes milliseconds, so call it before loading a model.
 
+    The main process becomes the folder's only writer here.
+
     Raises:
-        ValueError: fp16 without a GPU, 8-bit AdamW without bitsandbytes, an output folder that cannot be written or
-            already holds a run, a checkpoint to resume from that is not there.
+        ValueError: fp16 without a GPU, 8-bit AdamW without bitsandbytes, an output folder that cannot be written, is
+            being written by another process or already holds a run, a checkpoint to resume from that is not there.
     """
     forced_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")  # accelerate launch --cpu
     if config.mixed_precision == "fp16" and (forced_cpu or not torch.accelerator.is_available()):
@@ -116,6 +119,8 @@ def check(config: RunConfig) -> None:
         raise ValueError(
             "--use-8bit-adam needs bitsandbytes: pip install bitsandbytes, or leave the flag out"
         )
+    if lock.is_main_process():
+        lock.acquire(config.output_dir)  # until `Run.finish`, or the end of the process
     try:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=config.output_dir):

@@ -1,0 +1,76 @@
+"""What the main function of every program that writes a folder does around its work: lock, say why a write failed, tidy."""
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from preftune import disk, files, lock
+from preftune.cli import exit_on_user_error
+
+Config = TypeVar("Config")
+Code = TypeVar("Code")
+
+
+def one_writer(main: Callable[[Config], Code]) -> Callable[[Config], Code]:
+    """Make main(config) the only writer of its --output-dir while it runs.
+
+    The lock is taken before anything is done. A failed write, on a full disk for example, ends the program with one
+    sentence and exit code 1; what was being written is removed. Of several processes only the main one holds the lock:
+    where it is refused, the launcher ends the others.
+    """
+
+    @functools.wraps(main)
+    def locked(config: Config) -> Code:
+        folder = _output_dir(config)
+        if not lock.is_main_process():
+            with exit_on_failed_write(folder):
+                return main(config)
+        with exit_on_user_error():
+            lock.acquire(folder)
+            files.tidy_beside(folder)
+        try:
+            with exit_on_failed_write(folder):
+                return main(config)
+        finally:
+            lock.release(folder)
+
+    return locked
+
+
+@contextlib.contextmanager
+def exit_on_failed_write(folder: Path) -> Iterator[None]:
+    """Turn a failed write in the block into one sentence on stderr and exit code 1, and remove what was being written."""
+    try:
+        yield
+    except Exception as error:
+        reason = disk.reason(error, folder)
+        if reason is None:
+            raise
+        if lock.is_main_process():
+            with contextlib.suppress(OSError):  # a read-only file system, say
+                files.tidy(folder)
+                files.tidy_beside(folder)
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {reason}; {_next(folder)}\n")
+        raise SystemExit(1) from error
+
+
+def _next(folder: Path) -> str:
+    """What to do after a failed write."""
+    if not (folder / "config.yaml").is_file():
+        return "make room there or repair it, then start the same command again"
+    checkpoints = sorted(path.parent for path in folder.glob("step_*/manifest.json"))
+    if not checkpoints:
+        return "there is no complete checkpoint yet: make room there or repair it, then start again"
+    return (
+        f"the last complete checkpoint is {checkpoints[-1]}: make room there or repair it, then go on with"
+        " --resume-from-checkpoint latest"
+    )
+
+
+def _output_dir(config: Any) -> Path:
+    """The folder that a program writes."""
+    folder: Path = config.output_dir if hasattr(config, "output_dir") else config.run.output_dir
+    return folder

@@ -1,0 +1,150 @@
+"""One writer for an output folder, and what is said when it cannot be written."""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from preftune import lock
+from preftune.cli import parse
+
+ROOT = Path(__file__).parents[1]
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from preftune import lock
+from preftune.cli import parse
+lock.acquire(Path(sys.argv[1]))
+if len(sys.argv) > 2:  # a forked worker, as of a data loader, which outlives its parent
+    if os.fork():
+        sys.stdin.read()
+    print("held", flush=True)
+    time.sleep(30)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def holder(folder: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
+    """Another process that writes the folder."""
+    command = [sys.executable, "-c", HOLD, str(folder), *more]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def state_of(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in sorted([folder, *folder.rglob("*")])
+    }
+
+
+# One writer
+
+
+def test_a_second_process_is_refused_and_told_who_writes(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with holder(run) as process:
+        before = state_of(run)
+        (tmp_path / "link").symlink_to(run)
+        for name in ("run", "link", "run/../run"):
+            with pytest.raises(
+                ValueError, match=f"is being written by process {process.pid} on .*--output-dir"
+            ):
+                lock.acquire(tmp_path / name)
+        assert state_of(run) == before
+        lock.acquire(tmp_path / "other")
+        lock.release(tmp_path / "other")
+    lock.acquire(run)
+    lock.acquire(run)
+    lock.release(run)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "run"], "no lock is left"
+    with holder(run) as process:
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(10) == 0
+    assert not (tmp_path / ".run.lock").exists(), "released at the end of the process"
+
+
+def test_a_killed_writer_does_not_block_although_its_workers_live(tmp_path: Path) -> None:
+    with holder(tmp_path / "run", "fork") as process:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert (tmp_path / ".run.lock").is_file()
+        lock.acquire(tmp_path / "run")
+        lock.release(tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_the_lock_is_inside_where_the_parent_cannot_be_written(tmp_path: Path) -> None:
+    run = tmp_path / "mounted" / "run"
+    run.mkdir(parents=True)
+    run.parent.chmod(0o555)
+    try:
+        with holder(run), pytest.raises(ValueError, match="is being written by"):
+            lock.acquire(run)
+        with pytest.raises(ValueError, match="cannot be written"):
+            lock.acquire(run.parent / "new")
+    finally:
+        run.parent.chmod(0o755)
+
+
+def test_every_program_that_writes_a_folder_is_its_only_writer() -> None:
+    for folder in ("finetune", "data_build", "eval"):
+        for path in (ROOT / folder).glob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            if "\ndef main(config" in text:
+                before = text.split("\ndef main(config")[0].splitlines()[-2:]
+                assert "@one_writer" in before, f"{path} writes without a lock"
+
+
+PROGRAMS = {
+    "finetune.pretrain_scorer": "--data nowhere --vocab nowhere --resume-from-checkpoint latest --seed 99",
+    "data_build.shapes": "--count 1",
+    "data_build.score": "--data nowhere --rewards brightness",
+    "eval.preference_accuracy": "--data {0}",
+}
+
+
+@pytest.mark.usefixtures("cpu")
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_are_refused_before_they_touch_a_byte(
+    program: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 0}\n')
+    (run / ".metrics.jsonl.tmp-5").write_text("half")
+    module = importlib.import_module(program)
+    argv = [*PROGRAMS[program].format(tmp_path).split(), "--output-dir", str(run)]
+    with holder(run):
+        before = state_of(tmp_path)
+        with pytest.raises(SystemExit) as stop:
+            module.main(parse(module.Config, argv))
+        assert state_of(tmp_path) == before
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{run} is being written by process" in line
