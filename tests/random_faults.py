@@ -55,6 +55,7 @@ def write_inputs(root: Path) -> None:
     import test_preferences
 
     recorded.write_inputs(root)
+    (root / "two.txt").write_text("a red circle\na blue square\n")
     for part, prompts in ((1, range(5)), (2, range(3, 8))):
         members = test_diffusiondb.members(part, prompts, 3)
         test_diffusiondb.write_part(root / "parts" / f"part-{part:06d}.zip", members)
@@ -67,7 +68,8 @@ def arguments(program: str, root: Path, box: Path) -> list[str]:
     """The command line of a program whose output is box/out."""
     if program in DRIVERS:
         flags = recorded.arguments(program, root, box / "out")
-        return [*flags, "--checkpoints-total-limit", "2", "--validation-steps", "2"]
+        validated = ["--validation-prompts", str(root / "two.txt")] if "--sample.solver" in flags else []
+        return [*flags, *validated, "--checkpoints-total-limit", "2", "--validation-steps", "2"]
     words = _BUILDERS[program].format(root=root, box=box).split()
     return [*words, "--output-dir", str(box / "out")]
 
