@@ -18,7 +18,10 @@ FOLDERS = ("rewards", "preftune", "finetune", "data_build", "eval", "benchmarks"
 LIBRARIES = {"rewards": ("rewards",), "preftune": ("rewards", "preftune")}
 """What the two libraries may import of ours: rewards itself alone, preftune also rewards."""
 
-RUN = ("preftune.training.checkpoint", "preftune.training.optimizer", "preftune.training.signals")
+RUN = tuple(
+    f"preftune.training.{name}"
+    for name in ("checkpoint", "folder", "inputs", "metrics", "optimizer", "resume", "signals")
+)
 """The parts of Run, which programs leave to it."""
 
 HOMES = {

@@ -403,9 +403,8 @@ def test_an_earlier_run_goes_when_all_of_the_new_one_has_loaded(tmp_path: Path) 
     with pytest.raises(AssertionError, match="float32"):  # as a model that is not what it should be
         new.prepare(nn.Linear(1, 1).double(), learning_rate=1e-5)
     assert files_of(tmp_path) == before
-    other = Run(run_config(tmp_path, seed=1, resume_from_checkpoint="latest"), driver="toy", config_text="")
     with pytest.raises(ValueError, match="seed was 0, is 1"):
-        other.prepare(nn.Linear(1, 1), learning_rate=1e-5)
+        Run(run_config(tmp_path, seed=1, resume_from_checkpoint="latest"), driver="toy", config_text="")
     assert files_of(tmp_path) == before
     assert (tmp_path / "iteration_01").is_dir()
     new.prepare(nn.Linear(1, 1), learning_rate=1e-5)

@@ -1,29 +1,25 @@
-"""Checkpoints and metrics of a run, written so that a kill at any moment loses no complete checkpoint.
+"""Checkpoints of a run, written so that a kill at any moment loses no complete one, and read only when they are as written.
 
 A checkpoint is a folder `step_000500` (500 updates done). It gets this name in one rename, so a folder with
-that name is always complete. The next start removes what a killed write leaves behind. `state.pt` in it
-holds only tensors, numbers and strings and is read with `weights_only=True`: nothing is unpickled.
+that name was complete. `state.pt` in it holds only tensors, numbers and strings and is read with
+`weights_only=True`: nothing is unpickled. `manifest.json` holds the SHA-256 of every file, its own included, of
+the rows of metrics so far, and what makes the run (see resume.py).
 """
 
+import hashlib
 import json
-import math
-import os
 import re
-import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from preftune import files
 
+MANIFEST = "manifest.json"
+STATE = "state.pt"
 _STEP = re.compile(r"step_(\d{6,})")
-_RUN_FILES = (
-    "config.yaml", "metrics.jsonl", "tensorboard", "samples", "lora", "unet", "pipeline", "scorer", "vae",
-    "before_after.png", "reconstructions.png", "accuracy.png",
-)  # fmt: skip
 
 
 def updates_of(folder: Path) -> int | None:
@@ -32,150 +28,111 @@ def updates_of(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def find_checkpoints(output: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first; empty where there are none."""
-    found = [(updates_of(path), path) for path in output.glob("step_*") if (path / "state.pt").is_file()]
-    return [path for _, path in sorted((updates, path) for updates, path in found if updates is not None)]
+def find_checkpoints(output: Path, *, damaged: bool = False) -> list[Path]:
+    """Checkpoints of a run, oldest first; empty where there are none.
 
-
-def holds_run(output: Path) -> bool:
-    """Whether a new run in `output` would mix with, or hide, an earlier run."""
-    return (output / "metrics.jsonl").exists() or bool(find_checkpoints(output))
-
-
-def clear(
-    output: Path, *, resume_from: Path | None, overwrite: bool, driver_files: Sequence[str] = ()
-) -> None:
-    """Remove what killed writes left behind and, to overwrite, the earlier run.
-
-    Only a run's own files go, and those of the driver's patterns, so that a mistyped folder keeps everything else. Where the new
-    run starts from a checkpoint in this very folder, only the later checkpoints go.
+    damaged: with all that only have the name of one. Otherwise those that have a state; `verify` says whether they are sound.
     """
-    files.tidy(output)
-    files.tidy(output / "samples")
-    if not overwrite or not holds_run(output):
-        return
-    inside = resume_from is not None and resume_from.resolve().parent == output.resolve()
-    kept = (updates_of(resume_from) or 0) if inside and resume_from is not None else -1
-    for path in output.glob("step_*"):
-        if (updates_of(path) or 0) > kept:
-            files.remove(path)
-    for pattern in () if inside else (*_RUN_FILES, *driver_files):
-        for path in output.glob(pattern):
-            files.remove(path)
+    named = [(updates, path) for path in output.glob("step_*") if (updates := updates_of(path)) is not None]
+    return [path for _, path in sorted(named) if damaged or (path / STATE).is_file()]
 
 
 def write(
-    output: Path, updates: int, state: dict[str, Any], extra: Callable[[Path], None] | None, keep: int
+    output: Path,
+    updates: int,
+    state: dict[str, Any],
+    extra: Callable[[Path], None] | None,
+    keep: int,
+    manifest: Mapping[str, object],
 ) -> None:
     """Write the checkpoint `step_<updates>` in one piece, then remove all but the newest `keep` (0 keeps all).
 
-    `extra` is given the unfinished folder and adds what the driver wants to find there, such as `lora/`.
+    `extra` is given the unfinished folder and adds what the driver wants to find there, such as `lora/`. `manifest` is what
+    `verify` returns.
     """
     target = output / f"step_{updates:06d}"
     assert not target.exists(), f"{target} is already saved: call save() once per step"
     with files.replacing(target, durable=True) as unfinished:
         unfinished.mkdir()
-        torch.save(state, unfinished / "state.pt")
+        with (unfinished / STATE).open("wb") as file:  # a file object, so that a failed write is an OSError
+            torch.save(state, file)
         if extra is not None:
             extra(unfinished)
+        paths = sorted(path for path in unfinished.rglob("*") if path.is_file())
+        listed = {path.relative_to(unfinished).as_posix(): _digest(path) for path in paths}
+        content = {"updates": updates, **manifest, "files": listed}
+        (unfinished / MANIFEST).write_text(json.dumps(sealed(content), indent=1) + "\n", encoding="utf-8")
     for old in find_checkpoints(output)[:-keep] if keep else []:
-        files.remove(
-            old.rename(old.with_name(f".{old.name}.tmp-gone"))
-        )  # half removed, it must not look complete
+        gone = old.with_name(f".{old.name}.tmp-gone")  # half removed, it must not look complete
+        files.remove(gone)
+        files.remove(old.rename(gone))
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Return what `write` noted in the manifest of a checkpoint: its updates, metrics and run.
+
+    ValueError, in one sentence, for a checkpoint of which anything is missing or is not as it was written.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder")
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{folder} has no {MANIFEST}: a part was removed, or an earlier version wrote it"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder / MANIFEST} cannot be read: {error}") from error
+    manifest = unsealed(text)
+    if manifest is None or manifest.get("updates") != updates_of(folder):
+        raise ValueError(f"{folder / MANIFEST} is damaged, or of another checkpoint")
+    for name, digest in manifest["files"].items():
+        try:
+            found = _digest(folder / name)
+        except FileNotFoundError as error:
+            raise ValueError(f"{folder} has no {name} any more") from error
+        except OSError as error:
+            raise ValueError(f"{folder / name} cannot be read: {error.strerror}") from error
+        if found != digest:
+            raise ValueError(f"{folder / name} is damaged: its SHA-256 is not the one that {MANIFEST} says")
+    return manifest
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The state that `write` stored, on the CPU."""
-    state: dict[str, Any] = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    """The state that `write` stored, on the CPU. ValueError for a file that holds no such state."""
+    try:
+        state: Any = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch has no error of its own for a file that is not what it should be
+        raise ValueError(f"{folder / STATE} cannot be read: {str(error).splitlines()[0][:200]}") from error
+    needed = {"parameters", "optimizer", "average", "averaged", "scaler", "skipped", "driver"}
+    if not isinstance(state, dict) or not needed <= state.keys():
+        raise ValueError(f"{folder / STATE} is not the state of a run, but a {type(state).__name__}")
     return state
 
 
-def refuse_mismatch(folder: Path, then: Mapping[str, object], now: Mapping[str, object]) -> None:
-    """Compare settings, or shapes by parameter name, of a checkpoint with the present ones.
-
-    Raises:
-        ValueError: they differ; names the first three differences.
-    """
-    names = [*then, *(name for name in now if name not in then)]
-    differ = [
-        f"{name} was {then.get(name, 'absent')}, is {now.get(name, 'absent')}"
-        for name in names
-        if (name in then, then.get(name)) != (name in now, now.get(name))
-    ]
-    if differ or list(then) != list(now):
-        what = "; ".join(differ[:3]) or "the parameters come in another order"
-        raise ValueError(
-            f"cannot resume from {folder}: {what}; give the settings that wrote it, or start afresh with another --output-dir"
-        )
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what can be written as JSON with the SHA-256 of itself."""
+    return {**content, "sha256": hashlib.sha256(_canonical(content)).hexdigest()}
 
 
-class Metrics:
-    """Rows of numbers by step, in metrics.jsonl and for tensorboard.
-
-    Opening drops the rows at or past `start`, which will be written again, and a last line torn by a kill.
-
-    Raises:
-        ValueError: a line other than the last is not a row.
-    """
-
-    def __init__(self, folder: Path, *, start: int) -> None:
-        path = folder / "metrics.jsonl"
-        if path.exists():
-            files.write_text(path, _rows_before(path, start), durable=True)
-        self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
-
-    def write(self, row: dict[str, float]) -> None:
-        """Append one row. A number that is not finite becomes null, as JSON has no name for it."""
-        finite = {name: value for name, value in row.items() if math.isfinite(value)}
-        self._file.write(json.dumps(dict.fromkeys(row) | finite) + "\n")
-        self._file.flush()
-        for name, value in finite.items():
-            if name != "step":
-                self._board.add_scalar(name, value, int(row["step"]))
-
-    def sync(self) -> None:
-        """Flush the rows to the disk, so that they survive a power cut."""
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close both files."""
-        self._file.close()
-        self._board.close()
-
-
-def _rows_before(path: Path, start: int) -> str:
-    kept: list[str] = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            step = int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
-                break
-            raise ValueError(
-                f"{path}, line {number}: not a row of metrics: {line[:80]!r}; repair or remove it"
-            ) from error
-        if step < start:
-            kept.append(line + "\n")
-    return "".join(kept)
-
-
-def commit() -> str:
-    """Commit of this checkout, with `+` where files differ from it; `unknown` outside git."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--dirty=+",
-        "--exclude=*",
-    ]
+def unsealed(text: str) -> dict[str, Any] | None:
+    """Return the content of JSON that `sealed` made; None where it is damaged."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(content, dict):
+        return None
+    digest = content.pop("sha256", None)
+    return content if digest == hashlib.sha256(_canonical(content)).hexdigest() else None
+
+
+def _canonical(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True).encode()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

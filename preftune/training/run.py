@@ -1,7 +1,7 @@
 """A training run, for drivers with an explicit training loop. Only this file imports accelerate.
 
     check(config.run)                      # first of all: fails in milliseconds, not after loading a model
-    run = Run(config.run, driver="refl", config_text=dump(config))
+    run = Run(config.run, driver="refl", config_text=dump(config))  # compares a resumed run, before a model loads
     unet = run.prepare(unet, learning_rate=1e-4)
     for step in run.steps():
         for micro_batch in run.passes():   # backward passes of this update: --gradient-accumulation-steps, or any number
@@ -20,8 +20,7 @@ finishes, `due("checkpointing_steps", step)` is true and `steps()` ends; `finish
 code 128 + signal (130, 143). A second one, a second later or more, kills at once.
 
 Several processes: `accelerate launch --num_processes 2 driver.py` on GPUs; on CPUs `ACCELERATE_USE_CPU=true
-accelerate launch --multi_gpu --num_processes 2 driver.py`: without MPI, `--cpu` always starts a single
-process.
+accelerate launch --multi_gpu --num_processes 2 driver.py`: without MPI, `--cpu` starts a single process.
 """
 
 import math
@@ -36,13 +35,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from preftune import files, lock, order, seeds
 from preftune.seeds import Stream
-from preftune.training import checkpoint, signals
+from preftune.training import checkpoint, folder, resume, signals
+from preftune.training.metrics import Metrics
 from preftune.training.optimizer import EMA, adamw, lr_factor
 from preftune.training.run_config import RunConfig, check, cpu_threads
 
@@ -61,11 +61,12 @@ class Run:
         is_main: Whether this is the process that writes.
         rank, world: Index of this process; number of processes.
         resumed_state: What the driver gave to `save` as its own state; empty for a new run.
-        start: First step to do: 0, or where the checkpoint left off. Known after `prepare`, as the next two are.
-        resumed: Whether the run goes on from a checkpoint, which may be that of step 0.
+        source: The checkpoint that the run goes on from, which may be that of step 0, or None.
+        start: First step to do: 0, or where the checkpoint left off.
+        resumed: Whether there is a source.
 
     Raises:
-        ValueError: see `check`.
+        ValueError: see `check`; a checkpoint to resume from that is damaged, or has other settings.
     """
 
     def __init__(
@@ -105,7 +106,11 @@ class Run:
         torch.set_num_threads(cpu_threads(config))
         seeds.seed_everything(config.seed, Stream.SETUP, 0, 0)
         self._config_text = config_text
-        self._metrics: checkpoint.Metrics | None = None
+        self._begin = self._find_start()
+        self.source = self._begin.source
+        self.start = (checkpoint.updates_of(self.source) or 0) if self.source else 0
+        self.resumed = self.source is not None
+        self._metrics: Metrics | None = None
         self._row: dict[str, float] = {}  # metrics of the step under way; empty once written
         self._scalars: list[dict[str, Tensor]] = []  # of each backward pass since the last optimizer step
         self._received = signals.Received()  # by this process
@@ -124,7 +129,7 @@ class Run:
             The module whose forward must be called: only its forward exchanges gradients between processes.
 
         Raises:
-            ValueError: the checkpoint to resume from has other parameters or settings.
+            ValueError: the checkpoint to resume from has other parameters.
         """
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         assert named, "module has no parameter that requires a gradient"
@@ -136,39 +141,34 @@ class Run:
         optimizer = adamw(self.config, list(named.values()), self._peak_lr)
         self._module, self._optimizer = self._accelerator.prepare(module, optimizer)
         self._ema = EMA(self.config, named.values())
-        self._source = self._find_source()
-        self.start = (checkpoint.updates_of(self._source) or 0) if self._source else 0
-        self.resumed = self._source is not None
-        if self._source is not None:
-            self._load(self._source)
+        if self.source is not None:
+            self._load(self.source)
         self._open_folder()
         return self._module
 
-    def _find_source(self) -> Path | None:
-        """The checkpoint from which the run goes on."""
-        wanted = self.config.resume_from_checkpoint
-        if wanted == "latest":
-            return next(reversed(checkpoint.find_checkpoints(self.folder)), None)
-        return wanted
+    def _find_start(self) -> folder.Start:
+        """Where the run begins, as the main process finds it, and what differs from before, which it says."""
+        start = folder.Start()
+        if self.is_main:
+            self._identity = resume.identity(self._config_text, self._settings())
+            start = resume.find_start(self.config, self._identity)
+            for line in start.said:
+                tqdm.write(line, file=sys.stderr)
+        if self.world > 1:
+            (start,) = broadcast_object_list([start])
+        return start
 
     def _open_folder(self) -> None:
         """Begin to write: the first moment at which an earlier run can be touched, since now everything has loaded."""
-        config, output = self.config, self.folder
         self.wait()
         if self.is_main:
-            checkpoint.clear(
-                output,
-                resume_from=self._source,
-                overwrite=config.overwrite_output_dir,
-                driver_files=self._driver_files,
-            )
-            self._metrics = checkpoint.Metrics(output, start=self.start)
-            made_by = f"driver {self.driver}, commit {checkpoint.commit()}, torch {torch.__version__}"
-            header = f"# {made_by}, processes {self.world}\n"
-            files.write_text(output / "config.yaml", header + self._config_text, durable=True)
+            overwrite, patterns = self.config.overwrite_output_dir, self._driver_files
+            folder.clear(self.folder, self._begin, overwrite=overwrite, driver_files=patterns)
+            self._metrics = Metrics(self.folder, start=self.start)
+            made_by = f"driver {self.driver}, commit {folder.commit()}, torch {torch.__version__}"
+            text = f"# {made_by}, processes {self.world}\n{self._config_text}"
+            files.write_text(self.folder / "config.yaml", text, durable=True)
         self.wait()
-
-    # The loop
 
     def steps(self) -> Iterator[int]:
         """Indices of the updates still to do; each begins with freshly seeded random number generators."""
@@ -297,8 +297,6 @@ class Run:
         """Context in which the trained module holds the averaged weights; without averaging, its own."""
         return self._ema.swapped_in()
 
-    # Metrics and checkpoints
-
     def log(self, step: int, **scalars: float) -> None:
         """Add scalars to the metrics of a step; before `save`, for a resume does not know what is logged after it."""
         if self._row and self._row["step"] == step:
@@ -337,9 +335,10 @@ class Run:
         assert not self._scalars, "save between updates"
         self._write_row()
         if self._metrics is not None:
-            self._metrics.sync()
+            manifest = {"metrics": self._metrics.sync(), "run": self._identity}
             contents = self._state() | {"driver": dict(state or {})}
-            checkpoint.write(self.folder, step + 1, contents, write, self.config.checkpoints_total_limit)
+            keep = self.config.checkpoints_total_limit
+            checkpoint.write(self.folder, step + 1, contents, write, keep, manifest)
         self.wait()
 
     def _settings(self) -> dict[str, object]:
@@ -358,7 +357,6 @@ class Run:
     def _state(self) -> dict[str, Any]:
         scaler = self._accelerator.scaler
         return {
-            "settings": self._settings(),
             "skipped": (self._skipped, self._skipped_in_a_row),
             "parameters": {name: p.detach().cpu() for name, p in self._named.items()},
             "optimizer": self._optimizer.state_dict()["state"],
@@ -368,11 +366,10 @@ class Run:
         }
 
     @torch.no_grad()
-    def _load(self, folder: Path) -> None:
-        state = checkpoint.read(folder)
-        checkpoint.refuse_mismatch(folder, state["settings"], self._settings())
+    def _load(self, source: Path) -> None:
+        state = checkpoint.read(source)
         then, now = [{k: tuple(p.shape) for k, p in ps.items()} for ps in (state["parameters"], self._named)]
-        checkpoint.refuse_mismatch(folder, then, now)
+        resume.refuse_mismatch(source, then, now)
         for name, parameter in self._named.items():
             parameter.copy_(state["parameters"][name])
         self._ema.load(state["average"], state["averaged"])
@@ -383,8 +380,6 @@ class Run:
         self._optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(state["scaler"])
-
-    # The end
 
     @property
     def interrupted(self) -> bool:

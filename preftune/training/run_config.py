@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from preftune import lock
-from preftune.training import checkpoint
+from preftune.training import checkpoint, folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,22 +135,7 @@ def check(config: RunConfig) -> None:
             f"--resume-from-checkpoint {source} is no checkpoint; give latest or a folder such as runs/x/step_000500"
         )
     if not config.overwrite_output_dir and config.resume_from_checkpoint != "latest":
-        _check_not_mixed(config.output_dir, source)
-
-
-def _check_not_mixed(output: Path, source: Path | None) -> None:
-    if not checkpoint.holds_run(output):
-        return
-    if source is None:
-        raise ValueError(
-            f"--output-dir {output} already holds a run: continue it with --resume-from-checkpoint latest, remove it with --overwrite-output-dir, "
-            "or choose another --output-dir"
-        )
-    if [source.resolve()] != [newest.resolve() for newest in checkpoint.find_checkpoints(output)[-1:]]:
-        raise ValueError(
-            f"--output-dir {output} holds work that does not lead to --resume-from-checkpoint {source}: remove it with --overwrite-output-dir, "
-            "or choose another --output-dir"
-        )
+        folder.check_not_mixed(config.output_dir, source)
 
 
 def cpu_threads(config: RunConfig) -> int:

@@ -1,0 +1,79 @@
+"""What the inputs of a run hold, in short: two runs with equal digests have read the same model, data and scorers."""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import rewards
+from rewards.mix import parse_files, parse_weights
+
+FLAGS = (
+    "model", "vae", "weights", "vocab", "data", "regularisation", "pretraining_data", "prompts", "validation_prompts",
+    "reward_stats",
+)  # fmt: skip
+"""Flags that name files and folders, whose content counts and not their place."""
+
+_NAMES_COUNT = ("data", "regularisation", "pretraining_data")
+_CONTENT_COUNTS = {
+    ".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".tar", ".zip", ".safetensors", ".bin", ".pt", ".pth", ".ckpt",
+}  # fmt: skip
+_WHOLE, _BLOCK, _BLOCKS = 1 << 26, 1 << 20, 64
+
+
+def digests(flags: Mapping[str, Any]) -> dict[str, str]:
+    """Return flag, or `scorer NAME`, -> digest of what it names, for those that name something on this machine.
+
+    Of a data set count the names of its files, its captions and its metadata, but not the pixels of its images; of a file above
+    64 MiB, its size and 65 blocks of 1 MiB, spread evenly.
+    """
+    found = {}
+    for name in FLAGS:
+        value = flags.get(name)
+        paths = [Path(one) for one in (value if isinstance(value, list) else [value]) if one]
+        if paths and all(path.exists() for path in paths):
+            found[name] = _digest(paths, with_names=name in _NAMES_COUNT)
+        elif name == "model" and value in rewards.CARDS:  # a scorer that is trained
+            found[name] = _digest(rewards.check(str(value), _path(flags.get("weights"))), with_names=False)
+    weights = parse_weights(flags["rewards"]) if flags.get("rewards") else {}
+    files = parse_files(flags.get("reward_files") or (), weights)
+    for name in weights:
+        found[f"scorer {name}"] = _digest(rewards.check(name, files.get(name)), with_names=False)
+    return found
+
+
+def _path(value: str | None) -> Path | None:
+    return Path(value) if value else None
+
+
+def _digest(paths: Sequence[Path], *, with_names: bool) -> str:
+    """SHA-256 of files and folders in their order."""
+    found = hashlib.sha256()
+    for path in paths:
+        if path.is_file():
+            found.update(_content(path))
+            continue
+        for folder, inside, names in os.walk(path, followlinks=True):
+            inside[:] = sorted(name for name in inside if not name.startswith("."))
+            for name in sorted(name for name in names if not name.startswith(".")):
+                file = Path(folder, name)
+                counts = file.suffix.lower() in _CONTENT_COUNTS
+                if counts or with_names:
+                    found.update(f"{file.relative_to(path).as_posix()}\0".encode(errors="surrogateescape"))
+                if counts:
+                    found.update(_content(file))
+    return found.hexdigest()
+
+
+def _content(path: Path) -> bytes:
+    """SHA-256 of a file, or of a sample of a large one."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= _WHOLE:
+            return hashlib.file_digest(file, "sha256").digest()
+        found = hashlib.sha256(str(size).encode())
+        for block in range(_BLOCKS + 1):
+            file.seek(block * (size - _BLOCK) // _BLOCKS)
+            found.update(file.read(_BLOCK))
+    return found.digest()

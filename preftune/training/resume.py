@@ -1,0 +1,185 @@
+"""From which checkpoint a run goes on, and whether it is the same run: what must not differ is refused, the rest is said.
+
+What makes a run is noted in each checkpoint: the settings that the program compares itself, all flags of its configuration, and the
+digests of its inputs. A flag whose input has the same content is the same, wherever that lies now.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from preftune.training import checkpoint, inputs, metrics
+from preftune.training.folder import Start
+from preftune.training.run_config import RunConfig
+from rewards.mix import parse_weights
+
+MAY_DIFFER = frozenset(
+    [
+        "max_train_steps",
+        "learning_rate",
+        "lr_scheduler",
+        "lr_warmup_steps",
+        "adam_weight_decay",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "max_grad_norm",
+        "ema_decay",
+        "compile",
+        "checkpointing_steps",
+        "validation_steps",
+        "checkpoints_total_limit",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "gradient_checkpointing",
+        "vae_checkpointing",
+        "attention",
+        "sample.batch_size",
+    ]
+)
+"""Flags that a run may go on with other values of; it says which."""
+_SAY_NOTHING = frozenset(
+    [
+        "output_dir",
+        "resume_from_checkpoint",
+        "overwrite_output_dir",
+        "threads",
+        "workers",
+        "reward_files",
+        "lora.alpha",
+    ]
+)
+"""Flags that change nothing, or that something else in the comparison covers."""
+
+
+def identity(config_text: str, settings: Mapping[str, object]) -> dict[str, Any]:
+    """Return what makes a run, as JSON has it; `config_text` is the YAML that replays its configuration."""
+    try:
+        rows = yaml.safe_load(config_text)
+    except yaml.YAMLError:
+        rows = None
+    flags: dict[str, Any] = {}
+    for name, value in rows.items() if isinstance(rows, dict) else ():
+        flags |= (
+            {f"{name}.{leaf}": one for leaf, one in value.items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
+    digests = inputs.digests(flags)
+    if flags.get("rewards"):
+        flags["rewards"] = parse_weights(flags["rewards"])
+    found: dict[str, Any] = json.loads(
+        json.dumps({"settings": dict(settings), "flags": flags, "digests": digests})
+    )
+    return found
+
+
+def fingerprint(now: Mapping[str, Any]) -> str:
+    """Return a digest of all that a run must not change."""
+    flags = {name: value for name, value in now["flags"].items() if _must_not_differ(name, now)}
+    kept = {"flags": {name: value for name, value in flags.items() if name not in now["digests"]}}
+    text = json.dumps(kept | {"digests": now["digests"]}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def find_start(config: RunConfig, now: Mapping[str, Any]) -> Start:
+    """Return where a run begins. ValueError for a checkpoint that is damaged, or of another run than `now`; touches nothing."""
+    wanted, output = config.resume_from_checkpoint, config.output_dir
+    if wanted is None:
+        return Start()
+    damaged: list[Path] = []
+    faults: list[str] = []
+    candidates = checkpoint.find_checkpoints(output, damaged=True) if wanted == "latest" else [wanted]
+    for source in reversed(candidates):
+        try:
+            manifest = checkpoint.verify(source)
+        except ValueError as error:
+            damaged.append(source)
+            faults.append(str(error))
+            continue
+        changed = compare(source, manifest["run"], now)
+        if (done := manifest["updates"]) > config.max_train_steps:
+            raise ValueError(
+                f"--max-train-steps {config.max_train_steps} is less than the {done} updates that {source} has; give {done} or"
+                " more, or resume from an earlier checkpoint"
+            )
+        said = [f"warning: {fault}; going on from {source.name}" for fault in faults]
+        if changed:
+            said.append(f"going on from {source} with {changed}")
+        if source.resolve().parent == output.resolve():
+            said += filter(None, [metrics.check(output, manifest["metrics"], source)])
+        return Start(source=source, damaged=tuple(damaged), said=tuple(said))
+    if faults:
+        earlier = [path for path in checkpoint.find_checkpoints(output, damaged=True) if path not in damaged]
+        offer = f"--resume-from-checkpoint {earlier[-1]}, or " if earlier else ""
+        raise ValueError(
+            f"cannot resume: {'; '.join(faults)}; use {offer}start anew with --overwrite-output-dir or another --output-dir"
+        )
+    begun = (output / metrics.FILE).exists()
+    return Start(said=(f"{output} has no checkpoint: the run begins anew",) if begun else ())
+
+
+def compare(source: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return what differs between a checkpoint's run and the present one, of what may, in words.
+
+    ValueError for what must not differ.
+    """
+    refuse_mismatch(source, then["settings"], now["settings"])
+    refused, allowed = [], []
+    for name in then["flags"].keys() & now["flags"].keys():
+        before, after = then["flags"][name], now["flags"][name]
+        if before != after and name in MAY_DIFFER:
+            allowed.append(f"--{_flag(name)} {after} (was {before})")
+        elif before != after and _must_not_differ(name, now) and not _same_content(name, then, now):
+            refused.append(f"--{_flag(name)} was {before}, is {after}")
+    for name in then["digests"].keys() & now["digests"].keys():
+        if then["digests"][name] != now["digests"][name] and then["flags"].get(name) == now["flags"].get(
+            name
+        ):
+            what = name if name.startswith("scorer ") else f"--{_flag(name)} {now['flags'][name]}"
+            refused.append(f"{what} is not what it was: its content has changed")
+    if refused:
+        raise _refusal(source, sorted(refused))
+    return ", ".join(sorted(allowed))
+
+
+def refuse_mismatch(folder: Path, then: Mapping[str, object], now: Mapping[str, object]) -> None:
+    """Compare settings, or shapes by parameter name, of a checkpoint with the present ones.
+
+    Raises:
+        ValueError: they differ; names the first three differences.
+    """
+    names = [*then, *(name for name in now if name not in then)]
+    differ = [
+        f"{name} was {then.get(name, 'absent')}, is {now.get(name, 'absent')}"
+        for name in names
+        if (name in then, then.get(name)) != (name in now, now.get(name))
+    ]
+    if differ or list(then) != list(now):
+        raise _refusal(folder, differ or ["the parameters come in another order"])
+
+
+def _refusal(folder: Path, differences: list[str]) -> ValueError:
+    more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
+    return ValueError(
+        f"cannot resume from {folder}: {'; '.join(differences[:3])}{more}; give the settings that wrote it, or start afresh with"
+        " another --output-dir"
+    )
+
+
+def _must_not_differ(name: str, now: Mapping[str, Any]) -> bool:
+    """Whether a flag is compared; the settings of the program have some of them under their own names."""
+    return name not in MAY_DIFFER | _SAY_NOTHING and name not in now["settings"]
+
+
+def _same_content(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    digest = then["digests"].get(name)
+    return digest is not None and digest == now["digests"].get(name)
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
