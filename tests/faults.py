@@ -16,6 +16,7 @@ import importlib
 import json
 import mmap
 import os
+import re
 import select
 import shutil
 import signal
@@ -82,9 +83,9 @@ class Ended:
 
     @property
     def sentence(self) -> str:
-        """What it said when it refused: its last line, where that names an error; else empty."""
-        lines = self.output.strip().splitlines()
-        return lines[-1] if lines and "error: " in lines[-1] else ""
+        """The one line of its own that names an error; else empty."""
+        lines = [line for line in self.output.splitlines() if re.match(r"\w+\.py: error: ", line)]
+        return lines[0] if len(lines) == 1 else ""
 
 
 class Record(ctypes.Structure):

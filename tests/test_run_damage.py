@@ -62,15 +62,30 @@ class Lab:
     def assert_settled(
         self, run: Path, ended: Ended, allowed: str = "equal or said", named: str = ""
     ) -> None:
-        """Assert that a command has given the undisturbed run, or one sentence that names what is wrong."""
+        """Assert that a command has given the undisturbed run, or one sentence that names what is wrong.
+
+        named: a text of what it prints. It may also go on without a lost file and say so: only that file differs then.
+        """
         assert not ended.traced, ended.tail
         if ended.code == 0:
-            assert differences(self.whole, contents(run)) == [], ended.tail
+            differ = differences(self.whole, contents(run))
+            if differ and "warned" in allowed:
+                assert all(named in line for line in differ), differ
+                assert "warning: " in ended.output, ended.tail
+            else:
+                assert not differ, f"{'; '.join(differ)} ({ended.tail})"
+                assert "equal" in allowed, ended.tail
         else:
             assert ended.code == 2, ended.tail
             assert ended.sentence, ended.tail
-        assert ("equal" if ended.code == 0 else "said") in allowed, ended.tail
+            assert "said" in allowed, ended.tail
         assert named in ended.output, ended.tail
+
+
+def quick(names: Iterable[str], *few: str) -> list[Any]:
+    """The cases of a table: these few, and all others among the slow tests."""
+    assert {*few} <= {*names}, few
+    return [pytest.param(name, marks=() if name in few else pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(scope="module")
