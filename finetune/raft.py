@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from preftune import files, seeds
+from preftune import files, manifest, seeds
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.images import save_image
 from preftune.one_writer import one_writer
@@ -139,6 +139,7 @@ def data_set(config: Config, w: Workspace, prompts: list[str], iteration: int) -
                 (row for path in paths for row in read_jsonl(path)), key=lambda row: str(row["file_name"])
             )
             write_jsonl(partial / "metadata.jsonl", keep_best(rows, config.keep_share))
+            manifest.write(partial)
             partial.rename(folder)
         run.wait()
     return read_imagefolder(folder)
@@ -152,20 +153,25 @@ def folder_of(run: Path, iteration: int) -> Path:
 def remove_later(run: Run, steps_per_iteration: int) -> None:
     """Remove the data sets of iterations that begin after the update from which a run goes on: they are of other weights.
 
-    ValueError where it goes on within an iteration whose data set is gone.
+    ValueError where it goes on within an iteration whose data set is gone or damaged.
     """
     now = folder_of(run.folder, run.start // steps_per_iteration)
-    if run.start % steps_per_iteration and not now.is_dir():
-        raise ValueError(
-            f"{now} is gone, and cannot be generated again with later weights; start again with --overwrite-output-dir"
-        )
     run.wait()
+    if run.is_main and run.resumed and (now.is_dir() or run.start % steps_per_iteration):
+        try:
+            manifest.verify(now)
+        except ValueError as error:
+            if run.start % steps_per_iteration:
+                raise ValueError(
+                    f"{error}, and the data set cannot be generated again with later weights; start again with"
+                    " --overwrite-output-dir"
+                ) from error
+            files.remove(now)  # of these very weights, which generate it again
     if run.is_main:
-        for folder in run.folder.glob("iteration_*"):
+        for folder in run.folder.glob("iteration_[0-9][0-9]*"):
             number = folder.name.removeprefix("iteration_")
-            if not (
-                run.resumed and number.isdigit() and (int(number) - 1) * steps_per_iteration <= run.start
-            ):
+            later = number.isdigit() and (int(number) - 1) * steps_per_iteration > run.start
+            if later or (number.isdigit() and not run.resumed):
                 files.remove(folder)
     run.wait()
 
@@ -185,9 +191,8 @@ def main(config: Config) -> int:
         prompts=validation_prompts,
         moments={"before": "step_000000", **between, "after": f"step_{config.run.max_train_steps:06d}"},
         settings={name: getattr(config, name) for name in settings}
-        | {"prompts": str(config.prompts), "rewards": " ".join(config.reward.rewards)}
         | {"max_train_steps": config.run.max_train_steps},
-        driver_files=("iteration_*",),
+        driver_files=("iteration_[0-9][0-9]", "iteration_[0-9][0-9][0-9]"),
     ) as w:  # fmt: skip
         run = w.run
         with exit_on_user_error():

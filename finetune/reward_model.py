@@ -39,6 +39,7 @@ import tyro
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from preftune import files
 from preftune.augment import shifted, weak_view
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.one_writer import one_writer
@@ -305,6 +306,7 @@ def main(config: Config) -> int:
             )
         module = run.prepare(Ranker(scorer), learning_rate=LEARNING_RATE)
     best, preprocess = float(run.resumed_state.get("best", 0.0)), preprocess_of(scorer)
+    restore_best(run)
 
     for step in run.steps():
         module.train()
@@ -321,7 +323,7 @@ def main(config: Config) -> int:
                 better, worse = raw[:, 0][untied(part.chosen)[0].to(run.device)]
                 right = (better > worse).float().mean() if len(better) else 0.5
                 run.update(mean * len(parts) * run.world, accuracy=right)
-        if run.due("validation_steps", step) or run.due("checkpointing_steps", step):
+        if run.due("validation_steps", step) or run.scheduled("checkpointing_steps", step):
             with run.ema_weights():
                 accuracy = validate(scorer, held, run.device)
                 run.log(step, validation_accuracy=accuracy)
@@ -330,10 +332,22 @@ def main(config: Config) -> int:
                     if run.is_main:
                         scorer.save(run.folder / "scorer")
         if run.due("checkpointing_steps", step):
-            run.save(step, state={"best": best})
+            run.save(step, write=partial(write_best, run), state={"best": best})
     if run.is_main:
         plot(run.folder)
     return run.finish()
+
+
+def write_best(run: Run, folder: Path) -> None:
+    """Put the best scorer until now into a checkpoint, where there is one."""
+    if (run.folder / "scorer").is_dir():
+        files.copy_into(run.folder / "scorer", folder / "scorer")
+
+
+def restore_best(run: Run) -> None:
+    """Put back the best scorer of the checkpoint that a run goes on from: a killed run may have written a later one."""
+    if run.is_main and run.source is not None and (run.source / "scorer").is_dir():
+        files.copy_into(run.source / "scorer", run.folder / "scorer")
 
 
 def preprocess_of(scorer: Trainable) -> Preprocess:

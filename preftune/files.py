@@ -14,9 +14,9 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rewards.atomic_folder import sync
+from rewards.atomic_folder import link, replace_folder, sync
 
-__all__ = ["is_leftover", "remove", "replacing", "sync", "tidy", "tidy_beside", "write_text"]
+__all__ = ["copy_into", "is_leftover", "remove", "replacing", "sync", "tidy", "tidy_beside", "write_text"]
 
 
 _LEFTOVER = re.compile(
@@ -101,6 +101,19 @@ def _remove_leftovers(paths: Iterable[Path]) -> None:
             path.rename(place)
         else:
             remove(path)
+
+
+def copy_into(source: Path, folder: Path) -> None:
+    """Give a folder the files of another one, all together; files with other names stay. They are second names where the file
+    system has such: neither folder's files may be changed in place.
+    """
+    names = [path.name for path in source.iterdir() if path.is_file()]
+
+    def write(unfinished: Path) -> None:
+        for name in names:
+            link(source / name, unfinished / name)
+
+    replace_folder(folder, names, write)
 
 
 def remove(path: Path) -> None:

@@ -70,12 +70,13 @@ def _link_others(place: Path, unfinished: Path, names: Collection[str]) -> None:
         unfinished,
         symlinks=True,
         ignore=lambda inside, _: names if Path(inside) == place else (),
-        copy_function=_link,
+        copy_function=link,
         dirs_exist_ok=True,
     )
 
 
-def _link(source: str, target: str) -> None:
+def link(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name, or copy it where the file system has none."""
     try:
         os.link(source, target)
     except OSError:  # a file system that knows no second names

@@ -16,7 +16,7 @@ import record_trajectories as recorded
 import rewards
 from finetune import pretrain_scorer, reward_model
 from finetune.reward_model import Config, Stable
-from preftune import cli
+from preftune import cli, manifest
 from preftune.records import CaptionedImage, Ranking, read_jsonl
 from preftune.training import checkpoint
 from preftune.training.optimizer import adamw
@@ -228,9 +228,12 @@ def test_the_best_accuracy_outlives_a_stop(root: Path, tmp_path: Path) -> None:
     reached = [row["validation_accuracy"] for row in read_jsonl(tmp_path / "metrics.jsonl")]
     assert checkpoint.read(tmp_path / "step_000003")["driver"] == {"best": max(reached)}
     shutil.rmtree(tmp_path / "step_000003")
-    state = checkpoint.read(tmp_path / "step_000002")
-    torch.save(state | {"driver": {"best": 1.5}}, tmp_path / "step_000002" / "state.pt")
-    (tmp_path / "scorer" / "model.safetensors").write_bytes(b"the lucky one")
+    earlier = tmp_path / "step_000002"
+    torch.save(checkpoint.read(earlier) | {"driver": {"best": 1.5}}, earlier / "state.pt")
+    (earlier / "scorer" / "model.safetensors").unlink()  # another name of the file in tmp_path/scorer
+    (earlier / "scorer" / "model.safetensors").write_bytes(b"the lucky one")
+    notes = {**manifest.verify(tmp_path / "step_000001"), "updates": 2}
+    manifest.write(earlier, **notes)
     recorded.train("reward_model", [*argv, "--resume-from-checkpoint", "latest"])
     assert (tmp_path / "scorer" / "model.safetensors").read_bytes() == b"the lucky one"
     assert checkpoint.read(tmp_path / "step_000003")["driver"] == {"best": 1.5}

@@ -6,8 +6,6 @@ that name was complete. `state.pt` in it holds only tensors, numbers and strings
 the rows of metrics so far, and what makes the run (see resume.py).
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,9 +13,8 @@ from typing import Any
 
 import torch
 
-from preftune import files
+from preftune import files, manifest
 
-MANIFEST = "manifest.json"
 STATE = "state.pt"
 _STEP = re.compile(r"step_(\d{6,})")
 
@@ -43,12 +40,12 @@ def write(
     state: dict[str, Any],
     extra: Callable[[Path], None] | None,
     keep: int,
-    manifest: Mapping[str, object],
+    notes: Mapping[str, object],
 ) -> None:
     """Write the checkpoint `step_<updates>` in one piece, then remove all but the newest `keep` (0 keeps all).
 
-    `extra` is given the unfinished folder and adds what the driver wants to find there, such as `lora/`. `manifest` is what
-    `verify` returns.
+    `extra` is given the unfinished folder and adds what the driver wants to find there, such as `lora/`. `notes` are
+    what `verify` returns.
     """
     target = output / f"step_{updates:06d}"
     assert not target.exists(), f"{target} is already saved: call save() once per step"
@@ -58,10 +55,7 @@ def write(
             torch.save(state, file)
         if extra is not None:
             extra(unfinished)
-        paths = sorted(path for path in unfinished.rglob("*") if path.is_file())
-        listed = {path.relative_to(unfinished).as_posix(): _digest(path) for path in paths}
-        content = {"updates": updates, **manifest, "files": listed}
-        (unfinished / MANIFEST).write_text(json.dumps(sealed(content), indent=1) + "\n", encoding="utf-8")
+        manifest.write(unfinished, updates=updates, **notes)
     for old in find_checkpoints(output)[:-keep] if keep else []:
         gone = old.with_name(f".{old.name}.tmp-gone")  # half removed, it must not look complete
         files.remove(gone)
@@ -69,33 +63,11 @@ def write(
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Return what `write` noted in the manifest of a checkpoint: its updates, metrics and run.
-
-    ValueError, in one sentence, for a checkpoint of which anything is missing or is not as it was written.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder")
-    try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{folder} has no {MANIFEST}: a part was removed, or an earlier version wrote it"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / MANIFEST} cannot be read: {error}") from error
-    manifest = unsealed(text)
-    if manifest is None or manifest.get("updates") != updates_of(folder):
-        raise ValueError(f"{folder / MANIFEST} is damaged, or of another checkpoint")
-    for name, digest in manifest["files"].items():
-        try:
-            found = _digest(folder / name)
-        except FileNotFoundError as error:
-            raise ValueError(f"{folder} has no {name} any more") from error
-        except OSError as error:
-            raise ValueError(f"{folder / name} cannot be read: {error.strerror}") from error
-        if found != digest:
-            raise ValueError(f"{folder / name} is damaged: its SHA-256 is not the one that {MANIFEST} says")
-    return manifest
+    """Return the notes of a checkpoint that is as it was written. ValueError, in one sentence, for another one."""
+    notes = manifest.verify(folder)
+    if notes["updates"] != updates_of(folder):
+        raise ValueError(f"{folder} is the checkpoint of {notes['updates']} updates under another name")
+    return notes
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -110,29 +82,3 @@ def read(folder: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not needed <= state.keys():
         raise ValueError(f"{folder / STATE} is not the state of a run, but a {type(state).__name__}")
     return state
-
-
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what can be written as JSON with the SHA-256 of itself."""
-    return {**content, "sha256": hashlib.sha256(_canonical(content)).hexdigest()}
-
-
-def unsealed(text: str) -> dict[str, Any] | None:
-    """Return the content of JSON that `sealed` made; None where it is damaged."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(content, dict):
-        return None
-    digest = content.pop("sha256", None)
-    return content if digest == hashlib.sha256(_canonical(content)).hexdigest() else None
-
-
-def _canonical(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True).encode()
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

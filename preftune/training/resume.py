@@ -96,13 +96,13 @@ def find_start(config: RunConfig, now: Mapping[str, Any]) -> Start:
     candidates = checkpoint.find_checkpoints(output, damaged=True) if wanted == "latest" else [wanted]
     for source in reversed(candidates):
         try:
-            manifest = checkpoint.verify(source)
+            notes = checkpoint.verify(source)
         except ValueError as error:
             damaged.append(source)
             faults.append(str(error))
             continue
-        changed = compare(source, manifest["run"], now)
-        if (done := manifest["updates"]) > config.max_train_steps:
+        changed = compare(source, notes["run"], now)
+        if (done := notes["updates"]) > config.max_train_steps:
             raise ValueError(
                 f"--max-train-steps {config.max_train_steps} is less than the {done} updates that {source} has; give {done} or"
                 " more, or resume from an earlier checkpoint"
@@ -111,7 +111,7 @@ def find_start(config: RunConfig, now: Mapping[str, Any]) -> Start:
         if changed:
             said.append(f"going on from {source} with {changed}")
         if source.resolve().parent == output.resolve():
-            said += filter(None, [metrics.check(output, manifest["metrics"], source)])
+            said += filter(None, [metrics.check(output, notes["metrics"], source)])
         return Start(source=source, damaged=tuple(damaged), said=tuple(said))
     if faults:
         earlier = [path for path in checkpoint.find_checkpoints(output, damaged=True) if path not in damaged]

@@ -312,13 +312,17 @@ class Run:
 
     def due(self, what: Literal["checkpointing_steps", "validation_steps"], step: int) -> bool:
         """Whether to save or sample after this step: every so many, at the last one, and save when interrupted."""
+        return self.scheduled(what, step) or (what == "checkpointing_steps" and self.interrupted)
+
+    def scheduled(self, what: Literal["checkpointing_steps", "validation_steps"], step: int) -> bool:
+        """Whether `due` is so without an interruption: for what a run that was never stopped must do as well."""
         every = int(getattr(self.config, what))
-        last = step + 1 == self.config.max_train_steps
-        return (
-            last
-            or (every > 0 and (step + 1) % every == 0)
-            or (what == "checkpointing_steps" and self.interrupted)
-        )
+        return step + 1 == self.config.max_train_steps or (every > 0 and (step + 1) % every == 0)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of all that a resume must not change; on the main process only."""
+        return resume.fingerprint(self._identity)
 
     def save(
         self,
@@ -335,10 +339,10 @@ class Run:
         assert not self._scalars, "save between updates"
         self._write_row()
         if self._metrics is not None:
-            manifest = {"metrics": self._metrics.sync(), "run": self._identity}
+            notes = {"metrics": self._metrics.sync(), "run": self._identity}
             contents = self._state() | {"driver": dict(state or {})}
             keep = self.config.checkpoints_total_limit
-            checkpoint.write(self.folder, step + 1, contents, write, keep, manifest)
+            checkpoint.write(self.folder, step + 1, contents, write, keep, notes)
         self.wait()
 
     def _settings(self) -> dict[str, object]:
