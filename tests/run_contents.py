@@ -14,7 +14,8 @@ def contents(folder: Path) -> dict[str, str]:
     """Relative name -> digest of every file below a folder, and "" for folders; empty where it does not exist.
 
     Left out is what a resume may change: the event files of tensorboard, the clock's columns of metrics, and the flags of
-    resuming and overwriting in config.yaml. The place of the folder in config.yaml is replaced.
+    resuming and overwriting in config.yaml. The place of the folder in config.yaml is replaced. Of a manifest, whose digests
+    cover such bytes, what it says of the run is compared.
     """
     found = {}
     for path in sorted(folder.rglob("*")):
@@ -30,6 +31,16 @@ def _bytes(path: Path, folder: Path) -> bytes:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         plain = [{name: value for name, value in row.items() if name not in _CLOCK} for row in rows]
         return json.dumps(plain).encode()
+    if path.name == "manifest.json":  # its digests are of bytes that the clock and a hash table are in
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        run = manifest.get("run", {})
+        kept = [
+            manifest.get("updates"),
+            run.get("settings"),
+            run.get("digests"),
+            sorted(manifest.get("files", {})),
+        ]
+        return json.dumps(kept).encode()
     if path.name == "config.yaml":
         text = path.read_text(encoding="utf-8").replace(str(folder), "RUN")
         return _RESUMING.sub("", text).encode()
