@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from preftune import bootstrap, files
+from preftune import bootstrap, files, manifest
 from preftune.families.base import Family
 from preftune.grid import captioned_grid
 from preftune.images import load_pixels, save_image, to_pil
@@ -38,6 +38,8 @@ class Validation:
     prompts: list[str]
     proxy: list[float] | None
     gold: list[float] | None
+    run: str
+    """Run.fingerprint: scores under different ones are not compared."""
 
     def scores(self) -> dict[str, list[float]]:
         """Return the available scores of proxy and gold."""
@@ -97,12 +99,14 @@ def validate(
     write_jsonl(partial / f"rank_{run.rank}.jsonl", rows)
     run.wait()
     if run.is_main:
-        _collect(partial, prompts, run.world)
+        _collect(partial, prompts, run)
+        found = _read(partial)
+        assert found is not None, "it was written just now"
+        save_image(
+            _grid(found), run.folder / "samples" / f"{name}.png"
+        )  # first: the folder says that all is there
         with files.replacing(folder) as place:
             partial.rename(place)
-        found = read(run.folder, name)
-        assert found is not None, "it was written just now"
-        save_image(_grid(found), run.folder / "samples" / f"{name}.png")
     run.wait()
     found = read(run.folder, name)
     assert found is not None, "the main process has written it"
@@ -122,23 +126,30 @@ def _score(
     return [{name: values[row] for name, values in columns.items()} for row in range(len(pixels))]
 
 
-def _collect(folder: Path, prompts: Sequence[str], world: int) -> None:
+def _collect(folder: Path, prompts: Sequence[str], run: Run) -> None:
     """Join what the processes have written into scores.json; a score that some images lack is left out."""
-    paths = [folder / f"rank_{rank}.jsonl" for rank in range(world)]
+    paths = [folder / f"rank_{rank}.jsonl" for rank in range(run.world)]
     rows = sorted((row for path in paths for row in read_jsonl(path)), key=lambda row: int(row["index"]))
     scores = {
         name: [row[name] for row in rows] if all(name in row for row in rows) else None
         for name in ("proxy", "gold")
     }
-    files.write_text(folder / "scores.json", json.dumps({"prompts": list(prompts), **scores}))
+    content = {"prompts": list(prompts), **scores, "run": run.fingerprint}
+    files.write_text(folder / "scores.json", json.dumps(content))
     for path in paths:
         path.unlink()
+    manifest.write(folder)
 
 
 def read(run: Path, name: str) -> Validation | None:
-    """Return what `validate` wrote, or None where it did not."""
-    folder = run / "samples" / name
-    if not (folder / "scores.json").is_file():
+    """Return what `validate` wrote, or None where it did not, or where that is damaged."""
+    return _read(run / "samples" / name)
+
+
+def _read(folder: Path) -> Validation | None:
+    try:
+        manifest.verify(folder)
+    except ValueError:
         return None
     return Validation(folder=folder, **json.loads((folder / "scores.json").read_text(encoding="utf-8")))
 
@@ -174,8 +185,8 @@ def summary(moments: Mapping[str, Validation]) -> str:
     lines = [f"{len(first.prompts)} validation prompts; change with its 95 % interval:"]
     for other_title, other in others:
         for name, old in first.scores().items():
-            new = other.scores().get(name, [])
-            if len(new) != len(old):  # the run was resumed with other scorers or prompts
+            new = other.scores().get(name)
+            if new is None:
                 continue
             mean, low, high = bootstrap.mean(np.asarray(new) - np.asarray(old))
             lines.append(
@@ -188,7 +199,12 @@ def summary(moments: Mapping[str, Validation]) -> str:
 def write_comparison(run: Path, names: Mapping[str, str]) -> None:
     """Write `RUN/before_after.png` of moments that were validated, {title: name}, and print what changed since the first."""
     moments = {title: found for title, name in names.items() if (found := read(run, name)) is not None}
-    if len(moments) == len(names):
+    lost = [f"samples/{name}" for title, name in names.items() if title not in moments]
+    if lost:
+        print(f"no comparison of before and after: {', '.join(lost)} is not there or damaged")  # noqa: T201
+    elif len({found.run for found in moments.values()}) > 1:
+        print("no comparison of before and after: the settings, inputs or scorers differ between them")  # noqa: T201
+    else:
         save_image(comparison(moments), run / "before_after.png")
         print(summary(moments))  # noqa: T201
     print(f"tuned weights, metrics and images: {run}")  # noqa: T201
