@@ -7,20 +7,21 @@ from pathlib import Path
 
 _CLOCK = ("images_per_s",)
 """Columns of metrics.jsonl that depend on the clock."""
+_LOCK = re.compile(r"(\..+)?\.lock")
 _RESUMING = re.compile(r"^(resume_from_checkpoint|overwrite_output_dir): .*\n|^# .*\n", re.MULTILINE)
 
 
 def contents(folder: Path) -> dict[str, str]:
     """Relative name -> digest of every file below a folder, and "" for folders; empty where it does not exist.
 
-    Left out is what a resume may change: the event files of tensorboard, the clock's columns of metrics, and the flags of
+    Left out is what a resume may change: lock files, which do not block once nobody holds them, the event files of tensorboard, the clock's columns of metrics, and the flags of
     resuming and overwriting in config.yaml. The place of the folder in config.yaml is replaced. Of a manifest, whose digests
     cover such bytes, what it says of the run is compared.
     """
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if "tensorboard" in path.relative_to(folder).parts:
+        if "tensorboard" in path.relative_to(folder).parts or _LOCK.fullmatch(path.name):
             continue
         found[name] = "" if path.is_dir() else hashlib.sha256(_bytes(path, folder)).hexdigest()
     return found
