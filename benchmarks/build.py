@@ -1,7 +1,7 @@
 """Speed of data_build/diffusiondb.py, its bottleneck, and whether its memory grows with the number of parts.
 
     python benchmarks/build.py                                            # the embedded scorer
-    python benchmarks/build.py --workdir /tmp/scorers --clip-vocab bpe_simple_vocab_16e6.txt.gz       # with CUDA: also ViT-H
+    python benchmarks/build.py --workdir /tmp/scorers       # with CUDA: also ViT-H
 
 Four speeds per scorer, measured in one process, in turns; all prompts are encoded again in each turn:
 
@@ -77,8 +77,6 @@ class Config:
     """Precision of the towers."""
     workdir: Path | None = None
     """Folder for ViT-H's random weights; existing files are reused."""
-    clip_vocab: Path | None = None
-    """bpe_simple_vocab_16e6.txt.gz, for ViT-H."""
     output: Path | None = None
     """JSON file to write."""
 
@@ -249,10 +247,10 @@ def line(trial: Trial, row: dict[str, Any]) -> str:
 
 
 def trials(config: Config, cuda: bool) -> list[Trial]:
-    """Return the scorers to measure; ValueError where ViT-H's vocabulary is missing."""
+    """Return the scorers to measure."""
     weights: dict[str, Path | None] = {"imagereward-tiny": None}
     if cuda and config.workdir is not None:
-        weights[FULL_SIZE] = fresh_scorer(FULL_SIZE, config.workdir, config.clip_vocab, None)
+        weights[FULL_SIZE] = fresh_scorer(FULL_SIZE, config.workdir)
     names = ("images", "side", "repeats", "batch_size", "workers", "threads", "precision")
     same = {name: getattr(config, name) for name in names} | {"device": "cuda" if cuda else "cpu"}
     return [Trial(scorer=name, weights=path, parts=config.parts[0], **same) for name, path in weights.items()]
@@ -278,7 +276,7 @@ def main(config: Config) -> int:
         f"{machine}; parts of {config.images} PNG of {config.side} x {config.side}, medians of {config.repeats}"
     )
     if len(listed) == 1:
-        print(f"left out: {FULL_SIZE}, which wants a CUDA device, --workdir and --clip-vocab")
+        print(f"left out: {FULL_SIZE}, which wants a CUDA device and --workdir")
     print(HEADER, flush=True)
     rows = []
     for trial in listed:

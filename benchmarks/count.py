@@ -14,7 +14,6 @@ Left out: the overhead of a real allocator, workspaces of kernels, and the cache
 """
 
 import sys
-import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +39,7 @@ from preftune.lora import LoRA
 from preftune.resolution import Resolution
 from preftune.resolution import parse as parse_resolution
 from preftune.training.config import ModelConfig
-from rewards.imagereward import FULL_SIZE, ImageReward
+from rewards.imagereward import FULL_SIZE, VOCAB, ImageReward
 
 GIB = 2**30
 
@@ -92,9 +91,9 @@ class Memory(TorchDispatchMode):
         return found
 
 
-def build(family: Literal["sd1", "sdxl"], words: Path) -> Family:
+def build(family: Literal["sd1", "sdxl"]) -> Family:
     """Return the model at real size with parts on the meta device."""
-    tokenizer = models.tokenizer(None, words)
+    tokenizer = models.tokenizer()
     with torch.device("meta"):
         if family == "sd1":
             return SD(
@@ -128,25 +127,23 @@ def fake(module: nn.Module, dtype: torch.dtype) -> list[Tensor]:
 def counted(config: Config) -> Iterator[dict[str, Any]]:
     """Yield what the update needs, inside the mode of fake tensors."""
     dtype = torch.bfloat16
-    with tempfile.TemporaryDirectory() as scratch:
-        family: Any = build(config.family, Path(scratch) / "words")
-        vocab = models.words_for_bert(Path(scratch) / "vocab.txt", None)
-        with torch.device("meta"):
-            scorer = ImageReward(FULL_SIZE, vocab.read_text())
-        family.trainable(LoRA(rank=config.rank), 0)
-        family.set_speed(
-            "sdpa", gradient_checkpointing=config.checkpointing, vae_checkpointing=config.checkpointing
-        )
-        scorer.eval().requires_grad_(False)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            parts = [family.unet, family.vae, *family.text_encoders]
-            tensors = [tensor for part in parts for tensor in fake(part, dtype)]
-            tensors += fake(scorer, torch.float32)
-            family.device = torch.device("cpu")
-            family.denoiser.forward = torch.autocast("cpu", dtype)(family.denoiser.forward)
-            trained = [weight for weight in family.unet.parameters() if weight.requires_grad]
-            optimizer = torch.optim.AdamW(trained, lr=1e-4)
-            yield {"family": family, "scorer": scorer, "tensors": tensors, "optimizer": optimizer}
+    family: Any = build(config.family)
+    with torch.device("meta"):
+        scorer = ImageReward(FULL_SIZE, VOCAB.read_text(encoding="utf-8"))
+    family.trainable(LoRA(rank=config.rank), 0)
+    family.set_speed(
+        "sdpa", gradient_checkpointing=config.checkpointing, vae_checkpointing=config.checkpointing
+    )
+    scorer.eval().requires_grad_(False)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        parts = [family.unet, family.vae, *family.text_encoders]
+        tensors = [tensor for part in parts for tensor in fake(part, dtype)]
+        tensors += fake(scorer, torch.float32)
+        family.device = torch.device("cpu")
+        family.denoiser.forward = torch.autocast("cpu", dtype)(family.denoiser.forward)
+        trained = [weight for weight in family.unet.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-4)
+        yield {"family": family, "scorer": scorer, "tensors": tensors, "optimizer": optimizer}
 
 
 def update(config: Config, family: Family, scorer: ImageReward, optimizer: torch.optim.Optimizer) -> None:

@@ -5,7 +5,7 @@ Both models have the published configurations and random weights, so nothing is 
 are realistic, images and scores are noise. The driver is started as a user would, with `accelerate launch
 finetune/refl.py`, in separate processes whose memory is monitored.
 
-    python benchmarks/full_size.py --workdir /tmp/full_size --prompts refl_data.json --clip-vocab bpe_simple_vocab_16e6.txt.gz --bert-vocab vocab.txt
+    python benchmarks/full_size.py --workdir /tmp/full_size --prompts refl_data.json
     python benchmarks/full_size.py --workdir /tmp/full_size --fast                    # 4 denoising steps instead of 40
 
 Needs Linux and 4 GB of disk in --workdir, and no GPU (accelerate uses one if available). Left out: any
@@ -38,10 +38,6 @@ class Config:
     """Folder for 4 GB of models and for the run; existing files are reused."""
     prompts: Path = PROMPTS
     """Prompt file, such as the published refl_data.json."""
-    clip_vocab: Path | None = None
-    """bpe_simple_vocab_16e6.txt.gz of CLIP; None = a vocabulary of bytes: the shapes are the same."""
-    bert_vocab: Path | None = None
-    """vocab.txt of bert-base-uncased; None = made-up words: the shapes are the same."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of the model; the scorer uses float32, the default of the driver."""
     max_train_steps: int = 2
@@ -141,17 +137,14 @@ def _resident(pid: int) -> tuple[int, int]:
 def main(config: Config) -> int:
     """Build the models, run the driver, report."""
     with exit_on_user_error():
-        for path in (config.prompts, config.clip_vocab, config.bert_vocab):
-            if path is not None and not path.is_file():
-                raise ValueError(f"{path} is not a file")
+        if not config.prompts.is_file():
+            raise ValueError(f"{config.prompts} is not a file")
         if not Path("/proc/self/status").is_file():
             raise ValueError("memory is read from /proc, which this system does not have; use Linux")
         config.workdir.mkdir(parents=True, exist_ok=True)
     print(f"models: 4 GB in {config.workdir}", flush=True)
     # In a separate process, to release its memory.
-    builder = multiprocessing.get_context("spawn").Process(
-        target=build_sd1, args=(config.workdir, config.clip_vocab, config.bert_vocab)
-    )
+    builder = multiprocessing.get_context("spawn").Process(target=build_sd1, args=(config.workdir,))
     builder.start()
     builder.join()
     if builder.exitcode:

@@ -1,8 +1,8 @@
 r"""Time and memory of an update of a reward model at published size: Stable Preference on CLIP ViT-L/14, or
 ViT-H/14 with a GPU.
 
-    python benchmarks/reward_model.py --workdir /tmp/scorers --clip-vocab bpe_simple_vocab_16e6.txt.gz
-    python benchmarks/reward_model.py --workdir /tmp/scorers --clip-vocab bpe_simple_vocab_16e6.txt.gz --scorers hpsv2 --train-batch-size 8 \
+    python benchmarks/reward_model.py --workdir /tmp/scorers
+    python benchmarks/reward_model.py --workdir /tmp/scorers --scorers hpsv2 --train-batch-size 8 \
         --gradient-accumulation-steps 8 --precision bf16                                 # a CUDA device: the paper's 64 pairs
 
 Each row runs `finetune/reward_model.py` in a fresh process with the settings of
@@ -41,8 +41,6 @@ class Config:
 
     workdir: Path
     """Folder for random weights; existing files are reused."""
-    clip_vocab: Path | None = None
-    """bpe_simple_vocab_16e6.txt.gz of CLIP."""
     scorers: tuple[str, ...] = ("clipscore",)
     """CLIP scorers to start from: clipscore and hpsv1 are ViT-L/14; hpsv2, hpsv2.1 and pickscore ViT-H/14."""
     views: tuple[int, ...] = (3,)
@@ -217,9 +215,7 @@ def main(config: Config) -> int:
     """Measure, print, write JSON."""
     cuda = torch.cuda.is_available()
     with exit_on_user_error():
-        weights = {
-            name: fresh_scorer(name, config.workdir, config.clip_vocab, None) for name in config.scorers
-        }
+        weights = {name: fresh_scorer(name, config.workdir) for name in config.scorers}
         if config.output is not None:
             config.output.parent.mkdir(parents=True, exist_ok=True)
     if config.threads:

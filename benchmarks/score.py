@@ -2,8 +2,8 @@
 each image.
 
     python benchmarks/score.py                                            # the embedded scorer
-    python benchmarks/score.py --scorers hpsv2.1 pickscore --workdir /tmp/scorers --clip-vocab bpe_simple_vocab_16e6.txt.gz
-    python benchmarks/score.py --scorers imagereward blipscore --workdir /tmp/scorers --bert-vocab vocab.txt --images 16
+    python benchmarks/score.py --scorers hpsv2.1 pickscore --workdir /tmp/scorers
+    python benchmarks/score.py --scorers imagereward blipscore --workdir /tmp/scorers --images 16
 
 Three speeds per scorer, measured in one process: `files` is data_build/score.py from the first file to the
 last written chunk. `raw` is the forward pass alone on the same images, preprocessed and on the device. Both
@@ -47,7 +47,7 @@ class Config:
     """Measure how fast files are scored."""
 
     scorers: tuple[str, ...] = ("imagereward-tiny",)
-    """Names of `python -m rewards`; published ones need --workdir and a vocabulary."""
+    """Names of `python -m rewards`; published ones need --workdir."""
     precision: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32",)
     """Precision of the towers."""
     batch_size: tuple[int, ...] = (32,)
@@ -64,10 +64,6 @@ class Config:
     """CPU threads of the forward pass; 0 = torch's own choice."""
     workdir: Path | None = None
     """Folder for weights of published size; existing files are reused."""
-    clip_vocab: Path | None = None
-    """bpe_simple_vocab_16e6.txt.gz, for CLIP scorers."""
-    bert_vocab: Path | None = None
-    """vocab.txt of bert-base-uncased, for BLIP's."""
     peak_tflops: float | None = None
     """Dense bf16 peak of a card that is not in the table."""
     output: Path | None = None
@@ -232,7 +228,7 @@ def weights_of(config: Config, name: str) -> Path | None:
         return None
     if config.workdir is None:
         raise ValueError(f"--scorers {name} needs --workdir, a folder for random weights of its size")
-    return fresh_scorer(name, config.workdir, config.clip_vocab, config.bert_vocab)
+    return fresh_scorer(name, config.workdir)
 
 
 def trials(config: Config, weights: dict[str, Path | None], device: str) -> list[Trial]:

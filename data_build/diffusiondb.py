@@ -45,10 +45,10 @@ from data_build.scoring import DTYPES, Batch, PrepareEntry
 from data_build.selection import Selection
 from preftune.cli import exit_on_user_error, parse
 from preftune.one_writer import one_writer
-from rewards import CARDS, Scorer, find_card
+from rewards import CARDS, Scorer, check_all, find_card
+from rewards.digests import sha256_of
 from rewards.mix import parse_files
 from rewards.shared_towers import load_all
-from rewards.weights import sha256_of
 
 COSINES = ("hpsv1", "hpsv2", "hpsv2.1", "clipscore", "blipscore")
 """Scorers that give plain cosines, of which the published rule takes 100 times as many."""
@@ -159,12 +159,13 @@ def check_inputs(config: Config) -> Job | None:
     files = {
         name: path.absolute() for name, path in parse_files(config.reward_files, (config.rewards,)).items()
     }
-    weights = scoring.digests([config.rewards], files)
+    check_all([config.rewards], files, download=False)
     data = find_parts(config.data)
     digest, total = survey(data)
     filters = asdict(config.filters)
     if config.filters.metadata is not None:
         filters["metadata"] = sha256_of(config.filters.metadata)
+    weights = scoring.digests([config.rewards], files)
     scores = {"rewards": config.rewards, "data": digest, "precision": config.precision, "weights": weights}
     scores |= json.loads(
         json.dumps({name: value for name, value in filters.items() if name != "keep_duplicates"})

@@ -31,7 +31,7 @@ from preftune import lock
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import tidy_beside
 from preftune.one_writer import one_writer
-from rewards import CARDS, Scorer, find_card
+from rewards import CARDS, Scorer, check_all, find_card
 from rewards.mix import parse_files
 from rewards.shared_towers import load_all
 
@@ -99,7 +99,7 @@ def check_inputs(config: Config) -> tuple[DataSet, int, dict[str, Path]]:
     ValueError before any weight loads.
     """
     files = parse_files(config.reward_files, config.rewards)
-    weights = digests(config.rewards, files)
+    check_all(config.rewards, files, download=False)
     data = find_data_set(
         config.data,
         prompted=any(find_card(name).prompted for name in config.rewards),
@@ -114,6 +114,7 @@ def check_inputs(config: Config) -> tuple[DataSet, int, dict[str, Path]]:
     digest, total = survey(data)
     if not total:
         raise ValueError(f"{config.data} holds no images")
+    weights = digests(config.rewards, files)
     names = ("precision", "prompt", "image_column", "text_column", "chunk")
     settings = {name: getattr(config, name) for name in names}
     score_folder.begin_job(

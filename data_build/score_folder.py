@@ -49,7 +49,7 @@ def begin_job(folder: Path, job: Mapping[str, Any]) -> None:
     inside = [folder] if folder.is_file() else [*folder.iterdir()] if folder.is_dir() else []
     if not record.is_file() and not all(is_leftover(path) or is_lock(path) for path in inside):
         raise ValueError(f"{folder} exists and holds no scores; choose another --output-dir")
-    tidy(folder)
+    tidy(folder, folder / "chunks")
     if not is_complete(folder) and not _chunks(folder):  # nothing is scored yet, so it may become another job
         write_jsonl(record, [job])
     begun = read_jsonl(record)[0]

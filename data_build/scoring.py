@@ -20,7 +20,7 @@ from data_build.readers import DataSet, read_bytes
 from data_build.score_folder import ScoreRow
 from preftune.score_files import ScoredItem, View, prepared_view, score_files
 from rewards import Preprocess, Scorer
-from rewards.weights import sha256_of
+from rewards.digests import sha256_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -29,10 +29,9 @@ Unwanted = Callable[[Image.Image], str | None]
 
 
 def digests(names: Sequence[str], files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
-    """Return the digests of the weights of scorers, which tell a job from others; ValueError where some are not here."""
-    return {
-        name: {path.name: sha256_of(path) for path in rewards.check(name, files.get(name))} for name in names
-    }
+    """Return the digests of the weights of scorers, which tell a job from others; ValueError where some are neither here nor on the hub."""
+    found = rewards.check_all(names, files)
+    return {name: {path.name: sha256_of(path) for path in paths} for name, paths in found.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ from preftune import seeds
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import replacing
 from preftune.one_writer import one_writer
-from preftune.prompts import read_prompts
+from preftune.prompts import read_rows
 from preftune.records import write_jsonl, write_lines
 
 RHO = 10
@@ -106,7 +106,7 @@ def read_all(paths: Sequence[Path]) -> tuple[list[str], Counter[str]]:
     known: dict[str, None] = {}
     counts = Counter[str](read=0, repeated=0, blank=0)
     for path in paths:
-        for texts in _metadata(path) if _is_metadata(path) else [read_prompts(path)]:
+        for texts in _metadata(path) if _is_metadata(path) else [_texts(path)]:
             sound = [text for text in texts if text and text.strip()]
             before = len(known)
             known.update(dict.fromkeys(sound))
@@ -123,6 +123,11 @@ def _is_metadata(path: Path) -> bool:
         return path.suffix == ".parquet" and {*pyarrow.parquet.read_schema(path).names} >= METADATA
     except (OSError, pyarrow.ArrowException):
         return False  # read_prompts says what is wrong
+
+
+def _texts(path: Path) -> list[str | None]:
+    """The prompts of another file, blank ones included."""
+    return [text for _, text in read_rows(path)]
 
 
 def _metadata(path: Path) -> Iterator[list[str | None]]:

@@ -20,8 +20,6 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import NDArray
 
-from preftune.bootstrap import ratios
-
 Floats = NDArray[np.float64]
 Metric = Callable[[Floats, Floats], tuple[float, float]]
 """scores (K, n) and ranks (K, n) -> hits and total."""
@@ -90,6 +88,12 @@ def prompt_accuracy(scores: Floats, ranks: Floats) -> tuple[float, float]:
     return float((right[untied > 0] / untied[untied > 0]).sum()), float((untied > 0).sum())
 
 
+def predicted_ties(scores: Floats, ranks: Floats) -> tuple[float, float]:
+    """The share of the reference's untied pairs that the rater ties, which the two accuracies above count as wrong."""
+    untied = choices(-ranks) != 0
+    return float(((choices(scores) == 0) & untied).sum()), float(untied.sum())
+
+
 def inversion_score(scores: Floats, ranks: Floats) -> tuple[float, float]:
     """HPD v2's score (HPS v2's evaluation.py, "test"): 1 - inversions / (n (n - 1) / 2), the mean over rankings.
 
@@ -116,8 +120,11 @@ def buckets(scores: Floats, ranks: Floats, *, worst: bool = False) -> Floats:
     """Return (n,): how often the rater puts the reference's best (or worst) image in each place, summed over K.
 
     ImageReward (arXiv 2304.05977), Fig. 16. Where the rater ties, an image is spread evenly over the places of the tie;
-    where the reference ties several as best, each has its part of the 1.
+    where the reference ties several as best, each has its part of the 1. A ranking of nothing but ties has no best
+    image, and does not count.
     """
+    told = untied_rankings(ranks)
+    scores, ranks = scores[told], ranks[told]
     marked = ranks == (ranks.max(1) if worst else ranks.min(1))[:, None]
     higher = (scores[:, None, :] > scores[:, :, None]).sum(2)[..., None]
     equal = (scores[:, None, :] == scores[:, :, None]).sum(2)[..., None]
@@ -127,17 +134,24 @@ def buckets(scores: Floats, ranks: Floats, *, worst: bool = False) -> Floats:
     return counted
 
 
+def untied_rankings(ranks: Floats) -> NDArray[np.bool_]:
+    """Return which of K rankings are more than ties, (K,)."""
+    told: NDArray[np.bool_] = ranks.max(1) > ranks.min(1)
+    return told
+
+
 def recall(scores: Floats, ranks: Floats, k: int) -> tuple[float, float]:
     """Recall@k: how often the best image is among the rater's k best (ImageReward, arXiv 2304.05977, Table 3 and C.2);
     for more than k images.
     """
-    return (float(buckets(scores, ranks)[:k].sum()), float(len(ranks))) if scores.shape[1] > k else (0.0, 0.0)
+    total = float(untied_rankings(ranks).sum())
+    return (float(buckets(scores, ranks)[:k].sum()), total) if scores.shape[1] > k else (0.0, 0.0)
 
 
 def filtering(scores: Floats, ranks: Floats, k: int) -> tuple[float, float]:
     """Filter@k: how often the worst image is among the rater's k worst (ImageReward, arXiv 2304.05977, Table 3 and C.2)."""
     found = buckets(scores, ranks, worst=True)[-k:].sum()
-    return (float(found), float(len(ranks))) if scores.shape[1] > k else (0.0, 0.0)
+    return (float(found), float(untied_rankings(ranks).sum())) if scores.shape[1] > k else (0.0, 0.0)
 
 
 def flips(scores: Floats, ranks: Floats) -> tuple[float, float]:
@@ -147,12 +161,17 @@ def flips(scores: Floats, ranks: Floats) -> tuple[float, float]:
 
 
 ACCURACY, INVERSION = "accuracy (ImageReward)", "inversion score (HPD v2)"
+PER_PROMPT, TIES = "accuracy per prompt (HPS v2)", "ties of the rater"
 PUBLISHED: dict[str, Metric] = {
     ACCURACY: pooled_accuracy,
-    "accuracy per prompt (HPS v2)": prompt_accuracy,
+    PER_PROMPT: prompt_accuracy,
     INVERSION: inversion_score,
 }
 """The three accuracies that papers report."""
+TIES_ALLOWED = 0.01
+"""With a larger share of ties, an annotator has no accuracy by metrics that count them as wrong: scorers never tie, and
+would order half of such pairs rightly by chance.
+"""
 ACCURACIES: dict[str, Metric] = PUBLISHED | {"soft agreement": soft_agreement}
 CHANGES = {name: f"change of {name}" for name in PUBLISHED}
 FLIPPED = "flipped choices"
@@ -230,127 +249,18 @@ def of_annotator(judged: Sequence[RankedSet], name: str, reference: Sequence[Flo
     return found
 
 
-# ---------------------------------------------------------------- the table
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """A line of the table: what a rater reaches against a reference by one metric, with its 95 % interval.
-
-    The bounds are NaN where fewer than two prompts count.
-    """
-
-    rater: str
-    reference: str
-    view: str
-    metric: str
-    value: float
-    low: float
-    high: float
-    prompts: int
-    """Those that have something to count."""
-    total: float
-    """What is counted: pairs or rankings, those of one annotator by their weights."""
-
-
-Sums = dict[tuple[str, str, str, str], Floats]
-"""(rater, reference, view, metric) -> hits and totals of each prompt, (2, P)."""
-
-
-def agreement_table(
-    judged: Sequence[RankedSet], scores: Mapping[str, Floats], views: Sequence[str], prompts: int
-) -> list[Measurement]:
-    """Return every rater against every reference by every metric, then robustness; scores are name -> (V, N)."""
-    reference_ranks = references(judged, scores[GOLD][0] if GOLD in scores else None)
-    metrics = ACCURACIES | SELECTION
-    sums: Sums = {}
-    for reference, ranks in reference_ranks.items():
-        for rater, columns in scores.items():
-            if (rater, reference) != (GOLD, JUDGE):
-                sums |= reached(
-                    rater, AS_IS, {reference: of_scorer(columns[0], judged, ranks)}, metrics, prompts
-                )
-        if reference != MEAN:
-            sums |= reached(ONE, AS_IS, {reference: of_annotator(judged, reference, ranks)}, metrics, prompts)
-    for rater, columns in scores.items():
-        if rater != GOLD:
-            sums |= robustness(rater, columns, views, judged, reference_ranks, prompts)
-    return measurements(sums)
-
-
-def reached(
-    rater: str,
-    view: str,
-    compared: Mapping[str, Sequence[Compared]],
-    metrics: Mapping[str, Metric],
-    prompts: int,
-) -> Sums:
-    """Return what a rater reaches by each metric; `compared` is reference -> the rater beside it."""
-    return {
-        (rater, reference, view, name): by_prompt(metric, beside, prompts)
-        for reference, beside in compared.items()
-        for name, metric in metrics.items()
-    }
-
-
-def robustness(
-    rater: str,
-    columns: Floats,
-    views: Sequence[str],
-    judged: Sequence[RankedSet],
-    reference_ranks: Mapping[str, Sequence[Floats]],
-    prompts: int,
-) -> Sums:
-    """Return a scorer's accuracies on all views but the first, their changes from it, and the share of
-    choices that flip.
-
-    Scores are (V, N), `reference_ranks` is name -> ranks of the reference. Choices between two images do
-    not depend on a reference; their reference is given as the annotators.
-    """
-    before, *changed = (
-        reached(
-            rater,
-            view,
-            {name: of_scorer(column, judged, ranks) for name, ranks in reference_ranks.items()},
-            PUBLISHED,
-            prompts,
-        )
-        for view, column in zip(views, columns, strict=True)
-    )
-    before_ranks = [-columns[0][one.rows][None] for one in judged]
-    found: Sums = {}
-    for view, column, after in zip(views[1:], columns[1:], changed, strict=True):
-        found |= after
-        for (_, reference, _, name), (hits, totals) in after.items():
-            gain = hits - before[rater, reference, views[0], name][0]
-            found[rater, reference, view, CHANGES[name]] = np.stack([gain, totals])
-        flipped = by_prompt(flips, of_scorer(column, judged, before_ranks), prompts)
-        found[rater, ANNOTATORS, view, FLIPPED] = flipped
-    return found
-
-
-def measurements(sums: Sums) -> list[Measurement]:
-    """Return the lines of all sums that count something, with their intervals."""
-    sums = {key: pair for key, pair in sums.items() if pair[1].any()}
-    hits, totals = np.stack([*sums.values()], axis=1)
-    return [
-        Measurement(
-            rater=rater, reference=reference, view=view, metric=metric, value=value, low=low, high=high,
-            prompts=int((total > 0).sum()), total=float(total.sum()),
-        )
-        for (rater, reference, view, metric), (value, low, high), total in zip(
-            sums, ratios(hits, totals).tolist(), totals, strict=True
-        )
-    ]  # fmt: skip
-
-
 def commonest_buckets(
     compared: Mapping[str, Sequence[Compared]], *, worst: bool
 ) -> tuple[int, dict[str, Floats]]:
     """Return the first rater's commonest number of images n in a set, and each rater's shares (n,) of the best or worst
-    by place.
+    by place. Rankings of nothing but ties do not count; where there are no others, nobody has shares.
     """
+    compared = {
+        name: [one for one in sets if untied_rankings(one.ranks).any()] for name, sets in compared.items()
+    }
     sizes = [one.scores.shape[1] for one in next(iter(compared.values()))]
+    if not sizes:
+        return 0, {}
     size = max(set(sizes), key=lambda n: (sizes.count(n), n))
     shares = {}
     for name, sets in compared.items():
@@ -359,5 +269,5 @@ def commonest_buckets(
             sums = np.sum(
                 [one.weight * buckets(one.scores, one.ranks, worst=worst) for one in chosen], axis=0
             )
-            shares[name] = sums / sum(one.weight * len(one.ranks) for one in chosen)
+            shares[name] = sums / sum(one.weight * untied_rankings(one.ranks).sum() for one in chosen)
     return size, shares

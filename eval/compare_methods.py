@@ -39,7 +39,7 @@ from eval.win_rates import BASE, MethodResult, heat_maps, method_table, scores_c
 from preftune import families
 from preftune.bootstrap import interval
 from preftune.cli import exit_on_user_error, parse
-from preftune.files import write_text
+from preftune.files import tidy, write_text
 from preftune.grid import captioned_grid
 from preftune.images import save_image
 from preftune.one_writer import one_writer
@@ -143,6 +143,7 @@ def check_inputs(config: Config) -> tuple[list[str], Resolved]:
     files = parse_files(config.reward_files, weights)
     check_scorers(weights, files, prompts, sampling.resolution, config.prompts)
     config.output_dir.mkdir(parents=True, exist_ok=True)
+    tidy(config.output_dir / "runs")
     return prompts, sampling
 
 

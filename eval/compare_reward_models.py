@@ -44,16 +44,11 @@ from eval.agreement import (
     ONE,
     PUBLISHED,
     Floats,
-    Measurement,
     RankedSet,
-    Sums,
-    measurements,
-    of_annotator,
     of_scorer,
-    reached,
     references,
-    robustness,
 )
+from eval.agreement_table import Measurement, Sums, by_annotator, measurements, reached, robustness
 from eval.rankings import (
     RankedImages,
     check_folders,
@@ -68,7 +63,7 @@ from eval.view_scores import check_crops, score_views, view_names
 from eval.win_rates import csv_text
 from preftune.bootstrap import interval
 from preftune.cli import exit_on_user_error, parse
-from preftune.files import write_text
+from preftune.files import tidy, write_text
 from preftune.images import save_figure
 from preftune.one_writer import one_writer
 from preftune.records import write_jsonl
@@ -155,12 +150,8 @@ def one_annotator(
     judged: Sequence[RankedSet], reference_ranks: Mapping[str, Sequence[Floats]], prompts: int
 ) -> Sums:
     """Return what one annotator reaches against each reference that excludes this annotator."""
-    compared = {
-        reference: of_annotator(judged, reference, ranks)
-        for reference, ranks in reference_ranks.items()
-        if reference != MEAN
-    }
-    return reached(ONE, AS_IS, compared, PUBLISHED, prompts)
+    fair = {reference: ranks for reference, ranks in reference_ranks.items() if reference != MEAN}
+    return by_annotator(judged, fair, PUBLISHED, prompts)
 
 
 def pooled(runs: Sequence[Sums]) -> Sums:
@@ -252,6 +243,7 @@ def check_inputs(config: Config) -> dict[str, HeldOut]:
     ranked = {folder.name: read_ranked_images([folder], config.count) for folder in config.data}
     config.output_dir.mkdir(parents=True, exist_ok=True)
     held_out = {data: read_held_out(one, config.batch_size) for data, one in ranked.items()}
+    tidy(config.output_dir, config.output_dir / "runs")
     write_rejected(held_out, config.output_dir)
     for data, held in held_out.items():
         print(f"{data}: {summary_of(held)}", flush=True)  # noqa: T201

@@ -119,7 +119,7 @@ def generate(request: Request, columns: Sequence[Column], device: torch.device) 
     Exits with code 2 for weights that do not fit, before the first image of their pipeline.
     """
     request.folder.mkdir(parents=True, exist_ok=True)
-    tidy(request.folder)
+    tidy(request.folder, request.folder.parent)
     for pipeline in dict.fromkeys(column.pipeline.resolve() for column in columns):
         group = [column for column in columns if column.pipeline.resolve() == pipeline]
         _generate_group(request, group, pipeline, device)

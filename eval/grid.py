@@ -36,7 +36,7 @@ from eval.models import Column, check_scorers, parse_column, split_term
 from eval.pages import render
 from preftune import families
 from preftune.cli import exit_on_user_error, parse
-from preftune.files import replacing, write_text
+from preftune.files import replacing, tidy, write_text
 from preftune.grid import captioned_grid
 from preftune.images import save_image, thumbnail
 from preftune.one_writer import one_writer
@@ -244,11 +244,12 @@ def to_png(sheet: Sheet, rows: int) -> Image.Image:
 
 
 def write_thumbnails(sheet: Sheet, folder: Path) -> list[list[Path]]:
-    """Return the small images of the page, C of N; those that are missing, or older than their image, are written.
+    """Return the small images of the page, C of N; those that are missing, or of another image, are written.
 
     For an image that is no larger than a thumbnail, the image itself.
     """
     shown = []
+    tidy(*(folder / THUMBNAILS).glob("*"))
     for files in sheet.files:
         with Image.open(files[0], formats=["PNG"]) as first:
             if max(first.size) <= THUMBNAIL_SIZE:
@@ -256,9 +257,13 @@ def write_thumbnails(sheet: Sheet, folder: Path) -> list[list[Path]]:
                 continue
         small = [folder / THUMBNAILS / path.parent.name / f"{path.stem}.jpg" for path in files]
         for path, target in zip(files, small, strict=True):
-            if not target.is_file() or target.stat().st_mtime_ns < path.stat().st_mtime_ns:
+            made = (
+                path.stat().st_mtime_ns
+            )  # of the image and its thumbnail; the clock may have been set back since
+            if not target.is_file() or target.stat().st_mtime_ns != made:
                 with replacing(target) as temporary:
                     thumbnail(path, THUMBNAIL_SIZE, THUMBNAIL_SIZE).save(temporary, format="JPEG", quality=90)
+                    os.utime(temporary, ns=(made, made))
         shown.append(small)
     return shown
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from preftune import families
 from preftune import lora as loras
 from preftune.families.configs import read_json
 from preftune.resolution import Resolution
+from rewards.digests import sha256_of
 from rewards.shapes import SIZE, in_world
-from rewards.weights import sha256_of
 
 TUNED = ("lora", "unet")
 """Folders of a run that hold what was tuned."""
@@ -115,15 +115,15 @@ def check_unet(folder: Path, model: Path, where: str) -> None:
 
 
 def check_scorers(
-    names: Iterable[str],
+    names: Collection[str],
     files: Mapping[str, Path],
     prompts: Sequence[str],
     resolution: Resolution,
     source: Path,
 ) -> None:
     """Raise ValueError for scorers whose weights are missing, or for a judge that cannot read such images of `source`."""
+    rewards.check_all(names, files, download=False)
     for name in names:
-        rewards.check(name, files.get(name))
         if name == "shapes" and not (in_world(prompts) and resolution == (SIZE, SIZE)):
             raise ValueError(
                 f"the scorer shapes judges {SIZE} x {SIZE} images of captions of the shapes world only, not"

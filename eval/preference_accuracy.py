@@ -32,13 +32,14 @@ import torch
 
 import rewards
 from eval import preference_plots as plots
-from eval.agreement import GOLD, Floats, Measurement, RankedSet, agreement_table
+from eval.agreement import GOLD, Floats, RankedSet
+from eval.agreement_table import Measurement, agreement_table
 from eval.pages import base64_of, render
 from eval.rankings import RankedImages, check_folders, read_ranked_images, rejected_rows, sound_sets, summary
 from eval.view_scores import PromptedImage, check_crops, score_views, view_names
 from eval.win_rates import csv_text
 from preftune.cli import exit_on_user_error, parse
-from preftune.files import write_text
+from preftune.files import tidy, write_text
 from preftune.one_writer import one_writer
 from preftune.records import write_jsonl
 from rewards.mix import parse_files, parse_weights
@@ -86,8 +87,7 @@ def check_inputs(config: Config) -> RankedImages:
     """Return the rankings, and make the output folder; ValueError before any weight loads."""
     weights = parse_weights(config.rewards)
     files = parse_files(config.reward_files, weights)
-    for name in weights:
-        rewards.check(name, files.get(name))
+    rewards.check_all(weights, files, download=False)
     ranked = read_ranked_images(config.data, config.count)
     if GOLD in weights and not in_world(ranked.prompts):
         foreign = next(prompt for prompt in ranked.prompts if not in_world([prompt]))
@@ -149,6 +149,7 @@ def main(config: Config) -> int:
         weights = parse_weights(config.rewards)
         files = parse_files(config.reward_files, weights)
         scorers = load_all(list(weights), files=files, device=device, dtype=torch.float32)
+    tidy(config.output_dir)
     scores, rejected = score_views(
         ranked.images, scorers, config.crops, device, batch_size=config.batch_size, workers=config.workers
     )

@@ -20,13 +20,14 @@ from eval.agreement import (
     MEAN,
     ONE,
     SELECTION,
+    TIES,
     Floats,
-    Measurement,
     RankedSet,
     commonest_buckets,
     of_annotator,
     of_scorer,
 )
+from eval.agreement_table import Measurement
 from eval.correlation import centred, correlation, interpolation
 from preftune.bootstrap import interval
 from preftune.images import save_figure
@@ -52,8 +53,9 @@ def percent(row: Measurement) -> str:
 def tables(rows: Sequence[Measurement]) -> list[PageTable]:
     """Return the tables of the page; one without lines is left out."""
     unchanged = [row for row in rows if row.view == AS_IS]
+    tied = any(row.metric == TIES and row.value for row in unchanged)
     measured = [
-        _pivot("Agreement", unchanged, list(ACCURACIES), ("reference", "rater")),
+        _pivot("Agreement", unchanged, [*ACCURACIES, *([TIES] if tied else [])], ("reference", "rater")),
         _pivot("Selection", unchanged, list(SELECTION), ("reference", "rater")),
         _pivot(
             "Robustness",
@@ -101,9 +103,11 @@ def plot_all(
     one scorer.
     """
     first = {name: columns[0] for name, columns in scores.items()}
-    paths = [folder / f"{name}.png" for name in ("accuracy", "buckets")]
+    paths = [folder / "accuracy.png"]
     draw_accuracies(rows, paths[0])
-    draw_buckets(judged, first, paths[1])
+    if (panels := bucket_shares(judged, first)) is not None:
+        paths.append(folder / "buckets.png")
+        draw_buckets(panels, paths[-1])
     if any(row.view != AS_IS for row in rows):
         paths.append(folder / "robustness.png")
         draw_robustness(rows, paths[-1])
@@ -179,15 +183,28 @@ def draw_robustness(rows: Sequence[Measurement], path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_buckets(judged: Sequence[RankedSet], scores: Mapping[str, Floats], path: Path) -> None:
-    """Draw in which places the raters put the annotators' best and worst images (ImageReward, arXiv 2304.05977, Fig. 16)."""
+Panels = dict[bool, tuple[int, dict[str, Floats]]]
+"""Whether it is the worst image -> number of places n, and each rater's shares (n,)."""
+
+
+def bucket_shares(judged: Sequence[RankedSet], scores: Mapping[str, Floats]) -> Panels | None:
+    """Return in which places the raters put the annotators' best and worst images; None where that tells nothing.
+
+    That is where annotators tie all images, and where every rater ties them: all bars would be equal.
+    """
     ranks = [one.ranks for one in judged]
     compared = {name: of_scorer(columns, judged, ranks) for name, columns in scores.items()}
     if any(len(one) > 1 for one in ranks):
         compared[ONE] = of_annotator(judged, ANNOTATORS, ranks)
+    panels = {worst: commonest_buckets(compared, worst=worst) for worst in (False, True)}
+    found = [share for _, shares in panels.values() for share in shares.values()]
+    return None if all(np.allclose(share, share[0]) for share in found) else panels
+
+
+def draw_buckets(panels: Panels, path: Path) -> None:
+    """Draw the places of the annotators' best and worst images (ImageReward, arXiv 2304.05977, Fig. 16)."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True, layout="constrained")
-    for axis, worst in zip(axes, (False, True), strict=True):
-        size, shares = commonest_buckets(compared, worst=worst)
+    for axis, (worst, (size, shares)) in zip(axes, panels.items(), strict=True):
         width = 0.8 / len(shares)
         for number, (name, share) in enumerate(shares.items()):
             at = np.arange(1, size + 1) + width * (number - (len(shares) - 1) / 2)

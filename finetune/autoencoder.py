@@ -26,10 +26,11 @@ from preftune import files
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.families.tiny import build_autoencoder
 from preftune.grid import captioned_grid
+from preftune.image_folders import Columns
 from preftune.images import load_pixels, save_image
 from preftune.one_writer import one_writer
 from preftune.order import items_at
-from preftune.records import read_imagefolder
+from preftune.training import data
 from preftune.training.run import Run
 from preftune.training.run_config import RunConfig, check
 
@@ -42,7 +43,8 @@ class Config:
     """Train a small AutoencoderKL (factor 8, 4 latent channels) on an imagefolder."""
 
     data: Path
-    """Imagefolder with metadata.jsonl; captions are not read."""
+    """Folder of images; captions are not needed."""
+    columns: Annotated[Columns, tyro.conf.arg(name="")] = field(default_factory=Columns)
     resolution: int = 64
     """Side of the square images, pixels; a multiple of 8."""
     widths: tuple[int, ...] = (16, 32, 64, 64)
@@ -82,14 +84,18 @@ def main(config: Config) -> int:
     """Train, save, and write a grid of originals and reconstructions."""
     with exit_on_user_error():
         check(config.run)
-        samples = read_imagefolder(config.data)
+        samples, skipped = data.read(config.data, config.columns, captioned=False)
         run = Run(config.run, driver="autoencoder", config_text=dump(config))
         vae = build_autoencoder(config.widths, config.resolution, seed=config.run.seed)
         module = run.prepare(Reconstruct(vae), learning_rate=LEARNING_RATE)
+    if run.is_main:
+        data.write_report(run.folder, skipped)
     paths = [sample.path for sample in samples]
 
     def load(chosen: list[Path]) -> Tensor:
-        return torch.stack([load_pixels(path, config.resolution) for path in chosen]).to(run.device) * 2 - 1
+        with exit_on_user_error():  # an image that was sound when the run began
+            loaded = [load_pixels(path, config.resolution) for path in chosen]
+        return torch.stack(loaded).to(run.device) * 2 - 1
 
     def write(folder: Path) -> None:
         with run.ema_weights():

@@ -28,11 +28,13 @@ from preftune import files
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.diffusion_loss import diffusion_loss
 from preftune.families import Family
+from preftune.image_folders import Columns
 from preftune.images import load_with_framing
 from preftune.one_writer import one_writer
 from preftune.order import items_at
-from preftune.records import CaptionedImage, read_imagefolder
+from preftune.records import CaptionedImage
 from preftune.resolution import Framing, Resolution
+from preftune.training import data
 from preftune.training.config import ModelConfig, ValidationConfig, check_dropout
 from preftune.training.run import Run
 from preftune.training.run_config import RunConfig, check
@@ -45,7 +47,8 @@ class Config:
     """Train a text-to-image model on a captioned image folder."""
 
     data: Path
-    """Imagefolder with metadata.jsonl (file_name, text)."""
+    """Folder of captioned images: metadata.jsonl or .csv (file_name, text), or a .txt file beside each image."""
+    columns: Annotated[Columns, tyro.conf.arg(name="")] = field(default_factory=Columns)
     train_text_encoder: bool = False
     """Also train all weights of the text encoders; only with --train full."""
     caption_dropout: float = 0.1
@@ -87,13 +90,15 @@ def main(config: Config) -> int:
         check(config.run)
         defaults = config.model.check()
         config.validation.check(defaults)
-        samples = read_imagefolder(config.data)
+        samples, skipped = data.read(config.data, config.columns)
         prompts = config.validation.prompts([sample.text for sample in samples])
         run = Run(config.run, driver="pretrain", config_text=dump(config))
         family, _ = load_model(
             config.model, config.run, run.device, train_text_encoders=config.train_text_encoder
         )
         module = run.prepare(TextToImage(family), learning_rate=config.model.learning_rate(defaults))
+    if run.is_main:
+        data.write_report(run.folder, skipped)
     resolution = config.model.size(defaults)
     cache = encode_all(family, samples, resolution) if config.cache_latents else None
 
@@ -138,7 +143,8 @@ def encode(
     generators: Sequence[Generator] | None = None,
 ) -> tuple[Tensor, list[Framing]]:
     """Return the latents (N, C, h, w) of the images of these rows, and how the images were cropped."""
-    loaded = [load_with_framing(samples[row].path, resolution) for row in rows]
+    with exit_on_user_error():  # an image that was sound when the run began
+        loaded = [load_with_framing(samples[row].path, resolution) for row in rows]
     pixels = torch.stack([image for image, _ in loaded])
     return family.encode_pixels(pixels, generators), [framing for _, framing in loaded]
 

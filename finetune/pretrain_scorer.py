@@ -30,10 +30,12 @@ import tyro
 from torch import Tensor, nn
 
 from preftune.cli import dump, exit_on_user_error, parse
+from preftune.image_folders import Columns
 from preftune.images import load_pixels
 from preftune.one_writer import one_writer
 from preftune.order import items_at
-from preftune.records import CaptionedImage, read_imagefolder
+from preftune.records import CaptionedImage
+from preftune.training import data
 from preftune.training.preference_losses import clamp_scale
 from preftune.training.run import Run
 from preftune.training.run_config import RunConfig, check
@@ -84,7 +86,9 @@ class Config:
     """Pre-train an ImageReward by image-text contrast, matching and captioning, or a CLIP by contrast."""
 
     data: Path
-    """Imagefolder with metadata.jsonl (file_name, text and, if it has them, near_misses)."""
+    """Folder of captioned images: metadata.jsonl (file_name, text and, if it has them, near_misses) or what else
+    finetune/pretrain.py reads."""
+    columns: Annotated[Columns, tyro.conf.arg(name="")] = field(default_factory=Columns)
     vocab: Path
     """ImageReward: WordPiece vocab.txt, as bert-base-uncased's. CLIP: merges.txt, or the tokenizer.json of a pipeline."""
     architecture: Literal["imagereward", "clip"] = "imagereward"
@@ -254,7 +258,7 @@ def main(config: Config) -> int:
                 f"--vocab: there is no file {config.vocab}; python assets/tiny/vocab.py writes the tiny ImageReward's, and"
                 " the tiny CLIP's is assets/tiny/pipeline/tokenizer/tokenizer.json"
             )
-        samples = read_imagefolder(config.data)
+        samples, skipped = data.read(config.data, config.columns)
         run = Run(config.run, driver="pretrain_scorer", config_text=dump(config))
         scorer: ImageReward | ClipScorer
         if config.architecture == "clip":
@@ -263,6 +267,9 @@ def main(config: Config) -> int:
         else:
             scorer = build_imagereward(config)
             module = run.prepare(Pretraining(scorer, config.temperature), learning_rate=LEARNING_RATE)
+
+    if run.is_main:
+        data.write_report(run.folder, skipped)
 
     def write(folder: Path) -> None:
         with run.ema_weights():
@@ -289,7 +296,8 @@ def main(config: Config) -> int:
 
 def load(rows: Sequence[CaptionedImage], size: int) -> Tensor:
     """Return the images (B, 3, size, size) in [0, 1]."""
-    return torch.stack([load_pixels(row.path, size) for row in rows])
+    with exit_on_user_error():  # an image that was sound when the run began
+        return torch.stack([load_pixels(row.path, size) for row in rows])
 
 
 def near_miss(row: CaptionedImage, generator: torch.Generator) -> str | None:

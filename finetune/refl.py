@@ -30,13 +30,14 @@ from torch import Generator, Tensor
 from preftune.augment import shifted
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.families import Family
+from preftune.image_folders import Columns
 from preftune.one_writer import one_writer
 from preftune.order import items_at
 from preftune.prompts import read_prompts
-from preftune.records import CaptionedImage, read_imagefolder
+from preftune.records import CaptionedImage, Skipped
 from preftune.resolution import Resolution
 from preftune.sampling import initial_noise, step
-from preftune.training import workspace
+from preftune.training import data, workspace
 from preftune.training.config import (
     ModelConfig,
     RewardConfig,
@@ -79,7 +80,8 @@ class Config:
     pretraining: Literal["alternate", "sum", "off"] = "alternate"
     """How the pre-training loss on --data is combined with the reward loss."""
     data: Path | None = None
-    """Imagefolder with metadata.jsonl for the pre-training loss."""
+    """Folder of captioned images for the pre-training loss: metadata.jsonl or .csv, or a .txt file beside each image."""
+    columns: Annotated[Columns, tyro.conf.arg(name="")] = field(default_factory=Columns)
     caption_dropout: float = 0.0
     """Share of captions left empty in the pre-training loss, in [0, 1)."""
     model: Annotated[ModelConfig, tyro.conf.arg(name="")]
@@ -166,8 +168,10 @@ def pretraining_loss(
     return w.losses(chosen, captions, indices, caption_dropout=dropout, stream=1).mean()
 
 
-def check_inputs(config: Config) -> tuple[list[str], list[str], list[CaptionedImage]]:
-    """Return prompts, validation prompts and pre-training samples; ValueError for whatever is wrong, before weights load."""
+def check_inputs(config: Config) -> tuple[list[str], list[str], list[CaptionedImage], list[Skipped]]:
+    """Return prompts, validation prompts, pre-training samples and what of them was set aside; ValueError for whatever is
+    wrong, before weights load.
+    """
     groups = config.model, config.reward, config.validation, config.run
     defaults = workspace.check(*groups, differentiable=True)
     defaults.check_solver(config.solver, config.num_inference_steps)
@@ -175,17 +179,21 @@ def check_inputs(config: Config) -> tuple[list[str], list[str], list[CaptionedIm
     if config.jitter >= min(size):
         raise ValueError(f"--jitter {config.jitter} must be less than the image's side, {min(size)} pixels")
     prompts = read_prompts(config.prompts)
-    samples = read_imagefolder(config.data) if config.data and config.pretraining != "off" else []
-    return prompts, config.validation.prompts(prompts), samples
+    validation_prompts = config.validation.prompts(prompts)
+    if config.data is None or config.pretraining == "off":
+        return prompts, validation_prompts, [], []
+    return prompts, validation_prompts, *data.read(config.data, config.columns)
 
 
 @one_writer
 def main(config: Config) -> int:
     """Tune, validate and save."""
     with exit_on_user_error():
-        prompts, validation_prompts, samples = check_inputs(config)
+        prompts, validation_prompts, samples, skipped = check_inputs(config)
     groups = config.model, config.reward, config.validation, config.run
-    with workspace.open(*groups, driver="refl", config_text=dump(config), prompts=validation_prompts) as w:
+    with workspace.open(
+        *groups, driver="refl", config_text=dump(config), prompts=validation_prompts, skipped=skipped
+    ) as w:
         run, mix = w.run, w.mix
         assert mix is not None, "the configuration has rewards"
         for index in run.steps():

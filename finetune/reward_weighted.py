@@ -27,10 +27,12 @@ import tyro
 from torch import Tensor
 
 from preftune.cli import dump, exit_on_user_error, parse
+from preftune.image_folders import Columns
+from preftune.notes import counted, say
 from preftune.one_writer import one_writer
 from preftune.order import items_at
-from preftune.records import CaptionedImage, read_imagefolder
-from preftune.training import workspace
+from preftune.records import CaptionedImage, Skipped
+from preftune.training import data, workspace
 from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig, check_dropout
 from preftune.training.run_config import RunConfig
 
@@ -42,7 +44,7 @@ class Config:
     """Tune a model on scored images, each weighted by its reward."""
 
     data: Path
-    """Imagefolder with metadata.jsonl whose rows hold a score."""
+    """Folder of captioned images whose table, metadata.jsonl or .csv, holds a score; rows without one are set aside."""
     score: str
     """Name of the score in the rows, higher is better."""
     weighting: Literal["minmax", "exp"] = "minmax"
@@ -55,6 +57,7 @@ class Config:
     """Weight of the plain loss on --pretraining-data; 0 leaves it out."""
     caption_dropout: float = 0.0
     """Share of captions left empty, in [0, 1)."""
+    columns: Annotated[Columns, tyro.conf.arg(name="")] = field(default_factory=Columns)
     model: Annotated[ModelConfig, tyro.conf.arg(name="")]
     reward: Annotated[RewardConfig, tyro.conf.arg(name="")] = field(default_factory=RewardConfig)
     validation: Annotated[ValidationConfig, tyro.conf.arg(name="")] = field(default_factory=ValidationConfig)
@@ -89,17 +92,33 @@ def weighted_loss(losses: Tensor, weights: Tensor) -> Tensor:
     return (weights * losses).mean()
 
 
-def read_scores(samples: Sequence[CaptionedImage], name: str, folder: Path) -> Tensor:
-    """Return the scores (N,) float32 of the rows; ValueError names the line of one that has none or is not finite."""
-    scores = [sample.extra.get(name) for sample in samples]
-    for number, score in enumerate(scores, 1):
-        if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < FLOAT32_MAX:
-            known = ", ".join(key for key, value in samples[number - 1].extra.items() if type(value) is float)
-            raise ValueError(
-                f"{folder / 'metadata.jsonl'} line {number}: --score {name} is {score!r}, not a finite number;"
-                f" numbers there: {known or 'none'}"
-            )
-    return torch.tensor(scores, dtype=torch.float32)
+def with_scores(
+    samples: Sequence[CaptionedImage], name: str
+) -> tuple[list[CaptionedImage], Tensor, list[Skipped]]:
+    """Return the n samples that have a score, their scores (n,) float32, and the others, which score.py could not score.
+
+    ValueError where no sample has one, and for a score that is no number.
+    """
+    scored, scores, skipped = list[CaptionedImage](), list[float](), list[Skipped]()
+    for sample in samples:
+        score = sample.extra.get(name)
+        if isinstance(score, bool) or not isinstance(score, int | float | None):
+            raise ValueError(f"{sample.place}: --score {name} is {score!r}, not a finite number")
+        if score is not None and abs(score) < FLOAT32_MAX:
+            scored.append(sample)
+            scores.append(float(score))
+        else:
+            why = f"{sample.place}: --score {name} is {score!r}, not a finite number"
+            skipped.append(Skipped(place=sample.place, reason=why))
+    if not scored:
+        first = samples[0]
+        known = ", ".join(key for key, value in first.extra.items() if type(value) is float)
+        raise ValueError(f"{skipped[0].reason}; numbers there: {known or 'none'}")
+    if skipped:
+        say(
+            f"{counted(len(skipped), 'image')} without a score {name} set aside; the first: {skipped[0].reason}"
+        )
+    return scored, torch.tensor(scores, dtype=torch.float32), skipped
 
 
 @one_writer
@@ -108,12 +127,17 @@ def main(config: Config) -> int:
     groups = config.model, config.reward, config.validation, config.run
     with exit_on_user_error():
         workspace.check(*groups)
-        samples = read_imagefolder(config.data)
-        scores = read_scores(samples, config.score, config.data)
+        read, skipped = data.read(config.data, config.columns)
+        samples, scores, unscored = with_scores(read, config.score)
         weights = reward_weights(scores, config.weighting, config.temperature)
-        others = read_imagefolder(config.pretraining_data) if config.pretraining_data and config.beta else []
+        others, unread = list[CaptionedImage](), list[Skipped]()
+        if config.pretraining_data and config.beta:
+            others, unread = data.read(config.pretraining_data, config.columns)
         prompts = config.validation.prompts([sample.text for sample in samples])
-    with workspace.open(*groups, driver="reward_weighted", config_text=dump(config), prompts=prompts) as w:
+    with workspace.open(
+        *groups, driver="reward_weighted", config_text=dump(config), prompts=prompts,
+        skipped=skipped + unscored + unread,
+    ) as w:  # fmt: skip
         run = w.run
 
         def losses(chosen: Sequence[CaptionedImage], indices: range, stream: int) -> Tensor:

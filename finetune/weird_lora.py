@@ -25,11 +25,12 @@ from typing import Annotated
 import tyro
 
 from preftune.cli import dump, exit_on_user_error, parse
+from preftune.image_folders import Columns
 from preftune.lora import LoRA
 from preftune.one_writer import one_writer
 from preftune.order import items_at
-from preftune.records import CaptionedImage, read_imagefolder
-from preftune.training import workspace
+from preftune.records import CaptionedImage, Skipped
+from preftune.training import data, workspace
 from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig, check_dropout
 from preftune.training.run_config import RunConfig
 
@@ -59,6 +60,7 @@ class Config:
     """Prefix of the captions of non-preferred images, and the negative prompt of validation images."""
     caption_dropout: float = 0.0
     """Share of captions left empty, in [0, 1); those of non-preferred images keep the prefix."""
+    columns: Annotated[Columns, tyro.conf.arg(name="")] = field(default_factory=Columns)
     model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=_published_model)
     reward: Annotated[RewardConfig, tyro.conf.arg(name="")] = field(default_factory=RewardConfig)
     validation: Annotated[ValidationConfig, tyro.conf.arg(name="")] = field(default_factory=ValidationConfig)
@@ -98,34 +100,34 @@ def captions(samples: Sequence[CaptionedImage], prefix: str) -> tuple[list[str],
     return [before + sample.text for before, sample in zip(prefixes, samples, strict=True)], prefixes
 
 
-def read(config: Config) -> list[CaptionedImage]:
-    """Return the images of the data set and of regularisation; ValueError for a row without a kind, or none to learn from."""
-    samples = read_imagefolder(config.data)
-    for number, sample in enumerate(samples, 1):
+def read(config: Config) -> tuple[list[CaptionedImage], list[Skipped]]:
+    """Return the images of the data set and of regularisation, and what was set aside; ValueError for a row without a kind,
+    or none to learn from.
+    """
+    samples, skipped = data.read(config.data, config.columns)
+    for sample in samples:
         if sample.extra.get("kind") not in KINDS:
             raise ValueError(
-                f"{config.data / 'metadata.jsonl'} line {number}: kind is {sample.extra.get('kind')!r};"
-                f" it must be one of {', '.join(KINDS)}"
+                f"{sample.place}: kind is {sample.extra.get('kind')!r}; it must be one of {', '.join(KINDS)}"
             )
     if not any(sample.extra["kind"] == "non_preferred" for sample in samples):
         raise ValueError(
             f"{config.data} holds no non_preferred image, so {config.prefix!r} would come to mean nothing"
         )
     if config.regularisation is None:
-        return samples
-    others = [
-        replace(sample, extra={"kind": "regularisation"})
-        for sample in read_imagefolder(config.regularisation)
-    ]
+        return samples, skipped
+    found, more = data.read(config.regularisation, config.columns)
+    others = [replace(sample, extra={"kind": "regularisation"}) for sample in found]
+    skipped = skipped + more
     share = config.regularisation_share
     if share is None:
-        return samples + others
+        return samples + others, skipped
     number = round(share / (1 - share) * len(samples))
     if not number:
         raise ValueError(
             f"--regularisation-share {share} of {len(samples)} images is less than one; choose a larger share"
         )
-    return samples + items_at(others, range(number), config.run.seed)
+    return samples + items_at(others, range(number), config.run.seed), skipped
 
 
 @one_writer
@@ -133,7 +135,7 @@ def main(config: Config) -> int:
     """Tune, validate and save."""
     with exit_on_user_error():
         workspace.check(config.model, config.reward, config.validation, config.run, lora=PUBLISHED)
-        samples = read(config)
+        samples, skipped = read(config)
         prompts = config.validation.prompts([sample.text for sample in samples])
     start, end = "step_000000", f"step_{config.run.max_train_steps:06d}"
     moments = {
@@ -144,7 +146,7 @@ def main(config: Config) -> int:
     }
     with workspace.open(
         config.model, config.reward, config.validation, config.run, driver="weird_lora", config_text=dump(config),
-        prompts=prompts, moments=moments, negatives={"": "", NEGATIVE: config.prefix},
+        prompts=prompts, skipped=skipped, moments=moments, negatives={"": "", NEGATIVE: config.prefix},
     ) as w:  # fmt: skip
         run = w.run
         for step in run.steps():

@@ -27,6 +27,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import tyro
 import yaml
 
+from preftune import disk
 from preftune.flags import ALIASES, ELSEWHERE
 
 Config = TypeVar("Config")
@@ -71,6 +72,8 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in disk.WORDS:
+            raise  # a write that failed: preftune/one_writer.py says so
         _fail(str(error))
 
 

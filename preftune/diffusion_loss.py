@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
+from preftune.cli import exit_on_user_error
 from preftune.families.base import Family
 from preftune.images import load_with_framing
 from preftune.noise import add_noise, target
@@ -47,7 +48,8 @@ def captioned_loss(
     """
     kept = [float(torch.rand((), generator=generator)) >= caption_dropout for generator in generators]
     texts = zip(captions, dropped or [""] * len(captions), kept, strict=True)
-    loaded = [load_with_framing(path, resolution) for path in paths]
+    with exit_on_user_error():  # an image that was sound when the run began
+        loaded = [load_with_framing(path, resolution) for path in paths]
     cond = family.encode(
         [caption if keep else other for caption, other, keep in texts],
         framings=[framing for _, framing in loaded],

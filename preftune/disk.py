@@ -9,13 +9,14 @@ import re
 import tempfile
 from pathlib import Path
 
-_WORDS = {
+WORDS = {
     errno.ENOSPC: "no space left on",
     errno.EDQUOT: "the disk quota is used up on",
     errno.EROFS: "the file system is read-only:",
     errno.EIO: "input/output error on",
     errno.EFBIG: "a file would be larger than the system allows:",
 }
+"""Error number of a failed write -> what it means, as the begin of a sentence."""
 _TORCH = re.compile(r"PytorchStreamWriter failed|inline_container\.cc|iostream error|basic_ios::clear")
 
 
@@ -30,19 +31,19 @@ def reason(error: BaseException, folder: Path) -> str | None:
     for one in chain:
         if (code := _code(one)) is not None:
             name = one.filename if isinstance(one, OSError) else None
-            return f"{_WORDS[code]} {name if isinstance(name, str) else folder}"
+            return f"{WORDS[code]} {name if isinstance(name, str) else folder}"
     if not any(isinstance(one, RuntimeError) and _TORCH.search(str(one)) for one in chain):
         return None
     code = _probe(folder)
-    return f"a file cannot be written in {folder}" if code is None else f"{_WORDS[code]} {folder}"
+    return f"a file cannot be written in {folder}" if code is None else f"{WORDS[code]} {folder}"
 
 
 def _code(error: BaseException) -> int | None:
-    """The error number of a failed write, of those in _WORDS."""
+    """The error number of a failed write, of those in WORDS."""
     if isinstance(error, OSError) and error.errno is not None:
-        return error.errno if error.errno in _WORDS else None
+        return error.errno if error.errno in WORDS else None
     text = str(error)
-    found = (code for code in _WORDS if f"(os error {code})" in text or os.strerror(code) in text)
+    found = (code for code in WORDS if f"(os error {code})" in text or os.strerror(code) in text)
     return next(found, None)
 
 
@@ -55,5 +56,5 @@ def _probe(folder: Path) -> int | None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        return error.errno if error.errno in _WORDS else None
+        return error.errno if error.errno in WORDS else None
     return None

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from preftune import lock
 from rewards.atomic_folder import link, replace_folder, sync
 
 __all__ = ["copy_into", "is_leftover", "remove", "replacing", "sync", "tidy", "tidy_beside", "write_text"]
@@ -70,33 +71,30 @@ def is_leftover(path: Path) -> bool:
     return _LEFTOVER.fullmatch(path.name) is not None
 
 
-def tidy(folder: Path) -> None:
-    """Remove what killed processes left in a folder, at any depth; where one was killed while a folder took another's place, put
-    that back. Only for the process that holds the folder's lock, while it writes nothing there.
+def tidy(*folders: Path) -> None:
+    """Remove what killed processes left in these folders, but not below them; where one was killed while a folder took another's
+    place, put that back. Only for the process that is their writer, while it writes nothing there.
     """
-    for path, inside, names in os.walk(folder):
-        left = [
-            Path(path, name) for name in (*inside, *names) if name[0] == "." and _LEFTOVER.fullmatch(name)
-        ]
-        inside[:] = [name for name in inside if Path(path, name) not in left]
-        _remove_leftovers(left)
+    for folder in folders:
+        _remove_leftovers(folder.iterdir() if folder.is_dir() else ())
 
 
 def tidy_beside(folder: Path) -> None:
     """Do what `tidy` does for what was left beside a folder while that was written itself under a temporary name."""
-    found = folder.parent.glob(f".{glob.escape(folder.name)}.*") if folder.name else ()
-    _remove_leftovers(
-        [path for path in found if (match := _LEFTOVER.fullmatch(path.name)) and match["name"] == folder.name]
-    )
+    if folder.name and folder.parent.is_dir():
+        _remove_leftovers(folder.parent.glob(f".{glob.escape(folder.name)}.*"), only=folder.name)
 
 
-def _remove_leftovers(paths: Iterable[Path]) -> None:
-    for path in paths:
+def _remove_leftovers(paths: Iterable[Path], only: str | None = None) -> None:
+    for path in list(paths):
         match = _LEFTOVER.fullmatch(path.name)
-        assert match is not None, "a leftover"
-        if not match[0].rpartition(".")[2].startswith("tmp-") and not path.is_dir():
+        if match is None or only not in (None, match["name"]):
+            continue
+        if (match["previous"] is not None or path.suffix == ".unfinished") and not path.is_dir():
             continue  # a file of the user: these names are of folders
         place = path.with_name(match["name"])
+        if lock.is_held_elsewhere(place):
+            continue  # another process writes this very file or folder
         if (match["old"] or match["previous"]) and not os.path.lexists(place):
             path.rename(place)
         else:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from preftune.files import replacing
 from preftune.resolution import Framing, Resolution
@@ -25,9 +25,13 @@ if TYPE_CHECKING:
 AnyImage = Image.Image | torch.Tensor
 """A PIL image, or a float tensor (3, H, W) in [0, 1]."""
 
-SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".gif", ".bmp")
+_AVIF = features.check("avif")  # an optional part of PIL
+SUFFIXES = (
+    ".png", ".webp", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
+    *((".avif",) if _AVIF else ()),
+)  # fmt: skip
 """Suffixes that identify image files in a folder."""
-FORMATS = ("PNG", "WEBP", "JPEG", "GIF", "BMP", "TIFF")
+FORMATS = ("PNG", "WEBP", "JPEG", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if _AVIF else ()))
 """Formats that are decoded. PIL supports more, but one of them starts another program (Ghostscript)."""
 MAX_BYTES = 64 << 20
 """Of an encoded image."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-__all__ = ["acquire", "is_lock", "is_main_process", "release"]
+__all__ = ["acquire", "is_held_elsewhere", "is_lock", "is_main_process", "release"]
 
 _INSIDE = ".lock"
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -72,6 +72,22 @@ def release(folder: Path) -> None:
         with contextlib.suppress(OSError):  # removed while it is held: whoever opens it next makes a new one
             os.unlink(lock.lock_file)
         lock.release()
+
+
+def is_held_elsewhere(folder: Path) -> bool:
+    """Return whether another process is the writer of a file or folder, as its lock beside it says."""
+    beside = folder.with_name(f".{folder.name}{_INSIDE}")
+    if not beside.exists() or _held.get(Path(os.path.realpath(folder)), (0, None))[0] == os.getpid():
+        return False
+    other = FileLock(beside, blocking=False, fallback_to_soft=False)
+    try:
+        other.acquire()
+    except Timeout:
+        return True
+    except OSError:
+        return False
+    other.release()
+    return False
 
 
 def is_lock(path: Path) -> bool:

@@ -51,7 +51,7 @@ def exit_on_failed_write(folder: Path) -> Iterator[None]:
             raise
         if lock.is_main_process():
             with contextlib.suppress(OSError):  # a read-only file system, say
-                files.tidy(folder)
+                files.tidy(folder, folder / "samples")
                 files.tidy_beside(folder)
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {reason}; {_next(folder)}\n")
         raise SystemExit(1) from error

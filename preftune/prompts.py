@@ -2,9 +2,11 @@
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from preftune.notes import counted, say
 
 FIELDS = ("text", "prompt", "caption")
 """Names of the field or column that holds the prompt, in order of preference; their case does not matter."""
@@ -12,15 +14,31 @@ FIELDS = ("text", "prompt", "caption")
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
 """File types that read_prompts reads."""
 
+LONG = 2_000
+"""Characters of a prompt above which it is said that text encoders read its beginning only: 77 tokens in Stable Diffusion."""
+
 
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a file, one or more, in the file's order and with the file's own spacing.
 
     txt: one a line. json: a list of strings, or of objects with a field of FIELDS. jsonl: one such string
     or object a line. csv, tsv, parquet: a column of FIELDS; tsv is without quoting. Text is UTF-8. Blank
-    lines are allowed at the end of a file only. Raises ValueError that names the line or row, counted from
-    1.
+    prompts are left out; they, and what looks like a mistake, are said on stderr with their number. Raises ValueError that
+    names the line or row, counted from 1.
     """
+    rows = read_rows(path)
+    prompts = [(place, text) for place, text in rows if text]
+    if not prompts:
+        raise ValueError(f"prompt file {path} holds no prompts")
+    blank = [place for place, text in rows if not text]
+    if blank:
+        say(f"{path}: {counted(len(blank), 'blank prompt')} left out, the first at {blank[0]}")
+    _warn(path, [text for _, text in prompts])
+    return [text for _, text in prompts]
+
+
+def read_rows(path: Path) -> list[tuple[str, str]]:
+    """(line or row, prompt) of each row of a prompt file, as `read_prompts`; the prompt of a blank row is ''."""
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(
@@ -30,16 +48,41 @@ def read_prompts(path: Path) -> list[str]:
         raise ValueError(f"prompt file {path} {'is no file' if path.exists() else 'does not exist'}")
     try:
         rows = _parquet_rows(path) if suffix == ".parquet" else _text_rows(path, suffix)
-        prompts = [_prompt(row, f"{path} {place}") for place, row in rows]
+        return [(place, _prompt(row, f"{path} {place}")) for place, row in rows]
     except UnicodeDecodeError as error:
         raise ValueError(
             f"prompt file {path} is not UTF-8 text: {error.reason} at byte {error.start}"
         ) from error
     except OSError as error:
         raise ValueError(f"cannot read the prompt file {path}: {error.strerror or error}") from error
-    if not prompts:
-        raise ValueError(f"prompt file {path} holds no prompts")
-    return prompts
+
+
+def _warn(path: Path, prompts: Sequence[str]) -> None:
+    """Say what is probably not meant: very long prompts, and what is no plain list of prompts in a txt file."""
+    if long := sum(len(prompt) > LONG for prompt in prompts):
+        say(
+            f"{path}: {counted(long, 'prompt has', 'prompts have')} more than {LONG:,} characters; text encoders read the"
+            " beginning only, 77 tokens in Stable Diffusion"
+        )
+    if path.suffix.lower() != ".txt":
+        return
+    if comments := sum(prompt.lstrip().startswith("#") for prompt in prompts):
+        say(
+            f"{path}: {counted(comments, 'line begins', 'lines begin')} with # and is read as a prompt; a prompt file has no comments"
+        )
+    first = prompts[0].strip()
+    for suffix, separator in ((".csv", ","), (".tsv", "\t")):
+        names = [name.strip().strip('"').lower() for name in first.split(separator)]
+        if find_field(names, FIELDS) and (len(names) > 1 or suffix == ".csv"):
+            say(
+                f"{path} looks like a table: its first line is {first[:80]!r}; all {counted(len(prompts), 'line')} are read as"
+                f" prompts, commas included; rename it to {path.stem}{suffix}"
+            )
+            return
+    if first.startswith(("{", "[")):
+        say(
+            f"{path} looks like JSON, and its {counted(len(prompts), 'line')} are read as prompts; rename it to {path.stem}.jsonl or .json"
+        )
 
 
 def _text_rows(path: Path, suffix: str) -> Iterator[tuple[str, Any]]:
@@ -96,24 +139,31 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     yield from ((f"row {number}", value) for number, value in enumerate(values, 1))
 
 
+def find_field(names: Iterable[str], wanted: Sequence[str]) -> str | None:
+    """The first of the wanted names among the names, spelt as there, whatever its case; None where none is."""
+    spelt = {name.lower(): name for name in reversed([*names])}
+    return next((spelt[field] for field in wanted if field in spelt), None)
+
+
 def _field(names: Iterable[str], place: str) -> str:
     """The first of FIELDS among the names, spelt as there."""
-    spelt = {name.lower(): name for name in reversed([*names])}
-    for field in FIELDS:
-        if field in spelt:
-            return spelt[field]
-    raise ValueError(
-        f"{place} has no {', '.join(FIELDS[:-1])} or {FIELDS[-1]}; it has {', '.join(names) or 'nothing'}"
-    )
+    found = find_field(names, FIELDS)
+    if found is None:
+        raise ValueError(
+            f"{place} has no {', '.join(FIELDS[:-1])} or {FIELDS[-1]}; it has {', '.join(names) or 'nothing'}"
+        )
+    return found
 
 
 def _prompt(row: object, place: str) -> str:
-    """The prompt of a row, refused where it is empty or no text."""
+    """The prompt of a row, '' where it is blank; refused where it is no text."""
     text = row[_field(row, place)] if isinstance(row, dict) else row
+    if text is None or (isinstance(text, float) and text != text):  # pandas writes NaN for an empty cell
+        return ""
     if not isinstance(text, str):
-        raise ValueError(f"{place} must be a text, not {'null' if text is None else type(text).__name__}")
+        raise ValueError(f"{place} must be a text, not {type(text).__name__}")
     if not text.strip():
-        raise ValueError(f"{place} is empty; remove it or write a prompt there")
+        return ""
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError(f"{place} holds half of a surrogate pair, which is not a valid character")
     return text

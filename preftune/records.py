@@ -1,18 +1,24 @@
 """The file formats of data sets: images, and a file with one JSON object per line.
 
-`metadata.jsonl` ({"file_name", "text", ...}) can be read by `datasets.load_dataset("imagefolder")`.
+`metadata.jsonl` ({"file_name", "text", ...}) can be read by `datasets.load_dataset("imagefolder")`; image_folders.py lists what
+else is read.
 `rankings.jsonl` ({"prompt", "generations", "ranking", "source", "weight"}) holds preferences with the field
 names of the ImageReward data.
 """
 
+import functools
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from preftune.files import replacing
+from preftune.image_folders import IMAGE_FIELDS, Columns, ImageFolder, find_captions, no_captions, table_rows
+from preftune.notes import counted, say
+from preftune.prompts import FIELDS, find_field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +29,16 @@ class CaptionedImage:
     text: str
     extra: dict[str, Any]
     """The other fields of its line, such as scores."""
+    place: str = dataclass_field(default="", compare=False)
+    """Where it is listed, for messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """A row of a data set that cannot be used, and why in a sentence."""
+
+    place: str
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,18 +57,97 @@ class Ranking:
 
 
 def read_imagefolder(folder: Path) -> list[CaptionedImage]:
-    """The samples of folder/metadata.jsonl, in its order.
+    """The captioned images of a folder, in the order of its table; rows that cannot be used are left out and said.
 
-    Raises ValueError that names the line for a file name outside the folder, a missing image or an empty text.
+    Raises ValueError where no row can be used, with the reason of the first, and for a folder without captions.
     """
-    samples = []
-    for place, row in _objects(folder / "metadata.jsonl"):
-        path = inside(folder, field(row, "file_name", str, place), place)
-        extra = {key: value for key, value in row.items() if key not in ("file_name", "text")}
-        samples.append(CaptionedImage(path=path, text=text_field(row, "text", place), extra=extra))
-    if not samples:
-        raise ValueError(f"{folder / 'metadata.jsonl'} holds no samples")
+    samples, skipped = read_captioned(folder, Columns())
+    if skipped:
+        say(f"{folder}: {counted(len(skipped), 'row')} left out; the first: {skipped[0].reason}")
     return samples
+
+
+def read_captioned(folder: Path, columns: Columns) -> tuple[list[CaptionedImage], list[Skipped]]:
+    """The captioned images of a folder, in the order of its table, and the rows that cannot be used; no image is opened.
+
+    A row without an image in the folder, or without words in its caption, cannot be used. Raises ValueError as
+    `read_imagefolder`, and where --caption-column or --image-column is in no row.
+    """
+    found = find_captions(folder)
+    if found is None:
+        raise no_captions(folder)
+    samples, skipped = list[CaptionedImage](), list[Skipped]()
+    for place, row in captioned_rows(found, columns):
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            image_field, caption_field = fields_of(row, columns, place)
+            path = image_of(found, field(row, image_field, str, place), place)
+            text = caption_of(row, caption_field, place)
+        except ValueError as error:
+            skipped.append(Skipped(place=place, reason=str(error)))
+            continue
+        extra = {key: value for key, value in row.items() if key not in (image_field, caption_field)}
+        samples.append(CaptionedImage(path=found.root / path, text=text, extra=extra, place=place))
+    if not samples:
+        first = (
+            f"; none of {counted(len(skipped), 'row')} can be used, the first: {skipped[0].reason}"
+            if skipped
+            else ""
+        )
+        raise ValueError(f"{found.source} holds no samples{first}")
+    return samples, skipped
+
+
+def captioned_rows(
+    folder: ImageFolder, columns: Columns
+) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
+    """(place for messages, row) of each image of a folder; an error in place of a row that cannot be read. Blank lines of
+    a metadata.jsonl are passed over.
+    """
+    if folder.table is None or folder.table.suffix != ".jsonl":
+        yield from table_rows(folder, columns)
+        return
+    for place, line in read_lines(folder.table):
+        if line.strip():
+            try:
+                yield place, parse_object(line, place)
+            except ValueError as error:
+                yield place, error
+
+
+def fields_of(row: Mapping[str, Any], columns: Columns, place: str) -> tuple[str, str]:
+    """The names of the fields of a row that hold the image's file name and its caption; ValueError where one is missing."""
+    found = []
+    for named, known, flag in (
+        (columns.image_column, IMAGE_FIELDS, "--image-column"), (columns.caption_column, FIELDS, "--caption-column"),
+    ):  # fmt: skip
+        name = named if named in row else None if named is not None else find_field(row, known)
+        if name is None:
+            missing = named if named is not None else known[0]
+            other = "" if named is not None else f" or {', '.join(known[1:])}"
+            raise ValueError(
+                f"{place} has no {missing}{other}; {flag} names one of {', '.join(row) or 'its columns'}"
+            )
+        found.append(name)
+    return found[0], found[1]
+
+
+def image_of(folder: ImageFolder, name: str, place: str) -> str:
+    """The image that a row names, relative to the folder's root; ValueError where it is missing or leads out of the folder."""
+    check_name(name, place)
+    found = [path for path in folder.candidates(name) if (folder.root / path).is_file()]
+    path = found[0] if found else folder.candidates(name)[0]
+    inside(folder.root, path, place)
+    return path
+
+
+def caption_of(row: Mapping[str, Any], name: str, place: str) -> str:
+    """The caption of a row; ValueError where it is none."""
+    text = row[name]
+    if text is None or (isinstance(text, float) and text != text):  # pandas writes NaN for an empty cell
+        raise ValueError(f"{place}: {name} is empty")
+    return text_field(row, name, place)
 
 
 def read_rankings(folder: Path) -> list[Ranking]:
@@ -92,7 +187,7 @@ def ranking_fields(row: dict[str, Any], place: str) -> tuple[str, list[str], tup
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; blank lines may end it. Raises ValueError that names the line."""
+    """The objects of a JSON-lines file; blank lines are passed over. Raises ValueError that names the line."""
     return [row for _, row in _objects(path)]
 
 
@@ -102,9 +197,9 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[tuple[str, str]]:
-    """(place for messages, text) of each line of a file; blank lines may end it."""
+    """(place for messages, text) of each line of a file, without a byte order mark and the blank lines that end it."""
     try:
-        lines = path.read_text(encoding="utf-8").rstrip().split("\n")
+        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -130,11 +225,11 @@ def parse_object(line: str, place: str) -> dict[str, Any]:
 
 
 def _objects(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(place for messages, object) of each line."""
-    return [(place, parse_object(line, place)) for place, line in read_lines(path)]
+    """(place for messages, object) of each line that is not blank."""
+    return [(place, parse_object(line, place)) for place, line in read_lines(path) if line.strip()]
 
 
-def field(row: dict[str, Any], key: str, kind: type, place: str) -> Any:
+def field(row: Mapping[str, Any], key: str, kind: type, place: str) -> Any:
     """A field of a line, of the right type."""
     if key not in row:
         raise ValueError(f"{place} has no {key}")
@@ -143,7 +238,7 @@ def field(row: dict[str, Any], key: str, kind: type, place: str) -> Any:
     return row[key]
 
 
-def text_field(row: dict[str, Any], key: str, place: str) -> str:
+def text_field(row: Mapping[str, Any], key: str, place: str) -> str:
     """A field that holds words."""
     text: str = field(row, key, str, place)
     if not text.strip():
@@ -157,9 +252,28 @@ def inside(folder: Path, name: str, place: str) -> Path:
     path = folder / name
     if not path.is_file():
         raise ValueError(f"{place}: {path} does not exist")
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not path.resolve().is_relative_to(folder.resolve()) and not _is_cached(path, folder):
         raise ValueError(f"{place}: file name {name!r} is a link that leads out of the folder")
     return path
+
+
+def _is_cached(path: Path, folder: Path) -> bool:
+    """Whether the folder is a snapshot in the hub's cache and the path a link to a file of the same repository's."""
+    blobs = _blobs(folder)
+    return blobs is not None and path.resolve().is_relative_to(blobs)
+
+
+@functools.lru_cache(maxsize=16)
+def _blobs(folder: Path) -> Path | None:
+    """The folder of the files of a repository in the hub's cache, models--NAME/blobs beside models--NAME/snapshots/HASH."""
+    resolved = folder.resolve()
+    for snapshots in resolved.parents:
+        repository = snapshots.parent
+        if snapshots.name == "snapshots" and repository.name.startswith(
+            ("datasets--", "models--", "spaces--")
+        ):
+            return (repository / "blobs").resolve()
+    return None
 
 
 def check_name(name: str, place: str) -> None:

@@ -8,6 +8,7 @@ tensor([1., 1.])
 """
 
 import importlib
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from rewards.trained_cards import card_of
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CARDS", "Card", "Clip", "Preprocess", "Scorer", "check", "find_card", "load"]
+__all__ = ["CARDS", "Card", "Clip", "Preprocess", "Scorer", "check", "check_all", "find_card", "load"]
 
 _VIT_L_14 = Clip(
     embed=768,
@@ -60,6 +61,7 @@ _HPS_V2 = Card(
     paper="arXiv:2306.09341",
     repo="xswu/HPSv2",
     file="HPS_v2_compressed.pt",
+    about_bytes=4 * 986_109_441,
     preprocess=Preprocess(size=224, resize="longest", crop="pad", files="tensor"),
     clip=_VIT_H_14,
 )
@@ -132,6 +134,7 @@ _CARDS = (
         paper="arXiv:2303.14420",
         source="github.com/tgxs002/align_sd (OneDrive)",
         file="hpc.pt",
+        about_bytes=4 * 427_616_513,
         preprocess=Preprocess(size=224),
         clip=_VIT_L_14,
     ),
@@ -155,6 +158,7 @@ _CARDS = (
         paper="arXiv:2305.01569",
         repo="yuvalkirstain/PickScore_v1",
         file="model.safetensors",
+        about_bytes=4 * 986_109_441,
         preprocess=Preprocess(size=224, crop_offset="floor", files="rgb"),
         clip=replace(_VIT_H_14, tokenizer="transformers", scaled=True),
     ),
@@ -171,6 +175,7 @@ _CARDS = (
         paper="arXiv:2103.00020",
         repo="openai/clip-vit-large-patch14",
         file="model.safetensors",
+        about_bytes=4 * 427_616_513,
         preprocess=Preprocess(size=224),
         clip=_VIT_L_14,
     ),
@@ -186,11 +191,13 @@ _CARDS = (
         licence="Apache-2.0",
         paper="none",
         source="github.com/christophschuhmann/improved-aesthetic-predictor",
+        url="https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth",
         file="sac+logos+ava1-l14-linearMSE.pth",
         num_bytes=3_714_759,
         sha256="21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
         preprocess=Preprocess(size=224),
         clip=_VIT_L_14,
+        needs=("clipscore",),
     ),
     Card(
         name="blipscore",
@@ -204,6 +211,7 @@ _CARDS = (
         licence="BSD-3-Clause",
         paper="arXiv:2201.12086",
         source="storage.googleapis.com/sfr-vision-language-research/BLIP/models",
+        url="https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/model_large.pth",
         file="model_large.pth",
         preprocess=Preprocess(size=224),
     ),
@@ -239,21 +247,66 @@ def load(
 ) -> Scorer:
     """Return a scorer, frozen and in eval mode, its towers in dtype (None is float32); `name` as for `find_card`.
 
-    `weights` names a file or folder to use instead of the card's own. ValueError when the name is unknown,
-    when weights are missing, damaged or not this scorer's, or when weights are given to a scorer that has
-    none.
+    `weights` names a file or folder to use instead of the card's own; without it, published weights are
+    downloaded as by `check`. ValueError when the name is unknown, when weights are missing, damaged or not this
+    scorer's, or when weights are given to a scorer that has none.
     """
     import torch
 
     card = _card(name, weights)
+    _obtain([card], {} if weights is None else {name: weights})
     module = importlib.import_module(card.module)
     return module.load_scorer(card, weights, device, torch.float32 if dtype is None else dtype)
 
 
 def check(name: str, weights: Path | None = None) -> tuple[Path, ...]:
-    """Return the files that `load` would read; raises what it would about the name and missing or altered ones."""
-    card = _card(name, weights)
-    return importlib.import_module(card.module).find_files(card, weights) if card.has_weights else ()
+    """Return the files that `load` would read; missing ones are downloaded, and ValueError as `check_all`."""
+    return check_all([name], {} if weights is None else {name: weights})[name]
+
+
+def check_all(
+    names: Collection[str], files: Mapping[str, Path], *, download: bool = True
+) -> dict[str, tuple[Path, ...]]:
+    """Return, by name, the files that scorers would be loaded from; `files` gives weights to use instead of a card's own.
+
+    Published weights that are not on this machine are downloaded from the hub (rewards/download.py). Without
+    `download`, scorers that wait for one have no entry. ValueError for an unknown name, and for altered files;
+    one ValueError names all missing weights that cannot be downloaded.
+    """
+    cards = {name: _card(name, files.get(name)) for name in names}
+    waiting = _obtain(cards.values(), files, download=download)
+    return {
+        name: importlib.import_module(card.module).find_files(card, files.get(name))
+        if card.has_weights
+        else ()
+        for name, card in cards.items()
+        if not waiting & {name, *card.needs}
+    }
+
+
+def _obtain(cards: Collection[Card], files: Mapping[str, Path], *, download: bool = True) -> set[str]:
+    """Return the names of scorers whose weights are not here; with `download` there are none."""
+    needed = dict.fromkeys(needed for card in cards for needed in _needed(card, files.get(card.name)))
+    if not needed:
+        return set()
+    from rewards.download import obtain, to_download  # needs torch, which the table does not
+
+    if download:
+        obtain(needed)
+        return set()
+    return {card.name for card in to_download(needed)}
+
+
+def _needed(card: Card, weights: Path | None) -> list[Card]:
+    """Return the cards whose own weights are read: this one unless `weights` are given, and those that it needs.
+
+    What a card needs may stand beside the given weights.
+    """
+    others = [CARDS[name] for name in card.needs]
+    if weights is None:
+        return [card, *others] if card.has_weights else others
+    folder = weights if weights.is_dir() else weights.parent
+    return [other for other in others if not (folder / str(other.file)).is_file()]
 
 
 def _card(name: str, weights: Path | None) -> Card:

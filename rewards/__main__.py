@@ -32,13 +32,9 @@ def _row(card: Card) -> tuple[str, ...]:
         f"{low:g} .. {high:g}",
         card.licence,
         f"{card.preprocess.size} px" if card.preprocess else "any",
-        f"{source} ({_size(card.num_bytes)})" if card.num_bytes else source,
+        f"{source} ({card.size})" if card.size else source,
         "yes" if here else "no",
     )
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 if __name__ == "__main__":

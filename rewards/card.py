@@ -144,8 +144,9 @@ class Card:
 
     `module` is the one that implements `load_scorer(card, weights, device, dtype)`. `mean` and `std` are
     the statistics of the scores over ordinary images. They are used to normalize scorers (rewards.mix) and
-    never change a score. Weights are either published (`repo` on the hub or `source` elsewhere, `revision`, `file`,
-    `num_bytes`, `sha256`) or embedded (`folder`, relative to the repository root), or the scorer has none.
+    never change a score. Weights are either published (`repo` on the hub, or `source` elsewhere with `url` where there is one, `revision`, `file`,
+    `num_bytes`, `sha256`) or embedded (`folder`, relative to the repository root), or the scorer has none. Where the exact
+    size is not known, `about_bytes` is that of the weights in float32. `needs` names scorers whose weights are read, too.
     """
 
     name: str
@@ -160,13 +161,25 @@ class Card:
     paper: str
     repo: str | None = None
     source: str | None = None
+    url: str | None = None
     revision: str | None = None
     file: str | None = None
     num_bytes: int | None = None
+    about_bytes: int | None = None
     sha256: str | None = None
     folder: str | None = None
     preprocess: Preprocess | None = None
     clip: Clip | None = None
+    needs: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> str:
+        """Return the size of the weights file in words, such as 1.8 GB or about 3.9 GB; empty where it is not known."""
+        num_bytes = self.num_bytes or self.about_bytes
+        if num_bytes is None:
+            return ""
+        words = f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+        return words if self.num_bytes else f"about {words}"
 
     @property
     def has_weights(self) -> bool:

@@ -35,7 +35,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVi
 
 from rewards.card import HEAD_DROPOUT, Card, Clip, Preprocess
 from rewards.clip_state_dict import to_authors, to_transformers
-from rewards.clip_tokenizer import ClipTokenizer, find_vocab
+from rewards.clip_tokenizer import MERGES, ClipTokenizer
 from rewards.head import apply_head, draw_head, new_head, set_dropout
 from rewards.pixels import at_least_float32, check_prompts, prepare
 from rewards.text_cache import TextCache
@@ -245,8 +245,7 @@ def find_files(card: Card, weights: Path | None) -> tuple[Path, ...]:
     if card.folder is not None:
         folder = Path(card.folder)
         return folder / FOLDER_FILE, folder / "merges.txt", folder / "config.json"
-    file = find_file(card, weights)
-    return file, find_vocab(file)
+    return find_file(card, weights), MERGES
 
 
 def fill(part: nn.Module, state: Mapping[str, Tensor]) -> None:

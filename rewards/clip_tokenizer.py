@@ -24,13 +24,10 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import CLIPTokenizer as HubTokenizer
 
-from rewards.weights import LOOSE, cached, loose
-
 Kind = Literal["openai", "open_clip", "transformers"]
 
-VOCAB_FILE = "bpe_simple_vocab_16e6.txt.gz"
-"""OpenAI's list of merges; transformers ships the used part of it, uncompressed, as merges.txt."""
-VOCAB_REPO = "openai/clip-vit-large-patch14"
+MERGES = Path(__file__).with_name("vocabularies") / "clip_merges.txt"
+"""CLIP's merges, a part of this package: the used part of OpenAI's bpe_simple_vocab_16e6.txt.gz."""
 MERGES_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
 """Of the used merges, one a line: of every file that holds them, whatever its format and what follows them."""
 VOCAB_SIZE = 49408
@@ -95,19 +92,6 @@ def _hub_ids(tokenizer: HubTokenizer, text: str) -> list[int]:
 
 
 # ---------------------------------------------------------------- vocabulary
-
-
-def find_vocab(weights: Path | None) -> Path:
-    """Return the merges beside a weights file, in weights/ or in the hub's cache; ValueError says where to put them."""
-    beside = [weights.with_name(name) for name in (VOCAB_FILE, "merges.txt")] if weights is not None else []
-    found = next((path for path in beside if path.is_file()), None)
-    path = found or loose(VOCAB_FILE) or cached(VOCAB_REPO, "merges.txt", None)
-    if path is None:
-        raise ValueError(
-            f"CLIP's vocabulary is not here; put {VOCAB_FILE} of github.com/openai/CLIP beside the weights or into"
-            f" {LOOSE}/, or run `hf download {VOCAB_REPO} merges.txt`"
-        )
-    return path
 
 
 def read_merges(path: Path) -> list[str]:

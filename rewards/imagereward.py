@@ -28,9 +28,10 @@ from rewards.head import apply_head, draw_head, initialise, new_head, set_dropou
 from rewards.pixels import at_least_float32, check_prompts, prepare
 from rewards.towers import Tower
 from rewards.trained_cards import CARD_FILE, card_of, facts_to_json, imagereward_card
-from rewards.weights import FOLDER_FILE, LOOSE, cached, check, find, loose, read, verify, write_folder
+from rewards.weights import FOLDER_FILE, check, find, read, verify, write_folder
 
-VOCAB_REPO = "google-bert/bert-base-uncased"
+VOCAB = Path(__file__).with_name("vocabularies") / "bert_vocab.txt"
+"""The vocabulary of bert-base-uncased, a part of this package."""
 VOCAB_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
 
 
@@ -84,8 +85,7 @@ class ImageReward(nn.Module):
     def load(cls, path: Path) -> "ImageReward":
         """Return the model of a folder written by `save`, or of a file in the authors' layout (then FULL_SIZE).
 
-        A file needs bert-base-uncased's vocab.txt beside it or in the hub's cache. ValueError names missing,
-        unexpected or misshapen tensors.
+        ValueError names missing, unexpected or misshapen tensors.
         """
         config, vocab, file = find_parts(path)
         with torch.device("meta"):  # no time or memory for random weights that are replaced at once
@@ -220,22 +220,15 @@ def find_files(card: Card, weights: Path | None) -> tuple[Path, ...]:
 
 
 def find_parts(path: Path) -> tuple[ImageRewardConfig, Path, Path]:
-    """Return config, vocab.txt and weights file of a saved folder or a file in the authors' layout."""
+    """Return config, vocabulary and weights file of a saved folder, or of a file in the authors' layout, which is FULL_SIZE."""
     if path.is_dir():
         missing = [name for name in ("config.json", "vocab.txt", FOLDER_FILE) if not (path / name).is_file()]
         if missing:
             raise ValueError(f"{path} lacks {', '.join(missing)}; a folder of ImageReward.save has them")
         config = ImageRewardConfig.from_json((path / "config.json").read_text(encoding="utf-8"))
         return config, path / "vocab.txt", path / FOLDER_FILE
-    beside = path.with_name("vocab.txt")
-    vocab = beside if beside.is_file() else loose("vocab.txt") or cached(VOCAB_REPO, "vocab.txt", None)
-    if vocab is None:
-        raise ValueError(
-            f"{beside} is missing; put vocab.txt of the hub repository {VOCAB_REPO} there or into {LOOSE}/, or run"
-            f" `hf download {VOCAB_REPO} vocab.txt`"
-        )
-    verify(vocab, num_bytes=None, sha256=VOCAB_SHA256)
-    return FULL_SIZE, vocab, path
+    verify(VOCAB, num_bytes=None, sha256=VOCAB_SHA256)
+    return FULL_SIZE, VOCAB, path
 
 
 # ---------------------------------------------------------------- parts

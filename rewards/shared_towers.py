@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rewards import load
+from rewards import check_all, load
 from rewards.aesthetic import Aesthetic
 from rewards.card import Scorer
 from rewards.clip import ClipScorer, ClipVision
@@ -22,7 +22,11 @@ from rewards.pixels import check_prompts
 def load_all(
     names: Sequence[str], *, files: Mapping[str, Path], device: torch.device | str, dtype: torch.dtype
 ) -> list[Scorer]:
-    """Return scorers in the order of names, equal towers shared; `files` names weights that are not in their own place."""
+    """Return scorers in the order of names, equal towers shared; `files` names weights that are not in their own place.
+
+    Published weights that are not on this machine are downloaded first, those of all scorers (rewards.check_all).
+    """
+    check_all(names, files)
     scorers: list[Scorer] = []
     for name in names:
         scorers.append(load(name, weights=files.get(name), device=device, dtype=dtype))

@@ -90,7 +90,7 @@ def check_trainable(
         raise ValueError(f"the dropout of a head must lie in [0, 1), got {dropout}")
     if dropout is not None and head == "own" and not has_head:
         raise ValueError(f"{model} has no head, whose dropout could be {dropout}; head 'mlp' puts one on it")
-    rewards.check(model, weights)
+    rewards.check_all([model], {} if weights is None else {model: weights}, download=False)
 
 
 def load_trainable(

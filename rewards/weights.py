@@ -1,12 +1,9 @@
 """Finding weights, reading them without executing anything in them, and writing a folder of them."""
 
-import functools
-import hashlib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
-import huggingface_hub
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +11,8 @@ from torch import Tensor
 
 from rewards.atomic_folder import replace_folder
 from rewards.card import Card
+from rewards.digests import sha256_of
+from rewards.hub import cached_file
 
 ROOT = Path(__file__).resolve().parents[1]
 """The repository root, to which the folders of embedded weights are relative."""
@@ -26,12 +25,14 @@ LOOSE = "weights"
 def find(card: Card, weights: Path | None) -> Path:
     """Return the weights file or embedded-style folder of a card that has weights.
 
-    An explicit path, else the embedded folder, else weights/ or the hub's cache. ValueError says which file to
-    put where when there is none, or when a file that claims to be the published one has another size or SHA-256.
+    An explicit path, else the embedded folder, else weights/ or the hub's cache; `rewards.check_all` downloads.
+    ValueError says which file to put where when there is none, or when a file that claims to be the published one has another size or SHA-256.
     """
     if weights is not None:
         if not weights.exists():
-            raise ValueError(f"weights of {card.name}: {weights} does not exist; {_remedy(card)}")
+            raise ValueError(
+                f"weights of {card.name}: {weights} does not exist; {remedy(card)}, or name the path of one that you have"
+            )
         if weights.is_dir() and card.file is not None and (weights / card.file).is_file():
             weights = weights / card.file
         if weights.name == card.file:
@@ -39,7 +40,9 @@ def find(card: Card, weights: Path | None) -> Path:
         return weights
     path = local(card)
     if path is None:
-        raise ValueError(f"the weights of {card.name} are not here; {_remedy(card)}")
+        raise ValueError(
+            f"the weights of {card.name} are not here; {remedy(card)}, or name the path of one that you have"
+        )
     if path.is_file():
         verify(path, num_bytes=card.num_bytes, sha256=card.sha256)
     return path
@@ -59,23 +62,13 @@ def local(card: Card) -> Path | None:
         folder = ROOT / card.folder
         return folder if (folder / FOLDER_FILE).is_file() else None
     assert card.file is not None, f"{card.name} has no weights to find"
-    return loose(card.file) if card.repo is None else cached(card.repo, card.file, card.revision)
+    return loose(card.file) if card.repo is None else cached_file(card.repo, card.file, card.revision)
 
 
 def loose(file: str) -> Path | None:
     """Return a file of the folder weights/ below the repository root, or None."""
     path = ROOT / LOOSE / file
     return path if path.is_file() else None
-
-
-def cached(repo: str, file: str, revision: str | None) -> Path | None:
-    """Return a file of a hub repository from the hub's cache, or None.
-
-    Nothing is downloaded here: a typo must not start a download of 1.8 GB, nor must every process of a run.
-    The error messages give the download command.
-    """
-    path = huggingface_hub.try_to_load_from_cache(repo, file, revision=revision)
-    return Path(path) if isinstance(path, str) else None
 
 
 def verify(path: Path, *, num_bytes: int | None, sha256: str | None) -> None:
@@ -89,18 +82,6 @@ def verify(path: Path, *, num_bytes: int | None, sha256: str | None) -> None:
     digest = sha256_of(path)
     if digest != sha256:
         raise ValueError(f"{path} has SHA-256 {digest}, the published file has {sha256}; download it again")
-
-
-def sha256_of(path: Path) -> str:
-    """Return a file's SHA-256; it is worked out once as long as the file stays the same."""
-    return _sha256(path, path.stat().st_mtime_ns)
-
-
-@functools.cache
-def _sha256(path: Path, _modified: int) -> str:
-    """Return a file's digest; a run checks its weights before it starts and again when it loads them."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -171,11 +152,16 @@ def write_folder(folder: Path, state: Mapping[str, Tensor], texts: Mapping[str, 
     replace_folder(folder, {FOLDER_FILE, *texts}, write)
 
 
-def _remedy(card: Card) -> str:
+def remedy(card: Card) -> str:
+    """Return what to do about missing weights: a command or a place, with the size where it is known."""
     if card.folder is not None:
-        return (
-            f"put config.json, vocab.txt and {FOLDER_FILE} into {card.folder}, or name a folder that has them"
-        )
+        return f"put config.json, vocab.txt and {FOLDER_FILE} into {card.folder}"
+    size = f" ({card.size})" if card.size else ""
     if card.repo is None:
-        return f"put {card.file} of {card.source} into {LOOSE}/, or name the path of one that you have"
-    return f"run `hf download {card.repo} {card.file}`, or name the path of a {card.file} that you have"
+        place = f"put {card.file} of {card.source}{size} into {LOOSE}/"
+        return (
+            f"{place}, as `curl -L --create-dirs -o {LOOSE}/{card.file} {card.url}` does"
+            if card.url
+            else place
+        )
+    return f"run `hf download {card.repo} {card.file}`{size}"

@@ -4,7 +4,6 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,14 +73,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The recorded CLIPs and their vocabulary, and the layers of the aesthetic predictor on one of them."""
-    from golden_weights import CLIP_NAMES, write_aesthetic, write_clip, write_clip_vocab
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recorded CLIPs, and the layers of the aesthetic predictor on one of them."""
+    from golden_weights import CLIP_NAMES, write_aesthetic, write_clip
 
     folder = tmp_path_factory.mktemp("clips")
-    with pytest.MonkeyPatch.context() as patch:
-        write_clip_vocab(folder, patch)
-        for name in CLIP_NAMES:
-            write_clip(name, folder)
-        write_aesthetic(folder)
-        yield folder
+    for name in CLIP_NAMES:
+        write_clip(name, folder)
+    write_aesthetic(folder)
+    return folder

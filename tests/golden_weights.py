@@ -1,10 +1,9 @@
-"""What the recorded numbers in tests/golden/ were computed with: weights from a formula, and vocabularies in part.
+"""What the recorded numbers in tests/golden/ were computed with: weights from a formula, by name.
 
 Weights depend on (seed, published name, shape) alone, so that both sides hold the same ones without a file.
 """
 
 import hashlib
-import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -12,12 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from safetensors.torch import save_file
 
 from rewards import CARDS, Card, Clip
-from rewards.clip_tokenizer import read_vocab
 
 FOLDER = Path(__file__).parent / "golden"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -82,36 +79,6 @@ def formula(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
 def fill(shapes: Mapping[str, list[int]], seed: int) -> dict[str, torch.Tensor]:
     """A state dict of the published names."""
     return {name: formula(name, tuple(shape), seed) for name, shape in shapes.items()}
-
-
-def write_bert_vocab(path: Path) -> Path:
-    """A vocab.txt of the published length that holds only the prompts' pieces: the longest match stays the longest."""
-    lines = [f"[unused{index}]" for index in range(BLIP["vocab_lines"])]
-    for token, index in BLIP["vocab"].items():
-        lines[index] = token
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def write_clip_vocab(folder: Path, patch: pytest.MonkeyPatch) -> Path:
-    """A merges.txt of the published length with the merges that the recorded texts need, each at its own rank.
-
-    The other lines join letters that no text has. A merge that is never chosen changes nothing, so the ids equal
-    those of the whole vocabulary; only its digest differs, and is patched.
-    """
-    used = {int(rank): line for rank, line in CLIP["merges"].items()}
-    texts = " ".join(CLIP["prompts"] + CLIP["more_texts"]).lower() + "".join(used.values())
-    rare = [letter for letter in map(chr, range(256, 324)) if letter not in texts]
-    rare += [chr(code) for code in (*range(0xA1, 0xAD), *range(0xAE, 0x100)) if chr(code) not in texts]
-    fillers = (f"{a}{b} {c}" for a, b, c in itertools.product(rare, repeat=3))
-    pairs = itertools.chain((f"{a} {b}" for a, b in itertools.product(rare, repeat=2)), fillers)
-    lines = [used[rank] if rank in used else next(pairs) for rank in range(48894)]
-    path = folder / "merges.txt"
-    path.write_text("\n".join(["#version: 0.2", *lines]) + "\n", encoding="utf-8")
-    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    patch.setattr("rewards.clip_tokenizer.MERGES_SHA256", digest)
-    read_vocab.cache_clear()
-    return path
 
 
 def write_clip(name: str, folder: Path) -> Path:

@@ -7,7 +7,21 @@ import numpy as np
 import pytest
 
 from eval import agreement, correlation
-from eval.agreement import ACCURACY, ANNOTATORS, AS_IS, CHANGES, JUDGE, MEAN, ONE, OTHERS, Compared, RankedSet
+from eval.agreement import (
+    ACCURACY,
+    ANNOTATORS,
+    AS_IS,
+    CHANGES,
+    JUDGE,
+    MEAN,
+    ONE,
+    OTHERS,
+    PER_PROMPT,
+    TIES,
+    Compared,
+    RankedSet,
+)
+from eval.agreement_table import agreement_table
 from preftune.bootstrap import mean, ratios
 
 
@@ -46,6 +60,12 @@ def test_rankings_of_ties_alone() -> None:
     assert agreement.inversion_score(scores, ranks) == (1, 1)
     assert agreement.soft_agreement(scores, ranks) == (1.5, 3)
     assert agreement.soft_agreement(rows([2, 2, 2]), ranks) == (3, 3)
+    assert agreement.recall(scores, ranks, 1) == agreement.filtering(scores, ranks, 1) == (0, 0), (
+        "no best image"
+    )
+    assert agreement.buckets(rows([1, 2, 3], [1, 2, 3]), rows([1, 1, 1], [1, 2, 2])).tolist() == [0, 0, 1]
+    alone = {"x": [Compared(prompt=0, scores=scores, ranks=ranks)]}
+    assert agreement.commonest_buckets(alone, worst=False) == (0, {})
 
 
 def plain(scores: list[float], ranks: list[float]) -> dict[str, tuple[float, float]]:
@@ -211,7 +231,7 @@ def test_the_table(judged: list[RankedSet]) -> None:
     }
     found = {
         (row.rater, row.reference, row.view, row.metric): row
-        for row in agreement.agreement_table(judged, scores, [AS_IS, "crop"], 2)
+        for row in agreement_table(judged, scores, [AS_IS, "crop"], 2)
     }
     assert found["x", JUDGE, AS_IS, ACCURACY].value == 1
     assert found["x", ANNOTATORS, AS_IS, ACCURACY].value == pytest.approx(0.8)
@@ -228,6 +248,29 @@ def test_the_table(judged: list[RankedSet]) -> None:
     assert not any(key[3] == "recall@4" for key in found), "there are no sets of more than four"
 
 
+def test_an_annotator_who_ties_has_no_accuracy_that_counts_ties_as_wrong() -> None:
+    """Of the pairs (0 1), (0 2), (1 2), a ties the first, b none, and they agree on the rest: 2 of 3 for a, 2 of 2 for b."""
+    tied = [
+        RankedSet(prompt=p, rows=np.array([0, 1, 2]) + 3 * p, ranks=rows([1, 1, 2], [1, 2, 3]))
+        for p in range(2)
+    ]
+    scores = {"x": np.stack([np.array([3.0, 2, 1, 3, 2, 1])])}
+    found = {
+        (row.rater, row.reference, row.metric): row.value for row in agreement_table(tied, scores, [AS_IS], 2)
+    }
+    assert found[ONE, ANNOTATORS, TIES] == pytest.approx(1 / 5)
+    assert found["x", ANNOTATORS, TIES] == 0
+    assert found["x", ANNOTATORS, ACCURACY] == 1
+    for metric in (ACCURACY, PER_PROMPT):
+        assert (ONE, ANNOTATORS, metric) not in found
+    assert found[ONE, ANNOTATORS, "soft agreement"] == pytest.approx(5 / 6)
+    rare = [RankedSet(prompt=0, rows=np.arange(30), ranks=rows([1, 1, *range(3, 31)], [*range(1, 31)]))]
+    scores = {"x": np.arange(30.0)[None]}
+    found = {(row.rater, row.metric): row.value for row in agreement_table(rare, scores, [AS_IS], 1)}
+    assert found[ONE, TIES] < 0.01
+    assert found[ONE, ACCURACY] > 0.99, "one tie in 870 pairs does not matter"
+
+
 def test_robustness_by_every_published_accuracy_and_reference(judged: list[RankedSet]) -> None:
     """The view swaps images 0 and 1: a and b lose a pair, c gains one.
 
@@ -238,7 +281,7 @@ def test_robustness_by_every_published_accuracy_and_reference(judged: list[Ranke
     scores = {"x": rows([3, 2, 1, 0, 1], [2, 3, 1, 0, 1]), "shapes": rows([0.9, 0.5, 0.1, 0.2, 0.6], [0] * 5)}
     found = {
         (row.reference, row.view, row.metric): row.value
-        for row in agreement.agreement_table(judged, scores, [AS_IS, "crop"], 2)
+        for row in agreement_table(judged, scores, [AS_IS, "crop"], 2)
         if row.rater == "x"
     }
     pooled, ranked, inverted = agreement.PUBLISHED
@@ -266,7 +309,7 @@ def test_robustness_by_every_published_accuracy_and_reference(judged: list[Ranke
 
 def test_an_interval_needs_two_prompts(judged: list[RankedSet]) -> None:
     """One prompt is all resamples: a width of 0 would read as certainty. Prompts that have nothing to count do not help."""
-    found = agreement.agreement_table(judged, {"x": rows([3, 2, 1, 0, 1])}, [AS_IS], 2)
+    found = agreement_table(judged, {"x": rows([3, 2, 1, 0, 1])}, [AS_IS], 2)
     assert {row.prompts for row in found} == {1, 2}
     for row in found:
         assert math.isnan(row.low) == math.isnan(row.high) == (row.prompts == 1), row

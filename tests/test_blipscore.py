@@ -10,10 +10,10 @@ from PIL import Image
 from torch import nn
 
 import rewards
-from golden_weights import BLIP, FOLDER, SHARED, fill, write_bert_vocab
+from golden_weights import BLIP, FOLDER, SHARED, fill
 from rewards import CARDS
 from rewards.blipscore import BlipScore, load
-from rewards.imagereward import FULL_SIZE
+from rewards.imagereward import FULL_SIZE, VOCAB
 from rewards.pixels import from_pil
 
 CARD = CARDS["blipscore"]
@@ -22,13 +22,11 @@ GOLDEN = json.loads((FOLDER / "blipscore_tiny.json").read_text(encoding="utf-8")
 
 
 @pytest.fixture
-def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def file(tmp_path: Path) -> Path:
     """The recorded model in the authors' layout: ImageReward's towers under their names there, and the rest of the file."""
     state = fill(towers(), GOLDEN["weights_seed"])
     rest = {"temp": torch.ones(()), "text_queue": torch.ones(2), "visual_encoder_m.cls_token": torch.ones(1)}
     torch.save({"model": state | rest, "config": {"vit": "large"}, "epoch": 19}, tmp_path / "tiny.pth")
-    write_bert_vocab(tmp_path / "vocab.txt")
-    monkeypatch.setattr("rewards.imagereward.VOCAB_SHA256", None)  # a part of it, with another digest
     return tmp_path / "tiny.pth"
 
 
@@ -84,11 +82,7 @@ def test_what_is_missing_is_named(file: Path, monkeypatch: pytest.MonkeyPatch) -
         rewards.check("blipscore")
     with pytest.raises(ValueError, match=r"lacks model_large\.pth"):
         rewards.check("blipscore", file.parent)
-    file.with_name("vocab.txt").unlink()
-    with pytest.raises(
-        ValueError, match=r"put vocab\.txt of the hub repository google-bert/bert-base-uncased"
-    ):
-        rewards.check("blipscore", file)
+    assert rewards.check("blipscore", file) == (file, VOCAB)
 
 
 @pytest.mark.slow
@@ -102,7 +96,6 @@ def test_full_size_scores_equal_the_authors(tmp_path: Path, monkeypatch: pytest.
     state = recipe.fill_state_dict(table["state_dict"]["keys"], table["weights_seed"])
     torch.save({table["state_dict"]["wrapper"]: state}, tmp_path / "filled.pth")
     del state
-    (tmp_path / "vocab.txt").write_bytes((SHARED / "data/weights/bert_vocab/vocab.txt").read_bytes())
     scorer = rewards.load("blipscore", weights=tmp_path / "filled.pth")
     (tmp_path / "filled.pth").unlink()
     files = [SHARED / "golden" / "inputs" / image for image in table["images"]]

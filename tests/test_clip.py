@@ -19,7 +19,7 @@ from golden_weights import CLIP, CLIP_NAMES, FOLDER, SHARED, fill, tiny_card
 from rewards import CARDS
 from rewards.clip import ClipScorer, load_scorer
 from rewards.clip_state_dict import to_authors, to_transformers
-from rewards.clip_tokenizer import MERGES_SHA256, ClipTokenizer, vocab_size
+from rewards.clip_tokenizer import MERGES, ClipTokenizer, vocab_size
 from rewards.pixels import from_pil, prepare
 from rewards.weights import read
 
@@ -53,7 +53,7 @@ def test_scores_equal_the_authors(name: str, clips: Path) -> None:
 
 @pytest.mark.parametrize("kind", CLIP["token_ids"])
 def test_token_ids_equal_the_authors(kind: Any, clips: Path) -> None:
-    tokenizer = ClipTokenizer(kind, clips / "merges.txt", 77)
+    tokenizer = ClipTokenizer(kind, MERGES, 77)
     assert [tokenizer.encode(text) for text in TEXTS] == CLIP["token_ids"][kind]
     assert max(len(ids) for ids in CLIP["token_ids"][kind]) == 77  # one had to be cut
     batch = tokenizer(TEXTS)
@@ -82,18 +82,9 @@ def test_another_vocabulary_gives_the_ids_of_its_pipeline(tmp_path: Path) -> Non
         ClipTokenizer("transformers", file, 32, 612)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs CLIP's vocabulary in ../shared")
-@pytest.mark.parametrize("kind", CLIP["token_ids"])
-def test_token_ids_with_the_whole_vocabulary(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rewards.clip_tokenizer.MERGES_SHA256", MERGES_SHA256)  # not that of the part
-    merges = SHARED / "data/weights/clip_bpe/bpe_simple_vocab_16e6.txt.gz"
-    tokenizer = ClipTokenizer(kind, merges, 77)
-    assert [tokenizer.encode(text) for text in TEXTS] == CLIP["token_ids"][kind]
-
-
 def test_entities_are_resolved_twice_where_ftfy_leaves_them(clips: Path) -> None:
     """ftfy resolves all of them, but none in a text with a <, which may be HTML."""
-    tokenizer = ClipTokenizer("openai", clips / "merges.txt", 77)
+    tokenizer = ClipTokenizer("openai", MERGES, 77)
     for nested in ("<&amp;", "<&amp;amp;"):
         assert tokenizer.encode(nested) == tokenizer.encode("<&")
     assert tokenizer.encode("<&amp;amp;amp;") != tokenizer.encode("<&")
@@ -260,7 +251,6 @@ def test_what_is_kept_does_not_depend_on_who_asks_first(clips: Path) -> None:
 def rewrite(clips: Path, path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
     """The recorded HPS v2, changed, and its vocabulary beside it."""
     content = change(read(clips / "hpsv2.pt"))
-    (path / "merges.txt").write_bytes((clips / "merges.txt").read_bytes())
     file = path / "changed.pt"
     if isinstance(content, bytes):
         file.write_bytes(content)
@@ -293,7 +283,6 @@ def test_wrapped_and_prefixed_files_are_read(wrapper: str | None, clips: Path, t
 def test_either_layout_is_read(clips: Path, tmp_path: Path) -> None:
     state = to_transformers(read(clips / "hpsv2.pt"))
     save_file(state, tmp_path / "mirror.safetensors")
-    (tmp_path / "merges.txt").write_bytes((clips / "merges.txt").read_bytes())
     assert same_weights(reload(tmp_path / "mirror.safetensors"), load("hpsv2", clips))
 
 
@@ -340,7 +329,8 @@ def test_a_saved_folder_is_in_the_authors_layout(
     assert all(torch.equal(saved[key], original[key]) for key in saved)
     again: Any = rewards.load(str(tmp_path))
     assert again.card == replace(
-        scorer.card, name=str(tmp_path), folder=str(tmp_path), summary=again.card.summary, repo=None, source=None, file=None
+        scorer.card, name=str(tmp_path), folder=str(tmp_path), summary=again.card.summary, repo=None, source=None, file=None,
+        about_bytes=None,
     )  # fmt: skip
     pixels = torch.rand(2, 3, 50, 40, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again(pixels, CLIP["prompts"][:2]), scorer(pixels, CLIP["prompts"][:2]))
@@ -393,7 +383,6 @@ def test_a_program_is_refused(clips: Path, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "archive.pt"))
-    (tmp_path / "merges.txt").write_bytes((clips / "merges.txt").read_bytes())
     with pytest.raises(ValueError, match=r"archive.pt is not a readable weights file .*TorchScript"):
         reload(tmp_path / "archive.pt")
 
@@ -462,26 +451,19 @@ def test_what_is_missing_is_named(clips: Path, tmp_path: Path, monkeypatch: pyte
         rewards.check("hpsv1", tmp_path)
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "hpc.pt").write_bytes(b"anything")
-    with pytest.raises(
-        ValueError, match=r"bpe_simple_vocab_16e6\.txt\.gz .*hf download openai/.* merges\.txt"
-    ):
-        rewards.check("hpsv1")
-    (tmp_path / "weights" / "merges.txt").write_bytes((clips / "merges.txt").read_bytes())
-    rewards.check("hpsv1")
+    assert rewards.check("hpsv1") == (tmp_path / "weights" / "hpc.pt", MERGES)
 
 
 @pytest.mark.parametrize("name", ["merges.txt", "bpe_simple_vocab_16e6.txt.gz"])
-def test_another_vocabulary_is_refused(name: str, clips: Path, tmp_path: Path) -> None:
-    file = tmp_path / "hpsv2.pt"
-    file.write_bytes((clips / "hpsv2.pt").read_bytes())
-    (tmp_path / name).write_bytes((clips / "merges.txt").read_bytes()[:-100])
+def test_another_vocabulary_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(MERGES.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"SHA-256|is no list of merges"):
-        reload(file)
+        ClipTokenizer("openai", tmp_path / name, 77)
 
 
 def test_an_unknown_tokenizer_is_refused(clips: Path) -> None:
     with pytest.raises(ValueError, match=r"'bert'; one of openai, open_clip, transformers"):
-        ClipTokenizer("bert", clips / "merges.txt", 77)  # type: ignore[arg-type]
+        ClipTokenizer("bert", MERGES, 77)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- full size
@@ -496,8 +478,6 @@ def full_size(name: str, tmp_path: Path) -> tuple[dict[str, Any], ClipScorer]:
     wrapper = table["state_dict"]["wrapper"]
     torch.save({wrapper: state} if wrapper else state, tmp_path / "filled.pt")
     del state
-    gz = "bpe_simple_vocab_16e6.txt.gz"
-    (tmp_path / gz).write_bytes((SHARED / "data/weights/clip_bpe" / gz).read_bytes())
     scorer = rewards.load(name, weights=tmp_path / "filled.pt")
     (tmp_path / "filled.pt").unlink()
     return table, scorer  # type: ignore[return-value]
@@ -509,7 +489,7 @@ def test_cards_have_the_published_sizes(name: str, clips: Path) -> None:
     """Names and shapes alone: no weights, no memory. Heads show in no shape."""
     table = json.loads((SHARED / "golden" / f"{name}.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
-        scorer = ClipScorer(CARDS[name], clips / "merges.txt")
+        scorer = ClipScorer(CARDS[name], MERGES)
         state = {key: torch.empty(shape) for key, (_, shape) in table["state_dict"]["keys"].items()}
     published = {key: value.shape for key, value in to_transformers(state).items()}
     ours = {**scorer.vision.state_dict(), **scorer.text.state_dict(), "logit_scale": scorer.logit_scale}

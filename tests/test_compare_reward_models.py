@@ -24,9 +24,9 @@ from eval.agreement import (
     MEAN,
     ONE,
     RankedSet,
-    measurements,
     references,
 )
+from eval.agreement_table import measurements
 from preftune import cli
 from preftune.records import read_jsonl, write_jsonl
 from rewards.pixels import from_pil
@@ -117,7 +117,8 @@ def test_a_whole_comparison(root: Path, tmp_path: Path) -> None:
         assert (name, ANNOTATORS, "flip + crop 0.9", FLIPPED) in found
     assert ("both", JUDGE, AS_IS, comparing.OVER[ACCURACY]) in found
     assert ("plain", JUDGE, AS_IS, comparing.OVER[ACCURACY]) not in found
-    assert (ONE, JUDGE, AS_IS, ACCURACY) in found
+    assert (ONE, JUDGE, AS_IS, INVERSION) in found
+    assert (ONE, JUDGE, AS_IS, ACCURACY) not in found, "the annotator ties a third of the pairs"
     assert all(float(row["low"]) <= float(row["value"]) <= float(row["high"]) for row in rows)
     with (tmp_path / "seeds.csv").open() as file:
         assert {row["seed"] for row in csv.DictReader(file)} == {"0"}

@@ -39,7 +39,7 @@ EMA = ["--ema-decay", "0.9"]  # changes what is saved, not the updates
 def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Inputs with a fault each."""
     folder = tmp_path_factory.mktemp("bad")
-    (folder / "blank.txt").write_text("a red circle\n\na blue square\n")
+    (folder / "blank.txt").write_text("\n \n")
     (folder / "empty.txt").write_text("")
     (folder / "prompts.jsonl").write_text('"a red circle"\n{"text": \n')
     for name in ("torn", "nothing", "stray"):
@@ -88,7 +88,7 @@ PIPELINE = [
     (["--train", "full", "--lora.rank", "3"], "--lora settings do nothing with --train full"),
     (["--caption-dropout", "1"], "--caption-dropout must lie in [0, 1)"),
     (["--num-validation-prompts", "0"], "--num-validation-prompts must be at least 1, got 0"),
-    (["--validation-prompts", "{bad}/blank.txt"], "blank.txt line 2 is empty"),
+    (["--validation-prompts", "{bad}/blank.txt"], "blank.txt holds no prompts"),
 ]
 IMAGES = [
     (["--data", "{bad}/absent"], "absent"),
@@ -109,7 +109,7 @@ ONE: dict[str, list[tuple[list[str], str]]] = {
     "pretrain_scorer": [*IMAGES, (["--vocab", "{bad}/absent.txt"], "absent.txt")],
     "raft": [
         *PIPELINE,
-        (["--prompts", "{bad}/blank.txt"], "blank.txt line 2 is empty"),
+        (["--prompts", "{bad}/blank.txt"], "blank.txt holds no prompts"),
         (["--rewards", "beauty=1"], "unknown scorer; one of brightness, shapes"),
         (["--rewards"], "--rewards is empty"),
         (["--iterations", "2"], "--max-train-steps 3 must be a multiple of --iterations 2"),
@@ -129,7 +129,7 @@ ONE: dict[str, list[tuple[list[str], str]]] = {
         (["--reward-stats", "{bad}/empty.txt"], "dataset, and dataset alone, needs --reward-stats"),
         (["--reward-normalization", "dataset", "--reward-stats", "{bad}/empty.txt"], "is no summary.json"),
         (["--prompts", "{bad}/absent.txt"], "absent.txt does not exist"),
-        (["--prompts", "{bad}/blank.txt"], "blank.txt line 2 is empty"),
+        (["--prompts", "{bad}/blank.txt"], "blank.txt holds no prompts"),
         (["--prompts", "{bad}/prompts.jsonl"], "prompts.jsonl line 2"),
         (["--prompts", "{bad}/empty.txt"], "empty.txt holds no prompts"),
         (["--window", "1", "4"], "--window 1 4 must lie in 0..3"),

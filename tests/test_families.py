@@ -10,7 +10,7 @@ from torch import Tensor
 
 import tiny
 from preftune import families
-from preftune.families import Cond, Family, sd, text
+from preftune.families import Cond, Family, locate, sd, text
 from preftune.resolution import Framing, Resolution
 
 PROMPTS = ["a red circle", "two cats"]
@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def family(folder: Path) -> sd.SD:
-    return sd.load(folder)
+    return sd.load(locate(str(folder)))
 
 
 def latents(num: int = 2) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import tiny
 from preftune import families
-from preftune.families import Family, sd
+from preftune.families import Family, locate, sd
 from preftune.lora import LoRA
 
 PROMPTS = ["a red circle", "two cats"]
@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def family(folder: Path) -> sd.SD:
-    return sd.load(folder)
+    return sd.load(locate(str(folder)))
 
 
 def latents() -> Tensor:
@@ -45,7 +45,7 @@ def test_all_is_frozen_when_loaded(family: sd.SD) -> None:
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2)])
 def test_trainable_opens_the_unet_alone_in_float32(folder: Path, lora: LoRA | None) -> None:
-    family = sd.load(folder, dtype=torch.bfloat16)
+    family = sd.load(locate(str(folder)), dtype=torch.bfloat16)
     count = len(list(family.unet.parameters()))
     family.text_encoder.requires_grad_(True)
     assert family.trainable(lora, seed=0) is family.unet
@@ -101,10 +101,12 @@ def test_checkpointing_and_attention(family: sd.SD) -> None:
 
 def test_another_autoencoder(folder: Path, tmp_path: Path) -> None:
     tiny.vae(seed=5).save_pretrained(tmp_path)
-    ours = sd.load(folder, vae=tmp_path)
+    ours = sd.load(locate(str(folder)), vae=tmp_path)
     theirs = AutoencoderKL.from_pretrained(tmp_path)
     assert torch.equal(ours.vae.decoder.conv_in.weight, theirs.decoder.conv_in.weight)
-    assert not torch.equal(ours.vae.decoder.conv_in.weight, sd.load(folder).vae.decoder.conv_in.weight)
+    assert not torch.equal(
+        ours.vae.decoder.conv_in.weight, sd.load(locate(str(folder))).vae.decoder.conv_in.weight
+    )
 
 
 # ---------------------------------------------------------------- what was tuned

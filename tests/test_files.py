@@ -116,14 +116,14 @@ def test_remove_takes_whatever_is_there(tmp_path: Path) -> None:
 
 
 def test_tidy_removes_leftovers_and_puts_back_what_was_being_replaced(tmp_path: Path) -> None:
-    for name in (".a.json.tmp-1", "kept.json", ".hidden", ".notes.unfinished", "deep/.f.png.tmp-7"):
+    for name in (".a.json.tmp-1", "kept.json", ".hidden", ".notes.unfinished", "deep/.f.tmp-7"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     folders = (".b.tmp-old-2", ".c.tmp-old-2", "c", ".d.tmp-2", ".e.tmp-shared", ".g.tmp-gone")
     for name in (*folders, ".s.unfinished", ".s.previous", ".t.previous", "t"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
-    files.tidy(tmp_path)
+    files.tidy(tmp_path, tmp_path / "deep")
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == sorted(
         [
             ".hidden",

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 import rewards
 from golden_weights import BLIP as GOLDEN
 from golden_weights import FOLDER as GOLDEN_FOLDER
-from golden_weights import SHARED, fill, write_bert_vocab
+from golden_weights import SHARED, fill
 from rewards import Preprocess
 from rewards.card import ImageRewardConfig
-from rewards.imagereward import FULL_SIZE, ImageReward, to_authors, to_transformers
+from rewards.imagereward import FULL_SIZE, VOCAB, ImageReward, to_authors, to_transformers
 from rewards.pixels import from_pil
 
 TOLERANCE = 5e-6  # independent float32 implementations on a CPU differ by less
@@ -29,7 +29,7 @@ TOLERANCE = 5e-6  # independent float32 implementations on a CPU differ by less
 def golden_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("golden")
     config = replace(FULL_SIZE, **GOLDEN["config"])
-    ImageReward.build(config, write_bert_vocab(folder / "source.txt"), seed=0).save(folder)
+    ImageReward.build(config, VOCAB, seed=0).save(folder)
     save_file(fill(GOLDEN["shapes"], GOLDEN["weights_seed"]), folder / "model.safetensors")
     return folder
 
@@ -408,11 +408,7 @@ def test_a_published_file_is_verified(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has 9 bytes, the published file has 1786880927"):
         rewards.check("imagereward", tmp_path)
     (tmp_path / "mine.pt").write_bytes(b"anything")
-    with pytest.raises(ValueError, match=r"put vocab\.txt of the hub repository .*bert-base-uncased"):
-        rewards.check("imagereward", tmp_path / "mine.pt")
-    (tmp_path / "vocab.txt").write_text("[PAD]\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="SHA-256"):
-        rewards.check("imagereward", tmp_path / "mine.pt")
+    assert rewards.check("imagereward", tmp_path / "mine.pt") == (tmp_path / "mine.pt", VOCAB)
 
 
 def test_a_model_of_another_size_is_not_this_scorer(small: ImageReward, vocab: Path, tmp_path: Path) -> None:
@@ -437,8 +433,6 @@ def test_full_size_scores_and_gradients_equal_the_authors(
     torch.save(
         recipe.fill_state_dict(table["state_dict"]["keys"], table["weights_seed"]), tmp_path / "filled.pt"
     )
-    vocab = (SHARED / "data" / "weights" / "bert_vocab" / "vocab.txt").read_bytes()
-    (tmp_path / "vocab.txt").write_bytes(vocab)
     scorer = rewards.load("imagereward", weights=tmp_path / "filled.pt")
     (tmp_path / "filled.pt").unlink()
     images = [Image.open(SHARED / "golden" / "inputs" / name) for name in table["images"]]

@@ -28,7 +28,7 @@ HOMES = {
     "accelerate": ("preftune/training/run.py",),
     "diffusers": ("preftune/families/", "preftune/solvers.py", "preftune/lora.py"),
     "peft": ("preftune/lora.py",),
-    "open_clip": ("rewards/",),
+    "open_clip": (),
     "ray": ("data_build/cluster.py",),
 }
 """The only places that know a library, so that swapping it touches one file."""

@@ -223,12 +223,35 @@ def test_rankings_of_ties_alone_have_a_report(tmp_path: Path) -> None:
     assert run(tmp_path, output, *flags) == 0
     page = (output / "report.html").read_text()
     assert (output / "robustness.png").stat().st_size > 1000
+    assert not (output / "buckets.png").exists(), "four bars of 50 per cent tell nothing"
     found = list(csv.DictReader((output / "table.csv").open()))
     assert ACCURACY not in {row["metric"] for row in found}
     assert {row["value"] for row in found if row["metric"] == INVERSION} == {"1.0"}
     assert {(row["low"], row["high"]) for row in found} == {("", "")}
     assert "<td>100.0</td>" in page, "a value without an interval"
     assert "nan" not in page.split("<body>")[1].split("base64")[0]
+
+
+def test_ratings_with_ties_have_no_accuracy_of_a_person(tmp_path: Path) -> None:
+    """Two people who rate in two steps, beside a scorer that never ties."""
+    names = [f"{level}.png" for level in (0, 100, 200)]
+    for name in names:
+        Image.new("RGB", (8, 8), (int(name[:-4]),) * 3).save(tmp_path / name)
+    rankings = [
+        ranked(f"p {n}", names, ranks, who)
+        for n in range(3)
+        for who, ranks in (("a", [2, 1, 1]), ("b", [2, 2, 1]))
+    ]
+    write_jsonl(tmp_path / "rankings.jsonl", rankings)
+    assert run(tmp_path, tmp_path / "out", "--rewards", "brightness=1", "--crops", "--workers", "0") == 0
+    found = values(tmp_path / "out")
+    assert found["one annotator", "annotators", "as it is", "ties of the rater"] == 0.5
+    assert ("one annotator", "annotators", "as it is", ACCURACY) not in found
+    assert found["brightness", "annotators", "as it is", ACCURACY] == 1
+    assert found["one annotator", "annotators", "as it is", "soft agreement"] == pytest.approx(2 / 3)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<th>ties of the rater</th>" in page
+    assert (tmp_path / "out" / "buckets.png").exists()
 
 
 def test_help_says_what_rewards_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,21 @@
 """Captioned and ranked images on disk."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from preftune.records import CaptionedImage, Ranking, read_imagefolder, read_jsonl, read_rankings, write_jsonl
+from preftune.image_folders import Columns
+from preftune.records import (
+    CaptionedImage,
+    Ranking,
+    read_captioned,
+    read_imagefolder,
+    read_jsonl,
+    read_rankings,
+    write_jsonl,
+)
 
 
 @pytest.fixture
@@ -68,8 +78,9 @@ def test_hostile_names(folder: Path, name: str) -> None:
     write_jsonl(
         folder / "metadata.jsonl", [{"file_name": "b.png", "text": "x"}, {"file_name": name, "text": "x"}]
     )
-    with pytest.raises(ValueError, match=r"line 2: file name .* must be a relative path"):
-        read_imagefolder(folder)
+    samples, (skipped,) = read_captioned(folder, Columns())
+    assert [sample.path for sample in samples] == [folder / "b.png"]
+    assert re.search(r"line 2: file name .* must be a relative path", skipped.reason)
     write_jsonl(folder / "rankings.jsonl", [ranking(generations=["b.png", name])])
     with pytest.raises(ValueError, match=r"line 1: file name .* must be a relative path"):
         read_rankings(folder)
@@ -139,10 +150,10 @@ def test_a_weight_is_finite(folder: Path, weight: str) -> None:
 
 def test_jsonl_errors_name_the_line(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
-    path.write_text('{"a": 1}\n\n{"a": 2}\n')
-    with pytest.raises(ValueError, match="line 2 is not JSON"):
+    path.write_text('{"a": 1}\n\n{"a": 2\n')
+    with pytest.raises(ValueError, match="line 3 is not JSON"):
         read_jsonl(path)
-    path.write_text('{"a": 1}\n{"a": 2}\n\n')
+    path.write_text('\ufeff{"a": 1}\n \n{"a": 2}\n\n', encoding="utf-8")
     assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
     with pytest.raises(ValueError, match=r"cannot read .*n\.jsonl: No such file"):
         read_jsonl(tmp_path / "n.jsonl")

@@ -1,7 +1,10 @@
 """One writer for an output folder, and what is said when it cannot be written."""
 
+import errno
 import importlib
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,9 +13,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
-from preftune import lock
+import record_trajectories as recorded
+from data_build import shapes
+from preftune import disk, lock
 from preftune.cli import parse
+from preftune.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
 HOLD = """
@@ -148,3 +156,92 @@ def test_programs_are_refused_before_they_touch_a_byte(
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{run} is being written by process" in line
+
+
+# Writes that fail
+
+
+@contextmanager
+def small_files(most: int) -> Iterator[None]:
+    """No file may have more bytes, as on a full disk, though with another error number."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+@pytest.mark.usefixtures("cpu")
+def test_a_run_that_cannot_write_says_so_and_goes_on_later(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def argv(name: str, steps: int = 2) -> list[str]:
+        flags = recorded.arguments("pretrain_scorer", root, tmp_path / name)
+        return [*flags, "--max-train-steps", str(steps)]
+
+    recorded.train("pretrain_scorer", argv("straight"))
+    recorded.train("pretrain_scorer", argv("begun", 1))
+    one = checkpoint.read(tmp_path / "straight" / "step_000002")["parameters"]
+    for most in (600, 10_000, 150_000):  # the configuration; the state; the scorer
+        name = f"full_{most}"
+        shutil.copytree(tmp_path / "begun", tmp_path / name)
+        before = names(tmp_path / name)
+        capsys.readouterr()
+        resume = [*argv(name), "--resume-from-checkpoint", "latest"]
+        with small_files(most), pytest.raises(SystemExit) as stop:
+            recorded.train("pretrain_scorer", resume)
+        assert stop.value.code == 1
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "error: a file would be larger than the system allows" in said
+        assert f"the last complete checkpoint is {tmp_path / name / 'step_000001'}" in said
+        new = names(tmp_path / name) - before
+        assert all("/." not in f"/{path}" for path in new), f"half written: {new}"
+        recorded.train("pretrain_scorer", resume)
+        other = checkpoint.read(tmp_path / name / "step_000002")["parameters"]
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_builder_that_cannot_write_says_so_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = parse(shapes.Config, ["--output-dir", str(tmp_path / "data"), "--count", "2"])
+    with small_files(100), pytest.raises(SystemExit) as stop:
+        shapes.main(config)
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert f"allows: {tmp_path}" in line or f"{tmp_path / 'data'}; make room" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "x", "a.png"), "no space left on a.png"),
+        (OSError(errno.EDQUOT, "x"), "the disk quota is used up on runs"),
+        (OSError(errno.EROFS, "x", "b"), "the file system is read-only: b"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "no space left on runs"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos"),
+            "a file cannot be written in runs",
+        ),
+        (RuntimeError("CUDA out of memory"), None),
+        (FileNotFoundError(errno.ENOENT, "x", "c"), None),
+    ],
+)
+def test_errors_of_writing_in_words(error: Exception, words: str | None) -> None:
+    assert disk.reason(error, Path("runs")) == words
+
+
+def test_the_cause_of_torchs_error_is_found(tmp_path: Path) -> None:
+    def save() -> None:
+        with small_files(2000), (tmp_path / "state.pt").open("wb") as file:
+            torch.save({"a": torch.zeros(10_000)}, file)
+
+    with pytest.raises(RuntimeError) as caught:
+        save()
+    assert disk.reason(caught.value, tmp_path) == f"a file would be larger than the system allows: {tmp_path}"

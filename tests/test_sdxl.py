@@ -9,7 +9,7 @@ from torch import Tensor
 
 import tiny
 from preftune import families, lora
-from preftune.families import Cond, sdxl
+from preftune.families import Cond, locate, sdxl
 from preftune.lora import LoRA
 from preftune.resolution import Framing, Resolution
 from preftune.sampling import Sampling, sample
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def family(folder: Path) -> sdxl.SDXL:
-    return sdxl.load(folder)
+    return sdxl.load(locate(str(folder)))
 
 
 def pipeline(folder: Path) -> StableDiffusionXLPipeline:
@@ -151,8 +151,8 @@ def test_an_autoencoder_that_overflows_stays_float32(
     repaired.register_to_config(force_upcast=upcast)
     repaired.save_pretrained(tmp_path / "repaired")
     expected = {torch.float32 if upcast and dtype == torch.float16 else dtype}
-    loaded = sdxl.load(folder, dtype=dtype, vae=tmp_path / "repaired")
-    cast = sdxl.load(folder, vae=tmp_path / "repaired").to("cpu", dtype)
+    loaded = sdxl.load(locate(str(folder)), dtype=dtype, vae=tmp_path / "repaired")
+    cast = sdxl.load(locate(str(folder)), vae=tmp_path / "repaired").to("cpu", dtype)
     for family in (loaded, cast):
         assert dtypes(family.vae) == expected
         assert {kind for part in (family.unet, *family.text_encoders) for kind in dtypes(part)} == {dtype}
@@ -160,7 +160,7 @@ def test_an_autoencoder_that_overflows_stays_float32(
 
 def test_no_overflow_in_float16(folder: Path) -> None:
     """Activations beyond 65504, as SDXL's, neither in a cast model nor under autocast."""
-    family = sdxl.load(folder).to("cpu", torch.float16)
+    family = sdxl.load(locate(str(folder))).to("cpu", torch.float16)
     for part in (family.vae.decoder, family.vae.encoder):
         with torch.no_grad():
             part.conv_in.weight.mul_(1e6)

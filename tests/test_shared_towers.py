@@ -12,6 +12,7 @@ from golden_weights import tiny_card
 from rewards import CARDS, Scorer
 from rewards.aesthetic import Aesthetic
 from rewards.clip import ClipScorer, ClipVision
+from rewards.clip_tokenizer import MERGES
 from rewards.mix import Mix
 from rewards.shared_towers import load_all, score_all, share_towers
 
@@ -133,7 +134,7 @@ def test_check_names_the_files_that_make_a_score(files: dict[str, Path], clips: 
     )
     assert rewards.check("clipscore", files["clipscore"]) == (
         clips / "model.safetensors",
-        clips / "merges.txt",
+        MERGES,
     )
     assert [path.name for path in rewards.check("imagereward-tiny")] == [
         "model.safetensors",

@@ -1,7 +1,7 @@
 """Checks of a diffusers pipeline folder that read only its JSON files."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,26 @@ from preftune.resolution import Resolution
 
 Config = Mapping[str, Any]
 
-_WEIGHTS = {
-    "diffusers": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
-    "transformers": ("model.safetensors", "pytorch_model.bin"),
+_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+PIPELINES: dict[str, dict[str, tuple[str, ...]]] = {
+    "StableDiffusionPipeline": {
+        "unet": ("UNet2DConditionModel",),
+        "vae": ("AutoencoderKL",),
+        "text_encoder": ("CLIPTextModel",),
+        "tokenizer": _TOKENIZERS,
+        "scheduler": (),
+    },
+    "StableDiffusionXLPipeline": {
+        "text_encoder_2": ("CLIPTextModelWithProjection",),
+        "text_encoder": ("CLIPTextModel",),
+        "unet": ("UNet2DConditionModel",),
+        "vae": ("AutoencoderKL",),
+        "tokenizer": _TOKENIZERS,
+        "tokenizer_2": _TOKENIZERS,
+        "scheduler": (),
+    },
 }
-TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+"""`_class_name` of model_index.json -> the parts that are read -> their classes; any scheduler will do."""
 # UNets with more input channels than latents, which need a second image
 _CHANNELS = {
     9: " (an inpainting model)",
@@ -36,8 +51,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_parts(folder: Path, index: Config, parts: Mapping[str, tuple[str, ...]]) -> None:
+def check_parts(folder: Path, index: Config) -> None:
     """Raise ValueError unless model_index.json names each part with one of its classes, and the part has a folder."""
+    parts = PIPELINES[index["_class_name"]]
     for part, classes in parts.items():
         entry = index.get(part)
         found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
@@ -52,7 +68,7 @@ def check_parts(folder: Path, index: Config, parts: Mapping[str, tuple[str, ...]
 
 
 def read_model(folder: Path, class_name: str, library: str = "diffusers") -> Config:
-    """Return the config.json of a model's folder; ValueError for another class or where the weights are missing.
+    """Return the config.json of a model's folder; ValueError for another class.
 
     transformers' configurations name a model type instead of the class: that of a CLIP text encoder.
     """
@@ -63,27 +79,7 @@ def read_model(folder: Path, class_name: str, library: str = "diffusers") -> Con
         found, expected = config.get("model_type"), ["clip_text_model", "clip"]
     if found not in expected:
         raise ValueError(f"{folder} is {found}, not {class_name}: its config.json says so")
-    check_weights(folder, _WEIGHTS[library])
     return config
-
-
-def check_weights(folder: Path, names: Sequence[str]) -> None:
-    """Raise ValueError unless the folder has the weights by one of these names, in one file or in all of its shards."""
-    if any((folder / name).is_file() for name in names):
-        return
-    for name in names:
-        listing = folder / f"{name}.index.json"
-        if listing.is_file():
-            shards = read_json(listing).get("weight_map")
-            files = set(shards.values()) if isinstance(shards, dict) else set()
-            missing = sorted(str(file) for file in files if not (folder / str(file)).is_file())
-            if missing:
-                raise ValueError(f"{folder} lacks {', '.join(missing)}, which {listing.name} names")
-            return
-    stem = names[0].partition(".")[0]
-    others = sorted(file.name for file in folder.glob(f"{stem}*.safetensors"))
-    hint = f"; it has {', '.join(others)}" if others else ""
-    raise ValueError(f"{folder} has no weights: neither {' nor '.join(names)} is there{hint}")
 
 
 def check_unet(folder: Path, unet: Config, vae: Config, text_width: int, *, addition: str | None) -> None:

@@ -18,38 +18,33 @@ from torch import Generator, Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from preftune import lora as loras
-from preftune.families import configs, text, vp
+from preftune.families import configs, parts, text, vp
 from preftune.families import unet as unets
 from preftune.families.base import Cond, Defaults
+from preftune.families.source import Source
 from preftune.noise import Prediction, PredictionType, predict_from
 from preftune.resolution import Framing, Resolution
 from preftune.solvers import SolverName
 
-PARTS = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel",),
-    "tokenizer": configs.TOKENIZERS,
-    "scheduler": (),
-}
 
-
-def check(folder: Path, index: Mapping[str, Any], vae: Path | None = None) -> Defaults:
-    """Return the defaults of a Stable Diffusion folder with this model_index.json; reads JSON files alone.
+def check(source: Source, vae: Path | None = None) -> Defaults:
+    """Return the defaults of a Stable Diffusion model; reads the JSON files of its configurations alone.
 
     ValueError in one sentence for what it is instead. `vae` is the folder of another autoencoder, as in `load`.
     """
-    configs.check_parts(folder, index, PARTS)
+    folder, index = source.folder, source.index()
+    configs.check_parts(folder, index)
     if index.get("text_encoder_2") not in (None, [None, None]):
         raise ValueError(
             f"{folder} has a text_encoder_2; expected one text encoder in a {index['_class_name']}"
         )
-    noise = vp.read(configs.read_json(folder / "scheduler" / "scheduler_config.json"), folder / "scheduler")
+    noise = vp.read(source.scheduler_config(), folder / "scheduler")
     autoencoder = configs.check_vae(folder / "vae")
     encoder = configs.check_text_encoder(folder / "text_encoder", "CLIPTextModel")
     denoiser = configs.read_model(folder / "unet", "UNet2DConditionModel")
     configs.check_unet(folder, denoiser, autoencoder, encoder["hidden_size"], addition=None)
-    configs.check_tokenizer(folder / "tokenizer")
+    if source.file is None:
+        configs.check_tokenizer(folder / "tokenizer")
     if vae is not None:
         configs.check_vae(vae, autoencoder)
     return _defaults(denoiser, autoencoder, noise)
@@ -214,22 +209,16 @@ class SD:
 
 
 def load(
-    folder: Path,
+    source: Source,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     vae: Path | None = None,
 ) -> SD:
-    """Load a checked pipeline folder, all parts frozen and in eval mode; `vae` is the folder of another autoencoder."""
+    """Load a checked model, all parts frozen and in eval mode; `vae` is the folder of another autoencoder."""
+    classes = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer}
+    found = parts.load(source, StableDiffusionPipeline, classes, dtype, vae=vae)
     family = SD(
-        unet=UNet2DConditionModel.from_pretrained(
-            folder, subfolder="unet", torch_dtype=dtype, local_files_only=True
-        ),
-        vae=AutoencoderKL.from_pretrained(vae or folder / "vae", torch_dtype=dtype, local_files_only=True),
-        text_encoder=CLIPTextModel.from_pretrained(
-            folder, subfolder="text_encoder", dtype=dtype, local_files_only=True
-        ),
-        tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True),
-        scheduler_config=configs.read_json(folder / "scheduler" / "scheduler_config.json"),
+        **{name: found[name] for name in ("vae", *classes)}, scheduler_config=source.scheduler_config()
     )
     unets.freeze((family.unet, family.vae, family.text_encoder))
     return family.to(device)

@@ -15,35 +15,28 @@ from torch import Generator, Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from preftune import lora as loras
-from preftune.families import configs, text, vp
+from preftune.families import configs, parts, text, vp
 from preftune.families import unet as unets
 from preftune.families.base import Cond, Defaults
+from preftune.families.source import Source
 from preftune.noise import Prediction, PredictionType, predict_from
 from preftune.resolution import Framing, Resolution
 from preftune.solvers import SolverName
 
-PARTS = {
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-    "text_encoder": ("CLIPTextModel",),
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "tokenizer": configs.TOKENIZERS,
-    "tokenizer_2": configs.TOKENIZERS,
-    "scheduler": (),
-}
 _TIME_IDS = 6
 """Original height and width, top and left of the crop, target height and width."""
 
 
-def check(folder: Path, index: Mapping[str, Any], vae: Path | None = None) -> Defaults:
-    """Return the defaults of a Stable Diffusion XL folder with this model_index.json; reads JSON files alone.
+def check(source: Source, vae: Path | None = None) -> Defaults:
+    """Return the defaults of a Stable Diffusion XL model; reads the JSON files of its configurations alone.
 
     ValueError in one sentence for what it is instead. `vae` is the folder of another autoencoder, as in `load`.
     """
+    folder, index = source.folder, source.index()
     if index.get("text_encoder") == [None, None] and index.get("text_encoder_2"):
         raise ValueError(f"{folder} has text_encoder_2 alone (an SDXL refiner); expected two text encoders")
-    configs.check_parts(folder, index, PARTS)
-    noise = vp.read(configs.read_json(folder / "scheduler" / "scheduler_config.json"), folder / "scheduler")
+    configs.check_parts(folder, index)
+    noise = vp.read(source.scheduler_config(), folder / "scheduler")
     autoencoder = configs.check_vae(folder / "vae")
     first = configs.check_text_encoder(folder / "text_encoder", "CLIPTextModel")
     second = configs.check_text_encoder(folder / "text_encoder_2", "CLIPTextModelWithProjection")
@@ -57,8 +50,9 @@ def check(folder: Path, index: Mapping[str, Any], vae: Path | None = None) -> De
             f"{folder}: its unet has projection_class_embeddings_input_dim {found} (an SDXL refiner has 5 times"
             f" addition_time_embed_dim in it); expected {_TIME_IDS} x {ids} + {pooled}, the pooled text"
         )
-    configs.check_tokenizer(folder / "tokenizer")
-    configs.check_tokenizer(folder / "tokenizer_2")
+    if source.file is None:
+        configs.check_tokenizer(folder / "tokenizer")
+        configs.check_tokenizer(folder / "tokenizer_2")
     if vae is not None:
         configs.check_vae(vae, autoencoder)
     return _defaults(denoiser, autoencoder, noise)
@@ -279,35 +273,30 @@ def vae_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
 
 
 def load(
-    folder: Path,
+    source: Source,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     vae: Path | None = None,
 ) -> SDXL:
-    """Load a checked pipeline folder, all parts frozen and in eval mode.
+    """Load a checked model, all parts frozen and in eval mode.
 
     `vae` is the folder of another autoencoder, such as one that was repaired for float16.
     """
-    autoencoder = vae or folder / "vae"
-    config = {"force_upcast": True, **configs.read_json(autoencoder / "config.json")}
-    index = configs.read_json(folder / "model_index.json")
+    config = {"force_upcast": True, **configs.read_json((vae or source.folder / "vae") / "config.json")}
+    classes = {
+        "unet": UNet2DConditionModel,
+        "text_encoder": CLIPTextModel,
+        "text_encoder_2": CLIPTextModelWithProjection,
+        "tokenizer": CLIPTokenizer,
+        "tokenizer_2": CLIPTokenizer,
+    }
+    found = parts.load(
+        source, StableDiffusionXLPipeline, classes, dtype, vae=vae, vae_dtype=vae_dtype(config, dtype)
+    )
     family = SDXL(
-        unet=UNet2DConditionModel.from_pretrained(
-            folder, subfolder="unet", torch_dtype=dtype, local_files_only=True
-        ),
-        vae=AutoencoderKL.from_pretrained(
-            autoencoder, torch_dtype=vae_dtype(config, dtype), local_files_only=True
-        ),
-        text_encoder=CLIPTextModel.from_pretrained(
-            folder, subfolder="text_encoder", dtype=dtype, local_files_only=True
-        ),
-        text_encoder_2=CLIPTextModelWithProjection.from_pretrained(
-            folder, subfolder="text_encoder_2", dtype=dtype, local_files_only=True
-        ),
-        tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True),
-        tokenizer_2=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2", local_files_only=True),
-        scheduler_config=configs.read_json(folder / "scheduler" / "scheduler_config.json"),
-        force_zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt", True),
+        **{name: found[name] for name in ("vae", *classes)},
+        scheduler_config=source.scheduler_config(),
+        force_zeros_for_empty_prompt=source.index().get("force_zeros_for_empty_prompt", True),
     )
     unets.freeze((family.unet, family.vae, *family.text_encoders))
     return family.to(device)

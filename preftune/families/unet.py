@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Generator, Tensor, nn
 
 from preftune import lora as loras
-from preftune.families import configs, vp
+from preftune.families import configs, vp, weights
 from preftune.families.base import Cond, Defaults
 from preftune.resolution import Resolution
 from preftune.solvers import SolverName
@@ -174,9 +174,12 @@ def load_tuned(unet: UNet2DConditionModel, folder: Path, weight: float) -> bool:
     if weight != 1:
         raise ValueError(f"{folder} is a whole UNet, which has no weight {weight}; only a LoRA has one")
     configs.read_model(folder, "UNet2DConditionModel")
+    found = weights.find(folder, "diffusers")
     if loras.is_on(unet):
         unet.unload_lora()
-    state = UNet2DConditionModel.from_pretrained(folder, local_files_only=True).state_dict()
+    state = UNet2DConditionModel.from_pretrained(
+        folder, variant=found.variant, use_safetensors=found.safetensors, local_files_only=True
+    ).state_dict()
     here = unet.state_dict()
     wrong = [name for name in here.keys() | state.keys() if not _same_shape(here, state, name)]
     if wrong:

@@ -103,12 +103,12 @@ class RewardConfig:
         names, files = list(self.weights()), self.files()
         units([rewards.find_card(name) for name in names], self.reward_normalization, self.reward_stats)
         for name in names:
-            rewards.check(name, files.get(name))
             if differentiable and not rewards.find_card(name).differentiable:
                 usable = ", ".join(card.name for card in rewards.CARDS.values() if card.differentiable)
                 raise ValueError(
                     f"--rewards {name} is not differentiable, but its gradient is needed; one of {usable}"
                 )
+        rewards.check_all(names, files, download=False)
 
 
 @dataclass(frozen=True, kw_only=True)

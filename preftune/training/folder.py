@@ -12,7 +12,7 @@ from preftune.training import checkpoint
 _RESULTS = (
     "lora", "unet", "pipeline", "scorer", "vae", "before_after.png", "reconstructions.png", "accuracy.png",
 )  # fmt: skip
-_OTHERS = ("config.yaml", "metrics.jsonl")
+_OTHERS = ("config.yaml", "metrics.jsonl", "skipped.jsonl")
 _CHECKPOINT = re.compile(r"step_(\d{6,})(\.damaged)?")
 _SAMPLES = re.compile(r"step_(\d{6,})(_\w+)?(\.png)?")
 
@@ -62,7 +62,7 @@ def clear(output: Path, start: Start, *, overwrite: bool, driver_files: Sequence
         files.remove(place)
         damaged.rename(place)
     source = start.source
-    files.tidy(output)
+    files.tidy(output, output / "samples")
     if not overwrite or not holds_run(output):
         return
     inside = source is not None and source.resolve().parent == output.resolve()

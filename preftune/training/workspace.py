@@ -21,9 +21,9 @@ from preftune.cli import exit_on_user_error
 from preftune.diffusion_loss import captioned_loss
 from preftune.families import Defaults, Family
 from preftune.lora import LoRA
-from preftune.records import CaptionedImage
+from preftune.records import CaptionedImage, Skipped
 from preftune.resolution import Resolution
-from preftune.training import validation
+from preftune.training import data, validation
 from preftune.training.config import DTYPES, ModelConfig, RewardConfig, ValidationConfig
 from preftune.training.run import Run
 from preftune.training.run_config import RunConfig
@@ -180,6 +180,7 @@ def open(
     driver: str,
     config_text: str,
     prompts: Sequence[str],
+    skipped: Sequence[Skipped] | None = None,
     settings: Mapping[str, object] | None = None,
     driver_files: tuple[str, ...] = (),
     moments: Mapping[str, str] | None = None,
@@ -188,7 +189,7 @@ def open(
     """Load scorers and model, open the run, and where it is new show and save the model as it is.
 
     Errors that the user can fix end the program here, before training, with one sentence and exit code 2.
-    `settings` and `driver_files` are Run's; `prompts` those of validation; `negatives` and `moments` see
+    `settings` and `driver_files` are Run's; `prompts` those of validation; `skipped` is what of the data was set aside; `negatives` and `moments` see
     Workspace.
     """
     with exit_on_user_error():
@@ -200,6 +201,8 @@ def open(
         )
         family, denoiser, mix = load_parts(model, reward, run_config, run.device)
         family.denoiser = run.prepare(denoiser, learning_rate=model.learning_rate(defaults))
+    if run.is_main and skipped is not None:
+        data.write_report(run.folder, skipped)
     steps = run_config.max_train_steps
     w = Workspace(
         run=run,

@@ -1,0 +1,77 @@
+"""The parts of a pipeline from its folder or from a single file."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPTokenizer
+
+from preftune.families import single_file, weights
+from preftune.families.source import Source, models_of
+from rewards.clip_tokenizer import MERGES, SPECIAL, VOCAB_SIZE, read_vocab
+
+
+def load(
+    source: Source,
+    pipeline: Any,
+    classes: Mapping[str, Any],
+    dtype: torch.dtype,
+    *,
+    vae: Path | None = None,
+    vae_dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """Return the parts of a checked pipeline of this class: models by their classes, in dtype, and tokenizers.
+
+    `vae` is the folder of another autoencoder; the autoencoder is read in vae_dtype where that is given.
+    """
+    parts: dict[str, Any] = {
+        part: _tokenizer(source, part) for part in classes if part.startswith("tokenizer")
+    }
+    parts["vae"] = _vae(source, vae, dtype if vae_dtype is None else vae_dtype)
+    if source.file is not None:
+        return single_file.load(pipeline, source.file, source.folder, dtype, parts)
+    libraries = models_of(source.index())
+    for part, model_class in classes.items():
+        if part not in parts:
+            parts[part] = _model(model_class, source.folder / part, libraries[part], source.variant, dtype)
+    return parts
+
+
+def _vae(source: Source, vae: Path | None, dtype: torch.dtype) -> Any:
+    """Return the autoencoder, or that of another folder."""
+    if source.file is not None and vae is None:
+        return single_file.load_vae(source.file, source.folder, dtype)
+    return _model(AutoencoderKL, vae or source.folder / "vae", "diffusers", source.variant, dtype)
+
+
+def _model(model_class: Any, folder: Path, library: str, variant: str | None, dtype: torch.dtype) -> Any:
+    found = weights.find(folder, library, variant)
+    return model_class.from_pretrained(
+        folder,
+        variant=found.variant,
+        use_safetensors=found.safetensors,
+        local_files_only=True,
+        **{"torch_dtype" if library == "diffusers" else "dtype": dtype},
+    )
+
+
+def _tokenizer(source: Source, part: str) -> Any:
+    """Return a tokenizer; the published configurations have CLIP's, whose vocabulary comes with the scorers."""
+    folder = source.folder / part
+    if source.file is None or (folder / "vocab.json").is_file():
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    vocab, merges = read_vocab(MERGES)
+    start, end = SPECIAL["transformers"]
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    return CLIPTokenizer(
+        vocab=vocab | {start: VOCAB_SIZE - 2, end: VOCAB_SIZE - 1},
+        merges=merges,
+        bos_token=start,
+        eos_token=end,
+        unk_token=end,
+        pad_token=config["pad_token"],
+        model_max_length=config["model_max_length"],
+    )

@@ -1,0 +1,238 @@
+"""Where the captions of a folder of images are: in a table of metadata, or in a text file beside each image.
+
+    metadata.jsonl, .csv or .parquet    as `datasets.load_dataset("imagefolder")` reads them, also in train/
+    a.png with a.txt or a.caption       as kohya's sd-scripts read them, also in folders below
+
+Nothing here opens an image. `preftune/records.py` makes samples of the rows for training, and `data_build/readers.py` entries.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from preftune.images import SUFFIXES
+from preftune.notes import counted
+from preftune.prompts import FIELDS
+
+IMAGE_FIELDS = ("file_name", "image", "image_path", "image_file", "filename", "path", "file")
+"""Names of the column that holds the file names of images, in order of preference."""
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+PLACES = (".", "train", "data", "data/train")
+"""Folders below a data set's own where its table may be, in order of preference."""
+CAPTION_FILES = (".txt", ".caption")
+ARCHIVES = (".tar", ".tar.gz", ".tgz")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Names of columns; the defaults find the usual names."""
+
+    image_column: str | None = None
+    """Column with the file names of images; None = the first of file_name, image, image_path, path and so on."""
+    caption_column: str | None = None
+    """Column with the captions; None = the first of text, prompt and caption."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFolder:
+    """A folder of images and where their captions are."""
+
+    root: Path
+    """Names of images are relative to it."""
+    table: Path | None
+    """The table of metadata; None: the captions are files beside the images."""
+    images: tuple[str, ...] = ()
+    """Without a table: the image files, sorted."""
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """Without a table: suffix -> number of files that are neither images nor captions."""
+
+    @property
+    def source(self) -> Path:
+        """The table, or the folder."""
+        return self.table or self.root
+
+    def candidates(self, name: str) -> list[str]:
+        """Return what a name in the table may be, relative to the root: beside the table first, then below the root."""
+        if self.table is None or self.table.parent == self.root:
+            return [name]
+        return [f"{self.table.parent.relative_to(self.root).as_posix()}/{name}", name]
+
+
+def find_captions(folder: Path) -> ImageFolder | None:
+    """Return where the captions of a folder are; None where its images have none, or it holds no images."""
+    for place in PLACES:
+        for name in TABLES:
+            table = folder / place / name
+            if table.is_file() and (table.suffix != ".parquet" or "file_name" in _parquet_names(table)):
+                return ImageFolder(root=folder, table=table)
+    images, others = list_images(folder)
+    if not images:
+        return None
+    captions = {
+        name for name in others if name.lower().endswith(CAPTION_FILES)
+    }  # those of images, by the stem
+    stems = {os.path.splitext(name)[0] for name in images}
+    used = {name for name in captions if os.path.splitext(name)[0] in stems}
+    if not used:
+        return None
+    return ImageFolder(
+        root=folder,
+        table=None,
+        images=images,
+        passed_over=suffixes(name for name in others if name not in used),
+    )
+
+
+def list_images(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the image files below a folder and all other files, sorted and relative to it; hidden ones are passed over."""
+    images, others = list[str](), list[str]()
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if not name.startswith("."):
+                relative = (Path(place) / name).relative_to(folder).as_posix()
+                (images if name.lower().endswith(SUFFIXES) else others).append(relative)
+    return tuple(sorted(images)), tuple(sorted(others))
+
+
+def suffixes(names: Iterable[str]) -> Counter[str]:
+    """Return suffix -> number of files."""
+    return Counter(os.path.splitext(name)[1].lower() or "no suffix" for name in names)
+
+
+def describe_passed_over(passed_over: Counter[str]) -> str:
+    """Return "3 files are no images and are passed over: 2 .heic, 1 .psd", or nothing."""
+    total = sum(passed_over.values())
+    if not total:
+        return ""
+    kinds = ", ".join(f"{number} {suffix}" for suffix, number in passed_over.most_common(6))
+    return f"{counted(total, 'file is', 'files are')} not read as images and passed over: {kinds}"
+
+
+def no_captions(folder: Path) -> ValueError:
+    """Return the error for a folder without captioned images, with what to do about what is there instead."""
+    if not folder.is_dir():
+        if not folder.exists() and len(folder.parts) == 2 and not folder.is_absolute():
+            return ValueError(
+                f"there is no folder {folder}; a data set of the hub is downloaded with"
+                f" `hf download --repo-type dataset {folder} --local-dir {folder}`"
+            )
+        if not folder.exists():
+            return ValueError(f"there is no folder {folder}; --data is a folder of captioned images")
+    names = [folder.name] if folder.is_file() else sorted(os.listdir(folder))
+    tar = next((name for name in names if name.lower().endswith(ARCHIVES)), None)
+    parquet = next((name for name in names if name.lower().endswith(".parquet")), None)
+    if tar is not None:
+        path = folder if folder.is_file() else folder / tar
+        return ValueError(
+            f"{folder} holds tar archives; unpack them: `tar -xf {path} -C FOLDER`, then image and .txt pairs are read from FOLDER"
+        )
+    if parquet is not None:
+        return ValueError(
+            f"{folder} holds parquet tables; write the images of a table as files:"
+            f" `python data_build/unpack.py --data {folder} --output-dir FOLDER`"
+        )
+    below = sorted(path.parent.name for name in TABLES for path in folder.glob(f"*/{name}"))
+    if below:
+        return ValueError(
+            f"{folder} has no metadata.jsonl, but {below[0]}/ has one; give {folder / below[0]}"
+        )
+    images, _ = list_images(folder) if folder.is_dir() else ((), ())
+    there = f"it holds {counted(len(images), 'image')} without captions" if images else "it holds no images"
+    return ValueError(
+        f"{folder} is no folder of captioned images: {there}; captions are in metadata.jsonl or metadata.csv"
+        " (file_name, text), or in a .txt file beside each image"
+    )
+
+
+def table_rows(folder: ImageFolder, columns: Columns) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
+    """(place for messages, row) of each image of a csv or parquet table, or of pairs; an error in place of a row that
+    cannot be read.
+
+    Raises ValueError for a table that cannot be read at all.
+    """
+    if folder.table is None:
+        yield from _pairs(folder)
+    elif folder.table.suffix == ".csv":
+        yield from _csv_rows(folder.table, columns)
+    else:
+        yield from _parquet_rows(folder.table)
+
+
+def _pairs(folder: ImageFolder) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
+    """As kohya reads a caption: the first line that holds words."""
+    for name in folder.images:
+        stem = os.path.splitext(folder.root / name)[0]
+        path = next((stem + suffix for suffix in CAPTION_FILES if os.path.isfile(stem + suffix)), None)
+        if path is None:
+            yield name, ValueError(f"{name} has no caption file ({' or '.join(CAPTION_FILES)})")
+            continue
+        try:
+            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            yield name, ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}")
+        except OSError as error:
+            yield name, ValueError(f"cannot read {path}: {error.strerror}")
+        else:
+            text = next((line.strip() for line in lines if line.strip()), None)
+            yield name, {"file_name": name, "text": text}
+
+
+def _csv_rows(path: Path, columns: Columns) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
+    """The rows of a csv table; numbers are numbers, file names and captions are texts."""
+    import pyarrow
+    from pyarrow import csv
+
+    wrong: dict[int, str] = {}
+
+    def note(row: Any) -> str:
+        wrong[row.number or 0] = f"{row.actual_columns} values for {row.expected_columns} columns"
+        return "skip"
+
+    try:
+        named = [name for name in (columns.image_column, columns.caption_column) if name is not None]
+        texts = dict.fromkeys((*IMAGE_FIELDS, *FIELDS, *named), pyarrow.string())
+        table = csv.read_csv(
+            path,
+            read_options=csv.ReadOptions(use_threads=False),
+            parse_options=csv.ParseOptions(newlines_in_values=True, invalid_row_handler=note),
+            convert_options=csv.ConvertOptions(column_types=texts),
+        )
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"cannot read the table {path}: {error}") from error
+    yield from (
+        (f"{path} row {number}", ValueError(f"{path} row {number}: {why}")) for number, why in wrong.items()
+    )
+    yield from _table(path, table)
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"cannot read the table {path}: {error}") from error
+    yield from _table(path, table)
+
+
+def _table(path: Path, table: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    number = 0
+    for batch in table.to_batches(4096):
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{path} row {number}", row
+
+
+def _parquet_names(path: Path) -> list[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return list(pyarrow.parquet.read_schema(path).names)
+    except (pyarrow.ArrowException, OSError):
+        return []

@@ -1,0 +1,80 @@
+"""Captioned images to train on: rows and images that cannot be used are set aside before the first update."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from preftune import files
+from preftune.image_check import SMALL, Checked, check_images
+from preftune.image_folders import Columns, describe_passed_over, find_captions, list_images, suffixes
+from preftune.notes import counted, say
+from preftune.prompts import LONG
+from preftune.records import CaptionedImage, Skipped, read_captioned, write_jsonl
+
+SKIPPED = "skipped.jsonl"
+"""File of a run that lists what was set aside: place and reason."""
+SHOWN = 3
+"""Number of reasons that are said at once."""
+
+
+def read(
+    folder: Path, columns: Columns, *, captioned: bool = True
+) -> tuple[list[CaptionedImage], list[Skipped]]:
+    """Return the usable samples of a data set in its order, and what was set aside; the latter is said on stderr.
+
+    The same data give the same samples in every process and after a resume. Without `captioned` a folder of images without
+    captions will do; their texts are empty. Raises ValueError where nothing can be used.
+    """
+    found = find_captions(folder) if folder.is_dir() else None
+    images, others = list_images(folder) if found is None and not captioned and folder.is_dir() else ((), ())
+    if images:
+        samples = [CaptionedImage(path=folder / name, text="", extra={}, place=name) for name in images]
+        skipped, passed_over = list[Skipped](), suffixes(others)
+    else:
+        samples, skipped = read_captioned(folder, columns)
+        passed_over = found.passed_over if found is not None else suffixes(())
+    if words := describe_passed_over(passed_over):
+        say(f"{folder}: {words}")
+    checked = check_images([sample.path for sample in samples])
+    skipped += [Skipped(place=samples[at].place, reason=reason) for at, reason in checked.unreadable.items()]
+    number, samples = (
+        len(samples),
+        [sample for at, sample in enumerate(samples) if at not in checked.unreadable],
+    )
+    if not samples:
+        raise ValueError(
+            f"{folder}: none of {counted(number, 'image')} can be read; the first: {skipped[-number].reason}"
+        )
+    _say(folder, samples, skipped, checked)
+    return samples, skipped
+
+
+def _say(
+    folder: Path, samples: Sequence[CaptionedImage], skipped: Sequence[Skipped], checked: Checked
+) -> None:
+    if skipped:
+        more = f"; all are listed in {SKIPPED} of the run" if len(skipped) > SHOWN else ""
+        reasons = "; ".join(row.reason for row in itertools.islice(skipped, SHOWN))
+        say(f"{folder}: {counted(len(samples), 'image')} used, {len(skipped):,} set aside: {reasons}{more}")
+    long = sum(len(sample.text) > LONG for sample in samples)
+    for number, words in (
+        (checked.turned, "turned as the EXIF data say"),
+        (checked.animated, "animated or of several pages; the first one is used"),
+        (checked.tiny, f"less than {SMALL} pixels high or wide, and will be enlarged"),
+    ):
+        if number:
+            say(f"{folder}: {counted(number, 'image is', 'images are')} {words}")
+    if long:
+        say(
+            f"{folder}: {counted(long, 'caption has', 'captions have')} more than {LONG:,} characters; text encoders read the"
+            " beginning only, 77 tokens in Stable Diffusion"
+        )
+
+
+def write_report(folder: Path, skipped: Sequence[Skipped]) -> None:
+    """Write what was set aside to the folder of a run; of a run that sets nothing aside an earlier list goes."""
+    if skipped:
+        write_jsonl(folder / SKIPPED, (asdict(row) for row in skipped))
+    else:
+        files.remove(folder / SKIPPED)
