@@ -23,6 +23,9 @@ def contents(folder: Path) -> dict[str, str]:
         name = str(path.relative_to(folder))
         if "tensorboard" in path.relative_to(folder).parts or _LOCK.fullmatch(path.name):
             continue
+        if not path.exists():
+            found[name] = "a link to nothing"
+            continue
         found[name] = "" if path.is_dir() else hashlib.sha256(_bytes(path, folder)).hexdigest()
     return found
 

@@ -368,7 +368,7 @@ def leftovers(run: Path) -> None:
         (run / name).mkdir()
         (run / name / "file").write_text("of a killed process")
     (run / ".config.yaml.tmp-4194305").write_text("of a killed process")
-    (run / "step_000003" / ".state.pt.tmp-4194305").write_text("of a killed process")
+    (run / "samples" / ".step_000000.png.tmp-4194305").write_text("of a killed process")
 
 
 ANY = "equal, said or warned"
