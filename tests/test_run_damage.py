@@ -465,16 +465,65 @@ def test_what_a_sentence_leaves_can_be_overwritten(lab: Lab, run: Path) -> None:
     lab.assert_settled(run, ended, "equal")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_may_not_be_written(lab: Lab, run: Path) -> None:
-    before = tree(run)
-    run.chmod(0o555)
+    """The first write of all is refused, so that even the lock cannot be had."""
+    before = tree(run.parent)
+    ended = lab.train(run, *RESUME, fault=Fault(kind="read-only", at=1, folder=run.parent))
+    lab.assert_settled(run, ended, "said", "Read-only")
+    assert tree(run.parent) == before
+
+
+# ---------------------------------------------------------------- the layer itself, and a real disk
+
+
+def test_no_write_of_a_library_escapes_the_layer(lab: Lab, tmp_path: Path) -> None:
+    argv = ["--output-dir", str(tmp_path)]
+    counted = lab.server.run("drivers.writer", argv, Fault(folder=tmp_path))
+    assert counted.code == 0, counted.tail
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"a.txt", "a.pt", "a.safetensors", "a.parquet", "a.png", "folder"}
+    expected = {
+        "full": (6, 0), "read-only": (6, 0), "error": (1, 0), "kill": (-9, 1), "torn": (-9, 1), "term": (-15, 1),
+    }  # fmt: skip
+    for kind, (code, last) in expected.items():
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+        at = counted.calls if last else 1
+        ended = lab.server.run("drivers.writer", argv, Fault(kind=kind, at=at, folder=tmp_path))
+        assert ended.code == code, f"{kind}: {ended.tail}"
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    beside = lab.server.run("drivers.writer", argv, Fault(kind="full", at=1, folder=tmp_path / "beside"))
+    assert (beside.code, beside.calls) == (0, 0), beside.tail
+
+
+def mount(folder: Path, options: str) -> bool:
+    """Mount a file system in memory, or change it; whether that was allowed."""
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def test_a_real_disk_that_is_full_and_then_read_only(lab: Lab, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0 or not shutil.which("mount") or not mount(disk, "size=600k"):
+        pytest.skip("a small file system cannot be mounted here")
     try:
-        ended = lab.train(run, *RESUME)
+        run = disk / "run"
+        ended = lab.train(run)
+        assert ended.code != 0
+        assert not ended.traced, ended.tail
+        assert "no space left" in ended.sentence.lower(), ended.tail
+        assert list(run.glob("step_*")), "the disk was to be full only after the first checkpoint"
+        before = tree(run)
+        assert mount(disk, "remount,size=20m,ro")
+        refused = lab.train(run, *RESUME)
+        lab.assert_settled(run, refused, "said", "Read-only")
+        assert tree(run) == before
+        assert mount(disk, "remount,size=20m,rw")
+        lab.assert_settled(run, lab.train(run, *RESUME), "equal")
     finally:
-        run.chmod(0o755)
-    lab.assert_settled(run, ended, "said", str(run))
-    assert tree(run) == before
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 # ---------------------------------------------------------------- faults at writes
