@@ -116,14 +116,11 @@ class Trial:
         return f"{self.verdict:10s} {self.program}: {faults}: {' | '.join(self.notes)}"
 
 
-def drawn(rng: random.Random, references: dict[str, Reference]) -> Trial:
+def drawn(rng: random.Random, program: str, reference: Reference) -> Trial:
     """A trial at random."""
-    program = rng.choice(PROGRAMS)
     number = 2 if rng.random() < 0.3 else 1
-    return Trial(
-        program=program,
-        faults=[(rng.choice(KINDS), rng.randint(1, references[program].calls)) for _ in range(number)],
-    )
+    faults = [(rng.choice(KINDS), rng.randint(1, reference.calls)) for _ in range(number)]
+    return Trial(program=program, faults=faults)
 
 
 def attempt(server: Server, trial: Trial, reference: Reference, root: Path, box: Path) -> Trial:
@@ -161,6 +158,65 @@ def attempt(server: Server, trial: Trial, reference: Reference, root: Path, box:
     return trial
 
 
+def flipped(
+    server: Server, rng: random.Random, reference: Reference, program: str, root: Path, box: Path
+) -> Trial:
+    """Kill a driver at random, flip one bit of a file that is read again, go on, and judge."""
+    trial = Trial(program=program, faults=[("kill", rng.randint(reference.calls // 2, reference.calls))])
+    fresh_box(program, root, box)
+    argv, module = arguments(program, root, box), module_of(program)
+    server.run(module, argv, Fault(kind="kill", at=trial.faults[0][1], folder=box))
+    steps = sorted(path.name for path in (box / "out").glob("step_*"))
+    files = [path for path in (box / "out").rglob("*") if path.is_file() and path.stat().st_size]
+    files = [path for path in files if _is_read(path.relative_to(box / "out"), steps[-1:])]
+    path = rng.choice(sorted(files))
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+    trial.wheres.append(f"bit of {path.relative_to(box)}")
+    ended = server.run(module, [*argv, *RESUME], Fault(folder=box))
+    aside = [f"out/{found.name}" for found in (box / "out").glob("*.damaged")]
+    differ = [
+        line for line in differences(reference.contents, contents(box)) if not line.startswith(tuple(aside))
+    ]
+    names = [part for part in path.relative_to(box / "out").parts if part != "samples"]
+    warned = names[0] in ended.output
+    if ended.traced:
+        trial.verdict = "traceback"
+    elif ended.code == 0 and not differ:
+        trial.verdict = "equal"
+    else:
+        trial.verdict = (
+            "said" if (ended.code == 2 and ended.sentence) or (not ended.code and warned) else "different"
+        )
+    trial.notes += [last_line(ended), *differ[:6]]
+    return trial
+
+
+def _is_read(name: Path, newest: list[str]) -> bool:
+    """Whether a resume reads a file again: not event files, older checkpoints, grids, and samples but the first."""
+    if name.parts[0] in ("tensorboard", "config.yaml") or name.name.startswith("."):
+        return False
+    if name.parts[0].startswith("step_"):
+        return name.parts[0] in newest
+    return name.parts[0] != "samples" or (len(name.parts) == 3 and name.parts[1].startswith("step_000000"))
+
+
+def flips(number: int, seed: int) -> Iterator[Trial]:
+    """Yield so many trials with a flipped bit, over all drivers."""
+    rng = random.Random(seed)
+    with tempfile.TemporaryDirectory() as folder, Server(*MODULES) as server:
+        root, box = Path(folder) / "inputs", Path(folder) / "box"
+        root.mkdir()
+        write_inputs(root)
+        references: dict[str, Reference] = {}
+        for _ in range(number):
+            program = rng.choice(DRIVERS)
+            if program not in references:
+                references[program] = reference_of(server, program, root, box)
+            yield flipped(server, rng, references[program], program, root, box)
+
+
 def last_line(ended: Ended) -> str:
     """The end of what a program printed."""
     return (ended.output.strip().splitlines() or [""])[-1][:300]
@@ -173,14 +229,13 @@ def trials(number: int, seed: int, programs: tuple[str, ...] = PROGRAMS) -> Iter
         root, box = Path(folder) / "inputs", Path(folder) / "box"
         root.mkdir()
         write_inputs(root)
-        references = {program: reference_of(server, program, root, box) for program in PROGRAMS}
-        for program, reference in references.items():
-            again = reference_of(server, program, root, box).contents
-            assert again == reference.contents, f"{program}: {differences(reference.contents, again)}"
+        references: dict[str, Reference] = {}
         for _ in range(number):
-            trial = drawn(rng, references)
-            if trial.program in programs:
-                yield attempt(server, trial, references[trial.program], root, box)
+            program = rng.choice(programs)
+            if program not in references:
+                references[program] = reference_of(server, program, root, box)
+            trial = drawn(rng, program, references[program])
+            yield attempt(server, trial, references[program], root, box)
 
 
 def table(done: list[Trial]) -> str:
@@ -200,9 +255,12 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--programs", nargs="*", default=PROGRAMS)
+    parser.add_argument("--flips", action="store_true", help="flip a bit after a kill")
     config = parser.parse_args()
     done: list[Trial] = []
-    for trial in trials(config.trials, config.seed, tuple(config.programs)):
+    chosen = tuple(config.programs)
+    found = flips(config.trials, config.seed) if config.flips else trials(config.trials, config.seed, chosen)
+    for trial in found:
         done.append(trial)
         if trial.verdict != "equal":
             print(len(done), trial, flush=True)  # noqa: T201
