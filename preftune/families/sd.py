@@ -200,7 +200,7 @@ class SD:
             unet=self.unet,
             vae=self.vae,
             text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
+            tokenizer=text.to_save(self.tokenizer),
             scheduler=scheduler,
             safety_checker=None,
             feature_extractor=None,

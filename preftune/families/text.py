@@ -20,3 +20,10 @@ def token_ids(tokenizer: Any, encoder: Any, prompts: Sequence[str], device: torc
     )
     ids: Tensor = batch.input_ids.to(device)
     return ids
+
+
+def to_save(tokenizer: Any) -> Any:
+    """Return a tokenizer whose saved file is the same whether or not it was called: a call leaves its padding and length there."""
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    return tokenizer
