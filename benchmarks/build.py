@@ -44,6 +44,7 @@ from data_build.decode import Entry
 from data_build.filters import Filters
 from data_build.scoring import Batch
 from preftune.cli import exit_on_user_error, parse
+from preftune.images import opened
 from preftune.order import items_at
 from preftune.prompts import read_prompts
 from preftune.score_files import PreparedBatch, prepared_batches
@@ -123,7 +124,8 @@ def write_parts(folder: Path, parts: int, images: int, side: int) -> Path:
     encoded = []
     for path in sorted((TINY / "images").rglob("*.png"))[: min(DIFFERENT, parts * images)]:
         content = io.BytesIO()
-        Image.open(path).resize((side, side), Image.Resampling.BICUBIC).save(content, "PNG")
+        with opened(path) as image:
+            image.resize((side, side), Image.Resampling.BICUBIC).save(content, "PNG")
         encoded.append(content.getvalue())
     contents = itertools.cycle(encoded)
     prompts = items_at(read_prompts(PROMPTS), range(-(-parts * images // 4)), seed=0)

@@ -33,6 +33,7 @@ from benchmarks.hardware import fresh, name_of_machine, peak_mib, peak_tflops, s
 from benchmarks.models import PROMPTS, TINY, fresh_scorer
 from data_build import score as program
 from preftune.cli import exit_on_user_error, parse
+from preftune.images import opened
 from preftune.order import items_at
 from preftune.prompts import read_prompts
 from preftune.records import write_jsonl
@@ -109,9 +110,8 @@ def write_images(folder: Path, number: int) -> Path:
     rows = []
     for index, prompt in enumerate(prompts):
         name = f"{index:06d}.png"
-        Image.open(files[index % len(files)]).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(
-            folder / name
-        )
+        with opened(files[index % len(files)]) as image:
+            image.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(folder / name)
         rows.append({"file_name": name, "text": prompt})
     write_jsonl(folder / "metadata.jsonl", rows)
     return folder
@@ -128,9 +128,12 @@ class Bench:
         self.prompts = items_at(read_prompts(PROMPTS), range(trial.images), seed=0)
         self.scorer = self.load()
         self.rule = self.scorer.card.preprocess
-        self.ready = torch.stack([from_pil(Image.open(path), self.rule) for path in self.paths]).to(
-            self.device
-        )
+        self.ready = torch.stack([self.pixels(path) for path in self.paths]).to(self.device)
+
+    def pixels(self, path: Path) -> torch.Tensor:
+        """Return an image prepared for the scorer, (3, size, size)."""
+        with opened(path) as image:
+            return from_pil(image, self.rule)
 
     def load(self) -> Any:
         """Return the scorer, loaded anew."""
@@ -165,7 +168,7 @@ class Bench:
 
     def reload(self, index: int) -> None:
         """Load the scorer and score one file."""
-        pixels = from_pil(Image.open(self.paths[index]), self.rule)[None].to(self.device)
+        pixels = self.pixels(self.paths[index])[None].to(self.device)
         self.load()(pixels, self.prompts[index : index + 1])
 
 

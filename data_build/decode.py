@@ -8,17 +8,21 @@ recorded.
 import contextlib
 import lzma
 import math
+import os
 import struct
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from preftune import images
+from rewards.input_files import check_regular
 
 Reason = Literal[
     "broken file",
@@ -36,9 +40,13 @@ Reason = Literal[
 MAX_RATIO = 100
 """Unpacked to packed bytes of a member above 1 MiB; images hardly shrink."""
 
+MAX_DIRECTORY = 1 << 24
+"""Bytes of the list of members at the end of an archive."""
+_END, _END64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q")
+
 BROKEN = (  # what reading a file, archive or table can raise
     OSError, EOFError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
-    struct.error, pyarrow.ArrowException,
+    struct.error, pyarrow.ArrowException, tarfile.TarError,
 )  # fmt: skip
 
 
@@ -57,6 +65,8 @@ class ImageEntry:
     """In DiffusionDB its seed, guidance scale, number of steps and sampler; None where that is not known."""
     size: tuple[int, int] | None = None
     """Width and height, once it is decoded."""
+    turned: bool = False
+    """Whether it was turned as its EXIF data say, once it is decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +130,45 @@ def or_unusable(reason: Reason) -> Iterator[None]:
         yield
     except BROKEN as error:
         raise UnusableError(reason, error) from error
+
+
+def upright(image: Image.Image) -> tuple[Image.Image, bool]:
+    """Return an image turned as its EXIF data say, and whether that differs from how it is stored."""
+    with or_unusable("undecodable"):
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+        return (ImageOps.exif_transpose(image) if turned else image), turned
+
+
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """Return an archive for reading. ValueError where it is no regular file, or lists more than MAX_DIRECTORY allows; else as
+    `zipfile.ZipFile`, which holds half a kilobyte for each member.
+    """
+    check_regular(path)
+    if (listed := _directory_bytes(path)) > MAX_DIRECTORY:
+        raise ValueError(
+            f"{path} lists its members in {listed} bytes; at most {MAX_DIRECTORY}, about 200,000"
+        )
+    return zipfile.ZipFile(path)
+
+
+def _directory_bytes(path: Path) -> int:
+    """The size of an archive's list of members as its last record says; 0 where there is none, which zipfile refuses."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - _END.size - 0xFFFF))  # a comment may follow
+        tail = file.read()
+        at = tail.rfind(b"PK\5\6")
+        if at < 0 or len(tail) < at + _END.size:
+            return 0
+        size = int(_END.unpack_from(tail, at)[5])
+        if size == 0xFFFFFFFF or tail[max(0, at - 20) : at].startswith(
+            b"PK\6\7"
+        ):  # more than 4 GB, or 65,535 members
+            file.seek(max(0, end - len(tail) + at - 20 - _END64.size))
+            record = file.read(_END64.size)
+            if record.startswith(b"PK\6\6") and len(record) == _END64.size:
+                size = int(_END64.unpack(record)[8])
+    return size
 
 
 def decode(content: bytes) -> Image.Image:

@@ -45,9 +45,11 @@ from data_build.scoring import DTYPES, Batch, PrepareEntry
 from data_build.selection import Selection
 from preftune.cli import exit_on_user_error, parse
 from preftune.one_writer import one_writer
+from preftune.printable import show
+from preftune.scorer_flags import Files
 from rewards import CARDS, Scorer, check_all, find_card
 from rewards.digests import sha256_of
-from rewards.mix import parse_files
+from rewards.mix import parse_files, parse_names
 from rewards.shared_towers import load_all
 
 COSINES = ("hpsv1", "hpsv2", "hpsv2.1", "clipscore", "blipscore")
@@ -61,11 +63,10 @@ class Config:
     data: tuple[str, ...]
     """Folders of part-NNNNNN.zip, such files, or quoted patterns such as 'images/part-0000*.zip'."""
     rewards: str
-    """The scorer; `python -m rewards` lists them."""
+    """The scorer: a name that `python -m rewards` lists, or the folder of a trained one."""
     output_dir: Path
     """Folder to create; unfinished work is in OUTPUT.building."""
-    reward_files: tuple[str, ...] = ()
-    """The scorer's weights on disk, as hpsv1=PATH."""
+    reward_files: Files = ()
     selection: Annotated[Selection, tyro.conf.arg(name="")] = field(default_factory=Selection)
     filters: Annotated[Filters, tyro.conf.arg(name="")] = field(default_factory=Filters)
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
@@ -87,7 +88,7 @@ class Config:
     def __post_init__(self) -> None:
         if not self.data:
             raise ValueError("--data needs a folder of part-NNNNNN.zip, or such files")
-        find_card(self.rewards)
+        parse_names((self.rewards,))
         for name, value, least in (
             ("batch-size", self.batch_size, 1), ("workers", self.workers, 0), ("ray-workers", self.ray_workers, 1),
             ("shown", self.shown, 1),
@@ -98,10 +99,15 @@ class Config:
             raise ValueError("--precision fp16 needs a GPU; use fp32 or bf16")
 
     @property
+    def scorer(self) -> str:
+        """Return the scorer's name."""
+        return parse_names((self.rewards,))[0]
+
+    @property
     def scale(self) -> float:
         """What scores are multiplied by in the softmax."""
-        clip = find_card(self.rewards).clip if self.rewards not in CARDS else None  # one that was trained
-        published = 100.0 if self.rewards in COSINES or (clip and not clip.scaled) else 1.0
+        clip = find_card(self.scorer).clip if self.scorer not in CARDS else None  # one that was trained
+        published = 100.0 if self.scorer in COSINES or (clip and not clip.scaled) else 1.0
         return published if self.selection.scale is None else self.selection.scale
 
 
@@ -157,16 +163,16 @@ class Job:
 def check_inputs(config: Config) -> Job | None:
     """Return the job, whose folder is begun, or None where it is done; ValueError before any weight loads."""
     files = {
-        name: path.absolute() for name, path in parse_files(config.reward_files, (config.rewards,)).items()
+        name: path.absolute() for name, path in parse_files(config.reward_files, (config.scorer,)).items()
     }
-    check_all([config.rewards], files, download=False)
+    check_all([config.scorer], files, download=False)
     data = find_parts(config.data)
     digest, total = survey(data)
     filters = asdict(config.filters)
     if config.filters.metadata is not None:
         filters["metadata"] = sha256_of(config.filters.metadata)
-    weights = scoring.digests([config.rewards], files)
-    scores = {"rewards": config.rewards, "data": digest, "precision": config.precision, "weights": weights}
+    weights = scoring.digests([config.scorer], files)
+    scores = {"rewards": config.scorer, "data": digest, "precision": config.precision, "weights": weights}
     scores |= json.loads(
         json.dumps({name: value for name, value in filters.items() if name != "keep_duplicates"})
     )
@@ -192,7 +198,7 @@ def check_inputs(config: Config) -> Job | None:
 
 def load_scorer(config: Config, job: Job, device: torch.device) -> tuple[list[Scorer], PrepareEntry]:
     """Return the scorer, alone in a list, and what prepares images for it."""
-    scorers = load_all([config.rewards], files=job.files, device=device, dtype=DTYPES[config.precision])
+    scorers = load_all([config.scorer], files=job.files, device=device, dtype=DTYPES[config.precision])
     return scorers, PrepareEntry(data=job.data, unwanted=config.filters)
 
 
@@ -245,7 +251,7 @@ def write_data_set(config: Config, job: Job) -> None:
     """Select, write the data set under a temporary name, and rename it."""
     selected_folder.write_data_set(
         job.building, job.data, config.selection, config.scale,
-        keep_duplicates=config.filters.keep_duplicates, name=config.rewards, shown=config.shown, record=job.record,
+        keep_duplicates=config.filters.keep_duplicates, name=config.scorer, shown=config.shown, record=job.record,
     )  # fmt: skip
     (job.building / selected_folder.FOLDER).rename(config.output_dir)
     shutil.rmtree(job.building)
@@ -260,7 +266,7 @@ def main(config: Config) -> None:
     if job is not None:
         score_remaining_parts(config, job, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         write_data_set(config, job)
-    print(f"{selected_folder.summary_text(config.output_dir)}\n{config.output_dir}")  # noqa: T201
+    show(f"{selected_folder.summary_text(config.output_dir)}\n{config.output_dir}")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from preftune.files import is_leftover, replacing, tidy
 from preftune.images import to_pil
 from preftune.lock import is_lock
 from preftune.one_writer import one_writer
+from preftune.printable import show
 from preftune.prompts import read_prompts
 from preftune.records import write_lines
 from preftune.sampling import Resolved, Sampling, sample
@@ -165,7 +166,7 @@ def main(config: Config) -> None:
         path = config.output_dir / f"part-{part + 1:06d}.zip"
         if not path.is_file():
             write_part(config, family, prompts, part, path)
-    print(f"{len(prompts) * config.images} images of {len(prompts)} prompts: {config.output_dir}")  # noqa: T201
+    show(f"{len(prompts) * config.images} images of {len(prompts)} prompts: {config.output_dir}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ their rankings keep their other images.
 A ranking is rejected if fewer than two images are left, or if the rest is tied only because images were
 lost: a choice whose chosen image is missing says nothing. Images of a rejected ranking may remain in the
 folder. Hardware: one CPU core reads 840 smooth JPEG images of 512 x 512 pixels per second, or 190 WebP
-images. Left out: several processes, and continuing after a kill; the folder gets its name only when it is
+images. A line of a CSV or JSON-lines file that is no row, such as the last of a file that was cut, costs
+itself alone; other files that break off end the program. Left out: several processes, and continuing after a kill; the folder gets its name only when it is
 complete.
 """
 
@@ -34,13 +35,22 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from data_build.decode import ImageEntry, UnusableError, decode, or_unusable
-from data_build.published import Aspect, Layout, PublishedImage, PublishedRanking, SetAside, read_published
+from data_build.decode import ImageEntry, UnusableError, decode, open_zip, or_unusable
+from data_build.published import (
+    Aspect,
+    Layout,
+    PublishedImage,
+    PublishedRanking,
+    Repeats,
+    SetAside,
+    read_published,
+)
 from data_build.readers import DataSet, read_bytes
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import replacing
 from preftune.images import MAX_BYTES
 from preftune.one_writer import one_writer
+from preftune.printable import show
 from preftune.records import check_name, inside, write_jsonl, write_lines
 
 IMAGES = "images"
@@ -61,11 +71,18 @@ class Config:
     aspect: Aspect | None = None
     """Aspect that the ranks of the layout `aspects` use; None = the mean of the four."""
 
+    repeated_ratings: Repeats = "last"
+    """Several ratings of an image by a person, in the layout `ratings`: the last counts, their mean, or refuse = none of
+    that person's ranking of the prompt.
+    """
+
     def __post_init__(self) -> None:
         if not self.input:
             raise ValueError("--input needs at least one file")
         if self.aspect is not None and self.layout != "aspects":
             raise ValueError(f"--aspect is for --layout aspects; {self.layout} has one ranking")
+        if self.repeated_ratings != "last" and self.layout != "ratings":
+            raise ValueError(f"--repeated-ratings is for --layout ratings; {self.layout} has none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +107,14 @@ def check_inputs(config: Config) -> None:
     if config.images is not None and not config.images.is_dir():
         raise ValueError(f"--images {config.images} is no folder")
     for path in config.input:
-        next(read_published(config.layout, path, config.aspect or "mean"), None)
+        next(read_published(config.layout, path, config.aspect or "mean", config.repeated_ratings), None)
 
 
 def published_entries(config: Config) -> Iterator[PublishedRanking | SetAside]:
     """All rankings of all files; a file that breaks off ends the program."""
     with exit_on_user_error():
         for path in config.input:
-            yield from read_published(config.layout, path, config.aspect or "mean")
+            yield from read_published(config.layout, path, config.aspect or "mean", config.repeated_ratings)
 
 
 def ranking_rows(config: Config, work: Work) -> Iterator[dict[str, Any]]:
@@ -118,6 +135,7 @@ def ranking_rows(config: Config, work: Work) -> Iterator[dict[str, Any]]:
             reject(work, entry.place, "only ties left", "the images that differed in rank are lost")
             continue
         untied = sum(a != b for a, b in itertools.combinations(ranks, 2))
+        work.counts.update(repeated_ratings=entry.repeated)
         work.counts.update(rankings=1, untied_pairs=untied, ties=len(ranks) * (len(ranks) - 1) // 2 - untied)
         row: dict[str, Any] = {
             "prompt": entry.prompt,
@@ -214,7 +232,7 @@ def archive_members(archive: Path) -> dict[str, zipfile.ZipInfo | None]:
     None for a name that several have: nothing says which of them is meant.
     """
     found: dict[str, zipfile.ZipInfo | None] = {}
-    with or_unusable("broken file"), zipfile.ZipFile(archive) as file:
+    with or_unusable("broken file"), open_zip(archive) as file:
         for member in file.infolist():
             if not member.is_dir():
                 name = PurePosixPath(member.filename).name
@@ -232,6 +250,8 @@ def write_folder(config: Config, folder: Path) -> dict[str, Any]:
         write_jsonl(folder / "rankings.jsonl", ranking_rows(config, work))
     names = ("rankings", "images", "untied_pairs", "ties")
     counts = {name: work.counts[name] for name in names}
+    if config.layout == "ratings":
+        counts["repeated_ratings"] = work.counts["repeated_ratings"]
     summary = {"layout": config.layout, **counts, "rejected": dict(sorted(work.reasons.items()))}
     write_lines(folder / "summary.json", json.dumps(summary, indent=2).splitlines())
     return summary
@@ -261,7 +281,7 @@ def main(config: Config) -> None:
                     else "nothing"
                 )
                 raise ValueError(f"no ranking is left; set aside: {aside}")
-    print(json.dumps(summary))  # noqa: T201
+    show(json.dumps(summary))
 
 
 if __name__ == "__main__":

@@ -23,11 +23,12 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from data_build.published_rows import (
+    BROKEN,
     PlacedRow,
     SchemaError,
     field,
@@ -58,6 +59,8 @@ Layout = Literal[
 ]
 ASPECTS = ("prompt_following", "aesthetics", "fidelity", "harmlessness")
 Aspect = Literal["mean", "prompt_following", "aesthetics", "fidelity", "harmlessness"]
+Repeats = Literal["last", "mean", "refuse"]
+"""What several ratings of an image by the same person for the same prompt are: the last one, their mean, or a bad row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,8 @@ class PublishedRanking:
     source: str = ""
     """The annotator; empty where it is not known."""
     weight: float = 1.0
+    repeated: int = 0
+    """Ratings of an image by one person beyond the first, which a rule made one (layout `ratings`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,14 +96,19 @@ class SetAside:
     """A row without a ranking."""
 
     place: str
-    reason: Literal["no label", "bad row"]
+    reason: Literal["no label", "bad row", "too few images"]
     detail: str
 
 
+class TooFewImagesError(ValueError):
+    """A ranking of one image, which says nothing."""
+
+
 def read_published(
-    layout: Layout, path: Path, aspect: Aspect = "mean"
+    layout: Layout, path: Path, aspect: Aspect = "mean", repeats: Repeats = "last"
 ) -> Iterator[PublishedRanking | SetAside]:
-    """The rankings of a file, in its order (grouped rows: in that of their first); aspect is for `aspects` alone.
+    """The rankings of a file, in its order (grouped rows: in that of their first); aspect is for `aspects` alone, repeats
+    for `ratings`.
 
     Raises ValueError that names the field where the first row (or group of rows) lacks one or has another type in it, as a
     file of another layout does, and the place where the file is broken. A bad value, and what does not fit later, is
@@ -107,9 +117,15 @@ def read_published(
     rows, judge = LAYOUTS[layout]
     if layout == "aspects":
         judge = functools.partial(_aspects, aspect=aspect)
+    elif layout == "ratings":
+        judge = functools.partial(_ratings, repeats=repeats)
     for number, (place, row) in enumerate(rows(path)):
         try:
+            if BROKEN in row:
+                raise ValueError(row[BROKEN])
             yield from judge(place, row)
+        except TooFewImagesError as error:
+            yield SetAside(place=place, reason="too few images", detail=str(error))
         except ValueError as error:
             if number == 0 and isinstance(error, SchemaError):
                 raise
@@ -126,8 +142,10 @@ def dense(values: Sequence[float]) -> tuple[int, ...]:
 
 
 def _ranking(place: str, row: dict[str, Any]) -> list[PublishedRanking]:
-    _named(row, "generations", place)  # the types first: ranking_fields does not tell them from values
-    _numbers(row, "ranking", place)
+    images = _named(
+        row, "generations", place
+    )  # the types first: ranking_fields does not tell them from values
+    _check_number([image.name for image in images], _numbers(row, "ranking", place), place)
     field(row, "prompt", str, place)
     if "source" in row:
         field(row, "source", str, place)
@@ -226,12 +244,21 @@ def _aspects(place: str, row: dict[str, Any], aspect: Aspect) -> list[PublishedR
     return [_judged(place, text_field(row, "prompt", place), images, dense([-score for score in scores]))]
 
 
-def _ratings(place: str, row: dict[str, Any]) -> list[PublishedRanking]:
-    ranks = dense([-_parsed(one["score"], "score", where) for where, one in row["rows"]])
-    images = [PublishedImage(name=field(one, "image", str, where)) for where, one in row["rows"]]
+def _ratings(place: str, row: dict[str, Any], repeats: Repeats) -> list[PublishedRanking]:
+    scores: dict[str, list[float]] = {}
+    for where, one in row["rows"]:
+        score = _parsed(one["score"], "score", where)
+        scores.setdefault(field(one, "image", str, where), []).append(score)
+    repeated = len(row["rows"]) - len(scores)
+    if repeated and repeats == "refuse":
+        name = next(name for name, found in scores.items() if len(found) > 1)
+        raise ValueError(f"{place}: {name!r} is rated more than once by the same person")
+    values = [statistics.mean(found) if repeats == "mean" else found[-1] for found in scores.values()]
     first = row["rows"][0][1]
-    source = field(first, "rater", str, place)
-    return [_judged(place, text_field(first, "prompt", place), images, ranks, source)]
+    source, prompt = field(first, "rater", str, place), text_field(first, "prompt", place)
+    images = [PublishedImage(name=name) for name in scores]
+    ranking = _judged(place, prompt, images, dense([-value for value in values]), source)
+    return [replace(ranking, repeated=repeated)]
 
 
 # ---------------------------------------------------------------- fields
@@ -247,10 +274,7 @@ def _judged(
 ) -> PublishedRanking:
     """The ranking; ValueError where images and ranks do not belong together, or a text is none."""
     names = [image.name for image in images]
-    if len(names) != len(ranks) or len(names) < 2:
-        raise ValueError(
-            f"{place}: {len(names)} images and {len(ranks)} ranks; there must be one rank each, and two or more"
-        )
+    _check_number(names, ranks, place)
     if len(set(names)) < len(names):
         raise ValueError(f"{place}: {max(names, key=names.count)!r} is there more than once")
     try:
@@ -260,6 +284,16 @@ def _judged(
     return PublishedRanking(
         place=place, prompt=prompt, images=tuple(images), ranks=tuple(ranks), source=source, weight=weight
     )  # fmt: skip
+
+
+def _check_number(names: Sequence[str], ranks: Sequence[float], place: str) -> None:
+    """TooFewImagesError for one image; ValueError for none, or where images and ranks differ in number."""
+    if len(names) == len(ranks) == 1:
+        raise TooFewImagesError(f"{place}: one image, {names[0]!r}; a ranking needs two or more")
+    if len(names) != len(ranks) or not names:
+        raise ValueError(
+            f"{place}: {len(names)} images and {len(ranks)} ranks; there must be one rank each, and two or more"
+        )
 
 
 def _named(row: dict[str, Any], key: str, place: str) -> list[PublishedImage]:

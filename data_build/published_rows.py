@@ -4,7 +4,8 @@ ImageRewardDB.
 A row is (place for messages, object). Files have up to millions of rows, so none is read as a whole. When
 rows must be grouped, only text is kept for all rows, and images are read for one group at a time. Every
 error of a file is a ValueError that names it; a row with other fields than those of the layout is a
-SchemaError.
+SchemaError. In a file of lines, a line that is no row (such as the last of a file that was cut) costs itself alone:
+it is given as {BROKEN: the reason}.
 """
 
 import bisect
@@ -23,18 +24,23 @@ from typing import IO, Any
 import pyarrow
 import pyarrow.parquet
 
+from data_build.decode import open_zip
 from preftune import records
+from rewards.input_files import check_regular
 
 PlacedRow = tuple[str, dict[str, Any]]
 
 CHUNK = 1 << 16
 """Characters of a JSON list that are read at a time."""
 MAX_ROW = 1 << 24
-"""Characters that one element of a JSON list may take."""
+"""Characters that one element of a JSON list, or a line, may take."""
 MAX_JSON = 1 << 26
 """Bytes of the JSON in a zip file."""
 BATCH = 16
 """Rows of a table that are unpacked at a time; they may hold images."""
+
+BROKEN = "broken line"
+"""The one key of what stands for a line that is no row; its value says what is wrong."""
 
 _BETWEEN = re.compile(r"[\s,]*")
 
@@ -66,20 +72,49 @@ def of_json(path: Path) -> Iterator[PlacedRow]:
 
 
 def of_jsonl(path: Path) -> Iterator[PlacedRow]:
-    """The objects of a JSON-lines file; blank lines are passed over."""
+    """The objects of a JSON-lines file; blank lines are passed over. ValueError where the first is not JSON."""
     with _reading(path), path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{path} line {number}", records.parse_object(line, f"{path} line {number}")
+        sound = 0
+        for number, line in enumerate(_lines(file, path), 1):
+            place = f"{path} line {number}"
+            if not line.strip():
+                continue
+            try:
+                row = records.parse_object(line, place)
+            except ValueError as error:
+                if not sound:
+                    raise
+                row = {BROKEN: str(error)}
+            sound += 1
+            yield place, row
 
 
 def of_csv(path: Path, columns: Sequence[str]) -> Iterator[PlacedRow]:
-    """The rows of a CSV file whose first line names its columns; a value that a short row lacks is None."""
+    """The rows of a CSV file whose first line names its columns; a value that a short row lacks is None.
+
+    ValueError for a quote that is never closed, unless it was opened in the last line: all that follows it would be lost.
+    """
     with _reading(path), path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
+        reader = csv.DictReader(_lines(file, path), strict=True)
         _check_columns(path, columns, reader.fieldnames or ())
-        for row in reader:
-            yield f"{path} line {reader.line_num}", row
+        while True:
+            begin = reader.reader.line_num + 1
+            place = f"{path} line {begin}"
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                more = reader.reader.line_num - begin
+                if more > 0:
+                    raise ValueError(
+                        f"{place} is no row of a CSV file, and takes the {more} lines after it along: {error}; close its quote, or"
+                        " remove it"
+                    ) from error
+                row = {BROKEN: f"{place} is no row of a CSV file: {error}"}
+            else:
+                place = f"{path} line {reader.line_num}"
+            yield place, row
 
 
 def of_parquet(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[PlacedRow]:
@@ -97,7 +132,7 @@ def of_parquet(path: Path, columns: Sequence[str], optional: Sequence[str] = ())
 
 def of_archive(path: Path) -> Iterator[PlacedRow]:
     """The objects of the one JSON list in a zip file."""
-    with _reading(path), zipfile.ZipFile(path) as archive:
+    with _reading(path), open_zip(path) as archive:
         lists = [member for member in archive.infolist() if member.filename.endswith(".json")]
         if len(lists) != 1:
             raise ValueError(f"{path} holds {len(lists)} JSON files; a part of ImageRewardDB has one")
@@ -112,14 +147,16 @@ def of_archive(path: Path) -> Iterator[PlacedRow]:
 def grouped(rows: Iterable[PlacedRow], *keys: str) -> Iterator[PlacedRow]:
     """One row {"rows": [rows]} for all that are equal in these fields, wherever they stand, in the order of the first.
 
-    A row that lacks one of them belongs to no other, and stands alone.
+    A row that lacks one of them belongs to no other, and stands alone. A line that is no row stays what it is.
     """
     groups: dict[tuple[str, str], tuple[str, list[PlacedRow]]] = {}
     for place, row in rows:
         values = [row.get(key) for key in keys]
         group = (repr(values), place if None in values else "")
         groups.setdefault(group, (place, []))[1].append((place, row))
-    yield from ((place, {"rows": members}) for place, members in groups.values())
+    for place, members in groups.values():
+        broken = BROKEN in members[0][1]
+        yield place, members[0][1] if broken else {"rows": members}
 
 
 def grouped_of_parquet(path: Path, columns: Sequence[str], key: str, images: str) -> Iterator[PlacedRow]:
@@ -163,6 +200,16 @@ def _cells(table: pyarrow.parquet.ParquetFile, column: str, numbers: Iterable[in
         at = number + 1
 
 
+def _lines(file: IO[str], path: Path) -> Iterator[str]:
+    """The lines of a file, each of a bounded length."""
+    number = 0
+    while line := file.readline(MAX_ROW + 1):
+        number += 1
+        if len(line) > MAX_ROW:
+            raise ValueError(f"{path} line {number} has more than {MAX_ROW} characters")
+        yield line
+
+
 def _elements(file: IO[str], place: str) -> Iterator[PlacedRow]:
     """The objects of a JSON list, parsed one by one."""
     decoder, number = json.JSONDecoder(), 0
@@ -200,6 +247,7 @@ def _check_columns(path: Path, columns: Sequence[str], names: Sequence[str]) -> 
 def _reading(path: Path) -> Iterator[None]:
     """What fails in the block is a fault of the file."""
     try:
+        check_regular(path)
         yield
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error

@@ -6,19 +6,20 @@ the data alone, so that a killed job can continue. `read_bytes` runs later, in o
 unzipped to the disk.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
+from data_build.data_sets import DataSet, find_data_set
 from data_build.decode import (
     BROKEN,
     MAX_RATIO,
@@ -26,12 +27,26 @@ from data_build.decode import (
     ImageEntry,
     UnusableError,
     made_of,
+    open_zip,
     or_unusable,
 )
+from data_build.tars import count_images, tar_entries
+from preftune.image_folders import ImageFolder
 from preftune.images import MAX_BYTES, SUFFIXES
-from preftune.records import check_name, field, inside, parse_object, read_lines
+from preftune.records import (
+    caption_field,
+    captioned_rows,
+    check_name,
+    field,
+    image_field,
+    inside,
+    is_empty,
+    parse_object,
+)
+from rewards import input_files
+from rewards.input_files import MAX_LINE, check_regular, has_surrogate
 
-Kind = Literal["imagefolder", "images", "parquet", "zip"]
+__all__ = ["DataSet", "entries", "find_data_set", "read_bytes", "survey"]
 
 ROWS = 16
 """Rows of a table that are unpacked at a time; arrow holds the page that they are in, at most a row group."""
@@ -39,49 +54,6 @@ MAX_PROMPT = 20_000
 """Characters; tokenisers read a text to its end before they cut it."""
 TAIL = 1 << 18
 """Bytes at the end of an archive or table that tell it from others: its directory, with digests or offsets, is there."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSet:
-    """Images with prompts on the disk; `find_data_set` makes it."""
-
-    root: Path
-    """The folder that names of files are relative to."""
-    kind: Kind
-    sources: tuple[str, ...]
-    """metadata.jsonl, or each image, table or archive, in order."""
-    prompted: bool
-    """Whether an entry without a prompt is set aside."""
-    prompt: str
-    """The prompt of all images of a folder without captions."""
-    image_column: str
-    text_column: str | None
-    """Of tables; without one, prompts are empty."""
-
-
-# ---------------------------------------------------------------- what there is
-
-
-def find_data_set(path: Path, *, prompted: bool, prompt: str, image_column: str, text_column: str) -> DataSet:
-    """Return the data set of a folder or file, recognised from what is there; ValueError says what is wrong with it.
-
-    prompted: a scorer reads the prompts. No image is read, and broken archives and tables are left for later.
-    """
-    root, kind, sources = _recognise(path)
-    if kind == "images" and prompted and not prompt.strip():
-        raise ValueError(
-            f"{path} holds images without captions (no metadata.jsonl), and a scorer reads the prompt; give --prompt,"
-            " or scorers that read none"
-        )
-    if kind != "images" and prompt:
-        raise ValueError(f"--prompt is for images without captions, and {path} has captions; leave it out")
-    columns: tuple[str, ...] = ()
-    if kind == "parquet":
-        columns = _columns(root, sources, image_column, text_column if prompted else None)
-    return DataSet(
-        root=root, kind=kind, sources=sources, prompted=prompted, prompt=prompt, image_column=image_column,
-        text_column=text_column if text_column in columns else None,
-    )  # fmt: skip
 
 
 def survey(data: DataSet) -> tuple[str, int]:
@@ -94,6 +66,9 @@ def survey(data: DataSet) -> tuple[str, int]:
             count += 1
         return digest.hexdigest(), count
     for name in data.sources:
+        if not (data.root / name).is_file():  # a pipe or a device, which is set aside when its turn comes
+            count += 1
+            continue
         with (data.root / name).open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(size - TAIL, 0))
@@ -101,70 +76,14 @@ def survey(data: DataSet) -> tuple[str, int]:
         try:
             if data.kind == "parquet":
                 count += pyarrow.parquet.read_metadata(data.root / name).num_rows
+            elif data.kind == "tar":
+                count += count_images(data.root / name) or 1
             else:
-                with zipfile.ZipFile(data.root / name) as archive:
+                with open_zip(data.root / name) as archive:
                     count += len(archive.namelist()) - 1
         except BROKEN:
             count += 1
     return digest.hexdigest(), count
-
-
-def _recognise(path: Path) -> tuple[Path, Kind, tuple[str, ...]]:
-    """Return the root, the kind and the sources of a data set."""
-    kinds: dict[str, Kind] = {".zip": "zip", ".parquet": "parquet"}
-    if path.is_file():
-        if path.suffix.lower() not in kinds:
-            raise ValueError(f"{path} is a file; data is a folder, a .zip of DiffusionDB or a .parquet table")
-        return path.parent, kinds[path.suffix.lower()], (path.name,)
-    if not path.is_dir():
-        raise ValueError(f"there is no data at {path}")
-    if (path / "metadata.jsonl").is_file():
-        return path, "imagefolder", ("metadata.jsonl",)
-    found = {suffix: tuple(sorted(_names(path, (suffix,), deep=False))) for suffix in kinds}
-    if all(found.values()):
-        raise ValueError(
-            f"{path} holds both .zip and .parquet files; name one of them, or a folder of one kind"
-        )
-    for suffix, kind in kinds.items():
-        if found[suffix]:
-            return path, kind, found[suffix]
-    if images := tuple(sorted(_names(path, SUFFIXES, deep=True))):
-        return path, "images", images
-    raise ValueError(
-        f"{path} is no data set: it has no metadata.jsonl, .zip or .parquet, and no images ({', '.join(SUFFIXES)})"
-    )
-
-
-def _names(folder: Path, suffixes: tuple[str, ...], *, deep: bool) -> Iterator[str]:
-    """The files with these endings, relative to the folder; hidden files and folders are passed over."""
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if deep and not name.startswith(".")]
-        for name in files:
-            if name.lower().endswith(suffixes) and not name.startswith("."):
-                yield (Path(place) / name).relative_to(folder).as_posix()
-
-
-def _columns(root: Path, sources: tuple[str, ...], image: str, text: str | None) -> tuple[str, ...]:
-    """Return the columns of the first table that can be read; ValueError where one that is needed is missing or of no
-    use.
-    """
-    for name in sources:
-        try:
-            schema = pyarrow.parquet.read_schema(root / name)
-        except BROKEN:
-            continue  # set aside when its turn comes
-        for column, flag in ((image, "--image-column"), (text, "--text-column")):
-            if column is not None and column not in schema.names:
-                raise ValueError(
-                    f"{root / name} has no column {column}; name one of {', '.join(schema.names)} with {flag}"
-                )
-        kind = value = schema.field(image).type
-        if pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-            value = kind.field("bytes").type
-        if not (pyarrow.types.is_binary(value) or pyarrow.types.is_large_binary(value)):
-            raise ValueError(f"column {image} of {root / name} holds {kind}, not images; see --image-column")
-        return tuple(schema.names)
-    return ()
 
 
 # ---------------------------------------------------------------- listing
@@ -177,6 +96,7 @@ def entries(data: DataSet, source: int = 0, start: int = 0) -> Iterator[tuple[in
         "images": _of_image,
         "parquet": _of_table,
         "zip": _of_archive,
+        "tar": _of_tar,
     }
     for index in range(source, len(data.sources)):
         for number, entry in listers[data.kind](data, data.sources[index], start):
@@ -188,7 +108,7 @@ def _with_prompt(entry: Entry, *, prompted: bool) -> Entry:
     """The entry, set aside where its prompt is no text, or is needed and empty."""
     if not isinstance(entry, ImageEntry):
         return entry
-    if any("\ud800" <= letter <= "\udfff" for letter in entry.text):
+    if has_surrogate(entry.text):
         why = UnusableError(
             "bad metadata", "the prompt holds half of a surrogate pair, which is no character"
         )
@@ -207,40 +127,69 @@ def _of_image(data: DataSet, name: str, start: int) -> Iterator[tuple[int, Entry
     """The one entry of an image without a caption."""
     if start == 0:
         try:
-            _locate(data.root, name, "the folder")
+            _locate(data.root, name, "the folder")  # it was listed, and is there
             yield 0, ImageEntry(file=name, member="", text=data.prompt)
         except UnusableError as unusable:
             yield 0, unusable.of(name)
 
 
 def _of_imagefolder(data: DataSet, name: str, start: int) -> Iterator[tuple[int, Entry]]:
-    """The lines of metadata.jsonl."""
-    lines = read_lines(data.root / name)
-    for number in range(start, len(lines)):
-        place = f"line {number + 1}"
-        where = (name, place)  # until the image's name is known
+    """The rows of a table of metadata, or images beside their captions."""
+    assert data.folder is not None, "an imagefolder has captions"
+    table = data.folder.table
+    for number, (place, row) in enumerate(captioned_rows(data.folder, data.columns)):
+        if number < start:
+            continue
+        place = place.removeprefix(f"{table} ")
+        where = (name, place) if table is not None else (place, "")  # until the image's name is known
         try:
             with or_unusable("bad metadata"):
-                row = parse_object(lines[number][1], place)
-                file = field(row, "file_name", str, place)
+                if isinstance(row, ValueError):
+                    raise UnusableError("bad metadata", str(row).removeprefix(f"{table} "))
+                file = field(row, image_field(row, data.columns, place), str, place)
             where = (file, "")
-            _locate(data.root, file, place)
+            file = _located(data.folder, file, place)
             with or_unusable("bad metadata"):
-                text = field(row, "text", str, place) if data.prompted or "text" in row else ""
+                text = _text(row, data, place)
             yield number, ImageEntry(file=file, member="", text=text)
         except UnusableError as unusable:
             yield number, unusable.of(*where)
 
 
+def _text(row: dict[str, Any], data: DataSet, place: str) -> str:
+    """The caption of a row, '' where it has none; ValueError where it is no text, or the field is missing and needed."""
+    try:
+        name = caption_field(row, data.columns, place)
+    except ValueError:
+        if data.prompted:
+            raise
+        return ""
+    if is_empty(row[name]):
+        return ""
+    text: str = field(row, name, str, place)
+    return text
+
+
+def _located(folder: ImageFolder, name: str, place: str) -> str:
+    """The file that a row names, relative to the root; UnusableError unless it is below the root."""
+    for candidate in folder.candidates(name):
+        with contextlib.suppress(FileNotFoundError):
+            _locate(folder.root, candidate, place)
+            return candidate
+    raise UnusableError("missing", f"{place}: {name!r} does not exist")
+
+
 def _locate(root: Path, name: str, place: str) -> None:
-    """Raise UnusableError unless a name is that of a file below the root."""
+    """Raise UnusableError unless a name is that of a file below the root; FileNotFoundError where there is none."""
     with or_unusable("unsafe name"):
         check_name(name, place)
         name.encode()  # a file system may hold names that are no text
         if os.path.isfile(root / name):
             inside(root, name, place)
             return
-    raise UnusableError("missing", f"{place}: {name!r} does not exist")
+    if os.path.exists(root / name):
+        raise UnusableError("missing", f"{place}: {name!r} is no file")
+    raise FileNotFoundError(name)
 
 
 def _of_table(data: DataSet, name: str, start: int) -> Iterator[tuple[int, Entry]]:
@@ -248,6 +197,7 @@ def _of_table(data: DataSet, name: str, start: int) -> Iterator[tuple[int, Entry
     columns = [column for column in (data.image_column, data.text_column) if column is not None]
     try:
         with or_unusable("broken file"):
+            check_regular(data.root / name)
             table = pyarrow.parquet.ParquetFile(data.root / name, pre_buffer=False, buffer_size=1 << 20)
             groups = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
             if lacking := set(columns) - set(table.schema_arrow.names):
@@ -290,10 +240,15 @@ def _row(data: DataSet, name: str, number: int, batch: pyarrow.RecordBatch, row:
         return unusable.of(name, str(number))
 
 
+def _of_tar(data: DataSet, name: str, start: int) -> Iterator[tuple[int, Entry]]:
+    """The samples of a webdataset archive."""
+    yield from tar_entries(data.root / name, name, data.columns, start)
+
+
 def _of_archive(data: DataSet, name: str, start: int) -> Iterator[tuple[int, Entry]]:
     """The images of a zip file in its order, then those that only its JSON knows."""
     try:
-        with or_unusable("broken file"), zipfile.ZipFile(data.root / name) as archive:
+        with or_unusable("broken file"), open_zip(data.root / name) as archive:
             members = [member for member in archive.infolist() if not member.is_dir()]
             notes = _notes(archive, members)
     except UnusableError as unusable:
@@ -314,6 +269,8 @@ def _notes(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo]) -> dict[str
         raise UnusableError(
             "bad metadata", f"{len(files)} JSON files among {len(members)} members; there must be one"
         )
+    if files[0].file_size > MAX_LINE:
+        raise UnusableError("bad metadata", f"{files[0].file_size} bytes of JSON; at most {MAX_LINE}")
     _check_size(files[0])
     with or_unusable("bad metadata"):
         return parse_object(_unpacked(archive, files[0]).decode(), files[0].filename)
@@ -332,7 +289,7 @@ def _member(file: str, member: zipfile.ZipInfo, notes: dict[str, Any], *, repeat
         _check_size(member)
         with or_unusable("bad metadata"):
             note = field(notes, name, dict, "the archive's JSON")
-            text = field(note, "p", str, name)
+            text = "" if is_empty(note.get("p", 0)) else field(note, "p", str, name)
         return ImageEntry(file=file, member=name, text=text, made=made_of(note))
     except UnusableError as unusable:
         return unusable.of(file, name)
@@ -366,8 +323,9 @@ def read_bytes(data: DataSet, image: ImageEntry) -> bytes:
     if image.content is not None:
         return image.content
     path = data.root / image.file
-    if image.member and data.kind == "parquet":
-        _, again = next(_of_table(data, image.file, int(image.member)), (0, None))
+    if image.member and data.kind in ("parquet", "tar"):
+        lister = _of_table if data.kind == "parquet" else _of_tar
+        _, again = next(lister(data, image.file, int(image.member)), (0, None))
         if not isinstance(again, ImageEntry) or again.content is None:
             raise UnusableError("broken file", f"row {image.member} can no longer be read")
         return again.content
@@ -377,10 +335,10 @@ def read_bytes(data: DataSet, image: ImageEntry) -> bytes:
             return _unpacked(archive, archive.getinfo(image.member))
         if (size := path.stat().st_size) > MAX_BYTES:
             raise UnusableError("too large", f"{size} bytes; at most {MAX_BYTES}")
-        return path.read_bytes()
+        return input_files.read_bytes(path, MAX_BYTES)
 
 
 @functools.lru_cache(maxsize=1)
 def _open(path: Path) -> zipfile.ZipFile:
     """An archive that stays open while its images are read, in each process."""
-    return zipfile.ZipFile(path)
+    return open_zip(path)

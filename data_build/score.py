@@ -1,11 +1,13 @@
 """Score the images of a data set with several scorers in one pass: a table, statistics, and the best and
 worst images.
 
-The kind of data is detected: an imagefolder (metadata.jsonl with file_name and text), a folder of images
-without captions, a parquet table or a folder of them, a zip file of DiffusionDB or a folder of them. Worker
+The kind of data is detected: captioned images (metadata.jsonl or .csv with file_name and text, or a .txt file
+beside each image), a folder of images without captions, a parquet table or a folder of them, a zip file of
+DiffusionDB or a folder of them. Worker
 processes read and decode each image once and preprocess it once for all scorers with the same
 preprocessing; scorers with the same image tower share it. Images that cannot be scored are rejected with
-the reason and counted. If a job is killed and started again with the same flags, it continues where it was
+the reason and counted; where none can be scored the program ends with exit code 2. Images are turned as their
+EXIF data say. If a job is killed and started again with the same flags, it continues where it was
 and writes the same files. score_folder.py describes the output.
 
     python data_build/score.py --data data/shapes --rewards imagereward-tiny shapes --output-dir scored/shapes
@@ -30,9 +32,13 @@ from data_build.scoring import DTYPES, Batch, PrepareEntry, digests
 from preftune import lock
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import tidy_beside
+from preftune.image_folders import describe_passed_over
+from preftune.notes import say
 from preftune.one_writer import one_writer
-from rewards import CARDS, Scorer, check_all, find_card
-from rewards.mix import parse_files
+from preftune.printable import show
+from preftune.scorer_flags import Files, Measured
+from rewards import Scorer, check_all, find_card
+from rewards.mix import parse_files, parse_names
 from rewards.shared_towers import load_all
 
 
@@ -42,18 +48,17 @@ class Config:
 
     data: Path
     """Imagefolder, folder of images, parquet table, DiffusionDB zip, or a folder of tables or zips."""
-    rewards: tuple[str, ...]
-    """Scorers, a column each; `python -m rewards` lists them."""
+    rewards: Measured
     output_dir: Path
     """Folder to create, or the folder of the same, unfinished job."""
-    reward_files: tuple[str, ...] = ()
-    """Local weights of scorers, as imagereward=PATH; default: this repository or the Hugging Face cache."""
+    reward_files: Files = ()
     prompt: str = ""
     """The prompt of all images of a folder without captions."""
-    image_column: str = "image"
-    """Column of parquet tables: encoded images, or structs of bytes and path."""
-    text_column: str = "text"
-    """Column of parquet tables: the prompts."""
+    image_column: str | None = None
+    """Column with the images of a parquet table, or with their file names in metadata.jsonl and .csv; None = the usual names.
+    """
+    caption_column: str | None = None
+    """Column with the prompts; None = the first of text, prompt and caption."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Precision of the scorers' towers; scores are float32."""
     batch_size: int = 32
@@ -68,8 +73,7 @@ class Config:
     """Also write the scores into the imagefolder's metadata.jsonl."""
 
     def __post_init__(self) -> None:
-        if not self.rewards or len(set(self.rewards)) != len(self.rewards):
-            raise ValueError(f"--rewards must name scorers, each once; one of {', '.join(CARDS)}")
+        self.names()
         for name, value, least in (
             ("batch-size", self.batch_size, 1), ("chunk", self.chunk, 1), ("workers", self.workers, 0), ("best", self.best, 0),
         ):  # fmt: skip
@@ -77,6 +81,10 @@ class Config:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
         if self.precision == "fp16" and not torch.cuda.is_available():
             raise ValueError("--precision fp16 needs a GPU; use fp32 or bf16")
+
+    def names(self) -> tuple[str, ...]:
+        """Return the scorers, a column each."""
+        return parse_names(self.rewards)
 
 
 def batches(data: DataSet, place: tuple[int, int], size: int, chunk: int) -> Iterator[Batch]:
@@ -98,27 +106,27 @@ def check_inputs(config: Config) -> tuple[DataSet, int, dict[str, Path]]:
 
     ValueError before any weight loads.
     """
-    files = parse_files(config.reward_files, config.rewards)
-    check_all(config.rewards, files, download=False)
+    files = parse_files(config.reward_files, config.names())
+    check_all(config.names(), files, download=False)
     data = find_data_set(
         config.data,
-        prompted=any(find_card(name).prompted for name in config.rewards),
+        prompted=any(find_card(name).prompted for name in config.names()),
         prompt=config.prompt,
         image_column=config.image_column,
-        text_column=config.text_column,
+        text_column=config.caption_column,
     )
     if config.data.is_dir() and config.output_dir.resolve().is_relative_to(config.data.resolve()):
         raise ValueError(f"--output-dir {config.output_dir} lies in the data set; choose a folder beside it")
-    if config.add_to_metadata and data.kind != "imagefolder":
+    if config.add_to_metadata and not data.sources[0].endswith("metadata.jsonl"):
         raise ValueError(f"--add-to-metadata needs a metadata.jsonl, and {config.data} has none")
     digest, total = survey(data)
     if not total:
         raise ValueError(f"{config.data} holds no images")
-    weights = digests(config.rewards, files)
-    names = ("precision", "prompt", "image_column", "text_column", "chunk")
+    weights = digests(config.names(), files)
+    names = ("precision", "prompt", "image_column", "caption_column", "chunk")
     settings = {name: getattr(config, name) for name in names}
     score_folder.begin_job(
-        config.output_dir, {"rewards": list(config.rewards), "data": digest, **settings, "weights": weights}
+        config.output_dir, {"rewards": list(config.names()), "data": digest, **settings, "weights": weights}
     )
     return data, total, files
 
@@ -144,20 +152,24 @@ def main(config: Config) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with exit_on_user_error():
         data, total, files = check_inputs(config)
+    if words := describe_passed_over(data.passed_over):
+        say(f"{config.data}: {words}")
     if not score_folder.is_complete(config.output_dir):
         with exit_on_user_error():
             dtype = DTYPES[config.precision]
-            scorers = load_all(config.rewards, files=files, device=device, dtype=dtype)
+            scorers = load_all(config.names(), files=files, device=device, dtype=dtype)
         score_rest(config, data, total, scorers, device)
-        score_folder.write_results(config.output_dir, data, config.rewards, config.best)
+        score_folder.write_results(config.output_dir, data, config.names(), config.best)
     score_folder.remove_chunks(config.output_dir)
     if config.add_to_metadata:
         with exit_on_user_error():
             lock.acquire(data.root)  # other jobs may score the same data set
         tidy_beside(data.root / "metadata.jsonl")
-        score_folder.add_to_metadata(config.output_dir, data, config.rewards)
+        score_folder.add_to_metadata(config.output_dir, data, config.names())
         lock.release(data.root)
-    print(f"{score_folder.summary_text(config.output_dir)}\n{config.output_dir}")  # noqa: T201
+    show(f"{score_folder.summary_text(config.output_dir)}\n{config.output_dir}")
+    with exit_on_user_error():
+        score_folder.check_any_scored(config.output_dir, config.data)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_build.decode import ImageEntry, decode
-from data_build.readers import DataSet, read_bytes
+from data_build.decode import ImageEntry, decode, upright
+from data_build.readers import DataSet, entries, read_bytes
 from preftune.files import is_leftover, replacing, tidy
 from preftune.grid import captioned_grid
 from preftune.images import save_image, to_pil
@@ -89,6 +89,8 @@ def write_results(folder: Path, data: DataSet, names: Sequence[str], best: int) 
         folder / "rejected.jsonl", (row for rows in chunk_rows(folder) for row in rows if "reason" in row)
     )
     summary = summarise(folder, names)
+    if turned := sum("turned" in row for rows in chunk_rows(folder) for row in rows):
+        summary["exif_turned"] = turned
     if best and summary["count"]:
         save_image(_best_worst(table, data, names, best), folder / "best_worst.png")
     write_lines(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False).splitlines())
@@ -122,32 +124,48 @@ def summary_text(folder: Path) -> str:
     rows += [(name, *(f"{row[head]:.4g}" for head in heads)) for name, row in summary["scores"].items()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    rejected = summary["rejected"]
+    rejected, turned = summary["rejected"], summary.get("exif_turned", 0)
     reasons = ", ".join(f"{number} {reason}" for reason, number in rejected.items())
     return "\n".join(
         [
             *lines,
-            f"{summary['count']} scored, {sum(rejected.values())} set aside{f': {reasons}' if reasons else ''}",
+            f"{summary['count']} scored, {sum(rejected.values())} set aside{f': {reasons}' if reasons else ''}"
+            + (f"; {turned} turned as their EXIF data say" if turned else ""),
         ]
     )
 
 
+def check_any_scored(folder: Path, data: Path) -> None:
+    """Raise ValueError where a complete job has scored no image, with the reason of the first."""
+    if json.loads((folder / "summary.json").read_text(encoding="utf-8"))["count"]:
+        return
+    rejected = read_jsonl(folder / "rejected.jsonl")
+    first = rejected[0]
+    where = " ".join(part for part in (first["file"], first["member"]) if part)
+    raise ValueError(
+        f"no image of {data} was scored, {len(rejected)} set aside; the first: {where}: {first['reason']}, {first['detail']};"
+        f" all are listed in {folder / 'rejected.jsonl'}"
+    )
+
+
 def add_to_metadata(folder: Path, data: DataSet, names: Sequence[str]) -> None:
-    """Write the scores into the metadata.jsonl of an imagefolder; lines that were set aside stay as they are."""
+    """Write the scores into the metadata.jsonl of an imagefolder; lines that were set aside stay as they are, and NaN where
+    Python or pandas wrote it.
+    """
     table = pyarrow.parquet.read_table(folder / "scores.parquet")
     keys = zip(table.column("file").to_pylist(), table.column("text").to_pylist(), strict=True)
     values = zip(*(table.column(name).to_pylist() for name in names), strict=True)
     known = dict(zip(keys, values, strict=True))
-    path, lines = data.root / "metadata.jsonl", []
+    path, lines = data.root / data.sources[0], []
+    listed = entries(data)
     for place, line in read_lines(path):
-        try:
-            row = parse_object(line, place)
-            scores = known[row["file_name"], row.get("text", "")]
-        except (ValueError, LookupError, TypeError):
+        entry = next(listed)[2] if line.strip() else None  # entries are the lines that are not blank
+        scores = known.get((entry.file, entry.text)) if isinstance(entry, ImageEntry) else None
+        if scores is None:
             lines.append(line)
         else:
-            row |= dict(zip(names, scores, strict=True))
-            lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False))
+            row = parse_object(line, place) | dict(zip(names, scores, strict=True))
+            lines.append(json.dumps(row, ensure_ascii=False))
     write_lines(path, lines)
 
 
@@ -179,7 +197,7 @@ def _best_worst(table: Path, data: DataSet, names: Sequence[str], most: int) -> 
 def _thumbnail(data: DataSet, row: ScoreRow) -> Image.Image:
     """A small copy of the image of a row, as scorers see it."""
     entry = ImageEntry(file=row["file"], member=row["member"], text=row["text"])
-    image = to_pil(from_pil(decode(read_bytes(data, entry))))
+    image = to_pil(from_pil(upright(decode(read_bytes(data, entry)))[0]))
     image.thumbnail((CELL, CELL))
     return image
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 import rewards
 from data_build import score_folder
-from data_build.decode import Entry, Filtered, ImageEntry, UnusableError, decode, or_unusable
+from data_build.decode import Entry, Filtered, ImageEntry, UnusableError, decode, or_unusable, upright
 from data_build.readers import DataSet, read_bytes
 from data_build.score_folder import ScoreRow
 from preftune.score_files import ScoredItem, View, prepared_view, score_files
@@ -56,12 +56,12 @@ class PrepareEntry:
         if not isinstance(entry, ImageEntry):
             return entry, []
         try:
-            image = decode(read_bytes(self.data, entry))
+            image, turned = upright(decode(read_bytes(self.data, entry)))
             with or_unusable("undecodable"):
                 filtered = self.unwanted(image) if self.unwanted is not None else None
                 if filtered is not None:
                     return Filtered(file=entry.file, member=entry.member, filter=filtered), []
-                return replace(entry, content=None, size=image.size), [
+                return replace(entry, content=None, size=image.size, turned=turned), [
                     prepared_view(image, entry.text, rules)
                 ]
         except UnusableError as unusable:
@@ -86,7 +86,8 @@ def score_row(scored: ScoredItem[Entry], scorers: Sequence[Scorer]) -> ScoreRow:
                 " the image, and at --precision"
             )
     row = {"file": image.file, "member": image.member, "text": image.text, "scores": scores}
-    return row | ({"made": [*image.made, *(image.size or ())]} if image.made else {})
+    row |= {"made": [*image.made, *(image.size or ())]} if image.made else {}
+    return row | ({"turned": True} if image.turned else {})
 
 
 def score_batches(

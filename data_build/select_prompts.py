@@ -45,6 +45,7 @@ from preftune import seeds
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import replacing
 from preftune.one_writer import one_writer
+from preftune.printable import show
 from preftune.prompts import read_rows
 from preftune.records import write_jsonl, write_lines
 
@@ -277,7 +278,7 @@ def main(config: Config) -> None:
     with replacing(config.output_dir) as partial:
         write_jsonl(partial / "prompts.jsonl", rows)
         write_lines(partial / "summary.json", json.dumps(summary, indent=2).splitlines())
-    print(f"{json.dumps(summary)}\n{config.output_dir}")  # noqa: T201
+    show(f"{json.dumps(summary)}\n{config.output_dir}")
 
 
 if __name__ == "__main__":

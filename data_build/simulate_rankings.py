@@ -35,6 +35,7 @@ from preftune.cli import exit_on_user_error, parse
 from preftune.files import replacing, write_text
 from preftune.images import load_pixels, to_pil
 from preftune.one_writer import one_writer
+from preftune.printable import show
 from preftune.records import write_jsonl
 from preftune.sampling import Sampling, sample
 from rewards.shapes import SIZE, Scene, judge
@@ -162,7 +163,7 @@ def main(config: Config) -> None:
         else:
             write_generated(config, config.model, folder)
         summary = write_rankings(config, folder)
-    print(json.dumps(summary))  # noqa: T201
+    show(json.dumps(summary))
 
 
 def write_rankings(config: Config, folder: Path) -> dict[str, float]:

@@ -11,7 +11,7 @@ that updates were computed on. NAME=OTHER@UPDATES is not trained but is the chec
 after this many updates, for example RAFT after its first iteration.
 
     python eval/compare_methods.py --methods "refl=finetune/refl.py --config refl.yaml" "weird=finetune/weird_lora.py --config weird.yaml" \
-        --negatives "weird=Weird image. " --model SD_FOLDER --prompts held_out.txt --rewards imagereward=1 hpsv2.1=1
+        --negatives "weird=Weird image. " --model SD_FOLDER --prompts held_out.txt --rewards imagereward hpsv2.1
 
 Win rate is wins / (wins + losses), as in the paper. Intervals are 95 % bootstrap intervals over prompts
 with all seeds pooled; a single prompt has none. In the shapes world, `shapes` is the gold score that no
@@ -43,10 +43,12 @@ from preftune.files import tidy, write_text
 from preftune.grid import captioned_grid
 from preftune.images import save_image
 from preftune.one_writer import one_writer
+from preftune.printable import show
 from preftune.prompts import read_prompts
 from preftune.records import read_jsonl
 from preftune.sampling import Resolved, Sampling
-from rewards.mix import parse_files, parse_weights
+from preftune.scorer_flags import Files, Measured
+from rewards.mix import parse_files, parse_names
 from rewards.shared_towers import load_all
 
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
@@ -69,12 +71,8 @@ class Config:
     """Maximum number of prompts, from the start of the file."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Training seeds, one run per method and seed; prompt i is always generated with seed i."""
-    rewards: tuple[str, ...] = ("imagereward-tiny=1.0", "shapes=1.0")
-    """Scorers for evaluation: NAME=WEIGHT, as hpsv2=1; NAME may be the folder of a trained scorer. Weights
-    have no effect here.
-    """
-    reward_files: tuple[str, ...] = ()
-    """Weights of scorers on disk, as imagereward=PATH."""
+    rewards: Measured = ("imagereward-tiny", "shapes")
+    reward_files: Files = ()
     negatives: tuple[str, ...] = ()
     """NAME=TEXT: negative prompt of a method, as "weird=Weird image. "; base=TEXT gives the base one."""
     grid_rows: int = 6
@@ -114,7 +112,11 @@ class Config:
                     f"method {name} is a checkpoint of {other}, which is no method that is trained; there are"
                     f" {', '.join(self.commands()) or 'none'}"
                 )
-        parse_files(self.reward_files, parse_weights(self.rewards))
+        self.files()
+
+    def files(self) -> dict[str, Path]:
+        """Return scorer name -> weights on disk."""
+        return parse_files(self.reward_files, parse_names(self.rewards))
 
     def commands(self) -> dict[str, list[str]]:
         """Return name -> driver and flags of the methods that are trained."""
@@ -139,9 +141,7 @@ def check_inputs(config: Config) -> tuple[list[str], Resolved]:
     sampling = config.sample.resolved(families.check(config.model))
     check_commands(config.commands(), taken=["--model"])
     prompts = read_prompts(config.prompts)[: config.count]
-    weights = parse_weights(config.rewards)
-    files = parse_files(config.reward_files, weights)
-    check_scorers(weights, files, prompts, sampling.resolution, config.prompts)
+    check_scorers(parse_names(config.rewards), config.files(), prompts, sampling.resolution, config.prompts)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     tidy(config.output_dir / "runs")
     return prompts, sampling
@@ -220,16 +220,15 @@ def main(config: Config) -> int:
             | {BASE: negatives.get(BASE, "")},
         )
         missing = missing_columns(request, overwrite=config.overwrite_output_dir)
-        weights = parse_weights(config.rewards)
-        files = parse_files(config.reward_files, weights)
-        scorers = load_all(list(weights), files=files, device=device, dtype=torch.float32)
+        scored_by = parse_names(config.rewards)
+        scorers = load_all(scored_by, files=config.files(), device=device, dtype=torch.float32)
     generate(request, missing, device)
     with exit_on_user_error():
         scored = score_generated(request, scorers, device, workers=config.workers)
     scores = {BASE: np.stack([scored[BASE]] * len(config.seeds))}
     scores |= {name: np.stack([scored[f"{name}-{seed}"] for seed in config.seeds]) for name in config.names()}
-    rows = method_table(scores, list(weights), images_by_method(config, runs))
-    write_report(config, rows, scores, list(weights), request)
+    rows = method_table(scores, scored_by, images_by_method(config, runs))
+    write_report(config, rows, scores, scored_by, request)
     return 0
 
 
@@ -257,7 +256,7 @@ def write_report(
         inlined={name: base64_of(folder / name) for name in ("wins.png", "grid.png")},
     )
     write_text(folder / "report.html", page)
-    print(f"{to_text(rows)}\n{folder / 'report.html'}")  # noqa: T201
+    show(f"{to_text(rows)}\n{folder / 'report.html'}")
 
 
 def grid_of(

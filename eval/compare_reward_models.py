@@ -66,6 +66,7 @@ from preftune.cli import exit_on_user_error, parse
 from preftune.files import tidy, write_text
 from preftune.images import save_figure
 from preftune.one_writer import one_writer
+from preftune.printable import show
 from preftune.records import write_jsonl
 from rewards.shapes import in_world
 
@@ -246,7 +247,7 @@ def check_inputs(config: Config) -> dict[str, HeldOut]:
     tidy(config.output_dir, config.output_dir / "runs")
     write_rejected(held_out, config.output_dir)
     for data, held in held_out.items():
-        print(f"{data}: {summary_of(held)}", flush=True)  # noqa: T201
+        show(f"{data}: {summary_of(held)}")
     return held_out
 
 
@@ -351,7 +352,7 @@ def main(config: Config) -> int:
         *(f"{data}: {summary_of(held)}" for data, held in held_out.items()),
         config.output_dir / "accuracy.png",
     ]
-    print(to_text(tables), *ends, sep="\n")  # noqa: T201
+    show("\n".join([to_text(tables), *map(str, ends)]))
     return 0
 
 

@@ -6,10 +6,12 @@ WHAT is empty (the model itself), a LoRA folder, a run's folder, a UNet folder o
 FOLDER@0.5 applies a LoRA with scale 0.5. Written into --output-dir:
 
     images/TITLE/   the images of a column, their prompts and seeds; reused when run again (eval/generated.py)
-    index.html      all images as thumbnails linked to their files, scores, means per column, and win rate against the first
+    index.html      all images as thumbnails linked to their files, scores (several scorers also give the sum by their
+                    weights; --rewards without a value scores nothing), means per column, and win rate against the first
                     column
     thumbnails/     the small images of the page
     grid.png        the first --grid-rows rows
+    grid.json       what they show; a page and a grid of something else are not overwritten without being told to
 
     python eval/grid.py --columns base= tuned=runs/refl-tiny half=runs/refl-tiny@0.5 --guidance-scale 3 --num-inference-steps 25
     python eval/grid.py --model SD_FOLDER --columns base= tuned=runs/refl --prompts refl_data.json --rewards imagereward=1
@@ -22,9 +24,9 @@ too few images for conclusions.
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,20 +36,24 @@ from PIL import Image
 from eval.generated import Request, generate, missing_columns, score_generated
 from eval.models import Column, check_scorers, parse_column, split_term
 from eval.pages import render
+from eval.report_folder import check_report, write_record
 from preftune import families
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import replacing, tidy, write_text
 from preftune.grid import captioned_grid
-from preftune.images import save_image, thumbnail
+from preftune.images import opened, save_image, thumbnail
 from preftune.one_writer import one_writer
+from preftune.printable import show
 from preftune.prompts import read_prompts
 from preftune.sampling import Resolved, Sampling
-from preftune.solvers import SolverName
+from preftune.scorer_flags import Files, Weighted
 from rewards.mix import parse_files, parse_weights
 from rewards.shared_towers import load_all
 
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
 IMAGES, THUMBNAILS = "images", "thumbnails"
+REPORT, RECORD = ("grid.png", "index.html"), "grid.json"
+"""What is written beside the images, and the file that says what it is of."""
 THUMBNAIL_SIZE = 320
 """Pixels of the longer side of an image on the page; smaller images are shown themselves."""
 
@@ -71,25 +77,13 @@ class Config:
     """Images per prompt, one row each."""
     seed: int = 0
     """Image k of prompt i has the seed seed + i * num_images_per_prompt + k."""
-    rewards: tuple[str, ...] = ("imagereward-tiny=1.0", "shapes=1.0")
-    """Scorers with weights; several also give a weighted sum. `--rewards` without a value disables scoring.
-    """
-    reward_files: tuple[str, ...] = ()
-    """Local weights of scorers, as imagereward=PATH; default: this repository or the Hugging Face cache."""
+    rewards: Weighted = ("imagereward-tiny=1.0", "shapes=1.0")
+    reward_files: Files = ()
     negative: str = ""
     """Negative prompt, such as "Weird image. "."""
     negative_columns: tuple[str, ...] = ()
     """Titles of the columns that use --negative; none = all."""
-    guidance_scale: float | None = None
-    """Classifier-free guidance scale; 1 or less = none; None = the default of --model's family, 7.5 for Stable Diffusion."""
-    num_inference_steps: int | None = None
-    """Denoising steps; None = the default of --model's family."""
-    solver: SolverName | None = None
-    """Solver (scheduler); None = the default of --model's family."""
-    resolution: str | None = None
-    """Pixels: 512, or width x height as 768x512; None = the resolution of --model."""
-    batch_size: int = 8
-    """Images per forward pass; affects speed, not the images."""
+    sample: Sampling = field(default_factory=Sampling)
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Precision of the models; scorers stay in fp32."""
     workers: int = 2
@@ -99,7 +93,7 @@ class Config:
     output_dir: Path = Path("grid")
     """Folder of the images, the page and grid.png."""
     overwrite_output_dir: bool = False
-    """Replace images generated with other weights, prompts, seeds or settings."""
+    """Replace images generated with other weights, prompts, seeds or settings, and a page and grid.png of others."""
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -113,9 +107,10 @@ class Config:
         titles = [split_term(term)[0] for term in self.columns]
         if repeated := {title for title in titles if titles.count(title) > 1}:
             raise ValueError(f"--columns repeats the title {min(repeated)}; give each column another")
-        if self.negative and self.guidance_scale is not None and self.guidance_scale <= 1:
+        scale = self.sample.guidance_scale
+        if self.negative and scale is not None and scale <= 1:
             raise ValueError(
-                f"--negative does nothing at --guidance-scale {self.guidance_scale:g}; choose another, such as 3"
+                f"--negative does nothing at --sample.guidance-scale {scale:g}; choose another, such as 3"
             )
         if unknown := set(self.negative_columns) - set(titles if self.negative else ()):
             raise ValueError(
@@ -124,20 +119,6 @@ class Config:
         if self.precision == "fp16" and not torch.cuda.is_available():
             raise ValueError("--precision fp16 needs a GPU; use fp32 or bf16")
         self.weights()
-        self.sampling()
-
-    def sampling(self) -> Sampling:
-        """Return how to sample."""
-        try:
-            return Sampling(
-                num_inference_steps=self.num_inference_steps,
-                guidance_scale=self.guidance_scale,
-                solver=self.solver,
-                resolution=self.resolution,
-                batch_size=self.batch_size,
-            )
-        except ValueError as error:
-            raise ValueError(str(error).replace("--sample.", "--")) from error
 
     def weights(self) -> dict[str, float]:
         """Return scorer name -> weight."""
@@ -186,10 +167,10 @@ class Sheet:
 
 def check_inputs(config: Config) -> Request:
     """Return what to generate; ValueError before any weight loads."""
-    sampling = config.sampling().resolved(families.check(config.model, config.vae))
+    sampling = config.sample.resolved(families.check(config.model, config.vae))
     columns = [parse_column(term, config.model) for term in config.columns]
     for column in columns:
-        config.sampling().resolved(families.check(column.pipeline, config.vae))
+        config.sample.resolved(families.check(column.pipeline, config.vae))
     chosen = read_prompts(config.prompts)[: config.count]
     prompts = [prompt for prompt in chosen for _ in range(config.num_images_per_prompt)]
     check_scorers(config.weights(), config.files(), chosen, sampling.resolution, config.prompts)
@@ -207,6 +188,16 @@ def check_inputs(config: Config) -> Request:
         precision=config.precision,
         vae=config.vae,
     )
+
+
+def record_of(config: Config, request: Request) -> dict[str, Any]:
+    """Return what the page and the grid depend on, beside the scorers' own weights."""
+    return {
+        "columns": {column.title: request.record(column) for column in request.columns},
+        "rewards": config.weights(),
+        "reward files": {name: str(path) for name, path in config.files().items()},
+        "grid rows": config.grid_rows,
+    }
 
 
 def to_sheet(request: Request, weights: dict[str, float], scores: dict[str, NDArray[np.float64]]) -> Sheet:
@@ -251,7 +242,7 @@ def write_thumbnails(sheet: Sheet, folder: Path) -> list[list[Path]]:
     shown = []
     tidy(*(folder / THUMBNAILS).glob("*"))
     for files in sheet.files:
-        with Image.open(files[0], formats=["PNG"]) as first:
+        with opened(files[0]) as first:
             if max(first.size) <= THUMBNAIL_SIZE:
                 shown.append(list(files))
                 continue
@@ -285,18 +276,21 @@ def main(config: Config) -> int:
     with exit_on_user_error():
         request = check_inputs(config)
         missing = missing_columns(request, overwrite=config.overwrite_output_dir)
+        record = record_of(config, request)
+        check_report(config.output_dir, REPORT, RECORD, record, overwrite=config.overwrite_output_dir)
         scorers = load_all(list(weights), files=config.files(), device=device, dtype=torch.float32)
     generate(request, missing, device)
     with exit_on_user_error():
         scores = score_generated(request, scorers, device, workers=config.workers) if scorers else {}
     sheet = to_sheet(request, weights, scores)
-    png, page = config.output_dir / "grid.png", config.output_dir / "index.html"
+    png, page = (config.output_dir / name for name in REPORT)
+    write_record(config.output_dir, RECORD, record)
     save_image(to_png(sheet, config.grid_rows), png)
     thumbnails = write_thumbnails(sheet, config.output_dir)
     write_text(page, to_html(sheet, config, request.sampling, thumbnails))
     for column, mean in zip(sheet.columns, sheet.means(), strict=True):
-        print("  ".join([column.title, *sheet.lines(mean)]))  # noqa: T201
-    print(f"{png} and {page}")  # noqa: T201
+        show("  ".join([column.title, *sheet.lines(mean)]))
+    show(f"{png} and {page}")
     return 0
 
 

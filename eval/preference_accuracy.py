@@ -10,13 +10,14 @@ of the others; sets with one annotator have no such row. In the shapes world the
 noiseless judge, which is one more reference. All folders are pooled; to evaluate them separately, run the
 program on each.
 
-    python eval/preference_accuracy.py --data data/held_out --rewards imagereward-tiny=1 shapes=1 --output-dir runs/preference
-    python eval/preference_accuracy.py --data data/imagereward_test --rewards imagereward=1 hpsv2.1=1 --reward-files imagereward=x.pt
+    python eval/preference_accuracy.py --data data/held_out --rewards imagereward-tiny shapes --output-dir runs/preference
+    python eval/preference_accuracy.py --data data/imagereward_test --rewards imagereward hpsv2.1 --reward-files imagereward=x.pt
 
 agreement.py defines the metrics and cites their sources, view_scores.py defines the views for robustness
 (Stable Preference, Table 1). Intervals are 95 % bootstrap intervals over prompts (two or more). An
 unreadable image is rejected and counted, and its rankings keep the other images. Writes table.csv,
-scores.csv, rejected.jsonl, five plots and report.html.
+scores.csv, rejected.jsonl, five plots, report.html, and report.json, which says what they are of: a report
+of something else is not overwritten without being told to.
 
 Left out: correlation over generative models (Stable Preference, Fig. 5), because rankings do not name the
 model of an image; the correlation here is over images. Hardware: the embedded scorer runs on a CPU;
@@ -27,6 +28,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,17 +38,22 @@ from eval.agreement import GOLD, Floats, RankedSet
 from eval.agreement_table import Measurement, agreement_table
 from eval.pages import base64_of, render
 from eval.rankings import RankedImages, check_folders, read_ranked_images, rejected_rows, sound_sets, summary
+from eval.report_folder import check_report, write_record
 from eval.view_scores import PromptedImage, check_crops, score_views, view_names
 from eval.win_rates import csv_text
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import tidy, write_text
 from preftune.one_writer import one_writer
+from preftune.printable import show
 from preftune.records import write_jsonl
-from rewards.mix import parse_files, parse_weights
+from preftune.scorer_flags import Files, Measured
+from rewards.mix import parse_files, parse_names
 from rewards.shapes import in_world
 from rewards.shared_towers import load_all
 
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
+REPORT, RECORD = ("report.html", "table.csv", "scores.csv"), "report.json"
+"""Files of a report, and the one that says what it is of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +62,8 @@ class Config:
 
     data: tuple[Path, ...]
     """Folders with rankings.jsonl and the images that it names; several are pooled."""
-    rewards: tuple[str, ...] = ("imagereward-tiny=1.0", "shapes=1.0")
-    """NAME=WEIGHT each, as hpsv2=1; the folder of a trained scorer is a name, too. Weights do nothing here:
-    write 1, even for one scorer.
-    """
-    reward_files: tuple[str, ...] = ()
-    """Local weights of scorers, as imagereward=PATH; default: this repository or the Hugging Face cache."""
+    rewards: Measured = ("imagereward-tiny", "shapes")
+    reward_files: Files = ()
     count: int | None = None
     """Maximum number of prompts of each folder; None = all."""
     crops: tuple[float, ...] = (0.97, 0.95, 0.93, 0.9)
@@ -71,6 +74,8 @@ class Config:
     """Reading and decoding processes; 0 = the main process."""
     output_dir: Path = Path("runs/preference")
     """Folder of the report."""
+    overwrite_output_dir: bool = False
+    """Replace a report of other data, scorers or settings."""
 
     def __post_init__(self) -> None:
         check_folders(self.data)
@@ -80,25 +85,40 @@ class Config:
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
         check_crops(self.crops)
-        parse_files(self.reward_files, parse_weights(self.rewards))
+        self.files()
+
+    def files(self) -> dict[str, Path]:
+        """Return scorer name -> weights on disk."""
+        return parse_files(self.reward_files, parse_names(self.rewards))
 
 
 def check_inputs(config: Config) -> RankedImages:
     """Return the rankings, and make the output folder; ValueError before any weight loads."""
-    weights = parse_weights(config.rewards)
-    files = parse_files(config.reward_files, weights)
-    rewards.check_all(weights, files, download=False)
+    names = parse_names(config.rewards)
+    rewards.check_all(names, config.files(), download=False)
     ranked = read_ranked_images(config.data, config.count)
-    if GOLD in weights and not in_world(ranked.prompts):
+    if GOLD in names and not in_world(ranked.prompts):
         foreign = next(prompt for prompt in ranked.prompts if not in_world([prompt]))
         raise ValueError(
             f"the scorer {GOLD} judges captions of the shapes world only, not {foreign!r}; leave it out of --rewards"
         )
+    check_report(config.output_dir, REPORT, RECORD, record_of(config), overwrite=config.overwrite_output_dir)
     try:
         config.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output-dir {config.output_dir} cannot be made: {error.strerror}") from error
     return ranked
+
+
+def record_of(config: Config) -> dict[str, Any]:
+    """Return what a report depends on, beside the contents of files."""
+    return {
+        "data": [str(folder.resolve()) for folder in config.data],
+        "rewards": list(parse_names(config.rewards)),
+        "reward files": {name: str(path) for name, path in config.files().items()},
+        "count": config.count,
+        "crops": list(config.crops),
+    }
 
 
 def scores_csv(images: Sequence[PromptedImage], scores: Mapping[str, Floats], views: Sequence[str]) -> str:
@@ -137,7 +157,7 @@ def write_report(
         inlined={path.stem: base64_of(path) for path in figures},
     )
     write_text(config.output_dir / "report.html", page)
-    print(f"{plots.to_text(rows)}\n{measured}\n{config.output_dir / 'report.html'}")  # noqa: T201
+    show(f"{plots.to_text(rows)}\n{measured}\n{config.output_dir / 'report.html'}")
 
 
 @one_writer
@@ -146,13 +166,13 @@ def main(config: Config) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with exit_on_user_error():
         ranked = check_inputs(config)
-        weights = parse_weights(config.rewards)
-        files = parse_files(config.reward_files, weights)
-        scorers = load_all(list(weights), files=files, device=device, dtype=torch.float32)
+        names = parse_names(config.rewards)
+        scorers = load_all(names, files=config.files(), device=device, dtype=torch.float32)
     tidy(config.output_dir)
     scores, rejected = score_views(
         ranked.images, scorers, config.crops, device, batch_size=config.batch_size, workers=config.workers
     )
+    write_record(config.output_dir, RECORD, record_of(config))
     write_text(config.output_dir / "scores.csv", scores_csv(ranked.images, scores, view_names(config.crops)))
     aside = rejected_rows(ranked.images, rejected)
     write_jsonl(config.output_dir / "rejected.jsonl", aside)

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from preftune.files import write_text
+from preftune.printable import show
 
 ROOT = Path(__file__).resolve().parents[1]
 SET_HERE = ("--seed", "--output-dir", "--overwrite-output-dir", "--resume-from-checkpoint")
@@ -98,7 +99,7 @@ def train(name: str, command: Sequence[str], seed: int, output: Path) -> Path:
         "latest",
     ]
     launched = [sys.executable, "-m", "accelerate.commands.launch", *command, *added]
-    print(f"{name}, seed {seed}: {shlex.join(launched[3:])}", flush=True)  # noqa: T201
+    show(f"{name}, seed {seed}: {shlex.join(launched[3:])}")
     with log.open("w") as file:
         paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         code = subprocess.run(

@@ -34,11 +34,12 @@ from preftune.one_writer import one_writer
 from preftune.order import items_at
 from preftune.records import CaptionedImage
 from preftune.resolution import Framing, Resolution
+from preftune.sampling import Sampling
 from preftune.training import data
 from preftune.training.config import ModelConfig, ValidationConfig, check_dropout
 from preftune.training.run import Run
 from preftune.training.run_config import RunConfig, check
-from preftune.training.validation import validate
+from preftune.training.validation import missed, validate
 from preftune.training.workspace import load_model
 
 
@@ -100,38 +101,54 @@ def main(config: Config) -> int:
     if run.is_main:
         data.write_report(run.folder, skipped)
     resolution = config.model.size(defaults)
-    cache = encode_all(family, samples, resolution) if config.cache_latents else None
+    latents = (
+        partial(cached, encode_all(family, samples, resolution), run.device)
+        if config.cache_latents
+        else partial(encode, family, samples, resolution=resolution)
+    )
+    show = partial(validate_at, family, prompts, config.validation.sample.at(resolution), run)
 
     def write(folder: Path) -> None:
         with run.ema_weights():
             save(family, config, folder)
 
+    if missed(run, [f"step_{run.start:06d}"]):
+        show(run.start - 1)
     for step in run.steps():
         for micro_batch in run.passes():
             indices = run.image_indices(step, micro_batch)
             generators = [run.generator(i) for i in indices]
             rows = items_at(range(len(samples)), indices, config.run.seed)
-            kept = [
-                float(torch.rand((), generator=generator)) >= config.caption_dropout
-                for generator in generators
-            ]
-            texts = [samples[row].text if keep else "" for row, keep in zip(rows, kept, strict=True)]
+            texts = captions(samples, rows, generators, config.caption_dropout)
             with run.accumulate():
-                if cache is None:
-                    x0, framings = encode(family, samples, rows, resolution, generators)
-                else:
-                    x0, framings = cache[0][rows].to(run.device), [cache[1][row] for row in rows]
+                x0, framings = latents(rows, generators=generators)
                 predict = partial(module, prompts=texts, framings=framings)
                 run.update(diffusion_loss(family, predict, x0, generators).mean())
+        if step + 1 == config.run.max_train_steps and run.is_main:
+            write(run.folder)  # before its images
         if run.due("validation_steps", step):
-            with run.ema_weights(), run.autocast():  # the denoiser is not the prepared module here
-                sampling, name = config.validation.sample, f"step_{step + 1:06d}"
-                run.log(step, **validate(family, None, prompts, sampling, run, name).means())
+            show(step)
         if run.due("checkpointing_steps", step):
             run.save(step, write=write)
-    if run.is_main and not run.interrupted:
+    if run.is_main and run.start >= config.run.max_train_steps:
         write(run.folder)
     return run.finish()
+
+
+def validate_at(family: Family, prompts: Sequence[str], sampling: Sampling, run: Run, step: int) -> None:
+    """Sample the validation images after the update of a step, and log their scores."""
+    with run.ema_weights(), run.autocast():  # the denoiser is not the prepared module here
+        found = validate(family, None, prompts, sampling, run, f"step_{step + 1:06d}")
+    if found is not None and (means := found.means()):
+        run.log(step, **means)
+
+
+def captions(
+    samples: Sequence[CaptionedImage], rows: Sequence[int], generators: Sequence[Generator], dropout: float
+) -> list[str]:
+    """Return the captions of these rows, each empty where its generator's next number, in [0, 1), is below dropout."""
+    kept = [float(torch.rand((), generator=generator)) >= dropout for generator in generators]
+    return [samples[row].text if keep else "" for row, keep in zip(rows, kept, strict=True)]
 
 
 @torch.no_grad()
@@ -147,6 +164,16 @@ def encode(
         loaded = [load_with_framing(samples[row].path, resolution) for row in rows]
     pixels = torch.stack([image for image, _ in loaded])
     return family.encode_pixels(pixels, generators), [framing for _, framing in loaded]
+
+
+def cached(
+    cache: tuple[Tensor, list[Framing]],
+    device: torch.device,
+    rows: Sequence[int],
+    generators: Sequence[Generator],
+) -> tuple[Tensor, list[Framing]]:
+    """Return what `encode_all` found for the images of these rows; it needs no generators."""
+    return cache[0][rows].to(device), [cache[1][row] for row in rows]
 
 
 def encode_all(

@@ -44,7 +44,7 @@ from preftune.augment import shifted, weak_view
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.one_writer import one_writer
 from preftune.order import items_at
-from preftune.records import read_rankings
+from preftune.training import data
 from preftune.training.accuracy_plot import plot
 from preftune.training.preference_losses import (
     Favour,
@@ -295,7 +295,8 @@ def main(config: Config) -> int:
     with exit_on_user_error():
         check(config.run)
         check_trainable(config.model, config.weights, head=config.head, dropout=config.dropout)
-        rankings = [ranked for folder in config.data for ranked in by_images(read_rankings(folder))]
+        read = [data.read_rankings(folder) for folder in config.data]
+        rankings = [ranked for some, _ in read for ranked in by_images(some)]
         train, held = split(rankings, config.validation_share, config.run.seed)
         check_split(train, held, config.objective)
         scorer = prepare(config)
@@ -305,6 +306,8 @@ def main(config: Config) -> int:
                 "--stable.through-weights needs all pairs of an update in one process; start one, or leave it out"
             )
         module = run.prepare(Ranker(scorer), learning_rate=LEARNING_RATE)
+    if run.is_main:
+        data.write_report(run.folder, [row for _, skipped in read for row in skipped])
     best, preprocess = float(run.resumed_state.get("best", 0.0)), preprocess_of(scorer)
     restore_best(run)
 

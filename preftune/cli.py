@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import itertools
 import math
 import re
 import sys
@@ -28,10 +29,14 @@ import tyro
 import yaml
 
 from preftune import disk
-from preftune.flags import ALIASES, ELSEWHERE
+from preftune.flags import ALIASES, ELSEWHERE, ONE_VALUE
+from preftune.printable import printable
+from rewards.input_files import read_text
 
 Config = TypeVar("Config")
 
+MAX_YAML = 1 << 18
+"""Bytes of a config file; PyYAML reads 100 KB a second."""
 _HELP = "--config FILE.yaml reads flags from a file, one `key: value` a line; it may be repeated, and the last value wins."
 
 
@@ -176,13 +181,21 @@ def _split_config(argv: list[str]) -> tuple[list[Path], list[str]]:
 
 def _check_names(typed: list[str], leaves: dict[str, _Leaf]) -> None:
     """Refuse flags that do not exist, and values for flags that take none."""
-    for token in (token for token in typed if token.startswith("--")):
+    for at, token in enumerate(typed):
+        if not token.startswith("--"):
+            continue
         name, equals, _ = token.removeprefix("--").replace("-", "_").partition("=")
         positive = re.sub(r"(^|\.)no_(?=[^.]*$)", r"\1", name)
         known = name in leaves or (positive in leaves and leaves[positive].hint is bool) or name == "help"
         if not known:
             raise ValueError(
                 f"unknown flag {token.partition('=')[0]}{_instead(name, leaves, _flag)}; see --help"
+            )
+        values = [*itertools.takewhile(lambda other: not other.startswith("--"), typed[at + 1 :])]
+        if name in leaves and not leaves[name].is_list and len(values) + bool(equals) > 1:
+            raise ValueError(
+                f"{_flag(name)} takes one value, got {len(values) + bool(equals)}: {' '.join(map(repr, values))};"
+                f" {ONE_VALUE.get(name, 'a value with spaces stands in quotes')}"
             )
         if equals and name in leaves and leaves[name].hint is bool:
             raise ValueError(
@@ -205,18 +218,31 @@ def _with_aliases(typed: list[str], leaves: dict[str, _Leaf]) -> list[str]:
     written = []
     for token in typed:
         name, equals, value = token.partition("=")
-        alias = ALIASES.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
-        written.append(f"{_flag(alias)}{equals}{value}" if alias in leaves and alias else token)
+        alias = _alias(name.removeprefix("--").replace("-", "_"), leaves) if name.startswith("--") else None
+        written.append(f"{_flag(alias)}{equals}{value}" if alias else token)
     return written
+
+
+def _alias(name: str, leaves: dict[str, _Leaf]) -> str | None:
+    """The name here of another script's flag, or of one of --sample that is written without it; None for all others.
+
+    --guidance-scale is --sample.guidance-scale where no other flag could be meant: none ends in these words.
+    """
+    if name in leaves:
+        return None
+    if ALIASES.get(name) in leaves:
+        return ALIASES[name]
+    ends = [leaf for leaf in leaves if leaf.replace(".", "_").endswith(f"_{name}")]
+    return f"sample.{name}" if ends == [f"sample.{name}"] else None
 
 
 def _read_yaml(file: Path, leaves: dict[str, _Leaf]) -> dict[str, tuple[int, list[str]]]:
     """Name -> (line, flags) of a YAML file, in the file's order. Only text is read: no tag builds an object."""
     try:
-        root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise ValueError(f"cannot read the config file {file}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        root = yaml.compose(read_text(file, MAX_YAML, "the config file "), Loader=yaml.SafeLoader)
+    except RecursionError as error:
+        raise ValueError(f"{file} is not YAML of a configuration: it is nested too deep") from error
+    except yaml.YAMLError as error:
         raise ValueError(f"{file} is not YAML: {error}") from error
     if root is None:
         return {}
@@ -241,8 +267,10 @@ def _flatten(
     """(name, line, value) of each leaf below a mapping."""
     for key, node in group.value:
         line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):  # printed, an alias would grow at each level
+            raise ValueError(f"{file} line {line}: a key must be a name, not a list or a mapping")
         name = prefix + str(key.value).replace("-", "_")
-        name = ALIASES[name] if name not in leaves and ALIASES.get(name) in leaves else name
+        name = _alias(name, leaves) or name
         members = [leaf for leaf in leaves if leaf.startswith(f"{name}.")]
         if name in leaves:
             yield name, line, node
@@ -331,5 +359,5 @@ def _unboxed(text: str) -> str:
 
 def _fail(reason: str) -> NoReturn:
     """Print one line on stderr and leave with exit code 2."""
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(reason.splitlines())}\n")
+    sys.stderr.write(printable(f"{Path(sys.argv[0]).name}: error: {' '.join(reason.splitlines())}") + "\n")
     raise SystemExit(2)

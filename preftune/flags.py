@@ -8,6 +8,7 @@ TRL and kohya's sd-scripts.
 ALIASES = {
     "pretrained_model_name_or_path": "model",
     "pretrained_vae_model_name_or_path": "vae",
+    "text_column": "caption_column",
     "train_data_dir": "data",
 }
 """Flag of another script -> the same flag here."""
@@ -15,7 +16,6 @@ ALIASES = {
 ELSEWHERE = {
     "allow_tf32": "it is torch's setting: torch.set_float32_matmul_precision",
     "cache_dir": "set HF_HOME; models are read from folders",
-    "caption_column": "metadata.jsonl has its captions in the field text",
     "center_crop": "images are always scaled to cover --resolution and cut in the middle",
     "class_prompt": "DreamBooth is not here",
     "dataloader_num_workers": "images are read in this process",
@@ -25,7 +25,6 @@ ELSEWHERE = {
     "gradient_accumulation": "--gradient-accumulation-steps",
     "hub_model_id": "upload the folder of the run with `hf upload`",
     "hub_token": "upload the folder of the run with `hf upload`",
-    "image_column": "metadata.jsonl has its image files in the field file_name",
     "image_interpolation_mode": "images are resampled bicubically",
     "input_perturbation": "it is not here",
     "instance_data_dir": "--data IMAGEFOLDER",
@@ -93,3 +92,7 @@ ELSEWHERE = {
     "weight_decay": "--adam-weight-decay",
 }
 """Unsupported flag -> what to use instead: a flag, or a sentence."""
+
+_FILE = "it is a prompt file: write the prompts into a .txt file, one a line, and name that file"
+ONE_VALUE = {"prompts": _FILE, "validation_prompts": _FILE}
+"""Flag of one value that other scripts give several -> what to do."""

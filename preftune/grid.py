@@ -9,6 +9,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from preftune.images import AnyImage, thumbnail, to_pil
 
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 
 def captioned_grid(
     rows: Sequence[Sequence[AnyImage | Path]],
@@ -22,7 +24,7 @@ def captioned_grid(
     An image is a PIL image, a float tensor (3, H, W) in [0, 1], or a file, which is read when it is placed: only the sheet
     itself is in memory.
     Each image is scaled to fit a square of cell_size pixels. Captions are wrapped to their column, and cut with "..."
-    where a row caption is longer than its row. All pieces of text are optional; rows may differ in length.
+    where a row caption is longer than its row, or another text than twice its cell. All pieces of text are optional; rows may differ in length.
     """
     assert rows, "no rows"
     for texts, name in ((row_captions, "row captions"), (cell_captions, "rows of cell captions")):
@@ -32,8 +34,10 @@ def captioned_grid(
     text_size = max(11, cell_size // 13)
     font, title_font = ImageFont.load_default(text_size), ImageFont.load_default(round(text_size * 1.15))
     gap, line = max(6, cell_size // 16), round(text_size * 1.35)
-    captions = [[_wrap(text, font, cell_size) for text in row] for row in cell_captions] or [[] for _ in rows]
-    titles = [_wrap(title, title_font, cell_size) for title in column_titles]
+    most = 2 * cell_size // line  # lines of a title, or of a caption under a cell
+    captions = [[_wrap(text, font, cell_size, most) for text in row] for row in cell_captions]
+    captions = captions or [[] for _ in rows]
+    titles = [_wrap(title, title_font, cell_size, most) for title in column_titles]
     left = 2 * gap + (cell_size if row_captions else -gap)
     top = 2 * gap + (line * max(map(len, titles)) + gap // 2 if titles else -gap)
     heights = [cell_size + (line * max(map(len, row)) + gap // 2 if row else 0) for row in captions]
@@ -46,7 +50,7 @@ def captioned_grid(
     y = top
     for index, row in enumerate(rows):
         if row_captions:
-            lines = _wrap(row_captions[index], font, cell_size, max_lines=cell_size // line)
+            lines = _wrap(row_captions[index], font, cell_size, cell_size // line)
             _write(draw, lines, (gap, y + (cell_size - line * len(lines)) // 2), font, line, "la")
         for column, image in enumerate(row):
             _place(sheet, draw, image, (left + column * (cell_size + gap), y), cell_size)
@@ -75,33 +79,41 @@ def _place(
     sheet.paste(image, (x, y))
 
 
-_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+def _broken(word: str, font: _Font, width: int, max_parts: int) -> list[str]:
+    """A word in parts of at most width pixels, one letter or more each; what exceeds max_parts is all in the last."""
+    parts: list[str] = []
+    start = 0
+    while len(parts) <= max_parts and start < len(word) - 1:
+        part = word[start : start + width]  # a letter takes a pixel or more; marks above letters take none
+        if start + len(part) == len(word) and font.getlength(part) <= width:
+            break
+        cut = bisect_right(range(1, len(part)), width, key=lambda end: math.ceil(font.getlength(part[:end])))
+        parts.append(part[: cut or 1])
+        start += cut or 1
+    return [*parts, word[start : start + width]]
 
 
-def _wrap(text: str, font: _Font, width: int, max_lines: int | None = None) -> list[str]:
+def _wrap(text: str, font: _Font, width: int, max_lines: int) -> list[str]:
     """The text in lines of at most width pixels; a longer word is broken, and what exceeds max_lines is cut."""
     lines: list[str] = []
     for paragraph in text.split("\n"):
         line = ""
         for word in paragraph.split():
             joined = f"{line} {word}" if line else word
-            if font.getlength(joined) <= width:
+            if (
+                len(joined) <= width and font.getlength(joined) <= width
+            ):  # what has more letters than pixels is broken
                 line = joined
                 continue
             lines += [line] if line else []
-            while len(word) > 1 and font.getlength(word) > width:
-                part = word
-                cut = (
-                    bisect_right(
-                        range(1, len(part)), width, key=lambda end: math.ceil(font.getlength(part[:end]))
-                    )
-                    or 1
-                )
-                lines.append(word[:cut])
-                word = word[cut:]
-            line = word
+            *parts, line = _broken(word, font, width, max_lines - len(lines))
+            lines += parts
+            if len(lines) > max_lines:
+                break
         lines.append(line)
-    if max_lines is None or len(lines) <= max_lines:
+        if len(lines) > max_lines:
+            break
+    if len(lines) <= max_lines:
         return lines
     last = lines[max_lines - 1]
     while last and font.getlength(last + "...") > width:

@@ -16,14 +16,20 @@ from typing import Any
 from preftune.images import SUFFIXES
 from preftune.notes import counted
 from preftune.prompts import FIELDS
+from rewards.input_files import read_text
 
 IMAGE_FIELDS = ("file_name", "image", "image_path", "image_file", "filename", "path", "file")
 """Names of the column that holds the file names of images, in order of preference."""
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 PLACES = (".", "train", "data", "data/train")
 """Folders below a data set's own where its table may be, in order of preference."""
+MAX_CAPTION = 1 << 20
+"""Bytes of a caption file."""
 CAPTION_FILES = (".txt", ".caption")
-ARCHIVES = (".tar", ".tar.gz", ".tgz")
+CAPTION = "caption"
+"""Name under which the caption of such a file is found."""
+PACKED = (".parquet", ".tar", ".tar.gz", ".tgz", ".zip")
+"""Endings of tables and archives with images, which data_build/unpack.py reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,27 +69,30 @@ class ImageFolder:
 
 def find_captions(folder: Path) -> ImageFolder | None:
     """Return where the captions of a folder are; None where its images have none, or it holds no images."""
+    return find_table(folder) or find_pairs(folder)
+
+
+def find_table(folder: Path) -> ImageFolder | None:
+    """Return the folder's table of metadata; of several the first of TABLES in the first of PLACES."""
     for place in PLACES:
         for name in TABLES:
             table = folder / place / name
             if table.is_file() and (table.suffix != ".parquet" or "file_name" in _parquet_names(table)):
                 return ImageFolder(root=folder, table=table)
+    return None
+
+
+def find_pairs(folder: Path) -> ImageFolder | None:
+    """Return the images below a folder, where one of them or more have a caption in a file beside them."""
     images, others = list_images(folder)
-    if not images:
-        return None
-    captions = {
-        name for name in others if name.lower().endswith(CAPTION_FILES)
-    }  # those of images, by the stem
     stems = {os.path.splitext(name)[0] for name in images}
-    used = {name for name in captions if os.path.splitext(name)[0] in stems}
-    if not used:
+    captions = {
+        name for name in others if name.lower().endswith(CAPTION_FILES) and os.path.splitext(name)[0] in stems
+    }
+    if not captions:
         return None
-    return ImageFolder(
-        root=folder,
-        table=None,
-        images=images,
-        passed_over=suffixes(name for name in others if name not in used),
-    )
+    passed_over = suffixes(name for name in others if name not in captions)
+    return ImageFolder(root=folder, table=None, images=images, passed_over=passed_over)
 
 
 def list_images(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -123,17 +132,11 @@ def no_captions(folder: Path) -> ValueError:
         if not folder.exists():
             return ValueError(f"there is no folder {folder}; --data is a folder of captioned images")
     names = [folder.name] if folder.is_file() else sorted(os.listdir(folder))
-    tar = next((name for name in names if name.lower().endswith(ARCHIVES)), None)
-    parquet = next((name for name in names if name.lower().endswith(".parquet")), None)
-    if tar is not None:
-        path = folder if folder.is_file() else folder / tar
+    packed = next((name for name in names if name.lower().endswith(PACKED)), None)
+    if packed is not None:
         return ValueError(
-            f"{folder} holds tar archives; unpack them: `tar -xf {path} -C FOLDER`, then image and .txt pairs are read from FOLDER"
-        )
-    if parquet is not None:
-        return ValueError(
-            f"{folder} holds parquet tables; write the images of a table as files:"
-            f" `python data_build/unpack.py --data {folder} --output-dir FOLDER`"
+            f"{folder} holds images in {packed}; write them as files:"
+            f" `python data_build/unpack.py --data {folder} --output-dir FOLDER`, and give FOLDER"
         )
     below = sorted(path.parent.name for name in TABLES for path in folder.glob(f"*/{name}"))
     if below:
@@ -163,22 +166,20 @@ def table_rows(folder: ImageFolder, columns: Columns) -> Iterator[tuple[str, dic
 
 
 def _pairs(folder: ImageFolder) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
-    """As kohya reads a caption: the first line that holds words."""
+    """As kohya reads a caption: the first line that holds words; None where the file is missing or blank."""
     for name in folder.images:
         stem = os.path.splitext(folder.root / name)[0]
         path = next((stem + suffix for suffix in CAPTION_FILES if os.path.isfile(stem + suffix)), None)
         if path is None:
-            yield name, ValueError(f"{name} has no caption file ({' or '.join(CAPTION_FILES)})")
+            yield name, {"file_name": name, CAPTION: None}
             continue
         try:
-            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            yield name, ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}")
-        except OSError as error:
-            yield name, ValueError(f"cannot read {path}: {error.strerror}")
+            lines = read_text(Path(path), MAX_CAPTION).splitlines()
+        except ValueError as error:
+            yield name, error
         else:
             text = next((line.strip() for line in lines if line.strip()), None)
-            yield name, {"file_name": name, "text": text}
+            yield name, {"file_name": name, CAPTION: text}
 
 
 def _csv_rows(path: Path, columns: Columns) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from preftune.files import replacing
 from preftune.resolution import Framing, Resolution
+from rewards.input_files import read_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +33,7 @@ SUFFIXES = (
 )  # fmt: skip
 """Suffixes that identify image files in a folder."""
 FORMATS = ("PNG", "WEBP", "JPEG", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if _AVIF else ()))
-"""Formats that are decoded. PIL supports more, but one of them starts another program (Ghostscript)."""
+"""Formats that are decoded: rasters, in this process. PIL knows 36 more, of which EPS starts another program (Ghostscript)."""
 MAX_BYTES = 64 << 20
 """Of an encoded image."""
 MAX_PIXELS = 1 << 26
@@ -55,15 +56,12 @@ class ImageError(ValueError):
 
 def decode(content: bytes) -> Image.Image:
     """Return an encoded image with all its pixels read; ImageError if it is invalid or too large."""
-    if not content:
-        raise ImageError("no bytes", "the image has no bytes")
     if len(content) > MAX_BYTES:
         raise ImageError("too large", f"{len(content)} bytes; at most {MAX_BYTES}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's limit only warns, and ours is lower
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
-            check_size(image)
+            image = _open(content)
             image.load()
     except ImageError:
         raise
@@ -73,6 +71,19 @@ def decode(content: bytes) -> Image.Image:
         raise ImageError("too large", error) from error
     except UNREADABLE as error:
         raise ImageError("undecodable", error) from error
+    return image
+
+
+def _open(content: bytes) -> Image.Image:
+    """An encoded image of a known format and a legal size, whose pixels are read when they are asked for.
+
+    Nothing else opens images in this package (tests/test_layout.py). Of an animation only the first frame is read. PIL bounds
+    the texts of a PNG itself.
+    """
+    if not content:
+        raise ImageError("no bytes", "the image has no bytes")
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    check_size(image)
     return image
 
 
@@ -91,14 +102,16 @@ def opened(path: Path) -> Iterator[Image.Image]:
 
     ValueError that names the file where it is missing, no image, too large or damaged, also inside the block.
     """
+    if not path.exists():
+        raise ValueError(f"image {path} does not exist")
+    content = read_bytes(path, MAX_BYTES, "the image ")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as file:
-                check_size(file)
+            warnings.simplefilter("ignore")  # PIL's limit only warns, and ours is lower
+            with _open(content) as file:
                 yield file
-    except FileNotFoundError as error:
-        raise ValueError(f"image {path} does not exist") from error
+    except UnidentifiedImageError as error:  # its message ends in an address in memory
+        raise ValueError(f"cannot read the image {path}: it is none of {', '.join(FORMATS)}") from error
     except UNREADABLE as error:
         raise ValueError(f"cannot read the image {path}: {error}") from error
 

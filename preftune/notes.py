@@ -3,11 +3,13 @@
 import os
 import sys
 
+from preftune.printable import printable
+
 
 def say(text: str) -> None:
     """Write one line to stderr; of several processes of a run only the first one writes."""
     if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"note: {' '.join(text.splitlines())}\n")
+        sys.stderr.write(printable(f"note: {' '.join(text.splitlines())}") + "\n")
 
 
 def counted(number: int, one: str, many: str = "") -> str:

@@ -1,13 +1,15 @@
 """Prompt files."""
 
 import csv
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from preftune.notes import counted, say
+from rewards.input_files import check_regular, has_surrogate, parse_json
 
+MAX_BYTES = 1 << 30
+"""Of a prompt file."""
 FIELDS = ("text", "prompt", "caption")
 """Names of the field or column that holds the prompt, in order of preference; their case does not matter."""
 
@@ -43,10 +45,13 @@ def read_rows(path: Path) -> list[tuple[str, str]]:
     if suffix not in SUFFIXES:
         raise ValueError(
             f"prompt file {path} ends in {suffix or 'nothing'}; it must end in {', '.join(SUFFIXES)}"
+            f"{'' if path.exists() else ' (prompts stand in a .txt file, one a line)'}"
         )
     if not path.is_file():
         raise ValueError(f"prompt file {path} {'is no file' if path.exists() else 'does not exist'}")
     try:
+        if (size := check_regular(path, "prompt file ")) > MAX_BYTES:
+            raise ValueError(f"prompt file {path} has {size} bytes; at most {MAX_BYTES}")
         rows = _parquet_rows(path) if suffix == ".parquet" else _text_rows(path, suffix)
         return [(place, _prompt(row, f"{path} {place}")) for place, row in rows]
     except UnicodeDecodeError as error:
@@ -93,7 +98,7 @@ def _text_rows(path: Path, suffix: str) -> Iterator[tuple[str, Any]]:
         elif suffix == ".tsv":
             yield from _table_rows(path, csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
         elif suffix == ".json":
-            rows = _json(file.read(), str(path))
+            rows = parse_json(file.read(), str(path))
             if not isinstance(rows, list):
                 raise ValueError(f"{path} must hold a list of prompts, not a {type(rows).__name__}")
             yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
@@ -101,18 +106,10 @@ def _text_rows(path: Path, suffix: str) -> Iterator[tuple[str, Any]]:
             lines = file.read().rstrip().split("\n")  # str.splitlines would split at form feeds too
             for number, line in enumerate(lines if lines != [""] else [], 1):
                 place = f"line {number}"
-                yield place, _json(line, f"{path} {place}") if suffix == ".jsonl" and line.strip() else line
-
-
-def _json(text: str, place: str) -> Any:
-    """Parsed JSON; ValueError names the place."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = "" if " line " in place else f" line {error.lineno}"
-        raise ValueError(f"{place}{line} is not JSON: {error.msg} at column {error.colno}") from error
-    except RecursionError as error:
-        raise ValueError(f"{place} is nested too deep") from error
+                yield (
+                    place,
+                    parse_json(line, f"{path} {place}") if suffix == ".jsonl" and line.strip() else line,
+                )
 
 
 def _table_rows(path: Path, reader: "csv.DictReader[str]") -> Iterator[tuple[str, str | None]]:
@@ -164,6 +161,6 @@ def _prompt(row: object, place: str) -> str:
         raise ValueError(f"{place} must be a text, not {type(text).__name__}")
     if not text.strip():
         return ""
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
+    if has_surrogate(text):
         raise ValueError(f"{place} holds half of a surrogate pair, which is not a valid character")
     return text

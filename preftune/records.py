@@ -9,7 +9,7 @@ names of the ImageReward data.
 import functools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -19,6 +19,10 @@ from preftune.files import replacing
 from preftune.image_folders import IMAGE_FIELDS, Columns, ImageFolder, find_captions, no_captions, table_rows
 from preftune.notes import counted, say
 from preftune.prompts import FIELDS, find_field
+from rewards.input_files import has_surrogate, parse_json, read_text_lines
+
+MAX_NAME = 1024
+"""Letters of a file name in a data set, its folders included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,25 +81,21 @@ def read_captioned(folder: Path, columns: Columns) -> tuple[list[CaptionedImage]
     if found is None:
         raise no_captions(folder)
     samples, skipped = list[CaptionedImage](), list[Skipped]()
+    columns = columns if found.table is not None else Columns()  # files beside images have no columns
     for place, row in captioned_rows(found, columns):
         try:
             if isinstance(row, ValueError):
                 raise row
-            image_field, caption_field = fields_of(row, columns, place)
-            path = image_of(found, field(row, image_field, str, place), place)
-            text = caption_of(row, caption_field, place)
+            image, caption = image_field(row, columns, place), caption_field(row, columns, place)
+            path = image_of(found, field(row, image, str, place), place)
+            text = caption_of(row, caption, place)
         except ValueError as error:
             skipped.append(Skipped(place=place, reason=str(error)))
             continue
-        extra = {key: value for key, value in row.items() if key not in (image_field, caption_field)}
+        extra = {key: value for key, value in row.items() if key not in (image, caption)}
         samples.append(CaptionedImage(path=found.root / path, text=text, extra=extra, place=place))
     if not samples:
-        first = (
-            f"; none of {counted(len(skipped), 'row')} can be used, the first: {skipped[0].reason}"
-            if skipped
-            else ""
-        )
-        raise ValueError(f"{found.source} holds no samples{first}")
+        raise ValueError(f"{found.source} holds no samples{_none_usable(skipped)}")
     return samples, skipped
 
 
@@ -116,21 +116,22 @@ def captioned_rows(
                 yield place, error
 
 
-def fields_of(row: Mapping[str, Any], columns: Columns, place: str) -> tuple[str, str]:
-    """The names of the fields of a row that hold the image's file name and its caption; ValueError where one is missing."""
-    found = []
-    for named, known, flag in (
-        (columns.image_column, IMAGE_FIELDS, "--image-column"), (columns.caption_column, FIELDS, "--caption-column"),
-    ):  # fmt: skip
-        name = named if named in row else None if named is not None else find_field(row, known)
-        if name is None:
-            missing = named if named is not None else known[0]
-            other = "" if named is not None else f" or {', '.join(known[1:])}"
-            raise ValueError(
-                f"{place} has no {missing}{other}; {flag} names one of {', '.join(row) or 'its columns'}"
-            )
-        found.append(name)
-    return found[0], found[1]
+def image_field(row: Mapping[str, Any], columns: Columns, place: str) -> str:
+    """The name of the field of a row that holds the image's file name; ValueError where it is missing."""
+    return _field_of(row, columns.image_column, IMAGE_FIELDS, "--image-column", place)
+
+
+def caption_field(row: Mapping[str, Any], columns: Columns, place: str) -> str:
+    """The name of the field of a row that holds the caption; ValueError where it is missing."""
+    return _field_of(row, columns.caption_column, FIELDS, "--caption-column", place)
+
+
+def _field_of(row: Mapping[str, Any], named: str | None, known: Sequence[str], flag: str, place: str) -> str:
+    found = find_field(row, known) if named is None else named if named in row else None
+    if found is None:
+        wanted = named if named is not None else f"{', '.join(known[:-1])} or {known[-1]}"
+        raise ValueError(f"{place} has no {wanted}; {flag} names one of {', '.join(row) or 'its columns'}")
+    return found
 
 
 def image_of(folder: ImageFolder, name: str, place: str) -> str:
@@ -144,24 +145,55 @@ def image_of(folder: ImageFolder, name: str, place: str) -> str:
 
 def caption_of(row: Mapping[str, Any], name: str, place: str) -> str:
     """The caption of a row; ValueError where it is none."""
-    text = row[name]
-    if text is None or (isinstance(text, float) and text != text):  # pandas writes NaN for an empty cell
+    if is_empty(row[name]):
         raise ValueError(f"{place}: {name} is empty")
     return text_field(row, name, place)
 
 
+def is_empty(value: object) -> bool:
+    """Whether a cell of a table is empty: None, or NaN, which pandas writes."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
 def read_rankings(folder: Path) -> list[Ranking]:
-    """The rankings of folder/rankings.jsonl, in its order. Raises ValueError that names the line."""
-    rankings = []
+    """The rankings of folder/rankings.jsonl, in its order; rows that cannot be used are left out and said.
+
+    Raises ValueError where no row can be used, with the reason of the first.
+    """
+    rankings, skipped = read_usable_rankings(folder)
+    if skipped:
+        say(f"{folder}: {counted(len(skipped), 'ranking')} left out; the first: {skipped[0].reason}")
+    return rankings
+
+
+def read_usable_rankings(folder: Path) -> tuple[list[Ranking], list[Skipped]]:
+    """The rankings of folder/rankings.jsonl, in its order, and the rows that cannot be used; no image is opened.
+
+    Raises ValueError as `read_rankings`.
+    """
+    rankings, skipped = list[Ranking](), list[Skipped]()
     known: dict[str, Path] = {}  # several annotators name the same images
-    for place, row in _objects(folder / "rankings.jsonl"):
-        prompt, names, ranks, source, weight = ranking_fields(row, place)
-        known |= {name: inside(folder, name, place) for name in names if name not in known}
+    path = folder / "rankings.jsonl"
+    for place, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            prompt, names, ranks, source, weight = ranking_fields(parse_object(line, place), place)
+            known |= {name: inside(folder, name, place) for name in names if name not in known}
+        except ValueError as error:
+            skipped.append(Skipped(place=place, reason=str(error)))
+            continue
         paths = tuple(known[name] for name in names)
         rankings.append(Ranking(prompt=prompt, paths=paths, ranks=ranks, source=source, weight=weight))
     if not rankings:
-        raise ValueError(f"{folder / 'rankings.jsonl'} holds no rankings")
-    return rankings
+        raise ValueError(f"{path} holds no rankings{_none_usable(skipped)}")
+    return rankings, skipped
+
+
+def _none_usable(skipped: Sequence[Skipped]) -> str:
+    if not skipped:
+        return ""
+    return f"; none of {counted(len(skipped), 'row')} can be used, the first: {skipped[0].reason}"
 
 
 def ranking_fields(row: dict[str, Any], place: str) -> tuple[str, list[str], tuple[int, ...], str, float]:
@@ -198,12 +230,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def read_lines(path: Path) -> list[tuple[str, str]]:
     """(place for messages, text) of each line of a file, without a byte order mark and the blank lines that end it."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    lines = read_text_lines(path).rstrip().split("\n")
     return [(f"{path} line {number}", line) for number, line in enumerate(lines if lines != [""] else [], 1)]
 
 
@@ -215,10 +242,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 def parse_object(line: str, place: str) -> dict[str, Any]:
     """The object of a line."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also of a number with thousands of digits
-        raise ValueError(f"{place} is not JSON: {error}") from error
+    row = parse_json(line, place)
     if not isinstance(row, dict):
         raise ValueError(f"{place} must be an object, not a {type(row).__name__}")
     return row
@@ -243,6 +267,8 @@ def text_field(row: Mapping[str, Any], key: str, place: str) -> str:
     text: str = field(row, key, str, place)
     if not text.strip():
         raise ValueError(f"{place}: {key} is empty")
+    if has_surrogate(text):
+        raise ValueError(f"{place}: {key} holds half of a surrogate pair, which is no character")
     return text
 
 
@@ -251,7 +277,7 @@ def inside(folder: Path, name: str, place: str) -> Path:
     check_name(name, place)
     path = folder / name
     if not path.is_file():
-        raise ValueError(f"{place}: {path} does not exist")
+        raise ValueError(f"{place}: {path} {'is no file' if path.exists() else 'does not exist'}")
     if not path.resolve().is_relative_to(folder.resolve()) and not _is_cached(path, folder):
         raise ValueError(f"{place}: file name {name!r} is a link that leads out of the folder")
     return path
@@ -283,10 +309,13 @@ def check_name(name: str, place: str) -> None:
         not name
         or "\\" in name
         or "\0" in name
+        or has_surrogate(name)
+        or len(name) > MAX_NAME
         or posix.is_absolute()
         or windows.drive
         or ".." in posix.parts
     ):
         raise ValueError(
-            f"{place}: file name {name!r} must be a relative path with / inside the folder, without .."
+            f"{place}: file name {name[:MAX_NAME]!r} must be a relative path with / inside the folder, without .., NUL and half"
+            f" characters, of at most {MAX_NAME} letters"
         )

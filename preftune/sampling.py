@@ -36,7 +36,7 @@ class Sampling:
     solver: SolverName | None = None
     """Solver (scheduler); None = the model family's default."""
     resolution: str | None = None
-    """Pixels: 512, or width x height as 768x512; None = the model family's default."""
+    """Pixels: 512, or width x height as 768x512; None = the training resolution, elsewhere the model's own."""
     batch_size: int = 8
     """Images per forward pass; affects speed and memory, not the images."""
 
@@ -53,6 +53,10 @@ class Sampling:
                 resolutions.parse(self.resolution)
             except ValueError as error:
                 raise ValueError(f"--sample.resolution: {error}") from error
+
+    def at(self, resolution: Resolution) -> "Sampling":
+        """Return the same settings with this resolution where they name none."""
+        return self if self.resolution is not None else dataclasses.replace(self, resolution=str(resolution))
 
     def by_groups_of(self, number: int) -> "Sampling":
         """Return the same settings with a batch size that is a multiple of `number`, at least `number`."""

@@ -1,9 +1,10 @@
 """Metadata of a scorer (its card), available before any weights are read; needs no torch."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from rewards.input_files import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,7 +128,7 @@ class ImageRewardConfig:
     @staticmethod
     def from_json(text: str) -> "ImageRewardConfig":
         """Return the config of a config.json; ValueError names a missing or unknown key."""
-        values = json.loads(text)
+        values = parse_json(text, "config.json")
         names = {field.name for field in fields(ImageRewardConfig)}
         if not isinstance(values, dict) or values.keys() != names:
             different = sorted(names.symmetric_difference(values)) if isinstance(values, dict) else "all"

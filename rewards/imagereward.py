@@ -25,6 +25,7 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 from rewards.blip_state_dict import to_authors, to_transformers
 from rewards.card import Card, ImageRewardConfig
 from rewards.head import apply_head, draw_head, initialise, new_head, set_dropout
+from rewards.input_files import read_text
 from rewards.pixels import at_least_float32, check_prompts, prepare
 from rewards.towers import Tower
 from rewards.trained_cards import CARD_FILE, card_of, facts_to_json, imagereward_card
@@ -225,7 +226,7 @@ def find_parts(path: Path) -> tuple[ImageRewardConfig, Path, Path]:
         missing = [name for name in ("config.json", "vocab.txt", FOLDER_FILE) if not (path / name).is_file()]
         if missing:
             raise ValueError(f"{path} lacks {', '.join(missing)}; a folder of ImageReward.save has them")
-        config = ImageRewardConfig.from_json((path / "config.json").read_text(encoding="utf-8"))
+        config = ImageRewardConfig.from_json(read_text(path / "config.json"))
         return config, path / "vocab.txt", path / FOLDER_FILE
     verify(VOCAB, num_bytes=None, sha256=VOCAB_SHA256)
     return FULL_SIZE, VOCAB, path

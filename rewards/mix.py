@@ -1,6 +1,5 @@
 """A weighted sum of several scorers: scores (B, n), optionally normalized, then weighted."""
 
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from rewards import CARDS, find_card
 from rewards.card import Card, Scorer
+from rewards.input_files import parse_json, read_text
 from rewards.shared_towers import score_all, share_towers
 
 Normalization = Literal["none", "card", "dataset"]
@@ -94,11 +94,10 @@ def units(
 
 def _dataset_units(names: Sequence[str], stats: Path) -> list[tuple[float, float]]:
     """Return (mean, std) of each scorer from a summary.json."""
+    text = read_text(stats, what="the file of statistics ")
     try:
-        scores = json.loads(stats.read_text(encoding="utf-8"))["scores"]
+        scores = parse_json(text, str(stats))["scores"]
         found = {name: (float(row["mean"]), float(row["std"])) for name, row in scores.items()}
-    except OSError as error:
-        raise ValueError(f"cannot read the file of statistics {stats}: {error.strerror}") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{stats} is no summary.json of data_build/score.py ({type(error).__name__}: {error})"
@@ -115,35 +114,52 @@ def _dataset_units(names: Sequence[str], stats: Path) -> list[tuple[float, float
 
 
 def parse_weights(terms: Sequence[str]) -> dict[str, float]:
-    """Return {"imagereward": 1.0, "brightness": 0.5} for ["imagereward=1.0", "brightness=0.5"], in that order.
+    """Return {"imagereward": 0.5, "brightness": 1.0} for ["imagereward=0.5", "brightness"], in that order.
 
-    ValueError names the term that is malformed, repeated, zero, not finite, or of an unknown scorer.
+    A term is NAME or NAME=WEIGHT; NAME is a scorer of the table or the folder of a trained one, which may have a = in its
+    path. ValueError names the term that is malformed, repeated, zero, not finite, or of an unknown scorer.
     """
     weights: dict[str, float] = {}
     for term in terms:
-        name, equals, text = term.rpartition("=")  # the path of a trained scorer may have a = in it
-        try:
-            weight = float(text)
-        except ValueError:
-            weight = math.nan
-        if not equals or not math.isfinite(weight) or weight == 0:
-            raise ValueError(
-                f"reward {term!r} is not scorer=weight with a finite weight other than 0, as in shapes=1.0"
-            )
-        if name not in CARDS and not Path(name).is_dir():
-            raise ValueError(
-                f"reward {term!r} names an unknown scorer; one of {', '.join(CARDS)}, or the folder of one that was"
-                " trained here"
-            )
-        find_card(name)  # the folder may be no scorer's
+        name, weight = _split(term)
+        find_card(name)
         if name in weights:
-            raise ValueError(f"reward {term!r} repeats {name}; give it one weight")
+            raise ValueError(f"--rewards {term!r} repeats {name}; name each scorer once")
         weights[name] = weight
     if not weights:
         raise ValueError(
-            f"no reward is given; name at least one scorer=weight with one of {', '.join(CARDS)}"
+            f"--rewards is empty; name at least one scorer, as NAME or NAME=WEIGHT, of {', '.join(CARDS)}, or the folder of a"
+            " trained one"
         )
     return weights
+
+
+def parse_names(terms: Sequence[str]) -> tuple[str, ...]:
+    """Return the scorers of a program that reports each by itself; ValueError as `parse_weights`, and for a weight but 1."""
+    weights = parse_weights(terms)
+    for name, weight in weights.items():
+        if weight != 1:
+            raise ValueError(
+                f"--rewards {name}={weight:g} has a weight, but here each scorer is reported by itself; write {name}"
+            )
+    return tuple(weights)
+
+
+def _split(term: str) -> tuple[str, float]:
+    """Return name and weight of a term."""
+    if not term.rpartition("=")[1] or Path(term).is_dir():
+        return term, 1.0
+    name, _, text = term.rpartition("=")
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not name or not math.isfinite(weight) or weight == 0:
+        raise ValueError(
+            f"--rewards {term!r} is not NAME or NAME=WEIGHT with a finite weight other than 0, as in shapes or shapes=0.5"
+            " (a file of weights is given as --reward-files NAME=PATH)"
+        )
+    return name, weight
 
 
 def parse_files(terms: Sequence[str], names: Collection[str]) -> dict[str, Path]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards.card import Card, Clip, ImageRewardConfig, Preprocess
+from rewards.input_files import read_object
 
 _CARD_FIELDS = ("typical_range", "mean", "std", "licence", "paper")
 CARD_FILE = "card.json"
@@ -88,7 +89,7 @@ def card_of(name: str) -> Card:
         raise ValueError(
             f"{folder} lacks config.json; the folder of a trained scorer has it, in a run it is called scorer"
         )
-    values = _read(folder / "config.json")
+    values = read_object(folder / "config.json")
     vocabulary = "merges.txt" if "clip" in values else "vocab.txt"
     missing = [file for file in (vocabulary, "model.safetensors") if not (folder / file).is_file()]
     if missing:
@@ -100,16 +101,6 @@ def card_of(name: str) -> Card:
     if "clip" not in values and (folder / CARD_FILE).is_file():
         card = _with_facts(card, folder / CARD_FILE)
     return replace(card, folder=str(folder.resolve()))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold an object, not a {type(values).__name__}")
-    return values
 
 
 def _clip(name: str, values: dict[str, Any]) -> Card:
@@ -141,7 +132,7 @@ def _imagereward(name: str, values: dict[str, Any]) -> Card:
 
 def _with_facts(card: Card, path: Path) -> Card:
     """Return the card of an ImageReward with what its card.json says."""
-    facts = _read(path)
+    facts = read_object(path)
     if facts.keys() != set(_FACTS):
         raise ValueError(f"{path} must have exactly the fields {', '.join(_FACTS)}, not {', '.join(facts)}")
     match facts["typical_range"]:

@@ -40,17 +40,17 @@ def test_grid_without_text_is_images_and_margins() -> None:
 
 def test_wrapping() -> None:
     font = ImageFont.load_default(12)
-    lines = grid._wrap("a red circle above a blue square on a white background", font, 90)
+    lines = grid._wrap("a red circle above a blue square on a white background", font, 90, 9)
     assert len(lines) > 2
     assert " ".join(lines) == "a red circle above a blue square on a white background"
     assert all(font.getlength(line) <= 90 for line in lines)
-    assert "".join(grid._wrap("x" * 100, font, 90)) == "x" * 100
-    cut = grid._wrap("word " * 50, font, 90, max_lines=2)
+    assert "".join(grid._wrap("x" * 100, font, 90, 99)) == "x" * 100
+    cut = grid._wrap("word " * 50, font, 90, 2)
     assert len(cut) == 2
     assert cut[1].endswith("...")
     assert font.getlength(cut[1]) <= 90
-    assert grid._wrap("", font, 90) == [""]
-    assert grid._wrap("wide", font, 1) == list("wide")
+    assert grid._wrap("", font, 90, 9) == [""]
+    assert grid._wrap("wide", font, 1, 9) == list("wide")
 
 
 def test_a_file_is_the_same_cell_as_its_pixels(tmp_path: Path) -> None:

@@ -258,6 +258,41 @@ def test_images_are_made_once_and_never_mixed_up(
     assert (folder / "a_b.." / "0000.png").stat().st_mtime_ns != written[folder / "a_b.." / "0000.png"]
 
 
+def test_another_page_is_not_overwritten(
+    make: Callable[..., Page], stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same command may run again; other scorers, rows or columns need to be told, also where images are reused."""
+    output = str(tmp_path / "out")
+    make("base=", output_dir=output)
+    page = tmp_path / "out" / "index.html"
+    before = page.read_bytes()
+    make("base=", output_dir=output, batch_size="1")
+    assert page.read_bytes() == before
+    for columns, changed, words in (
+        (("base=",), {"rewards": ["brightness=2"]}, "other rewards"),
+        (("base=",), {"grid_rows": "1"}, "other grid rows"),
+        (("base=", "again="), {}, "other columns"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            make(*columns, output_dir=output, **changed)
+        assert stop.value.code == 2
+        assert (
+            f"out holds another report, grid.png ({words}); add --overwrite-output-dir"
+            in capsys.readouterr().err
+        )
+        assert page.read_bytes() == before
+        assert not (tmp_path / "out" / "images" / "again").exists()
+    make("base=", "again=", "--overwrite-output-dir", output_dir=output)
+    assert page.read_bytes() != before
+    foreign = tmp_path / "mine"
+    foreign.mkdir()
+    (foreign / "grid.png").write_bytes(b"my own")
+    with pytest.raises(SystemExit):
+        make("base=", output_dir=str(foreign))
+    assert "mine holds another report, grid.png (it has no grid.json)" in capsys.readouterr().err
+    assert [path.name for path in foreign.iterdir()] == ["grid.png"]
+
+
 def test_another_autoencoder(make: Callable[..., Page], stage: Path, tmp_path: Path) -> None:
     tiny.vae(seed=3).save_pretrained(tmp_path / "vae")
     output = str(tmp_path / "out")
@@ -424,9 +459,15 @@ def test_png_has_every_cell(tmp_path: Path) -> None:
         (["--count", "0"], "--count must be at least 1, got 0"),
         (["--num-images-per-prompt", "0"], "--num-images-per-prompt must be at least 1"),
         (["--seed", "-1"], "--seed must be at least 0"),
-        (["--num-inference-steps", "0"], "error: --num-inference-steps must lie in 1..1000, got 0"),
-        (["--resolution", "60"], "error: --resolution: resolution '60': width and height must be positive"),
-        (["--negative", "x", "--guidance-scale", "1"], "--negative does nothing at --guidance-scale 1;"),
+        (["--num-inference-steps", "0"], "error: --sample.num-inference-steps must lie in 1..1000, got 0"),
+        (
+            ["--resolution", "60"],
+            "error: --sample.resolution: resolution '60': width and height must be positive",
+        ),
+        (
+            ["--negative", "x", "--guidance-scale", "1"],
+            "--negative does nothing at --sample.guidance-scale 1;",
+        ),
         (
             ["--negative-columns", "a"],
             "--negative-columns names a; it takes titles of --columns, and needs --negative",

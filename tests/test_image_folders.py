@@ -142,7 +142,7 @@ def test_a_named_column_wins_and_must_be_there(folder: Path) -> None:
         ({"file_name": "a.png", "text": " "}, "text is empty"),
         ('{"file_name": "a.png", "text": NaN}', "text is empty"),
         ({"file_name": "a.png", "text": ["x"]}, "text is a list"),
-        ({"file_name": "a.png"}, "has no text or prompt, caption"),
+        ({"file_name": "a.png"}, "has no text, prompt or caption"),
         ({"file_name": "gone.png", "text": "x"}, "gone.png does not exist"),
         ({"file_name": None, "text": "x"}, "file_name is a NoneType"),
         ("[1]", "must be an object"),
@@ -168,10 +168,8 @@ def test_an_image_without_its_caption_file_is_set_aside(folder: Path) -> None:
     (folder / "notes.txt").write_text("of no image")
     samples, skipped = read_captioned(folder, Columns())
     assert [sample.path.name for sample in samples] == ["b.jpg"]
-    assert ["is not UTF-8" in row.reason or "has no caption file" in row.reason for row in skipped] == [
-        True,
-        True,
-    ]
+    assert "a.txt is not UTF-8 text" in skipped[0].reason
+    assert skipped[1].reason == "c.webp: caption is empty"
 
 
 def test_a_snapshot_in_the_hubs_cache(tmp_path: Path) -> None:
@@ -198,7 +196,10 @@ def test_a_snapshot_in_the_hubs_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["x.tar", "y.tar"], r"holds tar archives; unpack them: `tar -xf .*/x\.tar -C FOLDER`"),
+        (
+            ["x.tar", "y.tar"],
+            r"holds images in x\.tar; .* `python data_build/unpack\.py --data .* --output-dir FOLDER`",
+        ),
         (["x.parquet"], r"python data_build/unpack\.py --data"),
         (["test/metadata.jsonl"], r"has no metadata\.jsonl, but test/ has one; give .*/test"),
         (["a.png", "readme.txt"], "it holds 1 image without captions; captions are in"),

@@ -174,6 +174,40 @@ def test_no_utils_and_no_long_file() -> None:
         assert lines <= 400, f"{short(path)} has {lines} lines"
 
 
+CALLS = {
+    "Image.open": ("preftune/images.py",),
+    "ImageFile.Parser": (),
+    "imread": (),
+    "io.read_image": (),
+    "utils.load_image": (),
+    "print": ("preftune/printable.py", "rewards/__main__.py"),
+    "jinja2.Environment": ("eval/pages.py", "data_build/selected_folder.py"),
+}
+"""Function -> the only files that may call it: what opens images has limits, what prints makes text printable, pages escape."""
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *sorted((ROOT / "benchmarks").glob("*.py"))], ids=short)
+def test_dangerous_calls_have_one_home(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        where = f"{short(path)} line {node.lineno}"
+        for call, homes in CALLS.items():
+            known = name == call or name.endswith(f".{call}")
+            program = short(path).startswith("benchmarks/") and call == "print"
+            assert not known or program or short(path) in homes, f"{where} calls {call}, at home in {homes}"
+        if name == "jinja2.Environment":
+            assert {"autoescape": "True"}.items() <= {
+                k.arg: ast.unparse(k.value) for k in node.keywords
+            }.items(), f"{where}: pages must escape"
+        if name == "zipfile.ZipFile" and [ast.unparse(mode) for mode in node.args[1:2]] != ["'w'"]:
+            assert short(path) == "data_build/decode.py", f"{where} reads an archive without open_zip"
+        if name == "torch.load":
+            weights_only = {k.arg: ast.unparse(k.value) for k in node.keywords}.get("weights_only")
+            assert weights_only == "True", f"{where} unpickles"
+
+
 def test_sources_are_ascii() -> None:
     for path in SOURCES:
         assert path.read_text(encoding="utf-8").isascii(), f"{short(path)} is not ASCII"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,12 @@ import torch
 from torch import Tensor
 
 import rewards
+from data_build import diffusiondb, score
+from eval import compare_methods, grid, preference_accuracy
+from finetune import refl
+from preftune import cli
 from rewards import CARDS, Card
-from rewards.mix import Mix, parse_files, parse_weights, units
+from rewards.mix import Mix, parse_files, parse_names, parse_weights, units
 
 
 class Fixed:
@@ -119,25 +124,67 @@ def test_a_loaded_scorer_can_be_mixed() -> None:
 
 
 def test_parse_weights_keeps_the_order() -> None:
-    parsed = parse_weights(["shapes=1e-1", "brightness=-0.5"])
-    assert list(parsed.items()) == [("shapes", 0.1), ("brightness", -0.5)]
+    parsed = parse_weights(["shapes=1e-1", "brightness=-0.5", "imagereward"])
+    assert list(parsed.items()) == [("shapes", 0.1), ("brightness", -0.5), ("imagereward", 1.0)]
 
 
 @pytest.mark.parametrize(
     ("terms", "message"),
     [
-        (["brightness"], "'brightness' is not scorer=weight"),
-        (["brightness=much"], "not scorer=weight"),
+        (["brightness="], "'brightness=' is not NAME or NAME=WEIGHT"),
+        (["=1"], "'=1' is not NAME or NAME=WEIGHT"),
+        (["brightness=much"], "not NAME or NAME=WEIGHT .* --reward-files NAME=PATH"),
         (["brightness=nan"], "finite"),
         (["brightness=0"], "other than 0"),
-        (["brightnes=1"], "unknown scorer; one of brightness, shapes"),
+        (["brightnes=1"], "unknown scorer 'brightnes'; one of brightness, shapes"),
         (["brightness=1", "brightness=2"], "repeats brightness"),
-        ([], "no reward is given"),
+        (["brightness", "brightness=1"], "repeats brightness"),
+        ([], "--rewards is empty; name at least one scorer, as NAME or NAME=WEIGHT, of brightness"),
     ],
 )
 def test_parse_weights_refuses(terms: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_weights(terms)
+
+
+def test_names_take_no_weight_but_one() -> None:
+    assert parse_names(["shapes", "brightness=1.0"]) == ("shapes", "brightness")
+    with pytest.raises(
+        ValueError, match=r"--rewards shapes=2 has a weight, but .* reported by itself; write shapes"
+    ):
+        parse_names(["shapes=2"])
+
+
+PROGRAMS = {
+    "score": (score.Config, ["--data", "x", "--output-dir", "x"]),
+    "diffusiondb": (diffusiondb.Config, ["--data", "x", "--output-dir", "x"]),
+    "preference_accuracy": (preference_accuracy.Config, ["--data", "x"]),
+    "compare_methods": (compare_methods.Config, ["--methods", "a=finetune/refl.py"]),
+    "grid": (grid.Config, []),
+    "refl": (refl.Config, ["--model", "x", "--prompts", "x", "--pretraining", "off"]),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_all_programs_read_scorers_alike(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One grammar, one help text, one set of sentences."""
+    config, flags = PROGRAMS[program]
+    for term in ("brightness", "brightness=1", "brightness=1.0"):
+        assert cli.parse(config, [*flags, "--rewards", term])
+    for term, words in (
+        ("brightnes", "unknown scorer 'brightnes'; one of brightness, shapes"),
+        ("brightness=x.pt", "'brightness=x.pt' is not NAME or NAME=WEIGHT"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.parse(config, [*flags, "--rewards", term])
+        assert stop.value.code == 2
+        assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.parse(config, ["--help"])
+    said = " ".join(re.sub(r"[^\x20-\x7e]", " ", capsys.readouterr().out).split())
+    assert "`python -m rewards` lists" in said
+    assert "the folder of a trained" in said
+    assert "Weights of scorers on disk, as NAME=PATH" in said
 
 
 def test_parse_files() -> None:

@@ -254,12 +254,33 @@ def test_ratings_with_ties_have_no_accuracy_of_a_person(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "buckets.png").exists()
 
 
+def test_another_report_is_not_overwritten(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--rewards", "brightness", "--crops", "--workers", "0"]
+    assert run(data, tmp_path, *flags) == 0
+    before = (tmp_path / "report.html").read_bytes()
+    assert run(data, tmp_path, *flags) == 0, "the same again"
+    with pytest.raises(SystemExit) as stop:
+        run(data, tmp_path, *flags, "--count", "1")
+    assert stop.value.code == 2
+    assert (
+        "holds another report, report.html (other count); add --overwrite-output-dir"
+        in capsys.readouterr().err
+    )
+    assert (tmp_path / "report.html").read_bytes() == before
+    assert run(data, tmp_path, *flags, "--count", "1", "--overwrite-output-dir") == 0
+    assert (tmp_path / "report.html").read_bytes() != before
+
+
 def test_help_says_what_rewards_are(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.parse(preference_accuracy.Config, ["--help"])
     said = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
-    assert "NAME=WEIGHT each, as hpsv2=1; the folder of a trained scorer is a name, too." in said
-    assert "Weights do nothing here: write 1, even for one scorer." in said
+    assert (
+        "Scorers, each NAME or NAME=WEIGHT; NAME is one that `python -m rewards` lists, or the folder" in said
+    )
+    assert "Each is reported by itself, so no weight but 1 is taken." in said
 
 
 def test_views_are_mirrored_and_cut_in_the_middle() -> None:

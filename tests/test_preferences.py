@@ -286,7 +286,7 @@ def test_shards_that_begin_within_a_prompt(folder: Path) -> None:
     ]
     (lonely,) = read_jsonl(output / "rejected.jsonl")
     assert lonely["name"] == f"{paths[1]} row 1"
-    assert lonely["reason"] == "bad row"
+    assert lonely["reason"] == "too few images"
 
 
 def test_an_archive_outside_is_not_read(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -399,3 +399,27 @@ def test_a_killed_run_leaves_nothing_that_looks_complete(folder: Path) -> None:
     (folder / "test.json").write_text(json.dumps(rows[:2]))
     preferences.main(given)
     assert len(read_rankings(given.output_dir)) == 2
+
+
+def test_a_rating_file_that_was_cut(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The cut row and the person with one rating are set aside; a repeated rating follows the rule, and is counted."""
+    for name in ("0.jpg", "1.jpg"):
+        (folder / name).write_bytes(image(int(name[0])))
+    lines = ["a,0.jpg,x,1", "a,1.jpg,x,2", "a,0.jpg,x,3", "b,0.jpg,y,1", '"a, not']
+    (folder / "r.csv").write_text("prompt,image,rater,score\n" + "\n".join(lines))
+    given = {"layout": "ratings", "input": (folder / "r.csv",)}
+    preferences.main(Config(**given, output_dir=folder.parent / "out"))  # type: ignore[arg-type]
+    found = summary(folder.parent / "out")
+    assert (found["rankings"], found["repeated_ratings"]) == (1, 1)
+    assert found["rejected"] == {"bad row": 1, "too few images": 1}
+    assert read_rankings(folder.parent / "out")[0].ranks == (1, 2), "the last rating counts"
+    preferences.main(Config(**given, output_dir=folder.parent / "mean", repeated_ratings="mean"))  # type: ignore[arg-type]
+    assert read_rankings(folder.parent / "mean")[0].ranks == (1, 1)
+    with pytest.raises(SystemExit) as stop:
+        preferences.main(Config(**given, output_dir=folder.parent / "none", repeated_ratings="refuse"))  # type: ignore[arg-type]
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "'bad row': 2, 'too few images': 1" in said
+    assert "'0.jpg' is rated more than once by the same person" in said
+    with pytest.raises(ValueError, match="--repeated-ratings is for --layout ratings; hpdv1 has none"):
+        Config(layout="hpdv1", input=(folder / "r.csv",), output_dir=folder, repeated_ratings="mean")

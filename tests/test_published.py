@@ -25,6 +25,7 @@ from data_build.published import (
     Layout,
     PublishedImage,
     PublishedRanking,
+    Repeats,
     SetAside,
     dense,
     read_published,
@@ -78,10 +79,10 @@ def facts(entry: PublishedRanking | SetAside) -> tuple[object, ...]:
     return entry.prompt, names, list(entry.ranks), entry.source, entry.weight
 
 
-def set_aside(entry: PublishedRanking | SetAside, place: str, words: str) -> None:
-    """Assert that it is a bad row of this place, with these words in its reason."""
+def set_aside(entry: PublishedRanking | SetAside, place: str, words: str, reason: str = "bad row") -> None:
+    """Assert that it is a row of this place that was set aside for this reason, with these words in its detail."""
     assert isinstance(entry, SetAside)
-    assert (entry.place.rpartition("/")[2], entry.reason) == (place, "bad row")
+    assert (entry.place.rpartition("/")[2], entry.reason) == (place, reason)
     assert words in entry.detail
 
 
@@ -453,7 +454,7 @@ def test_a_list_of_another_layout(tmp_path: Path, layout: Layout, row: object, w
     [
         ("imagereward", IR, {"ranking": [1.5, 2]}, "ranking is [1.5, 2]; it must hold whole numbers"),
         ("imagereward", IR, {"ranking": [0, 1]}, "ranking is [0, 1]; it must hold whole numbers from 1"),
-        ("imagereward", IR, {"ranking": [1]}, "2 generations and 1 ranks"),
+        ("imagereward", IR, {"ranking": [1]}, "2 images and 1 ranks"),
         ("imagereward", IR, {"generations": ["0", "0"]}, "'0' is there more than once"),
         ("imagereward", IR, {"generations": None}, "generations is a NoneType"),
         ("imagereward", IR, {"prompt": " "}, "prompt is empty"),
@@ -474,7 +475,6 @@ def test_a_list_of_another_layout(tmp_path: Path, layout: Layout, row: object, w
         ("pickapic", pickapic(), {"caption": None}, "caption is a NoneType"),
         ("pickapic", pickapic(), {"image_1_uid": "aa-0"}, "'aa/aa-0.jpg' is there more than once"),
         ("aspects", RATED, {"images": []}, "images must hold objects"),
-        ("aspects", RATED, {"images": RATED["images"][:1]}, "1 images and 1 ranks"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("place", [0, 1])
@@ -549,8 +549,6 @@ def test_a_rating_that_is_no_number(tmp_path: Path, score: str) -> None:
 @pytest.mark.parametrize(
     ("firsts", "words"),
     [
-        (["a,0,x,1"], "1 images and 1 ranks; there must be one rank each, and two or more"),
-        (["a,0,x,1", "a,1,x,2", "a,0,x,3"], "'0' is there more than once"),
         ([",0,x,1", ",1,x,2"], "prompt is empty"),
         (["a,0"], "score is None; it must be a finite number"),
     ],
@@ -564,12 +562,84 @@ def test_the_first_rater_is_judged_as_the_others_are(tmp_path: Path, firsts: lis
     set_aside(last, f"r.csv line {4 + len(firsts)}", words)
 
 
+def test_one_rating_is_too_few_images(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_text("prompt,image,rater,score\na,0,x,1\na,0,y,3\na,1,y,4\n")
+    alone, good = read_published("ratings", tmp_path / "r.csv")
+    set_aside(alone, "r.csv line 2", "one image, '0'; a ranking needs two or more", "too few images")
+    assert facts(good)[3] == "y"
+    for layout, row in (
+        ("imagereward", {"prompt": "a", "generations": ["0"], "ranking": [1]}),
+        ("imagerewarddb", db("c", 1, "2")),
+    ):
+        (other,) = read_published(layout, in_json(tmp_path / "x.json", [row]))  # type: ignore[arg-type]
+        set_aside(other, "x.json element 1", "a ranking needs two or more", "too few images")
+    (other,) = read_published(
+        "aspects", in_jsonl(tmp_path / "x.jsonl", [RATED | {"images": RATED["images"][:1]}])
+    )
+    set_aside(other, "x.jsonl line 1", "a ranking needs two or more", "too few images")
+
+
+@pytest.mark.parametrize(("rule", "ranks"), [("last", [1, 2]), ("mean", [2, 1])])
+def test_repeated_ratings_follow_a_rule(tmp_path: Path, rule: Repeats, ranks: list[int]) -> None:
+    """0.png has 1 and later 5, a mean of 3; 1.png has 4."""
+    (tmp_path / "r.csv").write_text("prompt,image,rater,score\na,0,x,1\na,1,x,4\na,0,x,5\n")
+    (found,) = read_published("ratings", tmp_path / "r.csv", repeats=rule)
+    assert isinstance(found, PublishedRanking)
+    assert facts(found)[1:3] == (["0", "1"], ranks)
+    assert found.repeated == 1
+    (refused,) = read_published("ratings", tmp_path / "r.csv", repeats="refuse")
+    set_aside(refused, "r.csv line 2", "'0' is rated more than once by the same person")
+
+
+RATINGS = "prompt,image,rater,score\n" + "".join(f"p {n},{i},x,{i}\n" for n in range(150) for i in "01")
+
+
+@pytest.mark.parametrize(
+    ("cut", "reason", "words"),
+    [
+        ("p 150,0", "bad row", "score is None"),
+        ('"p 150, and', "bad row", "line 302 is no row of a CSV file: unexpected end of data"),
+        ('"p 15"0,0,x,1\n', "bad row", "line 302 is no row of a CSV file: ',' expected after"),
+        ("p 150,0,x,", "bad row", "score is ''"),
+        ("p 150,0,x,0", "too few images", "one image, '0'"),
+    ],
+)
+def test_a_cut_last_line_costs_one_row(tmp_path: Path, cut: str, reason: str, words: str) -> None:
+    (tmp_path / "r.csv").write_text(RATINGS + cut)
+    *good, last = read_published("ratings", tmp_path / "r.csv")
+    assert len(good) == 150
+    assert all(isinstance(one, PublishedRanking) for one in good)
+    set_aside(last, "r.csv line 302", words, reason)
+
+
+def test_a_quote_that_is_never_closed_is_named_with_its_line(tmp_path: Path) -> None:
+    """It would take the rows behind it along in silence."""
+    text = RATINGS.replace("p 3,0", '"p 3,0')
+    (tmp_path / "r.csv").write_text(text)
+    with pytest.raises(
+        ValueError, match=r"r\.csv line 8 is no row of a CSV file, and takes the 293 lines after it along"
+    ):
+        list(read_published("ratings", tmp_path / "r.csv"))
+
+
+def test_a_broken_line_of_json_lines_costs_itself(tmp_path: Path) -> None:
+    row = json.dumps({"prompt": "a", "generations": ["0", "1"], "ranking": [1, 2]})
+    path = tmp_path / "rankings.jsonl"
+    path.write_text(f"{row}\n{row[:20]}\n{row}\n{row[:-9]}")
+    first, bad, second, cut = read_published("rankings", path)
+    assert facts(first) == facts(second)
+    set_aside(bad, "rankings.jsonl line 2", "line 2 is not JSON")
+    set_aside(cut, "rankings.jsonl line 4", "line 4 is not JSON")
+    path.write_text(f"{row[:20]}\n{row}\n")
+    with pytest.raises(ValueError, match="line 1 is not JSON"):
+        list(read_published("rankings", path))
+
+
 def test_bad_groups_of_imagerewarddb_are_set_aside(tmp_path: Path) -> None:
     """The first prompt, too: shards begin with the last image of one; and an id has one prompt, or says nothing."""
     good = [db(name, 1) | {"prompt_id": 1, "prompt": "p 1"} for name in "ab"]  # a number will do
     other = db("d", 2, "2") | {"prompt": "q"}
     for bad, words in (
-        ([db("c", 1, "2")], "1 images and 1 ranks"),
         ([db("c", 0, "2"), db("d", 1, "2")], "rank is 0; it must be 1, the best, or more"),
         ([db("c", 1, "2"), db("c", 2, "2")], "c.webp' is there more than once"),
         ([db("c", 1, "2"), other], "element 2: prompt_id '2' must have one prompt, not 'p 2' and 'q'"),
@@ -679,12 +749,7 @@ def test_broken_tables_and_archives(tmp_path: Path) -> None:
     table.write_bytes(table.read_bytes()[:-20])
     archive = in_zip(tmp_path / "x.zip", [db("a", 1)], {})
     archive.write_bytes(archive.read_bytes()[:-20])
-    (tmp_path / "x.csv").write_text('prompt,image,rater,score\n"a')
-    for layout, path in (
-        ("pickapic", table),
-        ("imagerewarddb", archive),
-        ("ratings", tmp_path / "x.csv"),
-    ):
+    for layout, path in (("pickapic", table), ("imagerewarddb", archive)):
         with pytest.raises(ValueError, match=rf"{path.name} is broken, or of another kind"):
             list(read_published(layout, path))
     for layout in LAYOUTS:

@@ -97,7 +97,7 @@ def test_a_link_out_of_the_folder(folder: Path) -> None:
     ("line", "words"),
     [
         ('{"file_name": "c.png", "text": "x"}', r"line 1: .*c\.png does not exist"),
-        ('{"file_name": "images", "text": "x"}', "does not exist"),
+        ('{"file_name": "images", "text": "x"}', "images is no file"),
         ('{"file_name": "b.png"}', "line 1 has no text"),
         ('{"text": "x"}', "line 1 has no file_name"),
         ('{"file_name": "b.png", "text": " "}', "line 1: text is empty"),

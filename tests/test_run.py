@@ -432,7 +432,7 @@ def test_current_hyperparameters_apply_after_resume(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("setting", "what"), [("nan_at", "loss"), ("inf_gradient_at", "gradient norm")])
 def test_a_number_that_is_not_finite_stops_at_its_step(tmp_path: Path, setting: str, what: str) -> None:
-    with pytest.raises(FloatingPointError, match=f"^{what} at step 3, rank 0 is nan"):
+    with pytest.raises(FloatingPointError, match=f"^{what} at step 3, rank 0, learning rate 0.01 is nan"):
         train(tmp_path, checkpointing_steps=1, driver={setting: 3})
     assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2]
     assert checkpoint.find_checkpoints(tmp_path)[-1].name == "step_000003"

@@ -448,6 +448,7 @@ def test_bad_images_of_an_archive(rendered: Path, tmp_path: Path) -> None:
         "list.png": "bad metadata",
         "half.png": "bad metadata",
         "blank.png": "no prompt",
+        "none.png": "no prompt",
         "crc.png": "undecodable",
         "locked.png": "undecodable",
         "lying.png": "undecodable",
@@ -461,6 +462,7 @@ def test_bad_images_of_an_archive(rendered: Path, tmp_path: Path) -> None:
         "list.png": [caption],
         "half.png": {"p": "a \ud800"},
         "blank.png": {"p": " \n"},
+        "none.png": {"p": None},
     }
     del notes["unlisted.png"]
     with zipfile.ZipFile(tmp_path / "part-000001.zip", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -496,7 +498,8 @@ def test_a_member_is_unpacked_no_further_than_it_announces(tmp_path: Path) -> No
         archive.writestr("bomb.json", '{"a.png": {"p": "zeros"}}')
         archive.getinfo("a.png").file_size = 99
     tracemalloc.start()
-    assert run(tmp_path / "bomb.zip", tmp_path / "out", "brightness")["file"] == []
+    with pytest.raises(SystemExit):
+        run(tmp_path / "bomb.zip", tmp_path / "out", "brightness")
     assert tracemalloc.get_traced_memory()[1] < 8 << 20
     tracemalloc.stop()
     assert rejected(tmp_path / "out") == {("bomb.zip", "a.png"): "undecodable"}
@@ -541,7 +544,7 @@ def test_bad_lines_of_an_imagefolder(data: Path, tmp_path: Path) -> None:
         ({"file_name": "\ud800.png", "text": text}, ("\\ud800.png", ""), "unsafe name"),
         ({"file_name": "000", "text": text}, ("000", ""), "missing"),
         ({"file_name": "000/000001.png"}, ("000/000001.png", ""), "bad metadata"),
-        ({"file_name": "000/000002.png", "text": None}, ("000/000002.png", ""), "bad metadata"),
+        ({"file_name": "000/000002.png", "text": None}, ("000/000002.png", ""), "no prompt"),
         ({"file_name": "000/000003.png", "text": ""}, ("000/000003.png", ""), "no prompt"),
         ({"file_name": "000/000004.png", "text": "a cat"}, ("000/000004.png", ""), "refused"),
         ({"file_name": "000/000005.png", "text": "a" * 20_001}, ("000/000005.png", ""), "bad metadata"),
@@ -615,10 +618,19 @@ def test_broken_tables(chunk: int, rendered: Path, tmp_path: Path) -> None:
     assert rejected(tmp_path / "out") == dict.fromkeys(broken, "broken file")
 
 
-def test_nothing_to_score_is_no_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_to_score_is_an_error_that_gives_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "a.zip").write_bytes(b"no archive")
-    assert run(tmp_path / "a.zip", tmp_path / "out", best=3)["shapes"] == []
-    assert "0 scored, 1 set aside: 1 broken file" in capsys.readouterr().out
+    for _ in range(2):  # also where the job is complete
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path / "a.zip", tmp_path / "out", best=3)
+        assert stop.value.code == 2
+        said = capsys.readouterr()
+        assert "0 scored, 1 set aside: 1 broken file" in said.out
+        assert said.err.splitlines()[-1].endswith(f"all are listed in {tmp_path / 'out' / 'rejected.jsonl'}")
+        assert "no image of" in said.err.splitlines()[-1]
+    assert rejected(tmp_path / "out") == {("a.zip", ""): "broken file"}
 
 
 def test_a_score_that_is_no_number_stops_the_job(
@@ -827,19 +839,19 @@ def test_other_archives_are_another_job(change: str, rendered: Path, tmp_path: P
 
 BAD = [
     (["--rewards", "shape"], "unknown scorer 'shape'; one of brightness, shapes"),
-    (["--rewards", "shapes", "shapes"], "--rewards must name scorers, each once"),
+    (["--rewards", "shapes", "shapes"], "repeats shapes; name each scorer once"),
     (["--rewards", "clipscore"], "the weights of clipscore are not here; run `hf download"),
     (["--reward-files", "clipscore=x"], "names clipscore, which --rewards does not use"),
     (["--data", "TMP/gone"], "there is no data at "),
-    (["--data", "TMP/empty"], "is no data set: it has no metadata.jsonl, .zip or .parquet, and no images"),
-    (["--data", "TMP/a.txt"], "is a file; data is a folder, a .zip of DiffusionDB or a .parquet table"),
+    (["--data", "TMP/empty"], "is no data set: it has no metadata.jsonl, .zip, .parquet or .tar, and no images"),
+    (["--data", "TMP/a.txt"], "is a file; data is a folder, a .zip of DiffusionDB, a .parquet table or"),
     (["--data", "TMP/both"], "holds both .zip and .parquet files"),
     (["--data", "TMP/bare"], "holds images without captions (no metadata.jsonl), and a scorer reads the prompt"),
     (["--data", "TMP/bare", "--prompt", " "], "give --prompt, or scorers that read none"),
     (["--prompt", "a cat"], "--prompt is for images without captions"),
     (["--data", "TMP/none"], "holds no images"),
     (["--data", "TMP/latin"], "is not UTF-8 text"),
-    (["--data", "TMP/t.parquet"], "has no column text; name one of image, caption with --text-column"),
+    (["--data", "TMP/t.parquet", "--caption-column", "text"], "no column text; name one of image, caption with --caption-column"),
     (["--data", "TMP/t.parquet", "--image-column", "img"], "name one of image, caption with --image-column"),
     (["--data", "TMP/t.parquet", "--image-column", "caption", "--text-column", "caption"], "holds string, not images"),
     (["--output-dir", "TMP/bare"], "exists and holds no scores; choose another --output-dir"),

@@ -738,8 +738,10 @@ def test_a_wrong_folder_is_a_clear_error(
 def test_a_folder_takes_no_other_weights(folder: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has weights of its own, but x\.pt was given for it"):
         rewards.load(folder, weights=Path("x.pt"))
-    with pytest.raises(ValueError, match="is not scorer=weight"):
-        parse_weights([folder])
+    assert parse_weights([folder]) == {folder: 1.0}
+    (tmp_path / "lr=1").symlink_to(Path(folder).resolve())
+    assert parse_weights([f"{tmp_path}/lr=1"]) == {f"{tmp_path}/lr=1": 1.0}, "a folder with a = in its name"
+    assert parse_weights([f"{tmp_path}/lr=1=2"]) == {f"{tmp_path}/lr=1": 2.0}
     with pytest.raises(ValueError, match=r"lacks config\.json"):
         parse_weights([f"{tmp_path}=1"])
 

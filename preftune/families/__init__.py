@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from preftune.families import known, weights
+from preftune.families import guard, known, weights
 from preftune.families.base import Cond, Defaults, Family
 from preftune.families.digest import digest
 from preftune.families.known import FAMILIES
@@ -39,6 +39,7 @@ def check(model: Source | Path | str, vae: Path | None = None) -> Defaults:
     unless the model is a complete pipeline of a known family. A path or hub id is located as `locate` does.
     """
     source = as_source(model)
+    guard.check_files(source.folder)
     defaults = known.check(source, vae)
     source.check_weights(without=() if vae is None else ("vae",))
     if vae is not None:
@@ -55,5 +56,6 @@ def load(
     """Return a model as its family, frozen; ValueError as `check`, before any weight is read."""
     source = as_source(model)
     check(source, vae)
-    family: Family = known.module_of(source).load(source, device, dtype, vae)
+    with guard.loading(source):
+        family: Family = known.module_of(source).load(source, device, dtype, vae)
     return family

@@ -89,7 +89,7 @@ class Family(Protocol):
     device: torch.device
     prediction_type: PredictionType
     text_encoders: Sequence[nn.Module]
-    """Frozen. An encoder in training mode gets gradients, and encodes the negative prompt in each call."""
+    """Frozen. An encoder that is trained gets gradients, and encodes the negative prompt in each call."""
 
     def latent_shape(self, resolution: Resolution) -> tuple[int, int, int]:
         """Return (C, h, w). ValueError for a size that is no multiple of the autoencoder's factor."""

@@ -1,11 +1,11 @@
 """Checks of a diffusers pipeline folder that read only its JSON files."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from preftune.resolution import Resolution
+from rewards.input_files import parse_json, read_text
 
 Config = Mapping[str, Any]
 
@@ -42,10 +42,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object that a file holds; ValueError where it is not there or holds none."""
     if not path.is_file():
         raise ValueError(f"{path} is not there; name a folder that save_pretrained(folder) wrote")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    content = parse_json(read_text(path), str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object; save a pipeline with pipe.save_pretrained(folder)")
     return content

@@ -106,7 +106,7 @@ class SD:
         self, prompts: Sequence[str], negative: str = "", framings: Sequence[Framing] | None = None
     ) -> Cond:
         """Return embeds (B, L, D), the last hidden layer, as the pipeline's own; framings play no part."""
-        if self.text_encoder.training:
+        if text.is_open(self.text_encoder):
             null = self._embeds([negative])
         else:
             if negative not in self._negatives:
@@ -157,6 +157,7 @@ class SD:
 
     def open_text_encoders(self) -> None:
         """Train all weights of the text encoder."""
+        self._negatives.clear()
         self.text_encoder.requires_grad_(True).train()
 
     def reference(self) -> AbstractContextManager[None]:

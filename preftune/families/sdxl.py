@@ -124,7 +124,7 @@ class SDXL:
         """The negative prompt as the pipeline encodes it: zeros for an empty one, where the folder says so."""
         if not negative and self.force_zeros_for_empty_prompt:
             return {name: torch.zeros_like(value[:1]) for name, value in positive.items()}
-        if any(encoder.training for encoder in self.text_encoders):
+        if any(text.is_open(encoder) for encoder in self.text_encoders):
             return self._encoded([negative])
         if negative not in self._negatives:
             with torch.no_grad():
@@ -216,6 +216,7 @@ class SDXL:
 
     def open_text_encoders(self) -> None:
         """Train the text encoders, but not what comes after the first one's last layer but one, whose states are read."""
+        self._negatives.clear()
         for encoder in self.text_encoders:
             encoder.requires_grad_(True).train()
         first: Any = self.text_encoders[0]

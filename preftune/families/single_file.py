@@ -21,7 +21,10 @@ from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
 from preftune.families import weights
 from preftune.families.configs import read_json
+from rewards.input_files import read_text
 
+_MAX_YAML = 1 << 18
+"""Bytes of a .yaml beside a checkpoint."""
 PUBLISHED = Path(__file__).with_name("published")
 """Folders of configurations: sd1, sd2, sd2-base, sdxl."""
 _UNET = "model.diffusion_model."
@@ -182,11 +185,14 @@ def _said(metadata: Mapping[str, str]) -> set[str]:
 def _from_yaml(file: Path) -> str:
     """Return the prediction type of a .yaml of the original code, which lies beside a checkpoint."""
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = read_text(file, _MAX_YAML)
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ValueError(f"{file} has aliases (*name), which no configuration of a checkpoint has")
+        content = yaml.safe_load(text)
         params = content["model"]["params"]
         found = params.get("parameterization", "eps")
         denoiser = json.dumps(params.get("denoiser_config", {}))  # of SDXL's code
-    except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, AttributeError) as error:
+    except (yaml.YAMLError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no configuration of a checkpoint: {error}") from error
     return "v_prediction" if found == "v" or "VScaling" in denoiser else "epsilon"
 

@@ -4,20 +4,27 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from diffusers.loaders import TextualInversionLoaderMixin
+from torch import Tensor, nn
 
 _NO_LIMIT = 10**6
 """transformers gives a tokenizer without a model_max_length one of 1e30."""
 
 
 def token_ids(tokenizer: Any, encoder: Any, prompts: Sequence[str], device: torch.device) -> Tensor:
-    """Return ids (B, L), padded or cut to the tokenizer's length, or where it has none to the encoder's."""
+    """Return ids (B, L), padded or cut to the tokenizer's length, or where it has none to the encoder's.
+
+    A token of textual inversion with several vectors (<cat>, <cat>_1, ... in the tokenizer) expands to all of them, as in the
+    pipeline.
+    """
     length = tokenizer.model_max_length
     if length > _NO_LIMIT:
         length = encoder.config.max_position_embeddings
-    batch = tokenizer(
-        list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-    )
+    added = tokenizer.added_tokens_encoder
+    texts = list(prompts)
+    if any(f"{token}_1" in added for token in added):
+        texts = TextualInversionLoaderMixin().maybe_convert_prompt(texts, tokenizer)
+    batch = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     ids: Tensor = batch.input_ids.to(device)
     return ids
 
@@ -27,3 +34,8 @@ def to_save(tokenizer: Any) -> Any:
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
     return tokenizer
+
+
+def is_open(encoder: nn.Module) -> bool:
+    """Return whether an encoder is trained, so that what it says of a prompt may not be kept."""
+    return encoder.training or any(weight.requires_grad for weight in encoder.parameters())

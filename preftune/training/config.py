@@ -15,6 +15,7 @@ from preftune.lora import LoRA
 from preftune.prompts import read_prompts
 from preftune.resolution import Resolution
 from preftune.sampling import Sampling
+from preftune.scorer_flags import Files, Weighted
 from rewards.mix import Normalization, parse_files, parse_weights, units
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -76,10 +77,8 @@ class ModelConfig:
 class RewardConfig:
     """Scorers, their weights, and how their scores become one reward."""
 
-    rewards: tuple[str, ...] = ()
-    """Scorers with weights, as imagereward=1.0; `python -m rewards` lists them."""
-    reward_files: tuple[str, ...] = ()
-    """Local weights of scorers, as imagereward=PATH; default: this repository or the Hugging Face cache."""
+    rewards: Weighted = ()
+    reward_files: Files = ()
     reward_normalization: Normalization = "none"
     """none = raw scores; card, dataset = scale each scorer to mean 0 and standard deviation 1."""
     reward_stats: Path | None = None

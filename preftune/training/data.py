@@ -10,7 +10,14 @@ from preftune.image_check import SMALL, Checked, check_images
 from preftune.image_folders import Columns, describe_passed_over, find_captions, list_images, suffixes
 from preftune.notes import counted, say
 from preftune.prompts import LONG
-from preftune.records import CaptionedImage, Skipped, read_captioned, write_jsonl
+from preftune.records import (
+    CaptionedImage,
+    Ranking,
+    Skipped,
+    read_captioned,
+    read_usable_rankings,
+    write_jsonl,
+)
 
 SKIPPED = "skipped.jsonl"
 """File of a run that lists what was set aside: place and reason."""
@@ -50,13 +57,39 @@ def read(
     return samples, skipped
 
 
-def _say(
-    folder: Path, samples: Sequence[CaptionedImage], skipped: Sequence[Skipped], checked: Checked
-) -> None:
+def read_rankings(folder: Path) -> tuple[list[Ranking], list[Skipped]]:
+    """Return the usable rankings of a folder in its order, and what was set aside, as `read`: rankings of an image that
+    cannot be decoded, too.
+    """
+    rankings, skipped = read_usable_rankings(folder)
+    paths = list(dict.fromkeys(path for ranking in rankings for path in ranking.paths))
+    unreadable = {paths[at]: reason for at, reason in check_images(paths).unreadable.items()}
+    usable = []
+    for ranking in rankings:
+        reason = next((unreadable[path] for path in ranking.paths if path in unreadable), None)
+        if reason is None:
+            usable.append(ranking)
+        else:
+            skipped.append(Skipped(place=f"{folder}: ranking of {ranking.prompt!r}", reason=reason))
+    if not usable:
+        raise ValueError(
+            f"{folder}: none of {counted(len(rankings), 'ranking')} can be used; the first: {skipped[-len(rankings)].reason}"
+        )
+    _say_skipped(folder, counted(len(usable), "ranking"), skipped)
+    return usable, skipped
+
+
+def _say_skipped(folder: Path, used: str, skipped: Sequence[Skipped]) -> None:
     if skipped:
         more = f"; all are listed in {SKIPPED} of the run" if len(skipped) > SHOWN else ""
         reasons = "; ".join(row.reason for row in itertools.islice(skipped, SHOWN))
-        say(f"{folder}: {counted(len(samples), 'image')} used, {len(skipped):,} set aside: {reasons}{more}")
+        say(f"{folder}: {used} used, {len(skipped):,} set aside: {reasons}{more}")
+
+
+def _say(
+    folder: Path, samples: Sequence[CaptionedImage], skipped: Sequence[Skipped], checked: Checked
+) -> None:
+    _say_skipped(folder, counted(len(samples), "image"), skipped)
     long = sum(len(sample.text) > LONG for sample in samples)
     for number, words in (
         (checked.turned, "turned as the EXIF data say"),

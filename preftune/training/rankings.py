@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from preftune.cli import exit_on_user_error
 from preftune.images import opened
 from preftune.records import Ranking
 from rewards import Preprocess
@@ -90,7 +91,8 @@ def load(rankings: Sequence[Ranked], preprocess: Preprocess) -> tuple[Tensor, li
         with opened(path) as image:
             return from_pil(image, preprocess)
 
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as threads:  # decoding and resizing let others run
+    # An image that was sound when the run began may be gone; decoding and resizing let other threads run.
+    with exit_on_user_error(), ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as threads:
         images = [*threads.map(read, (path for ranking in rankings for path in ranking.paths))]
     return torch.stack(images), [ranking.prompt for ranking in rankings for _ in ranking.paths]
 

@@ -9,7 +9,6 @@
             with run.accumulate():
                 loss = ...
                 run.update(loss, mean_reward=rewards.mean())
-        if run.due("validation_steps", step): ...
         if run.due("checkpointing_steps", step): run.save(step, write=..., state={"best": best})
     sys.exit(run.finish())
 
@@ -18,7 +17,6 @@ Steps count updates from 0; checkpoint `step_000500` holds the weights after 500
 hardware a resumed run equals, bit for bit, one that was never stopped. On Ctrl-C or SIGTERM the update
 finishes, `due("checkpointing_steps", step)` is true and `steps()` ends; `finish()` then returns the exit
 code 128 + signal (130, 143). A second one, a second later or more, kills at once.
-
 Several processes: `accelerate launch --num_processes 2 driver.py` on GPUs; on CPUs `ACCELERATE_USE_CPU=true
 accelerate launch --multi_gpu --num_processes 2 driver.py`: without MPI, `--cpu` starts a single process.
 """
@@ -80,12 +78,8 @@ class Run:
     ) -> None:
         """Start the processes; the folder is opened by `prepare`, when everything has loaded.
 
-        Args:
-            config: The settings.
-            driver: Name of the kind of run.
-            config_text: YAML that replays the whole configuration.
-            settings: What else a resume must not change: numbers and strings of the driver by name.
-            driver_files: Patterns of files that the driver puts into the folder, which --overwrite-output-dir removes.
+        config_text is YAML that replays the whole configuration; settings is what else a resume must not change, numbers and
+        strings by name; driver_files are patterns of the driver's own files, which --overwrite-output-dir removes.
         """
         check(config)  # on every rank before any touches the folder: starting the processes is a barrier
         # accelerate keeps the precision of a process' first Accelerator; an earlier Run must not bind this one.
@@ -246,7 +240,7 @@ class Run:
         if len(self._scalars) < self._passes:
             return
         assert self._row, "call update() in the loop over steps(), before save()"
-        where = f"step {self._row['step']}, rank {self.rank}"
+        where = f"step {self._row['step']}, rank {self.rank}, learning rate {self._row['lr']:.3g}"
         self._row |= self._averaged(f"{prefix}loss", where)
         norm = float(self._accelerator.clip_grad_norm_(self._named.values(), self.config.max_grad_norm))
         self._row[f"{prefix}grad_norm"] = norm
@@ -292,6 +286,12 @@ class Run:
     def wait(self) -> None:
         """Wait until every process is here."""
         self._accelerator.wait_for_everyone()
+
+    def until_stopped(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
+        """Yield batches of images until a signal comes, which ends the one under way; then all processes know: `interrupted`."""
+        yield from signals.until_stopped(self._received, batches)
+        mine = torch.tensor([self._received.number], device=self.device)
+        self._agreed_signal = int(self.gather(mine).max())
 
     def ema_weights(self) -> AbstractContextManager[None]:
         """Context in which the trained module holds the averaged weights; without averaging, its own."""

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM during training: the first signal lets the update finish, a second one kills at once."""
+"""Ctrl-C and SIGTERM during training: the first signal lets the update finish, a second one kills at once.
+
+Images that are sampled need not be finished: there the first signal ends the batch under way (`until_stopped`).
+"""
 
 import signal
 import sys
@@ -7,14 +10,36 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
 
 from tqdm import tqdm
+
+Batch = TypeVar("Batch")
 
 
 class Received:
     """The first signal that this process has received; 0 = none."""
 
     number = 0
+    raises = False
+    """Whether the first signal raises StoppedError, where the process is."""
+
+
+class StoppedError(Exception):
+    """A signal came during work that is given up then."""
+
+
+def until_stopped(received: Received, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield batches until a signal comes: it ends the work on the next one, not what the caller does with the last."""
+    while not received.number:
+        received.raises = True
+        try:
+            batch = next(batches)
+        except (StopIteration, StoppedError):
+            return
+        finally:
+            received.raises = False
+        yield batch
 
 
 @contextmanager
@@ -37,6 +62,8 @@ def caught() -> Iterator[Received]:
             received.number, first = number, now
             name = signal.Signals(number).name
             tqdm.write(f"{name}: stopping after this update; once more kills at once", file=sys.stderr)
+            if received.raises:
+                raise StoppedError
         elif now > first + 1:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

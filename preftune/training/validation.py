@@ -7,7 +7,7 @@ caption of the shapes world.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from preftune import bootstrap, files, manifest
 from preftune.families.base import Family
 from preftune.grid import captioned_grid
 from preftune.images import load_pixels, save_image, to_pil
+from preftune.printable import show
 from preftune.records import read_jsonl, write_jsonl
 from preftune.sampling import Sampling, sample, sharded
 from preftune.training.run import Run
@@ -67,12 +68,15 @@ def validate(
     run: Run,
     name: str,
     negative: str = "",
-) -> Validation:
+) -> Validation | None:
     """Generate prompt i with seed i, score it, and write the results to `RUN/samples/NAME`; call it on
     every process.
 
-    `negative` is the negative prompt. Only the first 16 images are kept; the others are only scored.
+    `negative` is the negative prompt. Only the first 16 images are kept; the others are only scored. None where a signal
+    has asked a process to stop: the sampling ends at once, and `missed` tells the run that resumes.
     """
+    if run.interrupted:
+        return None
     folder = run.folder / "samples" / name
     partial = folder.with_name(f".{name}.tmp-shared")  # of all processes, so its name has no process in it
     if run.is_main:
@@ -89,13 +93,17 @@ def validate(
         negative=negative,
         progress=f"sampling {len(prompts)} validation prompts" if run.is_main else None,
     )
-    for pixels in batches:
+    for pixels in run.until_stopped(batches):
         part = mine[len(rows) : len(rows) + len(pixels)]
         scores = _score(mix, pixels, [prompt for _, prompt in part], run.device)
         for (index, _), image, values in zip(part, pixels, scores, strict=True):
             if index < _KEPT:
                 to_pil(image).save(partial / f"{index:04d}.png")
             rows.append({"index": index, **values})
+    if run.interrupted:
+        if run.is_main:
+            files.remove(partial)
+        return None
     write_jsonl(partial / f"rank_{run.rank}.jsonl", rows)
     run.wait()
     if run.is_main:
@@ -111,6 +119,13 @@ def validate(
     found = read(run.folder, name)
     assert found is not None, "the main process has written it"
     return found
+
+
+def missed(run: Run, names: Iterable[str]) -> bool:
+    """Return whether a resumed run lacks images of the moment at which it goes on, because a signal came while they were sampled."""
+    if not run.resumed or run.start == 0 or not run.due("validation_steps", run.start - 1):
+        return False
+    return any(read(run.folder, name) is None for name in names)
 
 
 @torch.no_grad()
@@ -206,5 +221,5 @@ def write_comparison(run: Path, names: Mapping[str, str]) -> None:
         print("no comparison of before and after: the settings, inputs or scorers differ between them")  # noqa: T201
     else:
         save_image(comparison(moments), run / "before_after.png")
-        print(summary(moments))  # noqa: T201
-    print(f"tuned weights, metrics and images: {run}")  # noqa: T201
+        show(summary(moments))
+    show(f"tuned weights, metrics and images: {run}")

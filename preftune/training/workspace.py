@@ -9,7 +9,7 @@ with workspace.open(config.model, config.reward, config.validation, config.run, 
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from preftune.families import Defaults, Family
 from preftune.lora import LoRA
 from preftune.records import CaptionedImage, Skipped
 from preftune.resolution import Resolution
-from preftune.training import data, validation
+from preftune.training import data
+from preftune.training import validation as validation_images
 from preftune.training.config import DTYPES, ModelConfig, RewardConfig, ValidationConfig
 from preftune.training.run import Run
 from preftune.training.run_config import RunConfig
@@ -58,40 +59,45 @@ class Workspace:
             self.family.save_tuned(place, lora)
 
     def validate(self, step: int) -> dict[str, float]:
-        """Generate and score the validation images after so many updates, and return the mean scores."""
+        """Generate and score the validation images after so many updates, and return the mean scores; none where a signal came."""
         means: dict[str, float] = {}
         for ending, negative in self.negatives.items():
             name = self.name_of(step, ending)
             with self.run.ema_weights():
-                found = validation.validate(
+                found = validation_images.validate(
                     self.family, self.mix, self.prompts, self.validation.sample, self.run, name, negative
                 )
+            if found is None:
+                return {}
             means |= {f"{score}{ending}": value for score, value in found.means().items()}
         return means
 
     def after(self, step: int, *, milestone: bool = False, state: Mapping[str, Any] | None = None) -> None:
         """Validate and save after the updates of a step, where that is due or the driver has reached a milestone.
 
-        `state` is the driver's own, see Run.save.
+        The tuned weights are written before the last images are sampled. `state` is the driver's own, see Run.save.
         """
         run = self.run
-        if milestone or run.due("validation_steps", step):  # also after the last step
-            run.log(step, **self.validate(step + 1))
+        if step + 1 == run.config.max_train_steps and run.is_main:
+            self.write(run.folder)
+        if (milestone or run.due("validation_steps", step)) and (means := self.validate(step + 1)):
+            run.log(step, **means)
         if milestone or run.due("checkpointing_steps", step):
             run.save(step, write=self.write, state=state)
 
     def finish(self) -> int:
-        """Write the tuned weights, compare before and after, and return the exit code."""
+        """Compare before and after, and return the exit code; writes the tuned weights where `after` did not, in another run."""
         run, steps = self.run, self.run.config.max_train_steps
         if not run.interrupted:
-            if run.is_main:
+            if run.is_main and run.start >= steps:
                 self.write(run.folder)
             if any(
-                validation.read(run.folder, self.name_of(steps, ending)) is None for ending in self.negatives
+                validation_images.read(run.folder, self.name_of(steps, ending)) is None
+                for ending in self.negatives
             ):
                 self.validate(steps)  # the run was stopped between its last step and here
             if run.is_main:
-                validation.write_comparison(run.folder, self.moments)
+                validation_images.write_comparison(run.folder, self.moments)
         return run.finish()
 
     @staticmethod
@@ -210,7 +216,7 @@ def open(
         mix=mix,
         resolution=model.size(defaults),
         model=model,
-        validation=validation,
+        validation=replace(validation, sample=validation.sample.at(model.size(defaults))),
         prompts=prompts,
         moments=dict(moments or {"before": "step_000000", "after": f"step_{steps:06d}"}),
         negatives=negatives or {"": ""},
@@ -218,4 +224,8 @@ def open(
     if not run.resumed:
         w.validate(0)
         run.save(-1, write=w.write)
+    elif run.start < steps and validation_images.missed(
+        run, [w.name_of(run.start, ending) for ending in w.negatives]
+    ):
+        run.log(run.start - 1, **w.validate(run.start))
     yield w
