@@ -84,8 +84,8 @@ class Ended:
     @property
     def sentence(self) -> str:
         """The one line of its own that names an error; else empty."""
-        lines = [line for line in self.output.splitlines() if re.match(r"\w+\.py: error: ", line)]
-        return lines[0] if len(lines) == 1 else ""
+        lines = re.findall(r"(?:^|\x1b\[A|\r)(\w+\.py: error: .*)", self.output, re.MULTILINE)
+        return str(lines[0]) if len(lines) == 1 else ""
 
 
 class Record(ctypes.Structure):
