@@ -4,14 +4,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+import tyro
 
 import rewards
 from preftune import lora_files
 from preftune import resolution as resolutions
-from preftune.families import Defaults, check, lora_layers
+from preftune.families import Defaults, Pretrained, check, lora_layers
 from preftune.lora import LoRA
 from preftune.prompts import read_prompts
 from preftune.resolution import Resolution
@@ -27,10 +28,9 @@ DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf
 class ModelConfig:
     """The model, which of its weights are trained, and the training resolution."""
 
-    model: Path
-    """Pipeline folder in diffusers' format: Stable Diffusion 1.x, 2.x or XL."""
+    pretrained: Annotated[Pretrained, tyro.conf.arg(name="")]
     vae: Path | None = None
-    """Folder of an autoencoder to use instead of the pipeline's, such as an fp16-safe one for SDXL."""
+    """Folder or hub id of an autoencoder to use instead of the pipeline's, such as madebyollin/sdxl-vae-fp16-fix for SDXL in fp16."""
     train: Literal["lora", "full"] = "lora"
     """Trained weights: a LoRA, or all weights of the denoiser."""
     lora: LoRA = field(default_factory=LoRA)
@@ -66,7 +66,7 @@ class ModelConfig:
         return {"lora scale": lora and (lora.alpha or lora.rank) / lora.rank}
 
     def check(self, lora: LoRA | None = None) -> Defaults:
-        """Return the model's defaults, in milliseconds; ValueError for what is no pipeline folder of a known family.
+        """Return the model's defaults, in milliseconds once it is on this machine; ValueError for what is no model of a known family.
 
         ValueError, too, for settings of a LoRA where all weights are trained; `lora` is the program's own default.
         """
@@ -78,9 +78,9 @@ class ModelConfig:
             raise ValueError(
                 f"--export {self.export} writes a LoRA, which --train full has not; use --train lora"
             )
-        defaults = check(self.model, self.vae)
+        defaults = check(self.pretrained.source(), self.vae)
         if self.lora_start is not None:
-            others = lora_files.read(self.lora_start, lora_layers(self.model)).keys() - {"unet"}
+            others = lora_files.read(self.lora_start, lora_layers(self.pretrained.source())).keys() - {"unet"}
             if self.train == "full" and others:
                 raise ValueError(
                     f"--lora-start {self.lora_start} also updates {' and '.join(sorted(others))}, which --train full does not"
