@@ -146,7 +146,7 @@ def test_blank_prompts_of_a_text_file_are_counted(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a cat\n\na dog\n \na cat\n")
     texts, counts = select_prompts.read_all([tmp_path / "p.txt"])
     assert texts == ["a cat", "a dog"]
-    assert counts == {"read": 5, "repeated": 1, "blank": 2}
+    assert counts == {"read": 5, "repeated": 1, "blank": 2, "fragments": 0}
 
 
 def test_each_group_is_chosen_from_as_if_alone(tmp_path: Path) -> None:
