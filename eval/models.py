@@ -12,7 +12,7 @@ from preftune import lora as loras
 from preftune.families.configs import read_json
 from preftune.resolution import Resolution
 from rewards.digests import sha256_of
-from rewards.shapes import SIZE, in_world
+from rewards.shapes import check_judgeable
 
 TUNED = ("lora", "unet")
 """Folders of a run that hold what was tuned."""
@@ -123,9 +123,5 @@ def check_scorers(
 ) -> None:
     """Raise ValueError for scorers whose weights are missing, or for a judge that cannot read such images of `source`."""
     rewards.check_all(names, files, download=False)
-    for name in names:
-        if name == "shapes" and not (in_world(prompts) and resolution == (SIZE, SIZE)):
-            raise ValueError(
-                f"the scorer shapes judges {SIZE} x {SIZE} images of captions of the shapes world only, not"
-                f" {resolution.width} x {resolution.height} images of {source}; leave it out of --rewards"
-            )
+    if "shapes" in names:
+        check_judgeable(prompts, (resolution.width, resolution.height), f"the images of {source}")

@@ -107,17 +107,13 @@ def main(config: Config) -> int:
         else partial(encode, family, samples, resolution=resolution)
     )
     show = partial(validate_at, family, prompts, config.validation.sample.at(resolution), run)
-
-    def write(folder: Path) -> None:
-        with run.ema_weights():
-            save(family, config, folder)
-
+    write = partial(save, family, config, run)
     if missed(run, [f"step_{run.start:06d}"]):
         show(run.start - 1)
     for step in run.steps():
         for micro_batch in run.passes():
             indices = run.image_indices(step, micro_batch)
-            generators = [run.generator(i) for i in indices]
+            generators = list(map(run.generator, indices))
             rows = items_at(range(len(samples)), indices, config.run.seed)
             texts = captions(samples, rows, generators, config.caption_dropout)
             with run.accumulate():
@@ -189,10 +185,10 @@ def encode_all(
     return torch.cat(latents), framings
 
 
-def save(family: Family, config: Config, folder: Path) -> None:
+def save(family: Family, config: Config, run: Run, folder: Path) -> None:
     """Write `folder/lora`, or where all weights are trained the whole pipeline as `folder/pipeline`."""
     lora = config.model.tuned()
-    with files.replacing(folder / ("pipeline" if lora is None else "lora")) as place:
+    with run.ema_weights(), files.replacing(folder / ("pipeline" if lora is None else "lora")) as place:
         if lora is None:
             family.save_pipeline(place)
         else:

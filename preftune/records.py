@@ -136,9 +136,10 @@ def _field_of(row: Mapping[str, Any], named: str | None, known: Sequence[str], f
 
 def image_of(folder: ImageFolder, name: str, place: str) -> str:
     """The image that a row names, relative to the folder's root; ValueError where it is missing or leads out of the folder."""
-    check_name(name, place)
-    found = [path for path in folder.candidates(name) if (folder.root / path).is_file()]
-    path = found[0] if found else folder.candidates(name)[0]
+    *others, last = folder.candidates(name)
+    if others:
+        check_name(name, place)
+    path = next((path for path in others if (folder.root / path).is_file()), last)
     inside(folder.root, path, place)
     return path
 
@@ -278,9 +279,19 @@ def inside(folder: Path, name: str, place: str) -> Path:
     path = folder / name
     if not path.is_file():
         raise ValueError(f"{place}: {path} {'is no file' if path.exists() else 'does not exist'}")
-    if not path.resolve().is_relative_to(folder.resolve()) and not _is_cached(path, folder):
+    if not _leads_to(path).is_relative_to(_resolved(folder)) and not _is_cached(path, folder):
         raise ValueError(f"{place}: file name {name!r} is a link that leads out of the folder")
     return path
+
+
+def _leads_to(path: Path) -> Path:
+    """The file that a path leads to; of a data set with a million images their few folders are resolved once."""
+    return path.resolve() if path.is_symlink() else _resolved(path.parent) / path.name
+
+
+@functools.lru_cache(maxsize=4096)
+def _resolved(folder: Path) -> Path:
+    return folder.resolve()
 
 
 def _is_cached(path: Path, folder: Path) -> bool:

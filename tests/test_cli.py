@@ -241,6 +241,18 @@ def test_a_tag_builds_no_object(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
+def test_several_values_for_a_flag_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = refused(capsys, ["--prompts", "a red circle", "two cats", "--batch", "3"], Required)
+    assert "--prompts takes one value, got 2: 'a red circle' 'two cats'" in prompts
+    assert "write the prompts into a .txt file, one a line, and name that file" in prompts
+    assert (
+        "--note takes one value, got 3: 'a' 'red' 'circle'; a value with spaces stands in quotes"
+        in refused(capsys, ["--note", "a", "red", "circle"])
+    )
+    assert "--note takes one value, got 2: 'b'" in refused(capsys, ["--note=a", "b"])
+    assert cli.parse(Config, ["--rewards", "a=1", "b=1", "--note", "-1"]).note == "-1"
+
+
 def test_missing_required_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--prompts" in refused(capsys, [], Required)
     assert cli.parse(Required, ["--config", write(tmp_path, "prompts: p.txt\n")]).prompts == Path("p.txt")
@@ -381,9 +393,9 @@ def test_a_short_name_is_not_guessed(capsys: pytest.CaptureFixture[str]) -> None
     from finetune import refl
 
     parsed = cli.parse(
-        refl.Config, ["--model", "x", "--prompts", "x", "--pretraining", "off", "--num-inference-steps", "35"]
+        refl.Config, ["--model", "x", "--prompts", "x", "--pretraining", "off", "--num-inference-steps", "45"]
     )
-    assert (parsed.num_inference_steps, parsed.validation.sample.num_inference_steps) == (35, None)
+    assert (parsed.num_inference_steps, parsed.validation.sample.num_inference_steps) == (45, None)
     assert "unknown flag --batch-size" in refused(capsys, ["--batch-size", "2"], refl.Config)
 
 

@@ -454,7 +454,7 @@ def test_png_has_every_cell(tmp_path: Path) -> None:
         (["--prompts", "STAGE/none.txt"], "does not exist"),
         (["--rewards", "beauty=1"], "unknown scorer"),
         (["--rewards", "shapes=1", "--prompts", "STAGE/hostile.txt"], "captions of the shapes world only"),
-        (["--rewards", "shapes=1", "--resolution", "128x64"], "128 x 64 images"),
+        (["--rewards", "shapes=1", "--resolution", "128x64"], "have 128 x 64 pixels"),
         (["--reward-files", "imagereward=x"], "which --rewards does not use"),
         (["--count", "0"], "--count must be at least 1, got 0"),
         (["--num-images-per-prompt", "0"], "--num-images-per-prompt must be at least 1"),

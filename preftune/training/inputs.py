@@ -67,11 +67,11 @@ def _digest(paths: Sequence[Path], *, with_names: bool) -> str:
         if path.is_file():
             found.update(_content(path))
             continue
-        for folder, inside, names in os.walk(path, followlinks=True):
+        for folder, inside, names in os.walk(path):
             inside[:] = sorted(name for name in inside if not name.startswith("."))
             for name in sorted(name for name in names if not name.startswith(".")):
                 file = Path(folder, name)
-                counts = file.suffix.lower() in _CONTENT_COUNTS
+                counts = file.suffix.lower() in _CONTENT_COUNTS and file.is_file()  # not a pipe, say
                 if counts or with_names:
                     found.update(f"{file.relative_to(path).as_posix()}\0".encode(errors="surrogateescape"))
                 if counts:

@@ -30,6 +30,7 @@ from preftune.training.run import Run
 from preftune.training.run_config import RunConfig
 from preftune.training.run_config import check as check_run
 from rewards.mix import Mix
+from rewards.shapes import check_judgeable
 from rewards.shared_towers import load_all
 
 
@@ -200,6 +201,9 @@ def open(
     """
     with exit_on_user_error():
         defaults = families.check(model.model, model.vae)
+        if "shapes" in reward.weights():
+            size = validation.sample.resolved(defaults).resolution
+            check_judgeable(prompts, (size.width, size.height), "the validation images")
         lora = model.tuned()
         same = {"lora scale": lora and (lora.alpha or lora.rank) / lora.rank, **(settings or {})}
         run = Run(
