@@ -127,8 +127,10 @@ def _of_image(data: DataSet, name: str, start: int) -> Iterator[tuple[int, Entry
     """The one entry of an image without a caption."""
     if start == 0:
         try:
-            _locate(data.root, name, "the folder")  # it was listed, and is there
+            _locate(data.root, name, "the folder")
             yield 0, ImageEntry(file=name, member="", text=data.prompt)
+        except FileNotFoundError:  # it was listed: a link that leads nowhere
+            yield 0, UnusableError("missing", f"{name!r} does not exist").of(name)
         except UnusableError as unusable:
             yield 0, unusable.of(name)
 

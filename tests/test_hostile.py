@@ -3,6 +3,7 @@
 Each test has an alarm far above its own time, so that a hang is a failure. `GS` proves that no image starts Ghostscript.
 """
 
+import gzip
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import socket
 import stat
 import struct
 import subprocess
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -219,10 +221,24 @@ def test_pipes_devices_sockets_and_folders(
 
 
 @pytest.mark.parametrize("kind", ["a named pipe", "a device", "a socket"])
-@pytest.mark.parametrize("suffix", [".zip", ".parquet"])
+@pytest.mark.parametrize("suffix", [".zip", ".parquet", ".tar"])
 def test_archives_and_tables_that_are_no_files(tmp_path: Path, kind: str, suffix: str) -> None:
     KINDS[kind](tmp_path / f"bad{suffix}")
-    assert set_aside(tmp_path) == {f"bad{suffix}": "broken file"}
+    with pytest.raises(ValueError, match=r"is no data set|there is no data at"):
+        set_aside(tmp_path)
+    with pytest.raises(ValueError, match=r"is no data set|there is no data at"):
+        set_aside(tmp_path / f"bad{suffix}")
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good" / "a.png").write_bytes(png())
+    with zipfile.ZipFile(tmp_path / "good.zip", "w") as archive:
+        archive.write(tmp_path / "good" / "a.png", "a.png")
+        archive.writestr("a.json", json.dumps({"a.png": {"p": "x"}}))
+    pyarrow.parquet.write_table(pyarrow.table({"image": [png()], "text": ["x"]}), tmp_path / "good.parquet")
+    with tarfile.open(tmp_path / "good.tar", "w") as archive:
+        archive.add(tmp_path / "good" / "a.png", "a.png")
+    for other in {".zip", ".parquet", ".tar"} - {suffix}:
+        (tmp_path / f"good{other}").unlink()
+    assert list(set_aside(tmp_path).values()) == ["usable"]
 
 
 def test_links_out_of_the_folder(tmp_path: Path) -> None:
@@ -472,6 +488,35 @@ def test_odd_members(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("part-000001.json", b'{"a": "' + os.urandom(1 << 20).hex().encode() * 10 + b'"}')
     assert set_aside(tmp_path) == {"part-000001.zip": "bad metadata"}
+
+
+def test_tars(tmp_path: Path) -> None:
+    def add(archive: tarfile.TarFile, name: str, content: bytes, **facts: Any) -> None:
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        for key, value in facts.items():
+            setattr(member, key, value)
+        archive.addfile(member, io.BytesIO(content))
+
+    with tarfile.open(tmp_path / "odd.tar", "w") as archive:
+        add(archive, "../up.png", png())
+        add(archive, "/etc/passwd.png", png())
+        add(archive, "link.png", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add(archive, "pipe.png", b"", type=tarfile.FIFOTYPE)
+        for number in range(40):
+            add(archive, f"same.{number}.png", png())
+        for number in range(2000):
+            add(archive, f"text.{number}.npy", b"0")
+        add(archive, "deep.png", png())
+        add(archive, "deep.json", DEEP.encode())
+        add(archive, "good.png", png())
+    found = [*set_aside(tmp_path / "odd.tar").values()]
+    assert found == ["unsafe name", "unsafe name", "too large", "missing", "bad metadata", "usable"]
+    with gzip.open(tmp_path / "bomb.tar.gz", "wb") as file:
+        member = tarfile.TarInfo("a.txt")
+        member.size = 1 << 40
+        file.write(member.tobuf() + b"\0" * (20 << 20))
+    assert set_aside(tmp_path / "bomb.tar.gz") == {"bomb.tar.gz 0 and all that follow": "too large"}
 
 
 def test_tables_of_another_schema(tmp_path: Path) -> None:

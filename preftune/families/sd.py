@@ -197,6 +197,8 @@ class SD:
             if self.noise.zero_snr
             else PNDMScheduler(**settings, skip_prk_steps=True)
         )
+        if self.noise.trailing and not self.noise.zero_snr:
+            scheduler = vp.trailing_scheduler(self.noise)
         StableDiffusionPipeline(
             unet=self.unet,
             vae=self.vae,

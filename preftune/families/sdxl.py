@@ -255,6 +255,8 @@ class SDXL:
             timestep_spacing="trailing" if self.noise.zero_snr else "leading",
             steps_offset=1,
         )
+        if self.noise.trailing and not self.noise.zero_snr:
+            scheduler = vp.trailing_scheduler(self.noise)
         StableDiffusionXLPipeline(
             unet=self.unet,
             vae=self.vae,
