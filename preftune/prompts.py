@@ -134,10 +134,10 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
             column = _field(file.schema_arrow.names, str(path))
             size, values = 0, list[Any]()
             for batch in file.iter_batches(ROWS, columns=[column]):  # a text that is repeated is stored once
-                size += batch.nbytes + ROW_BYTES * len(batch)
+                values += batch.column(0).to_pylist()
+                size += sum(ROW_BYTES + len(str(value)) for value in values[-len(batch) :])
                 if size > MAX_BYTES:
                     raise ValueError(f"prompt file {path} unpacks to more than {MAX_BYTES} bytes")
-                values += batch.column(0).to_pylist()
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is not a parquet file: {error}") from error
     yield from ((f"row {number}", value) for number, value in enumerate(values, 1))
