@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data_build import score_folder, scoring
 from data_build.decode import Entry
 from data_build.readers import DataSet, entries, find_data_set, survey
-from data_build.scoring import DTYPES, Batch, PrepareEntry, digests
+from data_build.scoring import DTYPES, Batch, PrepareEntry, check_judge, digests
 from preftune import lock
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import tidy_beside
@@ -122,6 +122,7 @@ def check_inputs(config: Config) -> tuple[DataSet, int, dict[str, Path]]:
     digest, total = survey(data)
     if not total:
         raise ValueError(f"{config.data} holds no images")
+    check_judge(config.names(), data)
     weights = digests(config.names(), files)
     names = ("precision", "prompt", "image_column", "caption_column", "chunk")
     settings = {name: getattr(config, name) for name in names}

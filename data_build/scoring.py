@@ -4,6 +4,7 @@ The input is batches of entries of a data set. The output is one row per entry, 
 it was rejected or filtered. The caller decides how entries are batched.
 """
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,12 +17,15 @@ from PIL import Image
 import rewards
 from data_build import score_folder
 from data_build.decode import Entry, Filtered, ImageEntry, UnusableError, decode, or_unusable, upright
-from data_build.readers import DataSet, read_bytes
+from data_build.readers import DataSet, entries, read_bytes
 from data_build.score_folder import ScoreRow
 from preftune.score_files import ScoredItem, View, prepared_view, score_files
 from rewards import Preprocess, Scorer
 from rewards.digests import sha256_of
+from rewards.shapes import check_judgeable
 
+JUDGE = "shapes"
+"""The scorer that reads images of one world only."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 Unwanted = Callable[[Image.Image], str | None]
@@ -32,6 +36,32 @@ def digests(names: Sequence[str], files: Mapping[str, Path]) -> dict[str, dict[s
     """Return the digests of the weights of scorers, which tell a job from others; ValueError where some are neither here nor on the hub."""
     found = rewards.check_all(names, files)
     return {name: {path.name: sha256_of(path) for path in paths} for name, paths in found.items()}
+
+
+def check_judge(names: Sequence[str], data: DataSet) -> None:
+    """Raise ValueError where the judge of the shapes world is to score images of which the first ones are none of it.
+
+    Single foreign images are set aside later; where the first 20 are foreign, every row would be.
+    """
+    if JUDGE not in names:
+        return
+    faults = []
+    for *_, entry in itertools.islice(entries(data), 20):
+        if not isinstance(entry, ImageEntry):
+            continue
+        try:
+            size = decode(read_bytes(data, entry)).size
+            check_judgeable(
+                [entry.text], size, f"{data.root / entry.file} {entry.member}".strip() + " and others"
+            )
+        except UnusableError:
+            continue
+        except ValueError as error:
+            faults.append(error)
+        else:
+            return
+    if faults:
+        raise faults[0]
 
 
 @dataclass(frozen=True, kw_only=True)

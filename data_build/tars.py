@@ -7,6 +7,8 @@ The layout is that of github.com/webdataset/webdataset and of img2dataset. Membe
 compressed archive is unpacked once.
 """
 
+import contextlib
+import gzip
 import json
 import tarfile
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from data_build.decode import MAX_RATIO, Entry, ImageEntry, UnusableError, or_un
 from preftune.image_folders import CAPTION_FILES, Columns
 from preftune.images import MAX_BYTES, SUFFIXES
 from preftune.records import caption_field, check_name, is_empty, parse_object
+from rewards.input_files import check_regular
 
 MAX_TEXT = 1 << 20
 """Bytes of a member that describes an image."""
@@ -31,7 +34,7 @@ def tar_entries(path: Path, name: str, columns: Columns, start: int = 0) -> Iter
     """
     number, key, parts = -1, "", dict[str, bytes | UnusableError]()
     try:
-        with or_unusable("broken file"), tarfile.open(path) as archive:
+        with or_unusable("broken file"), _opened(path) as archive:
             for member in _members(archive, path):
                 if not member.isfile() or PurePosixPath(member.name).name.startswith("."):
                     continue
@@ -60,7 +63,7 @@ def tar_entries(path: Path, name: str, columns: Columns, start: int = 0) -> Iter
 
 def count_images(path: Path) -> int:
     """Return the number of images in an archive."""
-    with tarfile.open(path) as archive:
+    with _opened(path) as archive:
         try:
             return sum(member.name.lower().endswith(SUFFIXES) for member in _members(archive, path))
         except UnusableError:
@@ -80,6 +83,31 @@ def _members(archive: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
 def _is_read(suffix: str) -> bool:
     """Whether a member can be the image, or say something of it."""
     return suffix.endswith((*SUFFIXES, *CAPTION_FILES, ".json"))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tarfile.TarFile]:
+    """Yield an archive, compressed or not."""
+    check_regular(path)
+    with path.open("rb") as raw:
+        file: Any = _Bounded(raw if path.suffix.lower() == ".tar" else gzip.GzipFile(fileobj=raw))
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            yield archive
+
+
+class _Bounded:
+    """A file of which nobody reads more than MAX_BYTES at a time: tarfile reads long names and extended headers as a whole."""
+
+    def __init__(self, file: Any) -> None:
+        self.seek, self.tell = file.seek, file.tell
+        self._read = file.read
+
+    def read(self, size: int = -1) -> bytes:
+        """Return at most size bytes; OSError for more than an image may have."""
+        if not 0 <= size <= MAX_BYTES:
+            raise OSError(f"a header of {size} bytes; at most {MAX_BYTES}")
+        content: bytes = self._read(size)
+        return content
 
 
 def _split(member: str) -> tuple[str, str]:

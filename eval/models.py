@@ -9,10 +9,11 @@ from pathlib import Path
 import rewards
 from preftune import families
 from preftune import lora as loras
+from preftune.families import Source
 from preftune.families.configs import read_json
 from preftune.resolution import Resolution
 from rewards.digests import sha256_of
-from rewards.shapes import SIZE, in_world
+from rewards.shapes import check_judgeable
 
 TUNED = ("lora", "unet")
 """Folders of a run that hold what was tuned."""
@@ -25,7 +26,7 @@ class Column:
     title: str
     source: str
     """As the user wrote it."""
-    pipeline: Path
+    pipeline: Source
     tuned: Path | None = None
     """Folder of a LoRA or of a UNet, as `Family.load_tuned` takes it."""
     weight: float = 1.0
@@ -38,7 +39,9 @@ class Column:
 
     def digest(self) -> str:
         """Return what tells the model's weights from others: SHA-256 of the pipeline and of what was tuned, and the weight."""
-        found = digest_of(self.pipeline)
+        pipeline = self.pipeline
+        found = digest_of(pipeline.folder) if pipeline.file is None else sha256_of(pipeline.file)
+        found += f" {pipeline.variant}" if pipeline.variant else ""
         return found if self.tuned is None else f"{found} + {self.weight:g} x {digest_of(self.tuned)}"
 
 
@@ -59,11 +62,15 @@ def split_term(term: str) -> tuple[str, str]:
     return title, source
 
 
-def parse_column(term: str, model: Path) -> Column:
+def parse_column(term: str, model: Source) -> Column:
     """Return the column that TITLE=WHAT describes; the files in WHAT tell its kind. ValueError when it has none."""
     title, source = split_term(term)
     if not source:
         return Column(title=title, source=source, pipeline=model)
+    if families.names_a_model(source):
+        pipeline = families.locate(source)
+        families.check(pipeline)
+        return Column(title=title, source=source, pipeline=pipeline)
     name, at, strength = source.rpartition("@")
     weighted = bool(at) and not Path(source).exists()  # a folder may have an @ in its name
     folder = Path(name if weighted else source)
@@ -71,8 +78,9 @@ def parse_column(term: str, model: Path) -> Column:
     if not folder.is_dir():
         raise ValueError(f"{where} {'is a file, not a folder' if folder.exists() else 'does not exist'}")
     if (folder / "model_index.json").is_file():
-        families.check(folder)
-        column = Column(title=title, source=source, pipeline=folder)
+        pipeline = families.locate(str(folder))
+        families.check(pipeline)
+        column = Column(title=title, source=source, pipeline=pipeline)
     else:
         column = Column(title=title, source=source, pipeline=model, tuned=_tuned(folder, model, where))
     if not weighted:
@@ -86,7 +94,7 @@ def parse_column(term: str, model: Path) -> Column:
     return Column(title=title, source=source, pipeline=model, tuned=column.tuned, weight=weight)
 
 
-def _tuned(folder: Path, model: Path, where: str) -> Path:
+def _tuned(folder: Path, model: Source, where: str) -> Path:
     """Return the folder of a LoRA or a UNet: this one, or the one in this run. ValueError where there is none that fits."""
     inside = [part for part in TUNED if (folder / part).is_dir()]
     if len(inside) == 2:
@@ -102,9 +110,9 @@ def _tuned(folder: Path, model: Path, where: str) -> Path:
     return part
 
 
-def check_unet(folder: Path, model: Path, where: str) -> None:
+def check_unet(folder: Path, model: Source, where: str) -> None:
     """Raise ValueError unless the folder holds a UNet that takes the model's latents and text; reads no weights."""
-    found, base = read_json(folder / "config.json"), read_json(model / "unet" / "config.json")
+    found, base = read_json(folder / "config.json"), read_json(model.folder / "unet" / "config.json")
     for key in ("_class_name", "in_channels", "out_channels", "cross_attention_dim"):
         if found.get(key) != base.get(key):
             raise ValueError(
@@ -123,9 +131,5 @@ def check_scorers(
 ) -> None:
     """Raise ValueError for scorers whose weights are missing, or for a judge that cannot read such images of `source`."""
     rewards.check_all(names, files, download=False)
-    for name in names:
-        if name == "shapes" and not (in_world(prompts) and resolution == (SIZE, SIZE)):
-            raise ValueError(
-                f"the scorer shapes judges {SIZE} x {SIZE} images of captions of the shapes world only, not"
-                f" {resolution.width} x {resolution.height} images of {source}; leave it out of --rewards"
-            )
+    if "shapes" in names:
+        check_judgeable(prompts, (resolution.width, resolution.height), f"the images of {source}")

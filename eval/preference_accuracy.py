@@ -24,6 +24,7 @@ model of an image; the correlation here is over images. Hardware: the embedded s
 published ones need a GPU in practice, and use one if available.
 """
 
+import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -43,12 +44,13 @@ from eval.view_scores import PromptedImage, check_crops, score_views, view_names
 from eval.win_rates import csv_text
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import tidy, write_text
+from preftune.images import opened
 from preftune.one_writer import one_writer
 from preftune.printable import show
 from preftune.records import write_jsonl
 from preftune.scorer_flags import Files, Measured
 from rewards.mix import parse_files, parse_names
-from rewards.shapes import in_world
+from rewards.shapes import SIZE, check_judgeable
 from rewards.shared_towers import load_all
 
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
@@ -97,17 +99,23 @@ def check_inputs(config: Config) -> RankedImages:
     names = parse_names(config.rewards)
     rewards.check_all(names, config.files(), download=False)
     ranked = read_ranked_images(config.data, config.count)
-    if GOLD in names and not in_world(ranked.prompts):
-        foreign = next(prompt for prompt in ranked.prompts if not in_world([prompt]))
-        raise ValueError(
-            f"the scorer {GOLD} judges captions of the shapes world only, not {foreign!r}; leave it out of --rewards"
-        )
+    if GOLD in names:
+        check_judgeable(ranked.prompts, size_for_judge(ranked), "the images of --data")
     check_report(config.output_dir, REPORT, RECORD, record_of(config), overwrite=config.overwrite_output_dir)
     try:
         config.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output-dir {config.output_dir} cannot be made: {error.strerror}") from error
     return ranked
+
+
+def size_for_judge(ranked: RankedImages) -> tuple[int, int]:
+    """Return the size of the images, judged by the first ten: that which the judge reads if any has it."""
+    sizes = []
+    for image in ranked.images[:10]:
+        with contextlib.suppress(ValueError), opened(image.path) as file:
+            sizes.append(file.size)
+    return sizes[0] if sizes and (SIZE, SIZE) not in sizes else (SIZE, SIZE)
 
 
 def record_of(config: Config) -> dict[str, Any]:

@@ -136,6 +136,21 @@ def in_world(captions: Sequence[str]) -> bool:
     return all(_CAPTION.fullmatch(caption.strip()) for caption in captions)
 
 
+def check_judgeable(captions: Sequence[str], size: tuple[int, int], what: str) -> None:
+    """Raise ValueError unless the judge can score images of this size, (width, height), for all of these captions.
+
+    `what` names the images, as in "the images of prompts.txt".
+    """
+    foreign = [caption for caption in captions if not in_world([caption])]
+    if not foreign and size == (SIZE, SIZE):
+        return
+    reason = f"{size[0]} x {size[1]} pixels" if not foreign else f"the caption {foreign[0][:80]!r}"
+    raise ValueError(
+        f"the scorer shapes judges {SIZE} x {SIZE} images of captions of the shapes world only, and {what} have {reason};"
+        " leave it out of --rewards"
+    )
+
+
 # ---------------------------------------------------------------- ideal shapes
 
 

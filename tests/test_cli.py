@@ -329,7 +329,7 @@ def test_flags_pasted_from_diffusers_scripts_work() -> None:
     from finetune import refl
 
     config = cli.parse(refl.Config, DIFFUSERS.split())
-    assert (config.model.model, config.model.resolution) == (Path("assets/tiny/pipeline"), "64")
+    assert (config.model.pretrained.model, config.model.resolution) == ("assets/tiny/pipeline", "64")
     run = config.run
     assert (run.max_train_steps, run.train_batch_size, run.gradient_accumulation_steps) == (400, 1, 4)
     assert (run.learning_rate, run.lr_scheduler, run.lr_warmup_steps) == (1e-5, "constant_with_warmup", 10)
@@ -393,9 +393,9 @@ def test_a_short_name_is_not_guessed(capsys: pytest.CaptureFixture[str]) -> None
     from finetune import refl
 
     parsed = cli.parse(
-        refl.Config, ["--model", "x", "--prompts", "x", "--pretraining", "off", "--num-inference-steps", "35"]
+        refl.Config, ["--model", "x", "--prompts", "x", "--pretraining", "off", "--num-inference-steps", "45"]
     )
-    assert (parsed.num_inference_steps, parsed.validation.sample.num_inference_steps) == (35, None)
+    assert (parsed.num_inference_steps, parsed.validation.sample.num_inference_steps) == (45, None)
     assert "unknown flag --batch-size" in refused(capsys, ["--batch-size", "2"], refl.Config)
 
 

@@ -20,6 +20,7 @@ import grid_memory
 import tiny
 from eval import generated, grid
 from preftune import cli, families
+from preftune.families import Pretrained
 from preftune.images import save_image
 from preftune.lora import FILE, LoRA
 from preftune.records import read_imagefolder, read_jsonl
@@ -450,11 +451,11 @@ def test_png_has_every_cell(tmp_path: Path) -> None:
         (["--columns", "a=STAGE/vae"], "_class_name AutoencoderKL, but the UNet of"),
         (["--columns", "a=STAGE/broken"], "config.json is not JSON"),
         (["--columns", "a=STAGE/empty"], "has no diffusion_pytorch_model.safetensors"),
-        (["--model", "STAGE/run"], "is not a diffusers pipeline folder"),
+        (["--model", "STAGE/run"], "run is the folder of a run, not a model"),
         (["--prompts", "STAGE/none.txt"], "does not exist"),
         (["--rewards", "beauty=1"], "unknown scorer"),
         (["--rewards", "shapes=1", "--prompts", "STAGE/hostile.txt"], "captions of the shapes world only"),
-        (["--rewards", "shapes=1", "--resolution", "128x64"], "128 x 64 images"),
+        (["--rewards", "shapes=1", "--resolution", "128x64"], "have 128 x 64 pixels"),
         (["--reward-files", "imagereward=x"], "which --rewards does not use"),
         (["--count", "0"], "--count must be at least 1, got 0"),
         (["--num-images-per-prompt", "0"], "--num-images-per-prompt must be at least 1"),
@@ -525,7 +526,7 @@ def test_a_lora_that_does_not_fit_stops_before_the_first_image(
     }
     save_file(wrong, tmp_path / FILE)
     config = grid.Config(
-        model=stage / "model",
+        model=Pretrained(model=str(stage / "model")),
         columns=("base=", f"wrong={tmp_path}"),
         prompts=stage / "prompts.txt",
         rewards=(),

@@ -344,7 +344,7 @@ def test_wrong_inputs_exit_with_code_2(
             foreign,
             tmp_path / "out",
             ["--rewards", "shapes=1"],
-            "captions of the shapes world only, not 'a door'",
+            "the images of --data have the caption 'a door'",
         ),
         (
             foreign,

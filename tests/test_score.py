@@ -850,6 +850,8 @@ BAD = [
     (["--data", "TMP/bare", "--prompt", " "], "give --prompt, or scorers that read none"),
     (["--prompt", "a cat"], "--prompt is for images without captions"),
     (["--data", "TMP/none"], "holds no images"),
+    (["--data", "TMP/photo", "--prompt", "a dog"], "photo/0.png and others have the caption 'a dog'; leave it out"),
+    (["--data", "TMP/photo", "--prompt", "a red circle on a white background"], "and others have 96 x 70 pixels"),
     (["--data", "TMP/latin"], "is not UTF-8 text"),
     (["--data", "TMP/t.parquet", "--caption-column", "text"], "no column text; name one of image, caption with --caption-column"),
     (["--data", "TMP/t.parquet", "--image-column", "img"], "name one of image, caption with --image-column"),
@@ -897,3 +899,6 @@ def write_wrong_data(rendered: Path, folder: Path) -> None:
     (folder / "latin" / "metadata.jsonl").write_bytes(b"\xff")
     table = pyarrow.table({"image": [b"x"], "caption": ["x"]})
     pyarrow.parquet.write_table(table, folder / "t.parquet")
+    (folder / "photo").mkdir()
+    for number in range(2):
+        Image.new("RGB", (96, 70), (number, 90, 20)).save(folder / "photo" / f"{number}.png")

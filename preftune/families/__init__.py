@@ -7,9 +7,8 @@ import torch
 
 from preftune.families import guard, known, weights
 from preftune.families.base import Cond, Defaults, Family
-from preftune.families.digest import digest
 from preftune.families.known import FAMILIES
-from preftune.families.locate import Pretrained, as_source, locate
+from preftune.families.locate import Pretrained, as_source, locate, locate_vae, names_a_model
 from preftune.families.source import Source
 
 if TYPE_CHECKING:
@@ -26,19 +25,20 @@ __all__ = [
     "Pretrained",
     "Source",
     "check",
-    "digest",
     "load",
     "locate",
+    "names_a_model",
 ]
 
 
 def check(model: Source | Path | str, vae: Path | None = None) -> Defaults:
     """Return the defaults of a model, in milliseconds where it is on this machine; reads JSON files and names of weights alone.
 
-    `vae` is the folder of an autoencoder to use instead of the pipeline's. ValueError, in one sentence,
+    `vae` is the folder or hub id of an autoencoder to use instead of the pipeline's. ValueError, in one sentence,
     unless the model is a complete pipeline of a known family. A path or hub id is located as `locate` does.
     """
     source = as_source(model)
+    vae = None if vae is None else locate_vae(str(vae))
     guard.check_files(source.folder)
     defaults = known.check(source, vae)
     source.check_weights(without=() if vae is None else ("vae",))
@@ -56,6 +56,7 @@ def load(
     """Return a model as its family, frozen; ValueError as `check`, before any weight is read."""
     source = as_source(model)
     check(source, vae)
+    vae = None if vae is None else locate_vae(str(vae))
     with guard.loading(source):
         family: Family = known.module_of(source).load(source, device, dtype, vae)
     return family

@@ -197,11 +197,13 @@ class SD:
             if self.noise.zero_snr
             else PNDMScheduler(**settings, skip_prk_steps=True)
         )
+        if self.noise.trailing and not self.noise.zero_snr:
+            scheduler = vp.trailing_scheduler(self.noise)
         StableDiffusionPipeline(
             unet=self.unet,
             vae=self.vae,
             text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
+            tokenizer=text.to_save(self.tokenizer),
             scheduler=scheduler,
             safety_checker=None,
             feature_extractor=None,

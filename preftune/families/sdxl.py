@@ -255,13 +255,15 @@ class SDXL:
             timestep_spacing="trailing" if self.noise.zero_snr else "leading",
             steps_offset=1,
         )
+        if self.noise.trailing and not self.noise.zero_snr:
+            scheduler = vp.trailing_scheduler(self.noise)
         StableDiffusionXLPipeline(
             unet=self.unet,
             vae=self.vae,
             text_encoder=self.text_encoders[0],
             text_encoder_2=self.text_encoders[1],
-            tokenizer=self.tokenizers[0],
-            tokenizer_2=self.tokenizers[1],
+            tokenizer=text.to_save(self.tokenizers[0]),
+            tokenizer_2=text.to_save(self.tokenizers[1]),
             scheduler=scheduler,
             force_zeros_for_empty_prompt=self.force_zeros_for_empty_prompt,
             add_watermarker=False,

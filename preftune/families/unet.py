@@ -28,12 +28,15 @@ def defaults(
     guidance_scale: float,
     solver: SolverName,
 ) -> Defaults:
-    """Return the defaults of a model with these configurations; latent_size is its size where the UNet's names none."""
+    """Return the defaults of a model with these configurations; latent_size is its size where the UNet's names none.
+
+    A distilled model has 4 steps of Euler without guidance instead.
+    """
     return Defaults(
         resolution=configs.trained_resolution(denoiser, autoencoder, latent_size),
-        num_inference_steps=50,
-        guidance_scale=guidance_scale,
-        solver=solver,
+        num_inference_steps=4 if noise.distilled else 50,
+        guidance_scale=1.0 if noise.distilled else guidance_scale,
+        solver="euler" if noise.distilled else solver,
         prediction_type=noise.prediction_type,
         zero_snr=noise.zero_snr,
         num_train_timesteps=int(noise.betas["num_train_timesteps"]),

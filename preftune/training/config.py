@@ -4,13 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+import tyro
 
 import rewards
 from preftune import resolution as resolutions
-from preftune.families import Defaults, check
+from preftune.families import Defaults, Pretrained, check
 from preftune.lora import LoRA
 from preftune.prompts import read_prompts
 from preftune.resolution import Resolution
@@ -26,10 +27,9 @@ DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf
 class ModelConfig:
     """The model, which of its weights are trained, and the training resolution."""
 
-    model: Path
-    """Pipeline folder in diffusers' format: Stable Diffusion 1.x, 2.x or XL."""
+    pretrained: Annotated[Pretrained, tyro.conf.arg(name="")]
     vae: Path | None = None
-    """Folder of an autoencoder to use instead of the pipeline's, such as an fp16-safe one for SDXL."""
+    """Folder or hub id of an autoencoder to use instead of the pipeline's, such as madebyollin/sdxl-vae-fp16-fix for SDXL in fp16."""
     train: Literal["lora", "full"] = "lora"
     """Trained weights: a LoRA, or all weights of the denoiser."""
     lora: LoRA = field(default_factory=LoRA)
@@ -54,7 +54,7 @@ class ModelConfig:
         return self.lora if self.train == "lora" else None
 
     def check(self, lora: LoRA | None = None) -> Defaults:
-        """Return the model's defaults, in milliseconds; ValueError for what is no pipeline folder of a known family.
+        """Return the model's defaults, in milliseconds once it is on this machine; ValueError for what is no model of a known family.
 
         ValueError, too, for settings of a LoRA where all weights are trained; `lora` is the program's own default.
         """
@@ -62,7 +62,7 @@ class ModelConfig:
             raise ValueError(
                 "--lora settings do nothing with --train full; leave them out, or choose --train lora"
             )
-        return check(self.model, self.vae)
+        return check(self.pretrained.source(), self.vae)
 
     def size(self, defaults: Defaults) -> Resolution:
         """Return the resolution in training."""

@@ -30,6 +30,7 @@ from preftune.training.run import Run
 from preftune.training.run_config import RunConfig
 from preftune.training.run_config import check as check_run
 from rewards.mix import Mix
+from rewards.shapes import check_judgeable
 from rewards.shared_towers import load_all
 
 
@@ -154,7 +155,7 @@ def load_model(
     model: ModelConfig, run: RunConfig, device: torch.device, *, train_text_encoders: bool = False
 ) -> tuple[Family, nn.Module]:
     """Return the model on its device in the run's precision, and the denoiser, opened for training."""
-    family = families.load(model.model, device, torch.float32, model.vae)
+    family = families.load(model.pretrained.source(), device, torch.float32, model.vae)
     denoiser = family.trainable(model.tuned(), run.seed)
     if train_text_encoders:
         family.open_text_encoders()
@@ -199,7 +200,10 @@ def open(
     Workspace.
     """
     with exit_on_user_error():
-        defaults = families.check(model.model, model.vae)
+        defaults = families.check(model.pretrained.source(), model.vae)
+        if "shapes" in reward.weights():
+            size = validation.sample.resolved(defaults).resolution
+            check_judgeable(prompts, (size.width, size.height), "the validation images")
         lora = model.tuned()
         same = {"lora scale": lora and (lora.alpha or lora.rank) / lora.rank, **(settings or {})}
         run = Run(
