@@ -268,6 +268,8 @@ def main(config: Config) -> None:
         score_remaining_parts(config, job, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         write_data_set(config, job)
     show(f"{selected_folder.summary_text(config.output_dir)}\n{config.output_dir}")
+    with exit_on_user_error():
+        selected_folder.check_any_scored(config.output_dir)
 
 
 if __name__ == "__main__":

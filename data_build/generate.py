@@ -18,15 +18,20 @@ import io
 import itertools
 import json
 import zipfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 from tqdm import tqdm
 
 from preftune import families, seeds
 from preftune.cli import exit_on_user_error, parse
+from preftune.families import Pretrained
 from preftune.families.base import Family
+from preftune.families.digest import digest
 from preftune.files import is_leftover, replacing, tidy
 from preftune.images import to_pil
 from preftune.lock import is_lock
@@ -44,8 +49,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)
 class Config:
     """Generate several images of each prompt, in zip files like DiffusionDB's."""
 
-    model: Path
-    """Pipeline folder in diffusers' format."""
+    model: Annotated[Pretrained, tyro.conf.arg(name="")]
     prompts: Path
     """Prompt file: txt, json, jsonl, csv, tsv or parquet."""
     output_dir: Path
@@ -73,30 +77,52 @@ def seed_of(seed: int, prompt: int, image: int) -> int:
     return seeds.word(seed, prompt, image, bits=32)
 
 
-def begin_folder(config: Config) -> list[str]:
-    """Return the prompts, and begin the folder; ValueError for what is wrong, before the model loads."""
-    sampling = config.sample.resolved(families.check(config.model))
+def check_folder(config: Config) -> tuple[list[str], dict[str, str]]:
+    """Return the prompts, and what decides the images, for the folder's record; touches nothing.
+
+    ValueError for what is wrong, before the model loads.
+    """
+    sampling = config.sample.resolved(families.check(config.model.source()))
     prompts = read_prompts(config.prompts)[: config.count]
     settings = {
-        key: str(value) for key, value in asdict(config).items() if key not in ("output_dir", "sample")
+        key: str(value)
+        for key, value in (asdict(config) | asdict(config.model)).items()
+        if key not in ("output_dir", "sample") and value is not None
     }
     settings["sample"] = str(_settings(sampling))
     settings["text of prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    record = config.output_dir / "job.json"
-    if record.is_file():
-        begun = json.loads(record.read_text())
+    settings["digest of model"] = digest(config.model.source())
+    folder = config.output_dir
+    begun = _begun(folder / "job.json")
+    if begun is None:
+        others = folder.iterdir() if folder.exists() else ()
+        if not all(is_leftover(path) or is_lock(path) for path in others):
+            raise ValueError(f"{folder} exists and holds something else; choose another --output-dir")
+    elif any(folder.glob("part-*.zip")):  # without a part, another job may begin
         for key, value in settings.items():
             if begun.get(key) != value:
                 raise ValueError(
-                    f"{config.output_dir} was begun with {key} {begun.get(key)}, not {value}; choose another --output-dir"
+                    f"{folder} was begun with {key} {begun.get(key)}, not {value}; choose another --output-dir"
                 )
-    elif config.output_dir.exists() and not all(
-        is_leftover(path) or is_lock(path) for path in config.output_dir.iterdir()
-    ):
-        raise ValueError(f"{config.output_dir} exists and holds something else; choose another --output-dir")
+    return prompts, settings
+
+
+def _begun(record: Path) -> dict[str, str] | None:
+    """What a folder was begun with; None where there is no record."""
+    if not record.is_file():
+        return None
+    try:
+        begun: dict[str, str] = dict(json.loads(record.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{record} is damaged; choose another --output-dir, or remove the folder") from error
+    return begun
+
+
+def begin_folder(config: Config, settings: Mapping[str, str]) -> None:
+    """Make the folder and its record, or find them as they are."""
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    write_lines(record, json.dumps(settings, indent=1).splitlines())
-    return prompts
+    tidy(config.output_dir)
+    write_lines(config.output_dir / "job.json", json.dumps(settings, indent=1).splitlines())
 
 
 def _settings(sampling: Resolved) -> dict[str, object]:
@@ -137,9 +163,9 @@ def main(config: Config) -> None:
     """Generate the parts that are not there."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with exit_on_user_error():
-        prompts = begin_folder(config)
-        family = families.load(config.model, device)
-    tidy(config.output_dir)
+        prompts, settings = check_folder(config)
+        family = families.load(config.model.source(), device)
+    begin_folder(config, settings)
     for part in tqdm(range(-(-len(prompts) // config.prompts_per_part)), desc="parts", unit="part"):
         path = config.output_dir / f"part-{part + 1:06d}.zip"
         if not path.is_file():

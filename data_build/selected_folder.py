@@ -190,6 +190,16 @@ def summary_text(folder: Path) -> str:
     )
 
 
+def check_any_scored(folder: Path) -> None:
+    """Raise ValueError for a data set of which no image was scored."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    if not summary["scored"]:
+        raise ValueError(
+            f"no image was scored, {sum(summary['rejected'].values())} set aside, {sum(summary['filtered'].values())} filtered;"
+            f" {folder / 'rejected.jsonl'} lists the reasons"
+        )
+
+
 def summary_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return (what, how many) of a summary; `scored` leaves out what duplicates were filtered afterwards."""
 

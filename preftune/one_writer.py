@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tqdm import tqdm
+
 from preftune import disk, files, lock
 from preftune.cli import exit_on_user_error
 
@@ -53,6 +55,8 @@ def exit_on_failed_write(folder: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):  # a read-only file system, say
                 files.tidy(folder, folder / "samples")
                 files.tidy_beside(folder)
+        for bar in list(getattr(tqdm, "_instances", ())):  # else it would be drawn again below the sentence
+            bar.close()
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {reason}; {_next(folder)}\n")
         raise SystemExit(1) from error
 

@@ -1,6 +1,7 @@
 """Text of data, file names and messages on a terminal."""
 
 import re
+import sys
 
 MAX = 4_000
 """Characters of a line."""
@@ -21,4 +22,5 @@ def printable(text: str) -> str:
 
 def show(text: str) -> None:
     """Print a result, which may hold names and texts of data, on stdout."""
-    print(printable(text), flush=True)  # noqa: T201
+    encoding = sys.stdout.encoding or "utf-8"  # in some locales ASCII
+    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), flush=True)  # noqa: T201

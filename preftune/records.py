@@ -16,11 +16,21 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from preftune.files import replacing
-from preftune.image_folders import IMAGE_FIELDS, Columns, ImageFolder, find_captions, no_captions, table_rows
+from preftune.image_folders import (
+    IMAGE_FIELDS,
+    Columns,
+    ImageFolder,
+    caption_file,
+    find_captions,
+    no_captions,
+    table_rows,
+)
 from preftune.notes import counted, say
 from preftune.prompts import FIELDS, find_field
-from rewards.input_files import has_surrogate, parse_json, read_text_lines
+from rewards.input_files import has_surrogate, parse_json, read_text, read_text_lines
 
+MAX_CAPTION_FILE = 1 << 20
+"""Bytes of a text file beside an image."""
 MAX_NAME = 1024
 """Letters of a file name in a data set, its folders included."""
 
@@ -105,15 +115,30 @@ def captioned_rows(
     """(place for messages, row) of each image of a folder; an error in place of a row that cannot be read. Blank lines of
     a metadata.jsonl are passed over.
     """
-    if folder.table is None or folder.table.suffix != ".jsonl":
-        yield from table_rows(folder, columns)
-        return
-    for place, line in read_lines(folder.table):
-        if line.strip():
+    if folder.table is None:
+        for image in folder.images:
             try:
-                yield place, parse_object(line, place)
+                yield image, {"file_name": image, "caption": _caption_beside(folder, image)}
             except ValueError as error:
-                yield place, error
+                yield image, error
+    elif folder.table.suffix != ".jsonl":
+        yield from table_rows(folder.table, columns)
+    else:
+        for place, line in read_lines(folder.table):
+            if line.strip():
+                try:
+                    yield place, parse_object(line, place)
+                except ValueError as error:
+                    yield place, error
+
+
+def _caption_beside(folder: ImageFolder, image: str) -> str | None:
+    """The caption in the file beside an image, as kohya reads it: the first line that holds words; None where there is none."""
+    name = caption_file(folder, image)
+    if name is None:
+        return None
+    text = read_text(inside(folder.root, name, image), MAX_CAPTION_FILE)
+    return next((line.strip() for line in text.split("\n") if line.strip()), None)
 
 
 def image_field(row: Mapping[str, Any], columns: Columns, place: str) -> str:
@@ -136,9 +161,10 @@ def _field_of(row: Mapping[str, Any], named: str | None, known: Sequence[str], f
 
 def image_of(folder: ImageFolder, name: str, place: str) -> str:
     """The image that a row names, relative to the folder's root; ValueError where it is missing or leads out of the folder."""
-    check_name(name, place)
-    found = [path for path in folder.candidates(name) if (folder.root / path).is_file()]
-    path = found[0] if found else folder.candidates(name)[0]
+    *others, last = folder.candidates(name)
+    if others:
+        check_name(name, place)
+    path = next((path for path in others if (folder.root / path).is_file()), last)
     inside(folder.root, path, place)
     return path
 
@@ -278,9 +304,19 @@ def inside(folder: Path, name: str, place: str) -> Path:
     path = folder / name
     if not path.is_file():
         raise ValueError(f"{place}: {path} {'is no file' if path.exists() else 'does not exist'}")
-    if not path.resolve().is_relative_to(folder.resolve()) and not _is_cached(path, folder):
+    if not _leads_to(path).is_relative_to(_resolved(folder)) and not _is_cached(path, folder):
         raise ValueError(f"{place}: file name {name!r} is a link that leads out of the folder")
     return path
+
+
+def _leads_to(path: Path) -> Path:
+    """The file that a path leads to; of a data set with a million images their few folders are resolved once."""
+    return path.resolve() if path.is_symlink() else _resolved(path.parent) / path.name
+
+
+@functools.lru_cache(maxsize=4096)
+def _resolved(folder: Path) -> Path:
+    return folder.resolve()
 
 
 def _is_cached(path: Path, folder: Path) -> bool:

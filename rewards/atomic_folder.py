@@ -25,12 +25,17 @@ def replace_folder(folder: Path, names: Collection[str], write: Callable[[Path],
     _tidy(place)
     unfinished, previous = _unfinished(place), _previous(place)
     unfinished.mkdir()
-    write(unfinished)
-    for name in names:  # the content must reach the disk before the folder's name does
-        sync(unfinished / name)
-    sync(unfinished)
+    try:
+        write(unfinished)
+        for name in names:  # the content must reach the disk before the folder's name does
+            sync(unfinished / name)
+        sync(unfinished)
+        if place.is_dir():
+            _link_others(place, unfinished, names)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     if place.is_dir():
-        _link_others(place, unfinished, names)
         os.rename(place, previous)
     os.rename(unfinished, place)
     sync(place.parent)

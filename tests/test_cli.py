@@ -241,6 +241,18 @@ def test_a_tag_builds_no_object(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
+def test_several_values_for_a_flag_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = refused(capsys, ["--prompts", "a red circle", "two cats", "--batch", "3"], Required)
+    assert "--prompts takes one value, got 2: 'a red circle' 'two cats'" in prompts
+    assert "write the prompts into a .txt file, one a line, and name that file" in prompts
+    assert (
+        "--note takes one value, got 3: 'a' 'red' 'circle'; a value with spaces stands in quotes"
+        in refused(capsys, ["--note", "a", "red", "circle"])
+    )
+    assert "--note takes one value, got 2: 'b'" in refused(capsys, ["--note=a", "b"])
+    assert cli.parse(Config, ["--rewards", "a=1", "b=1", "--note", "-1"]).note == "-1"
+
+
 def test_missing_required_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--prompts" in refused(capsys, [], Required)
     assert cli.parse(Required, ["--config", write(tmp_path, "prompts: p.txt\n")]).prompts == Path("p.txt")
@@ -317,7 +329,7 @@ def test_flags_pasted_from_diffusers_scripts_work() -> None:
     from finetune import refl
 
     config = cli.parse(refl.Config, DIFFUSERS.split())
-    assert (config.model.model, config.model.resolution) == (Path("assets/tiny/pipeline"), "64")
+    assert (config.model.pretrained.model, config.model.resolution) == ("assets/tiny/pipeline", "64")
     run = config.run
     assert (run.max_train_steps, run.train_batch_size, run.gradient_accumulation_steps) == (400, 1, 4)
     assert (run.learning_rate, run.lr_scheduler, run.lr_warmup_steps) == (1e-5, "constant_with_warmup", 10)

@@ -315,12 +315,18 @@ def test_the_report_shows_what_was_selected(tmp_path: Path) -> None:
     assert "none taken" in (tmp_path / "one" / "__report__" / "index.html").read_text()
 
 
-def test_nothing_to_select_is_no_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_to_score_is_a_failure_and_nothing_to_select_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "part-000001.zip").write_bytes(b"no archive")
     write_part(tmp_path / "part-000002.zip", [])
-    assert run(tmp_path / "part-000001.zip", tmp_path / "broken") == []
-    assert run(tmp_path / "part-000002.zip", tmp_path / "empty") == []
-    assert "preferred: 0\n" in capsys.readouterr().out
+    for name, aside in (("part-000001.zip", 1), ("part-000002.zip", 0)):
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path / name, tmp_path / f"{name} out")
+        assert stop.value.code == 2
+        said = capsys.readouterr()
+        assert "preferred: 0\n" in said.out
+        assert f"no image was scored, {aside} set aside, 0 filtered" in said.err
     write_part(tmp_path / "part-000003.zip", members(3, range(3), 2))
     assert run(tmp_path / "part-000003.zip", tmp_path / "small") == []
     assert summary_of(tmp_path / "small")["scored"] == 6

@@ -70,8 +70,28 @@ def test_parts_that_are_there_stay(root: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_batch_size_may_change(root: Path, tmp_path: Path) -> None:
-    prompts = generate.begin_folder(config(root, tmp_path / "parts"))
-    assert generate.begin_folder(config(root, tmp_path / "parts", "--sample.batch-size", "2")) == prompts
+    begun = begin(root, tmp_path)
+    assert generate.check_folder(config(root, tmp_path / "parts", "--sample.batch-size", "2")) == begun
+
+
+def begin(root: Path, tmp_path: Path) -> tuple[list[str], dict[str, str]]:
+    """A folder with a part."""
+    prompts, settings = generate.check_folder(config(root, tmp_path / "parts"))
+    generate.begin_folder(config(root, tmp_path / "parts"), settings)
+    (tmp_path / "parts" / "part-000001.zip").write_bytes(b"")
+    return prompts, settings
+
+
+def test_a_folder_without_a_part_may_become_another_job_and_a_damaged_record_is_named(
+    root: Path, tmp_path: Path
+) -> None:
+    begin(root, tmp_path)
+    (tmp_path / "parts" / "part-000001.zip").unlink()
+    other = generate.check_folder(config(root, tmp_path / "parts", "--seed", "5"))[1]
+    assert other["seed"] == "5"
+    (tmp_path / "parts" / "job.json").write_text("[1")
+    with pytest.raises(ValueError, match=r"job\.json is damaged"):
+        generate.check_folder(config(root, tmp_path / "parts"))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +110,7 @@ def test_the_batch_size_may_change(root: Path, tmp_path: Path) -> None:
 def test_wrong_flags(
     flags: list[str], words: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
-    generate.begin_folder(config(root, tmp_path / "parts"))
+    begin(root, tmp_path)
     monkeypatch.setattr(families, "load", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as stop:
         generate.main(config(root, tmp_path / "parts", *[flag.format(inputs=root) for flag in flags]))

@@ -165,3 +165,10 @@ def test_published_files() -> None:
     assert sum('"' in prompt for prompt in parti) > 5
     assert len(read_prompts(SHARED / "dpg_bench/dpg_bench_prompts.jsonl")) == 1065
     assert len(read_prompts(SHARED / "flow_grpo/pickscore_test.txt")) == 2048
+
+
+def test_a_prompt_in_place_of_a_file_says_where_prompts_stand() -> None:
+    with pytest.raises(
+        ValueError, match=r"ends in nothing; it must end in .*\(prompts stand in a \.txt file, one a line\)"
+    ):
+        read_prompts(Path("a red circle"))

@@ -61,7 +61,8 @@ def test_the_share_of_regularisation(root: Path, tmp_path: Path, share: float | 
         for flag in recorded.arguments("weird_lora", root, tmp_path)
         if flag not in ("--regularisation-share", "0.3")
     ]
-    samples = weird_lora.read(parse(weird_lora.Config, argv + flags))
+    samples, skipped = weird_lora.read(parse(weird_lora.Config, argv + flags))
+    assert not skipped
     kinds = [sample.extra["kind"] for sample in samples]
     assert kinds[:12] == ["preferred", "non_preferred"] * 6
     assert kinds[12:] == ["regularisation"] * number

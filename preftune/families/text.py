@@ -32,3 +32,10 @@ def token_ids(tokenizer: Any, encoder: Any, prompts: Sequence[str], device: torc
 def is_open(encoder: nn.Module) -> bool:
     """Return whether an encoder is trained, so that what it says of a prompt may not be kept."""
     return encoder.training or any(weight.requires_grad for weight in encoder.parameters())
+
+
+def to_save(tokenizer: Any) -> Any:
+    """Return a tokenizer whose saved file is the same whether or not it was called: a call leaves its padding and length there."""
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    return tokenizer

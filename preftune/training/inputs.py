@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import rewards
+from preftune import lora_files
+from preftune.families.digest import digest as digest_of_pipeline
+from preftune.families.locate import locate
+from preftune.families.source import Source
 from rewards.mix import parse_files, parse_weights
 
 FLAGS = (
     "model", "vae", "weights", "vocab", "data", "regularisation", "pretraining_data", "prompts", "validation_prompts",
-    "reward_stats",
+    "reward_stats", "lora_start",
 )  # fmt: skip
 """Flags that name files and folders, whose content counts and not their place."""
 
@@ -32,15 +36,27 @@ def digests(flags: Mapping[str, Any]) -> dict[str, str]:
     for name in FLAGS:
         value = flags.get(name)
         paths = [Path(one) for one in (value if isinstance(value, list) else [value]) if one]
-        if paths and all(path.exists() for path in paths):
-            found[name] = _digest(paths, with_names=name in _NAMES_COUNT)
-        elif name == "model" and value in rewards.CARDS:  # a scorer that is trained
+        if name == "model" and value in rewards.CARDS:  # a scorer that is trained
             found[name] = _digest(rewards.check(str(value), _path(flags.get("weights"))), with_names=False)
+        elif name == "model" and value and (source := _pipeline(flags)) is not None:
+            found[name] = digest_of_pipeline(source)
+        elif paths and all(path.exists() for path in paths):
+            found[name] = _digest(paths, with_names=name in _NAMES_COUNT)
+    if start := _path(flags.get("lora_start")):
+        found["lora_start"] = lora_files.digest(start)
     weights = parse_weights(flags["rewards"]) if flags.get("rewards") else {}
     files = parse_files(flags.get("reward_files") or (), weights)
     for name in weights:
         found[f"scorer {name}"] = _digest(rewards.check(name, files.get(name)), with_names=False)
     return found
+
+
+def _pipeline(flags: Mapping[str, Any]) -> Source | None:
+    """The model that is tuned; None where --model names a scorer."""
+    try:
+        return locate(str(flags["model"]), flags.get("revision"), flags.get("variant"))
+    except ValueError:
+        return None
 
 
 def _path(value: str | None) -> Path | None:
@@ -54,11 +70,11 @@ def _digest(paths: Sequence[Path], *, with_names: bool) -> str:
         if path.is_file():
             found.update(_content(path))
             continue
-        for folder, inside, names in os.walk(path, followlinks=True):
+        for folder, inside, names in os.walk(path):
             inside[:] = sorted(name for name in inside if not name.startswith("."))
             for name in sorted(name for name in names if not name.startswith(".")):
                 file = Path(folder, name)
-                counts = file.suffix.lower() in _CONTENT_COUNTS
+                counts = file.suffix.lower() in _CONTENT_COUNTS and file.is_file()  # not a pipe, say
                 if counts or with_names:
                     found.update(f"{file.relative_to(path).as_posix()}\0".encode(errors="surrogateescape"))
                 if counts:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from preftune.training import checkpoint, inputs, metrics
@@ -38,6 +39,7 @@ MAY_DIFFER = frozenset(
         "gradient_checkpointing",
         "vae_checkpointing",
         "attention",
+        "export",
         "sample.batch_size",
     ]
 )
@@ -56,7 +58,7 @@ _SAY_NOTHING = frozenset(
 """Flags that change nothing, or that something else in the comparison covers."""
 
 
-def identity(config_text: str, settings: Mapping[str, object]) -> dict[str, Any]:
+def identity(config_text: str, settings: Mapping[str, object], processes: int = 1) -> dict[str, Any]:
     """Return what makes a run, as JSON has it; `config_text` is the YAML that replays its configuration."""
     try:
         rows = yaml.safe_load(config_text)
@@ -72,9 +74,9 @@ def identity(config_text: str, settings: Mapping[str, object]) -> dict[str, Any]
     digests = inputs.digests(flags)
     if flags.get("rewards"):
         flags["rewards"] = parse_weights(flags["rewards"])
-    found: dict[str, Any] = json.loads(
-        json.dumps({"settings": dict(settings), "flags": flags, "digests": digests})
-    )
+    around = {"processes": processes, "torch": torch.__version__}
+    run = {"settings": dict(settings), "flags": flags, "digests": digests, "around": around}
+    found: dict[str, Any] = json.loads(json.dumps(run))
     return found
 
 
@@ -107,11 +109,15 @@ def find_start(config: RunConfig, now: Mapping[str, Any]) -> Start:
                 f"--max-train-steps {config.max_train_steps} is less than the {done} updates that {source} has; give {done} or"
                 " more, or resume from an earlier checkpoint"
             )
-        said = [f"warning: {fault}; going on from {source.name}" for fault in faults]
+        said = [
+            f"warning: {fault}; set aside as {path.name}.damaged, going on from {source.name}"
+            for fault, path in zip(faults, damaged, strict=True)
+        ]
         if changed:
             said.append(f"going on from {source} with {changed}")
         if source.resolve().parent == output.resolve():
-            said += filter(None, [metrics.check(output, notes["metrics"], source)])
+            gone = metrics.check(output, notes["metrics"], source)
+            said += [f"warning: {gone}"] if gone else []
         return Start(source=source, damaged=tuple(damaged), said=tuple(said))
     if faults:
         earlier = [path for path in checkpoint.find_checkpoints(output, damaged=True) if path not in damaged]
@@ -120,7 +126,7 @@ def find_start(config: RunConfig, now: Mapping[str, Any]) -> Start:
             f"cannot resume: {'; '.join(faults)}; use {offer}start anew with --overwrite-output-dir or another --output-dir"
         )
     begun = (output / metrics.FILE).exists()
-    return Start(said=(f"{output} has no checkpoint: the run begins anew",) if begun else ())
+    return Start(said=(f"warning: {output} has no checkpoint: the run begins anew",) if begun else ())
 
 
 def compare(source: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -142,6 +148,9 @@ def compare(source: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> st
         ):
             what = name if name.startswith("scorer ") else f"--{_flag(name)} {now['flags'][name]}"
             refused.append(f"{what} is not what it was: its content has changed")
+    for name, before in then["around"].items():
+        if before != now["around"].get(name):
+            allowed.append(f"{name} {now['around'].get(name)} (was {before})")
     if refused:
         raise _refusal(source, sorted(refused))
     return ", ".join(sorted(allowed))

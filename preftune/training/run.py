@@ -144,7 +144,7 @@ class Run:
         """Where the run begins, as the main process finds it, and what differs from before, which it says."""
         start = folder.Start()
         if self.is_main:
-            self._identity = resume.identity(self._config_text, self._settings())
+            self._identity = resume.identity(self._config_text, self._settings(), self.world)
             start = resume.find_start(self.config, self._identity)
             for line in start.said:
                 tqdm.write(line, file=sys.stderr)

@@ -216,9 +216,9 @@ def write_comparison(run: Path, names: Mapping[str, str]) -> None:
     moments = {title: found for title, name in names.items() if (found := read(run, name)) is not None}
     lost = [f"samples/{name}" for title, name in names.items() if title not in moments]
     if lost:
-        print(f"no comparison of before and after: {', '.join(lost)} is not there or damaged")  # noqa: T201
+        show(f"no comparison of before and after: {', '.join(lost)} is not there or damaged")
     elif len({found.run for found in moments.values()}) > 1:
-        print("no comparison of before and after: the settings, inputs or scorers differ between them")  # noqa: T201
+        show("no comparison of before and after: the settings, inputs or scorers differ between them")
     else:
         save_image(comparison(moments), run / "before_after.png")
         show(summary(moments))
