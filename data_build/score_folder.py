@@ -98,7 +98,8 @@ def write_results(folder: Path, data: DataSet, names: Sequence[str], best: int) 
 
 def remove_chunks(folder: Path) -> None:
     """Remove the chunks of a complete job."""
-    shutil.rmtree(folder / "chunks", ignore_errors=True)
+    if (folder / "chunks").is_dir():
+        shutil.rmtree(folder / "chunks")
 
 
 def summarise(folder: Path, names: Sequence[str]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from data_build.decode import Entry, ImageEntry, Rejected, UnusableError, decode
 from data_build.readers import DataSet, entries, find_data_set, read_bytes, survey
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import replacing
+from preftune.one_writer import one_writer
 from preftune.printable import show
 from preftune.records import write_jsonl
 
@@ -108,6 +109,7 @@ def write_folder(data: DataSet, total: int, folder: Path) -> tuple[Counter[str],
     return counts, rejected
 
 
+@one_writer
 def main(config: Config) -> None:
     """Check, write under a temporary name, rename."""
     with exit_on_user_error():

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -242,6 +243,30 @@ def test_scorers_and_prompts_are_known_by_what_they_are(root: Path, tmp_path: Pa
         ValueError, match=r"--prompts .*prompts.txt is not what it was: .*; scorer .* is not what"
     ):
         resume.compare(tmp_path, before, resume.identity(json.dumps(flags), {}))
+
+
+def test_what_counts_of_a_data_set(tmp_path: Path) -> None:
+    """Names and texts, in whatever order the system lists them; a pipe or a circle of links does not stop it."""
+    data = tmp_path / "data"
+    (data / "deep").mkdir(parents=True)
+    for name in ("a.png", "a.txt", "deep/b.jpg", ".hidden.txt"):
+        (data / name).write_text(name)
+    (data / "deep" / "circle").symlink_to("..")
+    os.mkfifo(data / "pipe.txt")
+
+    def digest(path: Path = data) -> str:
+        return inputs.digests({"data": str(path)})["data"]
+
+    first = digest()
+    (data / ".hidden.txt").write_text("other")
+    (data / "a.png").write_text("other pixels")
+    assert digest() == first
+    assert digest(data.rename(tmp_path / "moved")) == first
+    (tmp_path / "moved").rename(data)
+    (data / "a.txt").write_text("another caption")
+    second = digest()
+    (data / "deep" / "b.jpg").rename(data / "deep" / "c.jpg")
+    assert len({first, second, digest()}) == 3
 
 
 def paths_of(config: type) -> Iterator[str]:
