@@ -26,6 +26,7 @@ from data_build.decode import (
     Entry,
     ImageEntry,
     UnusableError,
+    check_row_group,
     made_of,
     open_zip,
     or_unusable,
@@ -213,6 +214,7 @@ def _of_table(data: DataSet, name: str, start: int) -> Iterator[tuple[int, Entry
             done = first
             try:
                 with or_unusable("broken file"):
+                    check_row_group(table.metadata.row_group(group))
                     batches = table.iter_batches(ROWS, row_groups=[group], columns=columns)
                     for batch in batches if start < first + count else ():
                         for row in range(batch.num_rows):

@@ -123,8 +123,8 @@ def verify(repo: str, file: str, path: Path, sha256: str | None = None) -> None:
     else:
         return
     if found != promised:
-        path.unlink()
-        blob.unlink(missing_ok=True)
+        for place in (path.resolve(), blob, path):
+            place.unlink(missing_ok=True)
         raise ValueError(
             f"{file} of {repo} arrived with {name} {found}, expected {promised}; it was removed from the cache, so run the"
             " command again, and compare the digest with the one on the hub's page if it stays so"
@@ -181,6 +181,6 @@ def _unreachable(repo: str, revision: str | None, what: str, error: Exception) -
     else:
         why = f"{constants.ENDPOINT} cannot be reached"
     return (
-        f"{what} of {repo} is not in the hub's cache {constants.HF_HUB_CACHE}, and {why}; run `{command}` where there is a"
-        " network, or name a path on this machine"
+        f"{what} of {repo} is not in the hub's cache {constants.HF_HUB_CACHE}, and {why}; run `{command}` or this program where"
+        " there is a network, or name a path on this machine"
     )

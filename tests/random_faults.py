@@ -9,6 +9,7 @@ fault, then without one: a driver with `--resume-from-checkpoint latest`, a buil
 import argparse
 import random
 import shutil
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -250,7 +251,7 @@ def table(done: list[Trial]) -> str:
 
 
 def main() -> None:
-    """Print each trial that did not end well, and the table."""
+    """Print each trial and, at the end or when it is stopped, the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
@@ -260,10 +261,13 @@ def main() -> None:
     done: list[Trial] = []
     chosen = tuple(config.programs)
     found = flips(config.trials, config.seed) if config.flips else trials(config.trials, config.seed, chosen)
-    for trial in found:
-        done.append(trial)
-        if trial.verdict != "equal":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for trial in found:
+            done.append(trial)
             print(len(done), trial, flush=True)  # noqa: T201
+    except KeyboardInterrupt:
+        print(f"stopped after {len(done)} of {config.trials}")  # noqa: T201
     print(table(done))  # noqa: T201
 
 

@@ -33,7 +33,7 @@ from data_build import decode, readers
 from data_build.published import read_published
 from data_build.scoring import PrepareEntry
 from eval import pages
-from preftune import cli, families, grid, images
+from preftune import cli, families, grid, images, prompts
 from preftune.printable import printable, show
 from preftune.prompts import read_prompts
 from preftune.records import read_imagefolder, read_rankings, write_jsonl
@@ -529,6 +529,21 @@ def test_tables_of_another_schema(tmp_path: Path) -> None:
     table = pyarrow.table({"image": [png(), None, b"no"], "text": ["x", "y", "z"]})
     pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
     assert [*set_aside(tmp_path / "t.parquet").values()] == ["usable", "missing", "undecodable"]
+
+
+def test_tables_that_unpack_to_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros that zstd packs, and a text that every row repeats, which parquet stores once."""
+    bomb = pyarrow.table({"image": [b"\0" * (80 << 20), png()], "text": ["x", "y"]})
+    pyarrow.parquet.write_table(bomb, tmp_path / "bomb.parquet", compression="zstd")
+    assert (tmp_path / "bomb.parquet").stat().st_size < 100_000
+    assert set_aside(tmp_path / "bomb.parquet") == {"bomb.parquet 0 to 1": "too large"}
+    (tmp_path / "bomb.parquet").unlink()
+    monkeypatch.setattr(prompts, "MAX_BYTES", 1 << 26)
+    text = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 3000, pyarrow.int32()), ["a" * 100_000])
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), tmp_path / "p.parquet")
+    assert (tmp_path / "p.parquet").stat().st_size < 200_000
+    with pytest.raises(ValueError, match=r"p\.parquet unpacks to more than 67108864 bytes"):
+        read_prompts(tmp_path / "p.parquet")
 
 
 # ---------------------------------------------------------------- long and odd texts
