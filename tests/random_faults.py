@@ -36,6 +36,7 @@ _BUILDERS = {
     "score metadata": "--data {box}/images --rewards brightness --chunk 5 --workers 0 --best 0 --add-to-metadata",
     "diffusiondb": "--data {root}/parts --rewards shapes --workers 0 --batch-size 5 --shown 2 --scale 2",
     "preferences": "--layout hpdv2-test --input {root}/hpd/test.json",
+    "unpack": "--data {root}/parts/part-000001.zip",
     "select_prompts": "--prompts {root}/prompts.txt --per-group 2 --k 3",
 }
 DRIVERS = tuple(sorted(recorded._FLAGS))

@@ -340,7 +340,7 @@ def test_refused_by_name(
     assert "\n" not in str(error.value)
     assert torch.equal(output(family), before)
     with pytest.raises(ValueError, match=words):  # before any weight of the model is read
-        parse_column(f"x={tmp_path / 'x.safetensors'}", models["sd"])
+        parse_column(f"x={tmp_path / 'x.safetensors'}", families.locate(str(models["sd"])))
 
 
 @pytest.mark.parametrize(
@@ -371,19 +371,19 @@ def test_folders(models: Mapping[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds neither a LoRA .* nor a UNet"):
         families.load(models["sd"]).load_tuned(tmp_path)
     save_file(GOOD, tmp_path / "a.safetensors")
-    assert parse_column(f"x={tmp_path}@0.5", models["sd"]).has_lora
+    assert parse_column(f"x={tmp_path}@0.5", families.locate(str(models["sd"]))).has_lora
     save_file(GOOD, tmp_path / "b.safetensors")
     with pytest.raises(
         ValueError, match=r"holds 2 files that may be a LoRA \(a.safetensors, b.safetensors\); name one"
     ):
-        parse_column(f"x={tmp_path}", models["sd"])
-    column = parse_column(f"x={tmp_path / 'b.safetensors'}@0.5", models["sd"])
+        parse_column(f"x={tmp_path}", families.locate(str(models["sd"])))
+    column = parse_column(f"x={tmp_path / 'b.safetensors'}@0.5", families.locate(str(models["sd"])))
     assert (column.weight, column.tuned) == (0.5, tmp_path / "b.safetensors")
     with pytest.raises(
         ValueError,
         match=r"does not fit this model: lora_unet_down_blocks_0\S+ and 1 more of its 2 weights would",
     ):
-        parse_column(f"x={tmp_path / 'b.safetensors'}", models["sdxl"])
+        parse_column(f"x={tmp_path / 'b.safetensors'}", families.locate(str(models["sdxl"])))
     (tmp_path / "lora").mkdir()
     save_file(GOOD, tmp_path / "lora" / lora_files.FILE)
     assert lora_files.find(tmp_path) == [tmp_path / "lora" / lora_files.FILE]

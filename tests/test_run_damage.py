@@ -608,10 +608,26 @@ def test_damage_of_every_file(lab: Lab, killed: Path, tmp_path: Path, change: Ca
             lab.assert_settled(run, lab.train(run, *RESUME), ANY if lost else "equal or said", lost)
 
 
+def test_the_random_faults_are_of_all_programs() -> None:
+    root = Path(__file__).parents[1]
+    files = [*root.glob("finetune/*.py"), *root.glob("data_build/*.py")]
+    programs = {f"{path.parent.name}.{path.stem}" for path in files if "\ndef main(" in path.read_text()}
+    assert programs == {*random_faults.MODULES}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_faults_at_random(tmp_path: Path) -> None:
+def test_faults_at_random() -> None:
     """A thousand, over all drivers and builders."""
     done = list(random_faults.trials(1000, seed=0))
+    bad = [str(trial) for trial in done if trial.verdict not in ("equal", "said")]
+    assert not bad, "\n".join([random_faults.table(done), *bad])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_bits_at_random() -> None:
+    """Two hundred, over all drivers."""
+    done = list(random_faults.flips(200, seed=0))
     bad = [str(trial) for trial in done if trial.verdict not in ("equal", "said")]
     assert not bad, "\n".join([random_faults.table(done), *bad])
