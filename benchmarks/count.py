@@ -32,7 +32,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from benchmarks import models, sdxl
 from finetune import refl
 from preftune.cli import parse
-from preftune.families import Family, tiny
+from preftune.families import Family, Pretrained, tiny
 from preftune.families.sd import SD
 from preftune.families.sdxl import SDXL
 from preftune.lora import LoRA
@@ -149,7 +149,9 @@ def counted(config: Config) -> Iterator[dict[str, Any]]:
 def update(config: Config, family: Family, scorer: ImageReward, optimizer: torch.optim.Optimizer) -> None:
     """Make the step with gradient of an update; those before it have the cost of a forward pass each."""
     settings = refl.Config(
-        prompts=Path("-"), pretraining="off", model=ModelConfig(model=Path("-"), resolution=config.resolution)
+        prompts=Path("-"),
+        pretraining="off",
+        model=ModelConfig(pretrained=Pretrained(model="-"), resolution=config.resolution),
     )
     texts = ["a red fox in the snow, digital art"] * config.train_batch_size
     noise = [torch.Generator().manual_seed(i) for i in range(len(texts))]

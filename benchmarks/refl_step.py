@@ -39,6 +39,7 @@ from benchmarks.models import PROMPTS, TINY, build_sd1
 from finetune import refl
 from preftune import families
 from preftune.cli import exit_on_user_error, parse
+from preftune.families import Pretrained
 from preftune.order import items_at
 from preftune.prompts import read_prompts
 from preftune.training.config import DTYPES, ModelConfig, RewardConfig
@@ -133,7 +134,7 @@ class Trial:
             window=(self.late, self.late),
             pretraining="off",
             model=ModelConfig(
-                model=self.pipeline,
+                pretrained=Pretrained(model=str(self.pipeline)),
                 train=self.train,
                 resolution="64" if self.model == "tiny" else "512",
                 gradient_checkpointing=checkpointing,

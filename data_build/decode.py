@@ -171,6 +171,18 @@ def _directory_bytes(path: Path) -> int:
     return size
 
 
+def check_row_group(group: Any) -> None:
+    """Raise UnusableError for a row group (pyarrow's metadata) with a column that unpacks to too much: pages are unpacked as a whole."""
+    for index in range(group.num_columns):
+        column = group.column(index)
+        packed, size = column.total_compressed_size, column.total_uncompressed_size
+        if size > MAX_RATIO * packed + images.MAX_BYTES:
+            raise UnusableError(
+                "too large",
+                f"{column.path_in_schema}: {size} bytes packed into {packed}; at most {MAX_RATIO} times as many",
+            )
+
+
 def decode(content: bytes) -> Image.Image:
     """Return the image, all its pixels read; UnusableError if it is not an image, truncated or too large."""
     try:

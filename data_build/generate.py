@@ -21,12 +21,15 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 from tqdm import tqdm
 
 from preftune import families, seeds
 from preftune.cli import exit_on_user_error, parse
+from preftune.families import Pretrained
 from preftune.families.base import Family
 from preftune.families.digest import digest
 from preftune.files import is_leftover, replacing, tidy
@@ -46,8 +49,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)
 class Config:
     """Generate several images of each prompt, in zip files like DiffusionDB's."""
 
-    model: Path
-    """Pipeline folder in diffusers' format."""
+    model: Annotated[Pretrained, tyro.conf.arg(name="")]
     prompts: Path
     """Prompt file: txt, json, jsonl, csv, tsv or parquet."""
     output_dir: Path
@@ -80,14 +82,16 @@ def check_folder(config: Config) -> tuple[list[str], dict[str, str]]:
 
     ValueError for what is wrong, before the model loads.
     """
-    sampling = config.sample.resolved(families.check(config.model))
+    sampling = config.sample.resolved(families.check(config.model.source()))
     prompts = read_prompts(config.prompts)[: config.count]
     settings = {
-        key: str(value) for key, value in asdict(config).items() if key not in ("output_dir", "sample")
+        key: str(value)
+        for key, value in (asdict(config) | asdict(config.model)).items()
+        if key not in ("output_dir", "sample") and value is not None
     }
     settings["sample"] = str(_settings(sampling))
     settings["text of prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    settings["digest of model"] = digest(config.model)
+    settings["digest of model"] = digest(config.model.source())
     folder = config.output_dir
     begun = _begun(folder / "job.json")
     if begun is None:
@@ -160,7 +164,7 @@ def main(config: Config) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with exit_on_user_error():
         prompts, settings = check_folder(config)
-        family = families.load(config.model, device)
+        family = families.load(config.model.source(), device)
     begin_folder(config, settings)
     for part in tqdm(range(-(-len(prompts) // config.prompts_per_part)), desc="parts", unit="part"):
         path = config.output_dir / f"part-{part + 1:06d}.zip"

@@ -26,6 +26,7 @@ from data_build.decode import (
     Entry,
     ImageEntry,
     UnusableError,
+    check_row_group,
     made_of,
     open_zip,
     or_unusable,
@@ -127,8 +128,10 @@ def _of_image(data: DataSet, name: str, start: int) -> Iterator[tuple[int, Entry
     """The one entry of an image without a caption."""
     if start == 0:
         try:
-            _locate(data.root, name, "the folder")  # it was listed, and is there
+            _locate(data.root, name, "the folder")
             yield 0, ImageEntry(file=name, member="", text=data.prompt)
+        except FileNotFoundError:  # it was listed: a link that leads nowhere
+            yield 0, UnusableError("missing", f"{name!r} does not exist").of(name)
         except UnusableError as unusable:
             yield 0, unusable.of(name)
 
@@ -211,6 +214,7 @@ def _of_table(data: DataSet, name: str, start: int) -> Iterator[tuple[int, Entry
             done = first
             try:
                 with or_unusable("broken file"):
+                    check_row_group(table.metadata.row_group(group))
                     batches = table.iter_batches(ROWS, row_groups=[group], columns=columns)
                     for batch in batches if start < first + count else ():
                         for row in range(batch.num_rows):

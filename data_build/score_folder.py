@@ -12,6 +12,7 @@ lost or duplicated.
 """
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from PIL import Image
 
 from data_build.decode import ImageEntry, decode, upright
 from data_build.readers import DataSet, entries, read_bytes
-from preftune.files import is_leftover, remove, replacing, tidy
+from preftune.files import is_leftover, replacing, tidy
 from preftune.grid import captioned_grid
 from preftune.images import save_image, to_pil
 from preftune.lock import is_lock
@@ -97,7 +98,8 @@ def write_results(folder: Path, data: DataSet, names: Sequence[str], best: int) 
 
 def remove_chunks(folder: Path) -> None:
     """Remove the chunks of a complete job."""
-    remove(folder / "chunks")
+    if (folder / "chunks").is_dir():
+        shutil.rmtree(folder / "chunks")
 
 
 def summarise(folder: Path, names: Sequence[str]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ graph of one group, and the texts of all.
     python data_build/select_prompts.py --prompts metadata.parquet --output-dir data/chosen
     python data_build/select_prompts.py --prompts refl_data.json more.txt --output-dir data/chosen --embedding sentence-transformers
 
-Writes `prompts.jsonl` (prompt, score when selected, group, order in the group; drivers read it with
+Prompts without a word of their own ("the ") and short ones that are broken off ("a photo of") are no candidates and
+have no vote: they are near to very many others (data_build/fragments.py). Writes `prompts.jsonl` (prompt, score when selected, group, order in the group; drivers read it with
 --prompts) and `summary.json`. In it, `covered` is the share of prompts that are selected or have a selected
 neighbour, compared with a random selection. ImageReward uses Sentence-BERT embeddings. The default here is
 TF-IDF of words and word pairs, which needs no further library and no weights. It compares words, not
@@ -41,6 +42,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from tqdm import tqdm
 
+from data_build.fragments import is_fragment
 from preftune import seeds
 from preftune.cli import exit_on_user_error, parse
 from preftune.files import replacing
@@ -103,9 +105,9 @@ class Config:
 
 
 def read_all(paths: Sequence[Path]) -> tuple[list[str], Counter[str]]:
-    """Return the prompts of all files, each once and in their order, and how many were read, repeated and blank."""
+    """Return the prompts of all files, each once and in their order, and how many were read, repeated, blank and fragments."""
     known: dict[str, None] = {}
-    counts = Counter[str](read=0, repeated=0, blank=0)
+    counts = Counter[str](read=0, repeated=0, blank=0, fragments=0)
     for path in paths:
         for texts in _metadata(path) if _is_metadata(path) else [_texts(path)]:
             sound = [text for text in texts if text and text.strip()]
@@ -113,9 +115,12 @@ def read_all(paths: Sequence[Path]) -> tuple[list[str], Counter[str]]:
             known.update(dict.fromkeys(sound))
             counts.update(read=len(texts), blank=len(texts) - len(sound))
             counts.update(repeated=len(sound) - (len(known) - before))
-    if not known:
-        raise ValueError(f"--prompts {paths[0]} holds no prompts")
-    return [*known], counts
+    prompts = [text for text in known if not is_fragment(text)]
+    counts["fragments"] = len(known) - len(prompts)
+    if not prompts:
+        aside = f" but {counts['fragments']} fragments, such as {next(iter(known))!r}" if known else ""
+        raise ValueError(f"--prompts {paths[0]} holds no prompts{aside}")
+    return prompts, counts
 
 
 def _is_metadata(path: Path) -> bool:

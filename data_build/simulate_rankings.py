@@ -52,7 +52,7 @@ class Config:
     """Number of rankings."""
     images: int = 4
     """Images in a ranking, at least 2."""
-    model: Path | None = None
+    model: str | None = None
     """Pipeline folder that generates the images; None = render them."""
     guidance_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0)
     """Guidance scales, one chosen at random for each image."""
@@ -115,7 +115,7 @@ def write_image(pixels: Tensor, path: Path) -> None:
     to_pil(pixels).save(path, compress_level=1)
 
 
-def write_generated(config: Config, model: Path, folder: Path) -> None:
+def write_generated(config: Config, model: str, folder: Path) -> None:
     """Generate and write all images, in groups of equal settings."""
     family = families.load(model)
     settings, captions, names = [], [], []

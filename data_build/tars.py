@@ -7,19 +7,24 @@ The layout is that of github.com/webdataset/webdataset and of img2dataset. Membe
 compressed archive is unpacked once.
 """
 
+import contextlib
+import gzip
 import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_build.decode import Entry, ImageEntry, UnusableError, or_unusable
+from data_build.decode import MAX_RATIO, Entry, ImageEntry, UnusableError, or_unusable
 from preftune.image_folders import CAPTION_FILES, Columns
 from preftune.images import MAX_BYTES, SUFFIXES
 from preftune.records import caption_field, check_name, is_empty, parse_object
+from rewards.input_files import check_regular
 
 MAX_TEXT = 1 << 20
 """Bytes of a member that describes an image."""
+MAX_PARTS = 16
+"""Images and descriptions of one sample."""
 
 
 def tar_entries(path: Path, name: str, columns: Columns, start: int = 0) -> Iterator[tuple[int, Entry]]:
@@ -29,8 +34,8 @@ def tar_entries(path: Path, name: str, columns: Columns, start: int = 0) -> Iter
     """
     number, key, parts = -1, "", dict[str, bytes | UnusableError]()
     try:
-        with or_unusable("broken file"), tarfile.open(path) as archive:
-            for member in archive:
+        with or_unusable("broken file"), _opened(path) as archive:
+            for member in _members(archive, path):
                 if not member.isfile() or PurePosixPath(member.name).name.startswith("."):
                     continue
                 new, suffix = _split(member.name)
@@ -38,7 +43,12 @@ def tar_entries(path: Path, name: str, columns: Columns, start: int = 0) -> Iter
                     if number >= start:
                         yield number, _entry(name, number, parts, columns)
                     number, key, parts = number + 1, new, {}
-                if number >= start:
+                if number >= start and _is_read(suffix):
+                    if len(parts) >= MAX_PARTS:
+                        parts[suffix] = UnusableError(
+                            "too large", f"more than {MAX_PARTS} members of one name"
+                        )
+                        continue
                     parts[suffix] = _content(archive, member, name)
             if path.suffix.lower() == ".tar" and path.stat().st_size % tarfile.BLOCKSIZE:
                 raise UnusableError(
@@ -53,8 +63,51 @@ def tar_entries(path: Path, name: str, columns: Columns, start: int = 0) -> Iter
 
 def count_images(path: Path) -> int:
     """Return the number of images in an archive."""
-    with tarfile.open(path) as archive:
-        return sum(member.name.lower().endswith(SUFFIXES) for member in archive)
+    with _opened(path) as archive:
+        try:
+            return sum(member.name.lower().endswith(SUFFIXES) for member in _members(archive, path))
+        except UnusableError:
+            return 1
+
+
+def _members(archive: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
+    """The members of an archive; UnusableError where it unpacks to too much. tarfile would keep them all."""
+    limit = MAX_RATIO * path.stat().st_size + MAX_TEXT
+    for member in archive:
+        if member.offset_data + member.size > limit:
+            raise UnusableError("too large", f"it unpacks to more than {MAX_RATIO} times its bytes")
+        yield member
+        archive.members.clear()  # type: ignore[attr-defined]  # as webdataset does
+
+
+def _is_read(suffix: str) -> bool:
+    """Whether a member can be the image, or say something of it."""
+    return suffix.endswith((*SUFFIXES, *CAPTION_FILES, ".json"))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tarfile.TarFile]:
+    """Yield an archive, compressed or not."""
+    check_regular(path)
+    with path.open("rb") as raw:
+        file: Any = _Bounded(raw if path.suffix.lower() == ".tar" else gzip.GzipFile(fileobj=raw))
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            yield archive
+
+
+class _Bounded:
+    """A file of which nobody reads more than MAX_BYTES at a time: tarfile reads long names and extended headers as a whole."""
+
+    def __init__(self, file: Any) -> None:
+        self.seek, self.tell = file.seek, file.tell
+        self._read = file.read
+
+    def read(self, size: int = -1) -> bytes:
+        """Return at most size bytes; OSError for more than an image may have."""
+        if not 0 <= size <= MAX_BYTES:
+            raise OSError(f"a header of {size} bytes; at most {MAX_BYTES}")
+        content: bytes = self._read(size)
+        return content
 
 
 def _split(member: str) -> tuple[str, str]:

@@ -25,9 +25,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+import tyro
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -39,6 +41,7 @@ from eval.win_rates import BASE, MethodResult, heat_maps, method_table, scores_c
 from preftune import families
 from preftune.bootstrap import interval
 from preftune.cli import exit_on_user_error, parse
+from preftune.families import Pretrained
 from preftune.files import tidy, write_text
 from preftune.grid import captioned_grid
 from preftune.images import save_image
@@ -63,8 +66,9 @@ class Config:
     """NAME=DRIVER FLAGS, where DRIVER is a file such as finetune/refl.py; --model, --seed and --output-dir
     are added. Or NAME=OTHER@UPDATES: the checkpoint of another method after this many updates.
     """
-    model: Path = Path("assets/tiny/pipeline")
-    """Pipeline folder that every method starts from."""
+    model: Annotated[Pretrained, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: Pretrained(model="assets/tiny/pipeline")
+    )
     prompts: Path = Path("assets/tiny/held_out.txt")
     """Held-out prompt file."""
     count: int = 256
@@ -138,7 +142,7 @@ class Config:
 
 def check_inputs(config: Config) -> tuple[list[str], Resolved]:
     """Return the prompts, and how to sample; ValueError for what is wrong before anything is trained."""
-    sampling = config.sample.resolved(families.check(config.model))
+    sampling = config.sample.resolved(families.check(config.model.source()))
     check_commands(config.commands(), taken=["--model"])
     prompts = read_prompts(config.prompts)[: config.count]
     check_scorers(parse_names(config.rewards), config.files(), prompts, sampling.resolution, config.prompts)
@@ -178,11 +182,11 @@ def trained_columns(config: Config, runs: Mapping[tuple[str, int], Path]) -> lis
     tuned = dict(runs)
     for name, (other, updates) in config.checkpoints().items():
         tuned |= {(name, seed): checkpoint(runs[other, seed], name, updates) for seed in config.seeds}
-    base = Column(title=BASE, source="", pipeline=config.model)
+    base = Column(title=BASE, source="", pipeline=config.model.source())
     return [
         base,
         *(
-            parse_column(f"{name}-{seed}={tuned[name, seed]}", config.model)
+            parse_column(f"{name}-{seed}={tuned[name, seed]}", config.model.source())
             for name in config.names()
             for seed in config.seeds
         ),
@@ -205,7 +209,7 @@ def main(config: Config) -> int:
     with exit_on_user_error():
         prompts, sampling = check_inputs(config)
         runs = {
-            (name, seed): train(name, [*command, "--model", str(config.model)], seed, config.output_dir)
+            (name, seed): train(name, [*command, *config.model.flags()], seed, config.output_dir)
             for seed in config.seeds  # outside: each command is tried within the first seed
             for name, command in config.commands().items()
         }

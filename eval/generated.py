@@ -25,6 +25,7 @@ from eval.models import Column, digest_of
 from eval.view_scores import PromptedImage, score_views
 from preftune import families
 from preftune.cli import exit_on_user_error
+from preftune.families import Source
 from preftune.families.base import Family
 from preftune.files import replacing, tidy, write_text
 from preftune.images import to_pil
@@ -120,12 +121,14 @@ def generate(request: Request, columns: Sequence[Column], device: torch.device) 
     """
     request.folder.mkdir(parents=True, exist_ok=True)
     tidy(request.folder, request.folder.parent)
-    for pipeline in dict.fromkeys(column.pipeline.resolve() for column in columns):
-        group = [column for column in columns if column.pipeline.resolve() == pipeline]
+    for pipeline in dict.fromkeys(column.pipeline for column in columns):
+        group = [column for column in columns if column.pipeline == pipeline]
         _generate_group(request, group, pipeline, device)
 
 
-def _generate_group(request: Request, group: Sequence[Column], pipeline: Path, device: torch.device) -> None:
+def _generate_group(
+    request: Request, group: Sequence[Column], pipeline: Source, device: torch.device
+) -> None:
     """Generate the columns of one pipeline: with a LoRA on or off; a UNet replaces that of the pipeline, which is then
     loaded again.
     """

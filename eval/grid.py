@@ -2,8 +2,8 @@
 every image.
 
 All images of a row start from the same noise, so only the weights differ. Columns are TITLE=WHAT, where
-WHAT is empty (the model itself), a LoRA folder, a run's folder, a UNet folder or another pipeline;
-FOLDER@0.5 applies a LoRA with scale 0.5. Written into --output-dir:
+WHAT is empty (the model itself), a LoRA (a folder, or a file of kohya's, diffusers' or peft's layout), a run's folder, a UNet
+folder or another pipeline; LORA@0.5 applies a LoRA with scale 0.5. Written into --output-dir:
 
     images/TITLE/   the images of a column, their prompts and seeds; reused when run again (eval/generated.py)
     index.html      all images as thumbnails linked to their files, scores (several scorers also give the sum by their
@@ -26,10 +26,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+import tyro
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -39,6 +40,7 @@ from eval.pages import render
 from eval.report_folder import check_report, write_record
 from preftune import families
 from preftune.cli import exit_on_user_error, parse
+from preftune.families import Pretrained
 from preftune.files import replacing, tidy, write_text
 from preftune.grid import captioned_grid
 from preftune.images import opened, save_image, thumbnail
@@ -62,12 +64,13 @@ THUMBNAIL_SIZE = 320
 class Config:
     """Generate the same prompts and seeds with several models, score the images, and write a page and a grid."""
 
-    model: Path = Path("assets/tiny/pipeline")
-    """Pipeline folder in diffusers' format that the columns build on."""
+    model: Annotated[Pretrained, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: Pretrained(model="assets/tiny/pipeline")
+    )
     vae: Path | None = None
-    """Folder of an autoencoder to use instead of the pipelines', such as an fp16-safe one for SDXL."""
+    """Folder or hub id of an autoencoder to use instead of the pipelines', such as madebyollin/sdxl-vae-fp16-fix for SDXL in fp16."""
     columns: tuple[str, ...] = ("base=",)
-    """TITLE=WHAT, where WHAT is empty, a LoRA, run, UNet or pipeline folder; LoRA and run may end in @WEIGHT.
+    """TITLE=WHAT, where WHAT is empty, a LoRA file, a LoRA, run or UNet folder, or a model as --model takes it; LoRA and run may end in @WEIGHT.
     """
     prompts: Path = Path("assets/tiny/held_out.txt")
     """Prompt file: txt, json, jsonl, csv, tsv or parquet."""
@@ -167,8 +170,8 @@ class Sheet:
 
 def check_inputs(config: Config) -> Request:
     """Return what to generate; ValueError before any weight loads."""
-    sampling = config.sample.resolved(families.check(config.model, config.vae))
-    columns = [parse_column(term, config.model) for term in config.columns]
+    sampling = config.sample.resolved(families.check(config.model.source(), config.vae))
+    columns = [parse_column(term, config.model.source()) for term in config.columns]
     for column in columns:
         config.sample.resolved(families.check(column.pipeline, config.vae))
     chosen = read_prompts(config.prompts)[: config.count]

@@ -25,6 +25,7 @@ from typing import Annotated
 import tyro
 
 from preftune.cli import dump, exit_on_user_error, parse
+from preftune.families import Pretrained
 from preftune.image_folders import Columns
 from preftune.lora import LoRA
 from preftune.one_writer import one_writer
@@ -43,7 +44,7 @@ PUBLISHED = LoRA(rank=32)
 
 
 def _published_model() -> ModelConfig:
-    return ModelConfig(model=tyro.MISSING, lora=PUBLISHED)
+    return ModelConfig(pretrained=Pretrained(model=tyro.MISSING), lora=PUBLISHED)
 
 
 @dataclass(frozen=True, kw_only=True)

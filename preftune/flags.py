@@ -15,7 +15,7 @@ ALIASES = {
 
 ELSEWHERE = {
     "allow_tf32": "it is torch's setting: torch.set_float32_matmul_precision",
-    "cache_dir": "set HF_HOME; models are read from folders",
+    "cache_dir": "set HF_HOME",
     "center_crop": "images are always scaled to cover --resolution and cut in the middle",
     "class_prompt": "DreamBooth is not here",
     "dataloader_num_workers": "images are read in this process",
@@ -38,8 +38,9 @@ ELSEWHERE = {
     "network_alpha": "--lora.alpha",
     "network_dim": "--lora.rank",
     "network_module": "--train lora",
+    "network_weights": "--lora-start",
     "noise_offset": "it is not here",
-    "non_ema_revision": "models are read from folders",
+    "non_ema_revision": "--variant non_ema",
     "num_processes": "it goes before the file: accelerate launch --num_processes 2 finetune/refl.py",
     "num_train_epochs": "--max-train-steps",
     "num_validation_images": "--num-validation-prompts: each prompt has one image",
@@ -50,8 +51,8 @@ ELSEWHERE = {
     "random_flip": "images are not mirrored: it would make `left of` wrong",
     "rank": "--lora.rank",
     "report_to": "metrics go to metrics.jsonl and tensorboard/ in --output-dir",
-    "revision": "models are read from folders: `hf download` takes it",
     "resume": "--resume-from-checkpoint latest",
+    "save_model_as": "--export kohya",
     "save_every_n_steps": "--checkpointing-steps",
     "scale_lr": "--learning-rate is the rate itself",
     "snr_gamma": "the loss is not weighted by the signal-to-noise ratio",
@@ -61,7 +62,6 @@ ELSEWHERE = {
     "use_ema": "--ema-decay 0.999",
     "validation_epochs": "--validation-steps",
     "validation_prompt": "--validation-prompts FILE",
-    "variant": "models are read from folders: hf download REPOSITORY",
     # earlier names of flags of this package
     "accumulation": "--gradient-accumulation-steps",
     "adam_8bit": "--use-8bit-adam",

@@ -102,9 +102,9 @@ def _look(path: Path, *, full: bool) -> tuple[str, int, int, int]:
                 file.load()
             exif = file.getexif() if decoded else Image.Image.getexif(file)  # a PNG's own would decode it
             turned = int(exif.get(ExifTags.Base.Orientation, 1) in range(2, 9))
-            if decoded:
+            if turned and decoded:
                 ImageOps.exif_transpose(file)
-            else:
+            elif not decoded:
                 file.verify()
     except ValueError as error:
         return str(error), 0, 0, 0

@@ -16,7 +16,7 @@ from typing import Any
 from preftune.images import SUFFIXES
 from preftune.notes import counted
 from preftune.prompts import FIELDS
-from rewards.input_files import read_text
+from rewards.input_files import check_regular
 
 IMAGE_FIELDS = ("file_name", "image", "image_path", "image_file", "filename", "path", "file")
 """Names of the column that holds the file names of images, in order of preference."""
@@ -26,8 +26,6 @@ PLACES = (".", "train", "data", "data/train")
 MAX_CAPTION = 1 << 20
 """Bytes of a caption file."""
 CAPTION_FILES = (".txt", ".caption")
-CAPTION = "caption"
-"""Name under which the caption of such a file is found."""
 PACKED = (".parquet", ".tar", ".tar.gz", ".tgz", ".zip")
 """Endings of tables and archives with images, which data_build/unpack.py reads."""
 
@@ -121,16 +119,19 @@ def describe_passed_over(passed_over: Counter[str]) -> str:
     return f"{counted(total, 'file is', 'files are')} not read as images and passed over: {kinds}"
 
 
+def hub_hint(path: Path) -> str:
+    """Return how to download what may be a data set of the Hugging Face hub, OWNER/NAME; else nothing."""
+    if path.exists() or path.is_absolute() or len(path.parts) != 2 or path.suffix:
+        return ""
+    return f"; one of the hub is downloaded with `hf download --repo-type dataset {path} --local-dir {path}`"
+
+
 def no_captions(folder: Path) -> ValueError:
     """Return the error for a folder without captioned images, with what to do about what is there instead."""
-    if not folder.is_dir():
-        if not folder.exists() and len(folder.parts) == 2 and not folder.is_absolute():
-            return ValueError(
-                f"there is no folder {folder}; a data set of the hub is downloaded with"
-                f" `hf download --repo-type dataset {folder} --local-dir {folder}`"
-            )
-        if not folder.exists():
-            return ValueError(f"there is no folder {folder}; --data is a folder of captioned images")
+    if not folder.exists():
+        return ValueError(
+            f"there is no data at {folder}; --data is a folder of captioned images{hub_hint(folder)}"
+        )
     names = [folder.name] if folder.is_file() else sorted(os.listdir(folder))
     packed = next((name for name in names if name.lower().endswith(PACKED)), None)
     if packed is not None:
@@ -151,35 +152,24 @@ def no_captions(folder: Path) -> ValueError:
     )
 
 
-def table_rows(folder: ImageFolder, columns: Columns) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
-    """(place for messages, row) of each image of a csv or parquet table, or of pairs; an error in place of a row that
-    cannot be read.
+def caption_file(folder: ImageFolder, image: str) -> str | None:
+    """Return the file beside an image that holds its caption, relative to the root; None where there is none."""
+    stem = os.path.splitext(image)[0]
+    return next(
+        (stem + suffix for suffix in CAPTION_FILES if (folder.root / (stem + suffix)).is_file()), None
+    )
+
+
+def table_rows(table: Path, columns: Columns) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
+    """(place for messages, row) of each image of a csv or parquet table; an error in place of a row that cannot be read.
 
     Raises ValueError for a table that cannot be read at all.
     """
-    if folder.table is None:
-        yield from _pairs(folder)
-    elif folder.table.suffix == ".csv":
-        yield from _csv_rows(folder.table, columns)
+    check_regular(table)
+    if table.suffix == ".csv":
+        yield from _csv_rows(table, columns)
     else:
-        yield from _parquet_rows(folder.table)
-
-
-def _pairs(folder: ImageFolder) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
-    """As kohya reads a caption: the first line that holds words; None where the file is missing or blank."""
-    for name in folder.images:
-        stem = os.path.splitext(folder.root / name)[0]
-        path = next((stem + suffix for suffix in CAPTION_FILES if os.path.isfile(stem + suffix)), None)
-        if path is None:
-            yield name, {"file_name": name, CAPTION: None}
-            continue
-        try:
-            lines = read_text(Path(path), MAX_CAPTION).splitlines()
-        except ValueError as error:
-            yield name, error
-        else:
-            text = next((line.strip() for line in lines if line.strip()), None)
-            yield name, {"file_name": name, CAPTION: text}
+        yield from _parquet_rows(table)
 
 
 def _csv_rows(path: Path, columns: Columns) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:

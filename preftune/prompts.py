@@ -9,7 +9,9 @@ from preftune.notes import counted, say
 from rewards.input_files import check_regular, has_surrogate, parse_json
 
 MAX_BYTES = 1 << 30
-"""Of a prompt file."""
+"""Of a prompt file, unpacked."""
+ROWS, ROW_BYTES = 256, 64
+"""Rows of a parquet file that are unpacked at a time, and the bytes that one takes beside its text."""
 FIELDS = ("text", "prompt", "caption")
 """Names of the field or column that holds the prompt, in order of preference; their case does not matter."""
 
@@ -130,7 +132,12 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             column = _field(file.schema_arrow.names, str(path))
-            values = file.read(columns=[column]).column(column).to_pylist()
+            size, values = 0, list[Any]()
+            for batch in file.iter_batches(ROWS, columns=[column]):  # a text that is repeated is stored once
+                values += batch.column(0).to_pylist()
+                size += sum(ROW_BYTES + len(str(value)) for value in values[-len(batch) :])
+                if size > MAX_BYTES:
+                    raise ValueError(f"prompt file {path} unpacks to more than {MAX_BYTES} bytes")
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is not a parquet file: {error}") from error
     yield from ((f"row {number}", value) for number, value in enumerate(values, 1))

@@ -16,11 +16,21 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from preftune.files import replacing
-from preftune.image_folders import IMAGE_FIELDS, Columns, ImageFolder, find_captions, no_captions, table_rows
+from preftune.image_folders import (
+    IMAGE_FIELDS,
+    Columns,
+    ImageFolder,
+    caption_file,
+    find_captions,
+    no_captions,
+    table_rows,
+)
 from preftune.notes import counted, say
 from preftune.prompts import FIELDS, find_field
-from rewards.input_files import has_surrogate, parse_json, read_text_lines
+from rewards.input_files import has_surrogate, parse_json, read_text, read_text_lines
 
+MAX_CAPTION_FILE = 1 << 20
+"""Bytes of a text file beside an image."""
 MAX_NAME = 1024
 """Letters of a file name in a data set, its folders included."""
 
@@ -105,15 +115,30 @@ def captioned_rows(
     """(place for messages, row) of each image of a folder; an error in place of a row that cannot be read. Blank lines of
     a metadata.jsonl are passed over.
     """
-    if folder.table is None or folder.table.suffix != ".jsonl":
-        yield from table_rows(folder, columns)
-        return
-    for place, line in read_lines(folder.table):
-        if line.strip():
+    if folder.table is None:
+        for image in folder.images:
             try:
-                yield place, parse_object(line, place)
+                yield image, {"file_name": image, "caption": _caption_beside(folder, image)}
             except ValueError as error:
-                yield place, error
+                yield image, error
+    elif folder.table.suffix != ".jsonl":
+        yield from table_rows(folder.table, columns)
+    else:
+        for place, line in read_lines(folder.table):
+            if line.strip():
+                try:
+                    yield place, parse_object(line, place)
+                except ValueError as error:
+                    yield place, error
+
+
+def _caption_beside(folder: ImageFolder, image: str) -> str | None:
+    """The caption in the file beside an image, as kohya reads it: the first line that holds words; None where there is none."""
+    name = caption_file(folder, image)
+    if name is None:
+        return None
+    text = read_text(inside(folder.root, name, image), MAX_CAPTION_FILE)
+    return next((line.strip() for line in text.split("\n") if line.strip()), None)
 
 
 def image_field(row: Mapping[str, Any], columns: Columns, place: str) -> str:

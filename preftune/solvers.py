@@ -16,9 +16,9 @@ The two SDE steps are for flow models (alpha = 1 - sigma) and keep it to first o
 (B,), so each image may be at its own timestep. The steps are functions without state. pndm and dpm++ need
 past steps and use diffusers' schedulers.
 
-Only the betas and the prediction type of a pipeline folder are used. Timestep spacing, offset and last
+Only the betas, the prediction type and trailing spacing of a pipeline folder are used. Offset and last
 timestep are those of SOLVERS, because the folder's scheduler_config.json describes whatever scheduler was
-last saved with it.
+last saved with it; trailing spacing is no scheduler's default, so somebody meant it.
 """
 
 import math
@@ -177,17 +177,17 @@ def stepper(name: SolverName) -> Step:
 
 
 def timesteps(
-    name: SolverName, num_inference_steps: int, num_train_timesteps: int = 1000, zero_snr: bool = False
+    name: SolverName, num_inference_steps: int, num_train_timesteps: int = 1000, trailing: bool = False
 ) -> Tensor:
     """Return the timesteps (num_inference_steps + 1,), int64, falling: where each step starts, then where the last lands.
 
-    Leading spacing with the solver's offset; with zero_snr trailing spacing, which starts at the last timestep (Lin et
-    al. 2023, arXiv 2305.08891, table 2). -1 stands for no noise at all. ValueError for a number of steps outside
+    Leading spacing with the solver's offset, or trailing spacing, which starts at the last timestep (Lin et al. 2023,
+    arXiv 2305.08891, table 2). -1 stands for no noise at all. ValueError for a number of steps outside
     1..num_train_timesteps, or a solver that has no timesteps here (pndm, dpm++).
     """
     row = _row(name)
     _check_steps(num_inference_steps, num_train_timesteps)
-    if zero_snr:
+    if trailing:
         ratio = num_train_timesteps / num_inference_steps
         starts = [round(num_train_timesteps - k * ratio) - 1 for k in range(num_inference_steps)]
     else:
@@ -225,6 +225,7 @@ def make_scheduler(
     betas: Mapping[str, Any],
     prediction_type: PredictionType,
     zero_snr: bool = False,
+    trailing: bool = False,
 ) -> Any:
     """Return diffusers' own scheduler for pndm or dpm++, set to so many steps.
 
@@ -236,6 +237,8 @@ def make_scheduler(
     assert set(betas) <= _BETAS, f"{sorted(set(betas) - _BETAS)} are not about betas"
     check(name, num_inference_steps, prediction_type, zero_snr, betas["num_train_timesteps"])
     kind, settings = _DIFFUSERS[name]
+    if trailing:
+        settings = {**settings, "timestep_spacing": "trailing"}
     scheduler = kind(**betas, **settings, prediction_type=prediction_type)
     scheduler.set_timesteps(num_inference_steps)
     return scheduler

@@ -6,6 +6,7 @@ transformers' CLIP under cond_stage_model, open_clip's for Stable Diffusion 2 an
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,22 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import tiny
+from preftune.families import Family
 from preftune.families.single_file import PUBLISHED
+from preftune.resolution import Resolution
+from preftune.sampling import step
+from preftune.solvers import SOLVERS, SolverName
 
+PROMPTS = ["a red circle", "two cats"]
 State = dict[str, Tensor]
+Changes = dict[str, dict[str, Any]]
+"""Part -> changes of its config.json."""
 UNET = {"block_out_channels": [16, 32, 32, 32], "norm_num_groups": 8, "sample_size": 8, "layers_per_block": 1}
 TEXT = {
     "vocab_size": 514, "intermediate_size": 64, "num_attention_heads": 4, "max_position_embeddings": tiny.MAX_LENGTH,
     "bos_token_id": 512, "eos_token_id": 513,
 }  # fmt: skip
-CHANGES: dict[str, dict[str, dict[str, Any]]] = {
+CHANGES: dict[str, Changes] = {
     "sd1": {
         "unet": {**UNET, "attention_head_dim": 4, "cross_attention_dim": 32},
         "text_encoder": {**TEXT, "hidden_size": 32, "num_hidden_layers": 2, "projection_dim": 32},
@@ -53,12 +61,19 @@ CLASSES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def configurations(kind: str, folder: Path) -> Path:
+NARROW = {
+    "unet": {**CHANGES["sd2"]["unet"], "cross_attention_dim": 32, "layers_per_block": 1},
+    "text_encoder": CHANGES["sd1"]["text_encoder"],
+}
+"""For Stable Diffusion 2.x where nobody has to know it by its width."""
+
+
+def configurations(kind: str, folder: Path, changes: Changes | None = None) -> Path:
     """Write the published configurations of a kind with small widths, and a tiny tokenizer."""
     shutil.copytree(PUBLISHED / kind, folder)
-    for part, changes in {**CHANGES[kind], "vae": VAE}.items():
+    for part, values in {**(CHANGES[kind] if changes is None else changes), "vae": VAE}.items():
         file = folder / part / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
     for part in ("tokenizer", "tokenizer_2"):
         if (folder / part).is_dir():
             pad = json.loads((folder / part / "tokenizer_config.json").read_text())["pad_token"]
@@ -84,6 +99,37 @@ def pipeline(folder: Path, seed: int = 0) -> Any:
     pipe = kind.from_pretrained(folder, **parts, local_files_only=True, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@torch.no_grad()
+def latents(family: Family, solver: SolverName, steps: int, scale: float, x: Tensor) -> Tensor:
+    """Return what the family makes of the first latents x (B, C, h, w)."""
+    cond = family.encode(PROMPTS)
+    if solver in SOLVERS:
+        resolution = Resolution(height=x.shape[-2] * 8, width=x.shape[-1] * 8)
+        for t, t_next in pairwise(family.timesteps(steps, solver, resolution)):
+            x = step(family, family.predict(x, t.expand(len(x)), cond, scale), t, t_next, solver, [])
+        return x
+    scheduler = family.scheduler(solver, steps)
+    for t in scheduler.timesteps:
+        output = family.predict(x, t.expand(len(x)), cond, scale).output
+        x = scheduler.step(output, t, x).prev_sample
+    return x
+
+
+def start(family: Family) -> Tensor:
+    """Return the first latents of an image for each of PROMPTS, at the family's resolution."""
+    shape = family.latent_shape(family.defaults.resolution)
+    return torch.randn(len(PROMPTS), *shape, generator=torch.Generator().manual_seed(3))
+
+
+def latents_of_pipeline(pipe: Any, steps: int, scale: float, x: Tensor) -> Tensor:
+    """Return what diffusers' pipeline makes of the first latents x."""
+    found: Tensor = pipe(
+        PROMPTS, latents=x, num_inference_steps=steps, guidance_scale=scale, output_type="latent",
+        height=x.shape[-2] * 8, width=x.shape[-1] * 8,
+    ).images  # fmt: skip
+    return found
 
 
 def single_file(pipe: Any) -> State:

@@ -329,7 +329,7 @@ def test_flags_pasted_from_diffusers_scripts_work() -> None:
     from finetune import refl
 
     config = cli.parse(refl.Config, DIFFUSERS.split())
-    assert (config.model.model, config.model.resolution) == (Path("assets/tiny/pipeline"), "64")
+    assert (config.model.pretrained.model, config.model.resolution) == ("assets/tiny/pipeline", "64")
     run = config.run
     assert (run.max_train_steps, run.train_batch_size, run.gradient_accumulation_steps) == (400, 1, 4)
     assert (run.learning_rate, run.lr_scheduler, run.lr_warmup_steps) == (1e-5, "constant_with_warmup", 10)

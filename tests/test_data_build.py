@@ -316,7 +316,7 @@ def test_generated_settings_are_mixed_and_independent_of_the_count(tmp_path: Pat
 def test_a_folder_that_is_no_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         simulate_rankings.main(
-            simulate_rankings.Config(output_dir=tmp_path / "data", count=1, model=tmp_path)
+            simulate_rankings.Config(output_dir=tmp_path / "data", count=1, model=str(tmp_path))
         )
     assert stop.value.code == 2
     assert "model_index.json" in capsys.readouterr().err

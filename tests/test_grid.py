@@ -20,6 +20,7 @@ import grid_memory
 import tiny
 from eval import generated, grid
 from preftune import cli, families
+from preftune.families import Pretrained
 from preftune.images import save_image
 from preftune.lora import FILE, LoRA
 from preftune.records import read_imagefolder, read_jsonl
@@ -439,7 +440,7 @@ def test_png_has_every_cell(tmp_path: Path) -> None:
         (["--columns", "a=", "a="], "repeats the title a"),
         (["--columns"], "--columns is empty"),
         (["--columns", "a=STAGE/nowhere"], "nowhere does not exist"),
-        (["--columns", "a=STAGE/prompts.txt"], "is a file, not a folder"),
+        (["--columns", "a=STAGE/prompts.txt"], "is not a LoRA file; expected"),
         (["--columns", "a=STAGE"], "is no pipeline (model_index.json), no LoRA"),
         (["--columns", "a=STAGE/both"], "holds both lora/ and unet/"),
         (["--columns", "a=STAGE/full@0.5"], "@ goes before the weight of a LoRA"),
@@ -450,7 +451,7 @@ def test_png_has_every_cell(tmp_path: Path) -> None:
         (["--columns", "a=STAGE/vae"], "_class_name AutoencoderKL, but the UNet of"),
         (["--columns", "a=STAGE/broken"], "config.json is not JSON"),
         (["--columns", "a=STAGE/empty"], "has no diffusion_pytorch_model.safetensors"),
-        (["--model", "STAGE/run"], "is not a diffusers pipeline folder"),
+        (["--model", "STAGE/run"], "run is the folder of a run, not a model"),
         (["--prompts", "STAGE/none.txt"], "does not exist"),
         (["--rewards", "beauty=1"], "unknown scorer"),
         (["--rewards", "shapes=1", "--prompts", "STAGE/hostile.txt"], "captions of the shapes world only"),
@@ -525,7 +526,7 @@ def test_a_lora_that_does_not_fit_stops_before_the_first_image(
     }
     save_file(wrong, tmp_path / FILE)
     config = grid.Config(
-        model=stage / "model",
+        model=Pretrained(model=str(stage / "model")),
         columns=("base=", f"wrong={tmp_path}"),
         prompts=stage / "prompts.txt",
         rewards=(),
@@ -534,7 +535,7 @@ def test_a_lora_that_does_not_fit_stops_before_the_first_image(
     with pytest.raises(SystemExit) as stop:
         grid.main(config)
     assert stop.value.code == 2
-    assert "does not fit this UNet" in capsys.readouterr().err
+    assert "does not fit this model" in capsys.readouterr().err
     assert not list((tmp_path / "g").rglob("*.png"))
 
 

@@ -3,6 +3,7 @@
 Each test has an alarm far above its own time, so that a hang is a failure. `GS` proves that no image starts Ghostscript.
 """
 
+import gzip
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import socket
 import stat
 import struct
 import subprocess
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -31,7 +33,7 @@ from data_build import decode, readers
 from data_build.published import read_published
 from data_build.scoring import PrepareEntry
 from eval import pages
-from preftune import cli, families, grid, images
+from preftune import cli, families, grid, images, prompts
 from preftune.printable import printable, show
 from preftune.prompts import read_prompts
 from preftune.records import read_imagefolder, read_rankings, write_jsonl
@@ -219,10 +221,24 @@ def test_pipes_devices_sockets_and_folders(
 
 
 @pytest.mark.parametrize("kind", ["a named pipe", "a device", "a socket"])
-@pytest.mark.parametrize("suffix", [".zip", ".parquet"])
+@pytest.mark.parametrize("suffix", [".zip", ".parquet", ".tar"])
 def test_archives_and_tables_that_are_no_files(tmp_path: Path, kind: str, suffix: str) -> None:
     KINDS[kind](tmp_path / f"bad{suffix}")
-    assert set_aside(tmp_path) == {f"bad{suffix}": "broken file"}
+    with pytest.raises(ValueError, match=r"is no data set|there is no data at"):
+        set_aside(tmp_path)
+    with pytest.raises(ValueError, match=r"is no data set|there is no data at"):
+        set_aside(tmp_path / f"bad{suffix}")
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good" / "a.png").write_bytes(png())
+    with zipfile.ZipFile(tmp_path / "good.zip", "w") as archive:
+        archive.write(tmp_path / "good" / "a.png", "a.png")
+        archive.writestr("a.json", json.dumps({"a.png": {"p": "x"}}))
+    pyarrow.parquet.write_table(pyarrow.table({"image": [png()], "text": ["x"]}), tmp_path / "good.parquet")
+    with tarfile.open(tmp_path / "good.tar", "w") as archive:
+        archive.add(tmp_path / "good" / "a.png", "a.png")
+    for other in {".zip", ".parquet", ".tar"} - {suffix}:
+        (tmp_path / f"good{other}").unlink()
+    assert list(set_aside(tmp_path).values()) == ["usable"]
 
 
 def test_links_out_of_the_folder(tmp_path: Path) -> None:
@@ -474,6 +490,35 @@ def test_odd_members(tmp_path: Path) -> None:
     assert set_aside(tmp_path) == {"part-000001.zip": "bad metadata"}
 
 
+def test_tars(tmp_path: Path) -> None:
+    def add(archive: tarfile.TarFile, name: str, content: bytes, **facts: Any) -> None:
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        for key, value in facts.items():
+            setattr(member, key, value)
+        archive.addfile(member, io.BytesIO(content))
+
+    with tarfile.open(tmp_path / "odd.tar", "w") as archive:
+        add(archive, "../up.png", png())
+        add(archive, "/etc/passwd.png", png())
+        add(archive, "link.png", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add(archive, "pipe.png", b"", type=tarfile.FIFOTYPE)
+        for number in range(40):
+            add(archive, f"same.{number}.png", png())
+        for number in range(2000):
+            add(archive, f"text.{number}.npy", b"0")
+        add(archive, "deep.png", png())
+        add(archive, "deep.json", DEEP.encode())
+        add(archive, "good.png", png())
+    found = [*set_aside(tmp_path / "odd.tar").values()]
+    assert found == ["unsafe name", "unsafe name", "too large", "missing", "bad metadata", "usable"]
+    with gzip.open(tmp_path / "bomb.tar.gz", "wb") as file:
+        member = tarfile.TarInfo("a.txt")
+        member.size = 1 << 40
+        file.write(member.tobuf() + b"\0" * (20 << 20))
+    assert set_aside(tmp_path / "bomb.tar.gz") == {"bomb.tar.gz 0 and all that follow": "too large"}
+
+
 def test_tables_of_another_schema(tmp_path: Path) -> None:
     for number, column in enumerate([[1, 2], [["a"], ["b"]], [{"path": "/etc/passwd"}, None]]):
         pyarrow.parquet.write_table(
@@ -484,6 +529,21 @@ def test_tables_of_another_schema(tmp_path: Path) -> None:
     table = pyarrow.table({"image": [png(), None, b"no"], "text": ["x", "y", "z"]})
     pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
     assert [*set_aside(tmp_path / "t.parquet").values()] == ["usable", "missing", "undecodable"]
+
+
+def test_tables_that_unpack_to_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros that zstd packs, and a text that every row repeats, which parquet stores once."""
+    bomb = pyarrow.table({"image": [b"\0" * (80 << 20), png()], "text": ["x", "y"]})
+    pyarrow.parquet.write_table(bomb, tmp_path / "bomb.parquet", compression="zstd")
+    assert (tmp_path / "bomb.parquet").stat().st_size < 100_000
+    assert set_aside(tmp_path / "bomb.parquet") == {"bomb.parquet 0 to 1": "too large"}
+    (tmp_path / "bomb.parquet").unlink()
+    monkeypatch.setattr(prompts, "MAX_BYTES", 1 << 26)
+    text = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 3000, pyarrow.int32()), ["a" * 100_000])
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), tmp_path / "p.parquet")
+    assert (tmp_path / "p.parquet").stat().st_size < 200_000
+    with pytest.raises(ValueError, match=r"p\.parquet unpacks to more than 67108864 bytes"):
+        read_prompts(tmp_path / "p.parquet")
 
 
 # ---------------------------------------------------------------- long and odd texts

@@ -123,6 +123,15 @@ def test_numbers_of_a_csv_are_numbers_and_captions_are_texts(folder: Path) -> No
     assert samples[0].text == "12"
 
 
+def test_a_long_csv_with_captions_of_several_lines(folder: Path) -> None:
+    """Longer than what is parsed at a time."""
+    text = "a star\n" * 250
+    (folder / "metadata.csv").write_text("file_name,text\n" + f'a.png,"{text}"\n' * 1_000)
+    samples, skipped = read_captioned(folder, Columns())
+    assert not skipped
+    assert [sample.text for sample in samples] == [text] * 1_000
+
+
 def test_a_named_column_wins_and_must_be_there(folder: Path) -> None:
     rows = [{"file_name": name, "text": "no", "notes": text, "copy": name} for name, text in TEXTS.items()]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -170,6 +179,11 @@ def test_an_image_without_its_caption_file_is_set_aside(folder: Path) -> None:
     assert [sample.path.name for sample in samples] == ["b.jpg"]
     assert "a.txt is not UTF-8 text" in skipped[0].reason
     assert skipped[1].reason == "c.webp: caption is empty"
+    (folder / "c.txt").symlink_to("/etc/hostname")
+    (folder / "a.txt").write_bytes(b"x" * (2 << 20))
+    _, skipped = read_captioned(folder, Columns())
+    assert "bytes" in skipped[0].reason
+    assert "c.webp: file name 'c.txt' is a link that leads out of the folder" in skipped[1].reason
 
 
 def test_a_snapshot_in_the_hubs_cache(tmp_path: Path) -> None:
@@ -218,6 +232,10 @@ def test_a_hub_name_says_how_to_download(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="hf download --repo-type dataset me/stars --local-dir me/stars"):
         read_captioned(Path("me/stars"), Columns())
+    with pytest.raises(
+        ValueError, match=r"there is no data at me/stars/train; --data is a folder of captioned images$"
+    ):
+        read_captioned(Path("me/stars/train"), Columns())
 
 
 # ---------------------------------------------------------------- images
@@ -308,7 +326,9 @@ def test_a_large_data_set_is_checked_once(tmp_path: Path, monkeypatch: pytest.Mo
     (record,) = (tmp_path / "cache").rglob("*.json")
     record.write_text("{")  # damaged: as if it were not there
     assert check_images(paths) == first
+    before = paths[1].stat().st_mtime_ns
     image(paths[1])
+    os.utime(paths[1], ns=(before, before))
     assert sorted(check_images(paths).unreadable) == [2, 7], "another file is another data set"
     monkeypatch.setenv("XDG_CACHE_HOME", str(paths[0] / "no folder"))
     assert sorted(check_images(paths).unreadable) == [2, 7], "without a cache"

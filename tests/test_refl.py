@@ -25,6 +25,7 @@ from finetune import refl
 from preftune import families, lora
 from preftune.augment import shifted
 from preftune.cli import dump
+from preftune.families import Pretrained
 from preftune.families.sd import SD
 from preftune.families.tiny import SCHEDULER_CONFIG
 from preftune.lora import LoRA
@@ -71,7 +72,8 @@ def config(root: Path, output: Path, *, run: dict[str, Any] | None = None, **cha
 
 
 def model_config(root: Path, **changes: Any) -> ModelConfig:
-    return ModelConfig(**{"model": root / "pipeline", "resolution": str(SIZE), **changes})
+    pretrained = Pretrained(model=str(root / "pipeline"))
+    return ModelConfig(**{"pretrained": pretrained, "resolution": str(SIZE), **changes})
 
 
 def rows(output: Path) -> list[dict[str, Any]]:

@@ -538,6 +538,14 @@ def test_accelerate_launch_without_a_config_file(tmp_path: Path) -> None:
     assert len(rows(tmp_path / "run")) == 2
 
 
+def test_one_process_needs_no_launcher(tmp_path: Path) -> None:
+    """`python FILE`, as in README: nothing stands before the program's own first line."""
+    flags = ("--max-train-steps", "0", "--model", "m", "--prompts", "p.txt")
+    done = launch(sys.executable, str(ROOT / "finetune" / "refl.py"), *flags, home=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("refl.py: error: --max-train-steps is 0; it must be at least 1")
+
+
 # What is refused before any work
 
 

@@ -14,6 +14,7 @@ import pytest
 from scipy.sparse import csr_array
 
 from data_build import select_prompts
+from data_build.fragments import is_fragment
 from preftune.cli import parse
 from preftune.prompts import read_prompts
 from preftune.records import read_jsonl
@@ -36,7 +37,7 @@ def some_prompts(number: int) -> list[str]:
     rng = np.random.default_rng(7)
     words = np.array("red blue cat dog house river oil photo of a the in style portrait mountain".split())  # noqa: SIM905
     texts = [" ".join(words[rng.integers(0, len(words), rng.integers(2, 7))]) for _ in range(4 * number)]
-    return list(dict.fromkeys(texts))[:number]
+    return [text for text in dict.fromkeys(texts) if not is_fragment(text)][:number]
 
 
 # ---------------------------------------------------------------- the formula
@@ -141,6 +142,13 @@ def test_files_of_all_kinds_groups_and_order(tmp_path: Path, capsys: pytest.Capt
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b.json", "metadata.parquet", "out"]
 
 
+def test_blank_prompts_of_a_text_file_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a cat\n\na dog\n \na cat\n")
+    texts, counts = select_prompts.read_all([tmp_path / "p.txt"])
+    assert texts == ["a cat", "a dog"]
+    assert counts == {"read": 5, "repeated": 1, "blank": 2, "fragments": 0}
+
+
 def test_each_group_is_chosen_from_as_if_alone(tmp_path: Path) -> None:
     texts = some_prompts(41)
     select_prompts.main(config(tmp_path / "out", write(tmp_path / "a.txt", texts), seed=3))
@@ -170,7 +178,8 @@ def test_real_prompts_are_better_covered_than_by_chance(tmp_path: Path) -> None:
         config(tmp_path / "out", SHARED / "refl_data.json", group_size=2500, per_group=25, k=50)
     )
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["prompts"] + summary["repeated"] == summary["read"] == 10_000
+    assert summary["prompts"] + summary["repeated"] + summary["fragments"] == summary["read"] == 10_000
+    assert 5 <= summary["fragments"] <= 10, "`the `, `you`, `polaroid photo of ` and the like"
     assert summary["covered"] > summary["covered_by_random"] + 0.2
 
 
@@ -205,6 +214,50 @@ def test_sentence_bert_on_a_tiny_one(tmp_path: Path) -> None:
     assert found == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the ",
+        "The",
+        "you",
+        "as above, so below",
+        "...",
+        "polaroid photo of ",
+        "cottage inside with",
+        "a picture of the",
+        "palette with a",
+    ],
+)
+def test_fragments(text: str) -> None:
+    assert is_fragment(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["cat", "the cat", "Vitamin A", "\U0001f98a", "des graines qui valent de l'or", "\u732b", "boots and \U0001f454", "42",
+     "a very long description of a castle on a hill with a dragon and"],
+)  # fmt: skip
+def test_no_fragments(text: str) -> None:
+    assert not is_fragment(text)
+
+
+def test_a_fragment_is_not_typical(tmp_path: Path) -> None:
+    """`the ` shares its one word with all, and was taken first; it has no vote either."""
+    texts = [
+        f"the {animal} of the {place}"
+        for animal in ("cat", "dog", "fox")
+        for place in ("hill", "sea", "wood", "town")
+    ]
+    write(tmp_path / "a.txt", ["the ", *texts, "photo of the"])
+    graph = select_prompts.nearest(select_prompts.tfidf(["the ", *texts]), 4)
+    assert select_prompts.choose(graph, 12)[0].count(0) == 1, "it would be chosen"
+    select_prompts.main(config(tmp_path / "out", tmp_path / "a.txt", per_group=12))
+    chosen = [row["prompt"] for row in read_jsonl(tmp_path / "out" / "prompts.jsonl")]
+    assert sorted(chosen) == sorted(texts)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["read"], summary["fragments"], summary["prompts"]) == (14, 2, 12)
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -214,6 +267,7 @@ def test_sentence_bert_on_a_tiny_one(tmp_path: Path) -> None:
         (["--prompts", "TMP/gone.txt"], "gone.txt does not exist"),
         (["--prompts", "TMP/gone.parquet"], "gone.parquet does not exist"),
         (["--prompts", "TMP/blank.parquet"], "--prompts TMP/blank.parquet holds no prompts"),
+        (["--prompts", "TMP/the.txt"], "the.txt holds no prompts but 2 fragments, such as 'the'"),
         (["--output-dir", "TMP"], "exists already; remove it or choose another --output-dir"),
         (["--per-group", "0"], "--per-group must be at least 1, got 0"),
         (["--k", "0"], "--k must be at least 1, got 0"),
@@ -231,6 +285,7 @@ def test_bad_input_is_one_sentence(
 ) -> None:  # fmt: skip
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     source = write(tmp_path / "a.txt", some_prompts(5))
+    write(tmp_path / "the.txt", ["the", "photo of"])
     table = {"image_name": ["x"], "prompt": [" "], "part_id": [1]}
     pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "blank.parquet")
     base = {"--prompts": str(source), "--output-dir": str(tmp_path / "out"), "--per-group": "1"}

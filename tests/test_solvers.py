@@ -226,8 +226,8 @@ def test_timesteps_of_each_solver() -> None:
     assert solvers.timesteps("euler", 10).tolist() == [*range(901, 0, -100), -1]
     assert solvers.timesteps("ddim", 50).tolist() == [*range(981, 0, -20), 0]
     assert solvers.timesteps("ddim", 7).tolist() == [853, 711, 569, 427, 285, 143, 1, 0]
-    assert solvers.timesteps("ddim", 50, zero_snr=True).tolist() == [*range(999, 0, -20), 0]
-    assert solvers.timesteps("euler", 3, zero_snr=True).tolist() == [999, 666, 332, -1]
+    assert solvers.timesteps("ddim", 50, trailing=True).tolist() == [*range(999, 0, -20), 0]
+    assert solvers.timesteps("euler", 3, trailing=True).tolist() == [999, 666, 332, -1]
     assert solvers.timesteps("ddim", 4, num_train_timesteps=100).tolist() == [76, 51, 26, 1, 0]
 
 
@@ -235,7 +235,7 @@ def test_timesteps_of_each_solver() -> None:
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_any_number_of_steps_falls_and_stays_in_range(name: SolverName, zero_snr: bool) -> None:
     for count in (1, 2, 3, 37, 499, 500, 501, 999, 1000):
-        grid = solvers.timesteps(name, count, zero_snr=zero_snr)
+        grid = solvers.timesteps(name, count, trailing=zero_snr)
         assert grid.shape == (count + 1,)
         assert grid.dtype == torch.int64
         assert (grid.diff() < 0).all()
@@ -289,7 +289,7 @@ def test_ddim_without_noise_is_diffusers_bit_for_bit(kind: PredictionType, zero_
     )
     scheduler.set_timesteps(50)
     at, x = schedule(zero_snr), latents()[0]
-    theirs, grid = x, solvers.timesteps("ddim", 50, zero_snr=zero_snr)
+    theirs, grid = x, solvers.timesteps("ddim", 50, trailing=zero_snr)
     # trailing spacing counts down to 19 -> -1, where set_alpha_to_one=False means 0: the same level
     assert torch.equal(grid[:-1], scheduler.timesteps)
     for t, t_next in itertools.pairwise(grid):
@@ -312,7 +312,7 @@ def test_one_step_of_ddim_with_noise_is_diffusers(kind: PredictionType, zero_snr
     )
     scheduler.set_timesteps(50)
     at = schedule(zero_snr)
-    grid = solvers.timesteps("ddim", 50, zero_snr=zero_snr)
+    grid = solvers.timesteps("ddim", 50, trailing=zero_snr)
     for number, (t, t_next) in enumerate(itertools.pairwise(grid)):
         x, output, noise = latents(3, seed=number)
         for eta in (0.5, 1.0):
@@ -337,7 +337,7 @@ def test_ddpm_is_diffusers(kind: PredictionType, zero_snr: bool) -> None:
     )
     scheduler.set_timesteps(40)
     at, x = schedule(zero_snr), latents()[0]
-    theirs, grid = x, solvers.timesteps("ddpm", 40, zero_snr=zero_snr)
+    theirs, grid = x, solvers.timesteps("ddpm", 40, trailing=zero_snr)
     assert torch.equal(grid[:-1], scheduler.timesteps)
     for number, (t, t_next) in enumerate(itertools.pairwise(grid)):
         generator, again = (torch.Generator().manual_seed(number) for _ in range(2))
@@ -361,7 +361,7 @@ def test_euler_is_diffusers(kind: PredictionType, zero_snr: bool) -> None:
     )
     scheduler.set_timesteps(20)
     at, x = schedule(zero_snr), latents()[0]
-    theirs, grid = x * scheduler.init_noise_sigma, solvers.timesteps("euler", 20, zero_snr=zero_snr)
+    theirs, grid = x * scheduler.init_noise_sigma, solvers.timesteps("euler", 20, trailing=zero_snr)
     assert torch.equal(grid[:-1].float(), scheduler.timesteps)
     for t, t_next in itertools.pairwise(grid):
         output = network(scheduler.scale_model_input(theirs, t.float()), t) / 3

@@ -1,8 +1,10 @@
 """Tables and archives of images: webdataset's tar files scored, and what unpack.py writes of each kind."""
 
+import gzip
 import io
 import json
 import tarfile
+import tracemalloc
 import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -92,7 +94,7 @@ def test_a_listing_of_an_archive_goes_on_from_any_place(tmp_path: Path) -> None:
 def test_what_is_wrong_with_an_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     png = encoded("PNG", 9)
     members = {
-        "0.png": png, "0.txt": b"fine",
+        "0.img.png": png, "0.txt": b"fine",
         "1.png": png,
         "2.txt": b"no image",
         "3.png": png[:40], "3.txt": b"cut",
@@ -114,6 +116,22 @@ def test_what_is_wrong_with_an_archive(tmp_path: Path, capsys: pytest.CaptureFix
     path.write_bytes(whole[: at + 100])  # within a header
     assert [text for text, _ in unpacked(path, tmp_path / "broken")] == ["fine"]
     assert "1 broken file" in capsys.readouterr().out
+
+
+def test_a_header_that_unpacks_to_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A long name of 200 MB in an archive of 200 kB; tarfile alone reads it as a whole."""
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 200 << 20
+    with gzip.open(tmp_path / "x.tgz", "wb", compresslevel=1) as file:
+        file.write(info.tobuf(tarfile.GNU_FORMAT))
+        for _ in range(200):
+            file.write(bytes(1 << 20))
+    tracemalloc.start()
+    with pytest.raises(SystemExit):
+        unpacked(tmp_path / "x.tgz", tmp_path / "out")
+    assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    tracemalloc.stop()
+    assert "x.tgz 0 and all that follow: broken file, a header of 209715" in capsys.readouterr().err
 
 
 def test_a_table_of_the_hub(tmp_path: Path) -> None:

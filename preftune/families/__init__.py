@@ -7,10 +7,10 @@ import torch
 
 from preftune.families import guard, known, weights
 from preftune.families.base import Cond, Defaults, Family
-from preftune.families.digest import digest
 from preftune.families.known import FAMILIES
-from preftune.families.locate import Pretrained, as_source, locate
+from preftune.families.locate import Pretrained, as_source, locate, locate_vae, names_a_model
 from preftune.families.source import Source
+from preftune.lora_names import Layers
 
 if TYPE_CHECKING:
     from preftune.families.sd import SD
@@ -26,19 +26,21 @@ __all__ = [
     "Pretrained",
     "Source",
     "check",
-    "digest",
     "load",
     "locate",
+    "lora_layers",
+    "names_a_model",
 ]
 
 
 def check(model: Source | Path | str, vae: Path | None = None) -> Defaults:
     """Return the defaults of a model, in milliseconds where it is on this machine; reads JSON files and names of weights alone.
 
-    `vae` is the folder of an autoencoder to use instead of the pipeline's. ValueError, in one sentence,
+    `vae` is the folder or hub id of an autoencoder to use instead of the pipeline's. ValueError, in one sentence,
     unless the model is a complete pipeline of a known family. A path or hub id is located as `locate` does.
     """
     source = as_source(model)
+    vae = None if vae is None else locate_vae(str(vae))
     guard.check_files(source.folder)
     defaults = known.check(source, vae)
     source.check_weights(without=() if vae is None else ("vae",))
@@ -56,6 +58,18 @@ def load(
     """Return a model as its family, frozen; ValueError as `check`, before any weight is read."""
     source = as_source(model)
     check(source, vae)
+    vae = None if vae is None else locate_vae(str(vae))
     with guard.loading(source):
         family: Family = known.module_of(source).load(source, device, dtype, vae)
     return family
+
+
+def lora_layers(model: Source | Path | str) -> Layers:
+    """Return the layers of a model that a LoRA can update, in less than a second; reads its configurations alone.
+
+    ValueError for a model that `check` refuses by its configurations.
+    """
+    source = as_source(model)
+    known.check(source)
+    layers: Layers = known.module_of(source).lora_layers(source.folder)
+    return layers

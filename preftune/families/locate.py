@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from preftune.families import known, single_file, weights
-from preftune.families.configs import read_json
+from preftune.families import configs, known, single_file, weights
 from preftune.families.source import (
     INDEX,
     Source,
     check_variant,
     commit_of,
     models_of,
+    names_in,
     parts_of,
 )
 from rewards import hub
@@ -41,7 +41,12 @@ class Pretrained:
     variant: str | None = None
     """Variant of the weights, as fp16; None = those without one, or the only one there is."""
 
-    def source(self) -> "Source":
+    def flags(self) -> list[str]:
+        """Return the flags that name this model to another program."""
+        given = {"--model": self.model, "--revision": self.revision, "--variant": self.variant}
+        return [word for flag, value in given.items() if value is not None for word in (flag, value)]
+
+    def source(self) -> Source:
         """Return where the model is, after a download if it must be; ValueError as `locate`."""
         return locate(self.model, self.revision, self.variant)
 
@@ -74,9 +79,20 @@ def locate(model: str, revision: str | None = None, variant: str | None = None) 
         return _from_file(model, path, variant)
     if _HUB_ID.fullmatch(model) and not path.parent.is_dir():
         return _from_hub(model, revision, variant)
+    hint = f" (of the hub: https://huggingface.co/{model})" if _HUB_ID.fullmatch(model) else ""
     raise ValueError(
-        f"{model} does not exist; name a pipeline folder, a .safetensors or .ckpt file, or a hub id as {_EXAMPLE}"
+        f"{model} does not exist; name a pipeline folder, a .safetensors or .ckpt file, or a hub id as {_EXAMPLE}{hint}"
     )
+
+
+def names_a_model(text: str) -> bool:
+    """Return whether a text names a whole model, of what may also name a LoRA, a UNet or a run; downloads nothing."""
+    path = Path(text).expanduser()
+    if path.is_file():
+        return single_file.is_checkpoint(path)
+    if path.is_dir():
+        return (path / INDEX).is_file()
+    return bool(_HUB_PAGE.fullmatch(text)) or (bool(_HUB_ID.fullmatch(text)) and not path.parent.is_dir())
 
 
 def check_pipeline_folder(folder: Path) -> None:
@@ -97,7 +113,11 @@ def check_pipeline_folder(folder: Path) -> None:
     singles = [name for name in names if name.endswith((".safetensors", ".ckpt"))]
     if singles and "config.json" not in names:
         raise ValueError(f"{folder} has no {INDEX}; name one of its files instead: {', '.join(singles[:4])}")
-    part = f" but {read_json(folder / 'config.json').get('_class_name')}" if "config.json" in names else ""
+    part = (
+        f" but {configs.read_json(folder / 'config.json').get('_class_name')}"
+        if "config.json" in names
+        else ""
+    )
     raise ValueError(
         f"{folder} is not a diffusers pipeline folder{part}: it has no {INDEX}; save one with pipe.save_pretrained(folder)"
     )
@@ -105,8 +125,40 @@ def check_pipeline_folder(folder: Path) -> None:
 
 def lora_in(names: Collection[str]) -> str | None:
     """Return the file, among these names, that only a LoRA has."""
-    known = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapter_config.json")
-    return next((name for name in known if name in names), None)
+    files = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapter_config.json")
+    return next((name for name in files if name in names), None)
+
+
+@functools.cache
+def locate_vae(vae: str) -> Path:
+    """Return the folder of an autoencoder that is named by its path or hub id; ValueError where there is none.
+
+    A hub id is answered from the cache or downloaded, as a model is.
+    """
+    path = Path(vae).expanduser()
+    if path.exists() or not _HUB_ID.fullmatch(vae) or path.parent.is_dir():
+        if not path.is_dir():
+            raise ValueError(
+                f"--vae {vae} {'is a file' if path.exists() else 'does not exist'}; name the folder of an autoencoder or a hub id,"
+                " as madebyollin/sdxl-vae-fp16-fix"
+            )
+        return path
+
+    def choose(names: Collection[str]) -> list[str]:
+        found = weights.choose([name for name in names if "/" not in name], "diffusers", None)
+        if "config.json" not in names or found is None:
+            raise ValueError(
+                f"{vae} is no autoencoder of diffusers: it has no config.json with weights; name another --vae"
+            )
+        return ["config.json", *found.files]
+
+    folder = hub.cached_folder(vae)
+    if folder is not None:
+        try:
+            choose(names_in(folder))
+        except ValueError:
+            folder = None
+    return folder or hub.fetch_folder(vae, choose)
 
 
 # ---------------------------------------------------------------- single files
@@ -127,25 +179,41 @@ def _from_file(model: str, path: Path, variant: str | None, commit: str | None =
 def _from_hub(repo: str, revision: str | None, variant: str | None) -> Source:
     """Return the snapshot of a repository: from the cache where it is complete, else downloaded."""
     folder = hub.cached_folder(repo, revision)
-    if folder is None or not _complete(folder, variant):
-        hub.fetch_folder(repo, functools.partial(_index_of, repo), revision=revision)
-        folder = hub.fetch_folder(repo, _chooser(repo, revision, _configurations), revision=revision)
-        known.check(Source(name=repo, folder=folder, variant=variant))  # before gigabytes are downloaded
-        choose = functools.partial(_weights_too, variant=variant)
-        folder = hub.fetch_folder(repo, _chooser(repo, revision, choose), revision=revision)
+    lacks = "" if folder is None else _lacks(folder, variant)
+    if folder is None or lacks:
+        try:
+            folder = _download(repo, revision, variant)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} (the cache has a part of it: {lacks})" if lacks else str(error)
+            ) from error
     return Source(name=repo, folder=folder, variant=variant, commit=commit_of(folder / INDEX))
 
 
-def _complete(folder: Path, variant: str | None) -> bool:
-    """Whether a snapshot in the cache has all that this model needs."""
+def _download(repo: str, revision: str | None, variant: str | None) -> Path:
+    """Download what is missing of a model; its configurations are checked before gigabytes are downloaded."""
+    hub.fetch_folder(repo, functools.partial(_index_of, repo), revision=revision)
+    folder = hub.fetch_folder(repo, _chooser(repo, revision, _configurations), revision=revision)
+    known.check(Source(name=repo, folder=folder, variant=variant))
+    choose = functools.partial(_weights_too, variant=variant)
+    return hub.fetch_folder(repo, _chooser(repo, revision, choose), revision=revision)
+
+
+def _lacks(folder: Path, variant: str | None) -> str:
+    """Return what a snapshot in the cache lacks of what this model needs, or nothing."""
+    source = Source(name=str(folder), folder=folder, variant=variant)
     try:
-        source = Source(name=str(folder), folder=folder, variant=variant)
-        parts = parts_of(source.index())
+        for part in parts_of(source.index()):
+            if part.startswith("tokenizer"):
+                configs.check_tokenizer(folder / part)
+            else:
+                configs.read_json(
+                    folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+                )
         source.check_weights()
-    except ValueError:
-        return False
-    configs = {"scheduler": "scheduler_config.json", "tokenizer": "", "tokenizer_2": ""}
-    return all((folder / part / configs.get(part, "config.json")).exists() for part in parts)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _index_of(repo: str, names: Collection[str]) -> Sequence[str]:
@@ -168,7 +236,7 @@ def _chooser(
     repo: str, revision: str | None, choose: Callable[[Mapping[str, Any], Collection[str]], Sequence[str]]
 ) -> Callable[[Collection[str]], Sequence[str]]:
     """Return a choice of files that knows the repository's model_index.json."""
-    index = read_json(hub.fetch_file(repo, INDEX, revision=revision))
+    index = configs.read_json(hub.fetch_file(repo, INDEX, revision=revision))
 
     def chosen(names: Collection[str]) -> Sequence[str]:
         try:

@@ -1,12 +1,14 @@
 """The parts of a pipeline from its folder or from a single file."""
 
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from safetensors import SafetensorError
 from transformers import CLIPTokenizer
 
 from preftune.families import single_file, weights
@@ -48,14 +50,28 @@ def _vae(source: Source, vae: Path | None, dtype: torch.dtype) -> Any:
 
 
 def _model(model_class: Any, folder: Path, library: str, variant: str | None, dtype: torch.dtype) -> Any:
+    """Return a model from its folder; nothing is unpickled but tensors. ValueError for weights that are damaged or not all there."""
     found = weights.find(folder, library, variant)
-    return model_class.from_pretrained(
-        folder,
-        variant=found.variant,
-        use_safetensors=found.safetensors,
-        local_files_only=True,
-        **{"torch_dtype" if library == "diffusers" else "dtype": dtype},
-    )
+    try:
+        model, info = model_class.from_pretrained(
+            folder,
+            variant=found.variant,
+            use_safetensors=found.safetensors,
+            local_files_only=True,
+            output_loading_info=True,
+            **{"torch_dtype" if library == "diffusers" else "dtype": dtype},
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"the weights in {folder} cannot be read ({reason}); download or save the model again"
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:  # the libraries would put random ones in their place
+        raise ValueError(
+            f"{folder} lacks {len(missing)} weights, such as {missing[0]}; download or save the model again"
+        )
+    return model
 
 
 def _tokenizer(source: Source, part: str) -> Any:

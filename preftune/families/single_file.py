@@ -18,6 +18,7 @@ import torch
 import yaml
 from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+from diffusers.utils import logging
 
 from preftune.families import weights
 from preftune.families.configs import read_json
@@ -70,7 +71,7 @@ def detect(file: Path) -> Kind:
     if any("lora_" in name or ".lora" in name for name in shapes):
         raise ValueError(
             f"{file} is a LoRA, not a model: name the model that it was trained on as --model; eval/grid.py shows it with"
-            f" --columns tuned={file.parent}"
+            f" --columns tuned={file}"
         )
     missing = [part for part, prefixes in _PARTS.items() if not any(n.startswith(prefixes) for n in shapes)]
     if _FIRST not in shapes or missing:
@@ -92,6 +93,11 @@ def detect(file: Path) -> Kind:
             f" {expected[0]}, {expected[1]} and {expected[2]}, as in {kind}"
         )
     return Kind(folder=folder, noise=tuple(sorted(noise.items())))
+
+
+def is_checkpoint(file: Path) -> bool:
+    """Return whether a file has the UNet of a whole model, and not a LoRA or something else; ValueError for a damaged file."""
+    return file.suffix in (".safetensors", ".ckpt") and _FIRST in read_shapes(file)[0]
 
 
 def read_shapes(file: Path) -> tuple[dict[str, _Shape], dict[str, str]]:
@@ -225,9 +231,15 @@ def load_vae(file: Path, folder: Path, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _one_sentence(file: Path) -> Iterator[None]:
-    """Say in one sentence what diffusers finds wrong with the weights."""
+    """Say in one sentence what diffusers finds wrong with the weights, and nothing else."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of modules to be kept in float32, and lists none
+    logging.disable_progress_bar()
     try:
         yield
     except (ValueError, KeyError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{file} does not fit the model that its weights look like: {reason}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()

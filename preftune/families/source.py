@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ _MODELS = {"UNet2DConditionModel", "AutoencoderKL", "CLIPTextModel", "CLIPTextMo
 class Source:
     """A model on this machine."""
 
-    name: str
-    """As the user wrote it."""
+    name: str = field(compare=False)
+    """As the user wrote it; the same model under two names is equal."""
     folder: Path
     """The pipeline folder; of a single file, the published configurations of its kind."""
     file: Path | None = None

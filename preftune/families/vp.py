@@ -1,8 +1,8 @@
 """Noise schedule of variance-preserving models: x_t = alpha x_0 + sigma eps, alpha^2 + sigma^2 = 1 (arXiv
 2006.11239, eq. 4).
 
-Of a folder's scheduler_config.json only the betas, prediction_type and rescale_betas_zero_snr are read. The
-timesteps depend on the chosen solver, not on the scheduler that the folder was saved with.
+Of a folder's scheduler_config.json only the betas, prediction_type, rescale_betas_zero_snr and trailing spacing are read.
+Other spacings are defaults of the scheduler that the folder was last saved with; the chosen solver has its own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 from torch import Generator, Tensor
 
 from preftune import solvers
@@ -18,6 +18,7 @@ from preftune.noise import PredictionType
 from preftune.solvers import SolverName
 
 _KINDS = ("epsilon", "v_prediction", "sample")
+_EULER = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 _SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
@@ -30,12 +31,24 @@ class VP:
     prediction_type: PredictionType
     zero_snr: bool
     """The last timestep is pure noise (Lin et al. 2023, arXiv 2305.08891): alpha is 0 there."""
+    trailing: bool
+    """Timesteps start at the last one, as at zero terminal SNR and in models distilled to a few steps."""
+    distilled: bool
+    """Made for a few steps without guidance (Sauer et al. 2023, arXiv 2311.17042): published with Euler's solver and
+    trailing spacing, as SD-Turbo and SDXL-Turbo.
+    """
     alphas_cumprod: Tensor
     """(T + 1,) float32: alpha squared of the T timesteps, then the 1 of t = -1."""
 
 
 def read(config: Mapping[str, Any], where: object) -> VP:
     """Return the noise schedule of a scheduler's configuration; ValueError, naming `where`, for one that is not of this kind."""
+    class_name = str(config.get("_class_name"))
+    if class_name.startswith("EDM"):
+        raise ValueError(
+            f"{where}: {class_name} (the noise of EDM, as in Playground v2.5) is not variance-preserving; expected a model of the"
+            " kind of Stable Diffusion, such as stabilityai/stable-diffusion-xl-base-1.0"
+        )
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in _KINDS:
         raise ValueError(f"{where}: prediction_type {prediction_type!r}; expected {', '.join(_KINDS)}")
@@ -45,12 +58,15 @@ def read(config: Mapping[str, Any], where: object) -> VP:
             f"{where}: rescale_betas_zero_snr with prediction_type epsilon, but at zero SNR the predicted noise does not"
             " determine the image; expected v_prediction"
         )
+    trailing = config.get("timestep_spacing") == "trailing"
     betas = _betas(config, where)
     table = DDPMScheduler(**betas, rescale_betas_zero_snr=zero_snr).alphas_cumprod
     return VP(
         betas=betas,
         prediction_type=cast(PredictionType, prediction_type),
         zero_snr=zero_snr,
+        trailing=zero_snr or trailing,
+        distilled=trailing and not zero_snr and class_name in _EULER,
         alphas_cumprod=torch.cat([table, torch.ones(1)]),
     )
 
@@ -97,7 +113,7 @@ def timesteps(vp: VP, num_inference_steps: int, solver: SolverName) -> Tensor:
     """Return the solver's timesteps (N + 1,); ValueError where this noise is not for it."""
     num = int(vp.betas["num_train_timesteps"])
     solvers.check(solver, num_inference_steps, vp.prediction_type, vp.zero_snr, num)
-    return solvers.timesteps(solver, num_inference_steps, num, vp.zero_snr)
+    return solvers.timesteps(solver, num_inference_steps, num, vp.trailing)
 
 
 def training_timesteps(vp: VP, generators: Sequence[Generator]) -> Tensor:
@@ -114,4 +130,13 @@ def scheduler(vp: VP, solver: SolverName, num_inference_steps: int) -> Any:
         betas=vp.betas,
         prediction_type=vp.prediction_type,
         zero_snr=vp.zero_snr,
+        trailing=vp.trailing,
     )
+
+
+def trailing_scheduler(vp: VP) -> Any:
+    """Return the scheduler to save with a model of trailing spacing: Euler's for a distilled one, as it was published, else DDIM's."""
+    settings = {**vp.betas, "prediction_type": vp.prediction_type, "timestep_spacing": "trailing"}
+    if vp.distilled:
+        return EulerDiscreteScheduler(**settings)
+    return DDIMScheduler(**settings, set_alpha_to_one=False, clip_sample=False)

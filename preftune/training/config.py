@@ -4,13 +4,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+import tyro
 
 import rewards
+from preftune import lora_files
 from preftune import resolution as resolutions
-from preftune.families import Defaults, check
+from preftune.families import Defaults, Pretrained, check, lora_layers
 from preftune.lora import LoRA
 from preftune.prompts import read_prompts
 from preftune.resolution import Resolution
@@ -26,13 +28,18 @@ DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf
 class ModelConfig:
     """The model, which of its weights are trained, and the training resolution."""
 
-    model: Path
-    """Pipeline folder in diffusers' format: Stable Diffusion 1.x, 2.x or XL."""
+    pretrained: Annotated[Pretrained, tyro.conf.arg(name="")]
     vae: Path | None = None
-    """Folder of an autoencoder to use instead of the pipeline's, such as an fp16-safe one for SDXL."""
+    """Folder or hub id of an autoencoder to use instead of the pipeline's, such as madebyollin/sdxl-vae-fp16-fix for SDXL in fp16."""
     train: Literal["lora", "full"] = "lora"
     """Trained weights: a LoRA, or all weights of the denoiser."""
     lora: LoRA = field(default_factory=LoRA)
+    lora_start: Path | None = None
+    """LoRA to start from: a file of kohya's, diffusers' or peft's layout, or a folder or run with one. It is merged into the model, text
+    encoders included; what is saved is its sum with the LoRA trained here, for the model of --model.
+    """
+    export: Literal["kohya"] | None = None
+    """kohya = also write RUN/lora_kohya.safetensors at the end, for AUTOMATIC1111's web UI, ComfyUI and sd-scripts."""
     resolution: str | None = None
     """Training resolution in pixels: 512, or WIDTHxHEIGHT as 768x512; None = the model's own."""
     gradient_checkpointing: bool = False
@@ -53,8 +60,13 @@ class ModelConfig:
         """Return the LoRA that is trained, or None for all weights."""
         return self.lora if self.train == "lora" else None
 
+    def lora_settings(self) -> dict[str, object]:
+        """Return what of the LoRA a resume must not change, besides the shapes of its weights."""
+        lora = self.tuned()
+        return {"lora scale": lora and (lora.alpha or lora.rank) / lora.rank}
+
     def check(self, lora: LoRA | None = None) -> Defaults:
-        """Return the model's defaults, in milliseconds; ValueError for what is no pipeline folder of a known family.
+        """Return the model's defaults, in milliseconds once it is on this machine; ValueError for what is no model of a known family.
 
         ValueError, too, for settings of a LoRA where all weights are trained; `lora` is the program's own default.
         """
@@ -62,7 +74,19 @@ class ModelConfig:
             raise ValueError(
                 "--lora settings do nothing with --train full; leave them out, or choose --train lora"
             )
-        return check(self.model, self.vae)
+        if self.train == "full" and self.export is not None:
+            raise ValueError(
+                f"--export {self.export} writes a LoRA, which --train full has not; use --train lora"
+            )
+        defaults = check(self.pretrained.source(), self.vae)
+        if self.lora_start is not None:
+            others = lora_files.read(self.lora_start, lora_layers(self.pretrained.source())).keys() - {"unet"}
+            if self.train == "full" and others:
+                raise ValueError(
+                    f"--lora-start {self.lora_start} also updates {' and '.join(sorted(others))}, which --train full does not"
+                    " save; use --train lora"
+                )
+        return defaults
 
     def size(self, defaults: Defaults) -> Resolution:
         """Return the resolution in training."""
