@@ -426,23 +426,33 @@ def test_safetensors(pipeline: Path, tmp_path: Path, content: bytes) -> None:
     with pytest.raises(ValueError, match=r"w\.safetensors is not a readable weights file"):
         weights.read(tmp_path / "w.safetensors")
     (pipeline / "text_encoder" / "model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="cannot load the model") as caught:
+    with pytest.raises(ValueError, match=r"text_encoder cannot be read \(.*header") as caught:
         families.load(pipeline)
     assert "\n" not in str(caught.value)
 
 
-def test_pickles_are_not_unpickled(pipeline: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "file"), [("unet", "diffusion_pytorch_model.bin"), ("text_encoder", "pytorch_model.bin")]
+)
+def test_pickles_are_not_unpickled(pipeline: Path, tmp_path: Path, part: str, file: str) -> None:
     ran = tmp_path / "ran"
-    torch.save({"a": Pickled(ran)}, tmp_path / "w.pt")
+    for old in (pipeline / part).glob("*.safetensors"):
+        old.unlink()
+    torch.save({"a": Pickled(ran)}, pipeline / part / file)
     with pytest.raises(ValueError, match="not a readable weights file"):
-        weights.read(tmp_path / "w.pt")
-    for part, new in (("unet", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")):
-        for old in (pipeline / part).glob("*.safetensors"):
-            old.unlink()
-        shutil.copy(tmp_path / "w.pt", pipeline / part / f"{new}.bin")
-        with pytest.raises(ValueError, match="cannot load the model"):
-            families.load(pipeline)
+        weights.read(pipeline / part / file)
+    with pytest.raises(ValueError, match=f"{part} cannot be read"):
+        families.load(pipeline)
     assert not ran.exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"])
+def test_files_of_a_tokenizer_that_hold_something_else(pipeline: Path, name: str) -> None:
+    (pipeline / "tokenizer" / name).write_text("[]")
+    with pytest.raises(
+        ValueError, match=r"cannot load the model .*; its files are damaged or of another kind"
+    ):
+        families.load(pipeline)
 
 
 # ---------------------------------------------------------------- archives
