@@ -16,6 +16,7 @@ from preftune.image_folders import (
     ImageFolder,
     find_pairs,
     find_table,
+    hub_hint,
     list_images,
     suffixes,
 )
@@ -99,7 +100,7 @@ def _recognise(path: Path) -> tuple[Path, Kind, tuple[str, ...], ImageFolder | N
             )
         return path.parent, kind, (path.name,), None
     if not path.is_dir():
-        raise ValueError(f"there is no data at {path}")
+        raise ValueError(f"there is no data at {path}{hub_hint(path)}")
     folder = find_table(path)
     if folder is not None and folder.table is not None:
         return path, "imagefolder", (folder.table.relative_to(path).as_posix(),), folder

@@ -2,8 +2,8 @@
 worst images.
 
 The kind of data is detected: captioned images (metadata.jsonl or .csv with file_name and text, or a .txt file
-beside each image), a folder of images without captions, a parquet table or a folder of them, a zip file of
-DiffusionDB or a folder of them. Worker
+beside each image), a folder of images without captions, a parquet table, a tar archive of webdataset, a zip
+file of DiffusionDB, or a folder of such files. Worker
 processes read and decode each image once and preprocess it once for all scorers with the same
 preprocessing; scorers with the same image tower share it. Images that cannot be scored are rejected with
 the reason and counted; where none can be scored the program ends with exit code 2. Images are turned as their
@@ -47,7 +47,7 @@ class Config:
     """Score the images of a data set; writes a table, statistics, and the best and worst images."""
 
     data: Path
-    """Imagefolder, folder of images, parquet table, DiffusionDB zip, or a folder of tables or zips."""
+    """Folder of images, with captions or without, parquet table, tar archive, DiffusionDB zip, or a folder of such files."""
     rewards: Measured
     output_dir: Path
     """Folder to create, or the folder of the same, unfinished job."""

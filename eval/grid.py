@@ -2,8 +2,8 @@
 every image.
 
 All images of a row start from the same noise, so only the weights differ. Columns are TITLE=WHAT, where
-WHAT is empty (the model itself), a LoRA folder, a run's folder, a UNet folder or another pipeline;
-FOLDER@0.5 applies a LoRA with scale 0.5. Written into --output-dir:
+WHAT is empty (the model itself), a LoRA (a folder, or a file of kohya's, diffusers' or peft's layout), a run's folder, a UNet
+folder or another pipeline; LORA@0.5 applies a LoRA with scale 0.5. Written into --output-dir:
 
     images/TITLE/   the images of a column, their prompts and seeds; reused when run again (eval/generated.py)
     index.html      all images as thumbnails linked to their files, scores (several scorers also give the sum by their
@@ -70,7 +70,7 @@ class Config:
     vae: Path | None = None
     """Folder or hub id of an autoencoder to use instead of the pipelines', such as madebyollin/sdxl-vae-fp16-fix for SDXL in fp16."""
     columns: tuple[str, ...] = ("base=",)
-    """TITLE=WHAT, where WHAT is empty, a LoRA, run or UNet folder, or a model as --model takes it; LoRA and run may end in @WEIGHT.
+    """TITLE=WHAT, where WHAT is empty, a LoRA file, a LoRA, run or UNet folder, or a model as --model takes it; LoRA and run may end in @WEIGHT.
     """
     prompts: Path = Path("assets/tiny/held_out.txt")
     """Prompt file: txt, json, jsonl, csv, tsv or parquet."""

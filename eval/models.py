@@ -8,7 +8,7 @@ from pathlib import Path
 
 import rewards
 from preftune import families
-from preftune import lora as loras
+from preftune import lora_files as loras
 from preftune.families import Source
 from preftune.families.configs import read_json
 from preftune.resolution import Resolution
@@ -28,14 +28,14 @@ class Column:
     """As the user wrote it."""
     pipeline: Source
     tuned: Path | None = None
-    """Folder of a LoRA or of a UNet, as `Family.load_tuned` takes it."""
+    """A LoRA's file or folder or the folder of a UNet, as `Family.load_tuned` takes it."""
     weight: float = 1.0
     """Of the LoRA."""
 
     @property
     def has_lora(self) -> bool:
         """Return whether what was tuned is a LoRA, which can be taken off again."""
-        return self.tuned is not None and loras.find(self.tuned) is not None
+        return self.tuned is not None and bool(loras.find(self.tuned))
 
     def digest(self) -> str:
         """Return what tells the model's weights from others: SHA-256 of the pipeline and of what was tuned, and the weight."""
@@ -46,7 +46,9 @@ class Column:
 
 
 def digest_of(folder: Path) -> str:
-    """Return a SHA-256 of the weights, configurations and vocabularies in a folder."""
+    """Return a SHA-256 of the weights, configurations and vocabularies in a folder, or of a file."""
+    if folder.is_file():
+        return sha256_of(folder)
     digest = hashlib.sha256()
     files = (path for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin", ".json", ".txt"))
     for path in sorted(files):
@@ -75,8 +77,8 @@ def parse_column(term: str, model: Source) -> Column:
     weighted = bool(at) and not Path(source).exists()  # a folder may have an @ in its name
     folder = Path(name if weighted else source)
     where = f"column {title!r}: {folder}"
-    if not folder.is_dir():
-        raise ValueError(f"{where} {'is a file, not a folder' if folder.exists() else 'does not exist'}")
+    if not folder.exists():
+        raise ValueError(f"{where} does not exist")
     if (folder / "model_index.json").is_file():
         pipeline = families.locate(str(folder))
         families.check(pipeline)
@@ -95,17 +97,26 @@ def parse_column(term: str, model: Source) -> Column:
 
 
 def _tuned(folder: Path, model: Source, where: str) -> Path:
-    """Return the folder of a LoRA or a UNet: this one, or the one in this run. ValueError where there is none that fits."""
-    inside = [part for part in TUNED if (folder / part).is_dir()]
+    """Return a LoRA or the folder of a UNet: this one, or the one in this run. ValueError where there is none that fits."""
+    inside = [
+        part
+        for part in TUNED
+        if (folder / part).is_dir() and not (folder / part / loras.ADAPTER_CONFIG).exists()
+    ]
     if len(inside) == 2:
         raise ValueError(f"{where} holds both lora/ and unet/; name one of them")
     part = folder / inside[0] if inside else folder
     if not loras.find(part) and not (part / "config.json").is_file():
         raise ValueError(
-            f"{where} is no pipeline (model_index.json), no LoRA ({loras.FILE}), no UNet (config.json)"
+            f"{where} is no pipeline (model_index.json), no LoRA (a .safetensors file), no UNet (config.json)"
             " and no run with lora/ or unet/ in it"
         )
-    if not loras.find(part):
+    if loras.find(part):
+        try:
+            loras.read(part, families.lora_layers(model))
+        except ValueError as error:
+            raise ValueError(f"{where.removesuffix(str(folder))}{error}") from error
+    else:
         check_unet(part, model, where)
     return part
 

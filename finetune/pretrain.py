@@ -40,7 +40,7 @@ from preftune.training.config import ModelConfig, ValidationConfig, check_dropou
 from preftune.training.run import Run
 from preftune.training.run_config import RunConfig, check
 from preftune.training.validation import missed, validate
-from preftune.training.workspace import load_model
+from preftune.training.workspace import export, load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,9 @@ def main(config: Config) -> int:
         config.validation.check(defaults)
         samples, skipped = data.read(config.data, config.columns)
         prompts = config.validation.prompts([sample.text for sample in samples])
-        run = Run(config.run, driver="pretrain", config_text=dump(config))
+        run = Run(
+            config.run, driver="pretrain", config_text=dump(config), settings=config.model.lora_settings()
+        )
         family, _ = load_model(
             config.model, config.run, run.device, train_text_encoders=config.train_text_encoder
         )
@@ -121,14 +123,20 @@ def main(config: Config) -> int:
                 predict = partial(module, prompts=texts, framings=framings)
                 run.update(diffusion_loss(family, predict, x0, generators).mean())
         if step + 1 == config.run.max_train_steps and run.is_main:
-            write(run.folder)  # before its images
+            write_result(family, config, run)  # before its images
         if run.due("validation_steps", step):
             show(step)
         if run.due("checkpointing_steps", step):
             run.save(step, write=write)
     if run.is_main and run.start >= config.run.max_train_steps:
-        write(run.folder)
+        write_result(family, config, run)
     return run.finish()
+
+
+def write_result(family: Family, config: Config, run: Run) -> None:
+    """Write what was trained into the run's folder, also in the layout of --export."""
+    save(family, config, run, run.folder)
+    export(config.model, family, run.folder)
 
 
 def validate_at(family: Family, prompts: Sequence[str], sampling: Sampling, run: Run, step: int) -> None:

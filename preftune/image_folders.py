@@ -119,16 +119,19 @@ def describe_passed_over(passed_over: Counter[str]) -> str:
     return f"{counted(total, 'file is', 'files are')} not read as images and passed over: {kinds}"
 
 
+def hub_hint(path: Path) -> str:
+    """Return how to download what may be a data set of the Hugging Face hub, OWNER/NAME; else nothing."""
+    if path.exists() or path.is_absolute() or len(path.parts) != 2 or path.suffix:
+        return ""
+    return f"; one of the hub is downloaded with `hf download --repo-type dataset {path} --local-dir {path}`"
+
+
 def no_captions(folder: Path) -> ValueError:
     """Return the error for a folder without captioned images, with what to do about what is there instead."""
-    if not folder.is_dir():
-        if not folder.exists() and len(folder.parts) == 2 and not folder.is_absolute():
-            return ValueError(
-                f"there is no folder {folder}; a data set of the hub is downloaded with"
-                f" `hf download --repo-type dataset {folder} --local-dir {folder}`"
-            )
-        if not folder.exists():
-            return ValueError(f"there is no folder {folder}; --data is a folder of captioned images")
+    if not folder.exists():
+        return ValueError(
+            f"there is no data at {folder}; --data is a folder of captioned images{hub_hint(folder)}"
+        )
     names = [folder.name] if folder.is_file() else sorted(os.listdir(folder))
     packed = next((name for name in names if name.lower().endswith(PACKED)), None)
     if packed is not None:

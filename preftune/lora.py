@@ -1,40 +1,29 @@
-"""Low-rank adaptation of a UNet (Hu et al. 2021, arXiv 2106.09685): W x + (alpha / rank) B A x, with W
-frozen.
+"""Low-rank adaptation of a model (Hu et al. 2021, arXiv 2106.09685): W x + (alpha / rank) B A x, with W frozen.
 
-Files are in the format of diffusers: after `pipe.load_lora_weights(folder)` a Stable Diffusion or SDXL
-pipeline generates the same image as the UNet that was saved. The format of 2023 can also be read, for
-example the file released with HPS (arXiv 2303.14420): pytorch_lora_weights.bin with the names of attention
-processors, which diffusers no longer loads. Only this file and preftune/families import diffusers'
-adapters; only this file imports peft.
+Trained is the update of the UNet. A loaded file may also update text encoders (preftune/lora_files.py has the
+layouts). Only this file imports peft.
 """
 
 import contextlib
 import math
-import pickle
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict
-from torch import Tensor, nn
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
 
-from preftune.files import replacing
+from preftune.lora_files import FILE, OLD_FILE, Update, find, read
+from preftune.lora_names import layers_of
+from preftune.lora_write import summed, write_diffusers
 
-FILE = "pytorch_lora_weights.safetensors"
-"""Name of the weights in a LoRA folder."""
-OLD_FILE = "pytorch_lora_weights.bin"
-"""Their name until 2023, when `unet.save_attn_procs` wrote them."""
+__all__ = [
+    "FILE", "OLD_FILE", "LoRA", "disabled", "find", "inject", "is_on", "load", "merge", "merge_file", "save", "unload",
+]  # fmt: skip
 
 _ADAPTER = "default"
-# For a UNet, SDXL's loader has the same code; it differs in the text encoders alone, which have no update here.
-_FILES = StableDiffusionLoraLoaderMixin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +50,7 @@ class LoRA:
             )
 
 
-def inject(unet: UNet2DConditionModel, lora: LoRA, seed: int) -> list[nn.Parameter]:
+def inject(unet: nn.Module, lora: LoRA, seed: int) -> list[nn.Parameter]:
     """Freeze the UNet, add the update to its target layers, and return the update's weights, float32 and trainable.
 
     A is normal with standard deviation 1 / rank, from the seed alone; B is zero, so the UNet's output is unchanged at first.
@@ -85,124 +74,114 @@ def inject(unet: UNet2DConditionModel, lora: LoRA, seed: int) -> list[nn.Paramet
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        unet.add_adapter(config, adapter_name=_ADAPTER)
+        inject_adapter_in_model(config, unet, _ADAPTER)
     weights = [weight for weight in unet.parameters() if weight.requires_grad]
     for weight in weights:
         weight.data = weight.data.float()
     return weights
 
 
-def save(unet: UNet2DConditionModel, folder: Path) -> None:
-    """Write the update to folder/pytorch_lora_weights.safetensors, with its scale in the metadata; float32."""
-    config = unet.peft_config[_ADAPTER]
-    # Only what fixes the function: a longer list would fail to load where another version of peft lacks a field.
-    metadata = {
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "target_modules": sorted(config.target_modules),
-        "lora_dropout": 0.0,
-        "bias": "none",
-    }
-    # In peft's names: diffusers' renaming knows attention alone, and of a file in two styles it loads but one.
-    layers = get_peft_model_state_dict(unet, adapter_name=_ADAPTER)
-    with replacing(folder / FILE) as temporary:  # diffusers takes a folder, and the file's name in it
-        _FILES.save_lora_weights(
-            temporary.parent,
-            unet_lora_layers=layers,
-            unet_lora_adapter_metadata=metadata,
-            weight_name=temporary.name,
-        )
+def save(unet: nn.Module, folder: Path, start: Update | None = None) -> None:
+    """Write the UNet's update to folder/pytorch_lora_weights.safetensors, float32, the scale in B.
 
-
-def find(folder: Path) -> Path | None:
-    """Return the file of the update in a folder, or None."""
-    return next((folder / name for name in (FILE, OLD_FILE) if (folder / name).is_file()), None)
-
-
-def load(unet: UNet2DConditionModel, folder: Path, weight: float = 1.0) -> None:
-    """Put a saved update on the UNet, frozen, in place of any that it has; weight scales its effect.
-
-    Raises ValueError when the folder holds no update, or one with layers that this UNet lacks.
+    `start`: an update that was merged into the model before; the file holds the sum, so it is right for the model without it.
     """
-    path = find(folder)
-    if path is None:
-        raise ValueError(f"no LoRA in {folder}: {FILE} is not there")
-    source: Path | dict[str, Tensor] = folder if path.name == FILE else _read_old(path)
-    try:
-        state, alphas, metadata = _FILES.lora_state_dict(
-            source, weight_name=FILE, use_safetensors=True, unet_config=unet.config, return_lora_metadata=True
-        )
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    state = {_new_name(name): value for name, value in state.items()}
-    layers = {name: value for name, value in state.items() if name.startswith("unet.")}
-    if not layers or len(layers) < len(state):
-        raise ValueError(
-            f"{path} is not an update of a UNet alone: it holds {next(iter(state.keys() - layers.keys()), 'nothing')}"
-        )
-    if is_on(unet):
-        unet.unload_lora()
-    try:
-        _FILES.load_lora_into_unet(
-            layers, network_alphas=alphas, unet=unet, adapter_name=_ADAPTER, metadata=metadata
-        )
-    except (RuntimeError, TypeError, ValueError) as error:
-        first = " ".join(str(error).split("\n")[:2])  # torch lists every weight that does not fit
-        raise ValueError(f"{path} does not fit this UNet: {first}") from error
-    if len(get_peft_model_state_dict(unet, adapter_name=_ADAPTER)) != len(layers):
-        raise ValueError(f"{path} does not fit this UNet: it has updates of layers that are not there")
-    unet.set_adapters([_ADAPTER], [weight])
-    unet.requires_grad_(False)
+    pairs = {}
+    for name, layer in _layers(unet):
+        a, b = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+        pairs[name] = a.detach().float().cpu(), b.detach().float().cpu() * layer.scaling[_ADAPTER]
+    write_diffusers(folder, summed(start or {}, {"unet": pairs}))
 
 
-def is_on(unet: nn.Module) -> bool:
-    """Whether the UNet has layers with an update."""
-    return any(isinstance(module, BaseTunerLayer) for module in unet.modules())
+def load(model: nn.Module | Mapping[str, nn.Module], path: Path, weight: float = 1.0) -> None:
+    """Put a saved update on the model, frozen, in place of any that it has; weight scales its effect.
+
+    model: a UNet, or modules by part (unet, text_encoder, text_encoder_2). path: a file, or a folder with one.
+    Raises ValueError, before anything changes, for a file that cannot be taken whole.
+    """
+    parts = model if isinstance(model, Mapping) else {"unet": model}
+    update = read(path, layers_of(parts))
+    unload(*parts.values())
+    _put(parts, update, weight)
+
+
+def _put(parts: Mapping[str, nn.Module], update: Update, weight: float) -> None:
+    """Put an update on modules without one, frozen."""
+    for part, pairs in update.items():
+        ranks = {layer: len(a) for layer, (a, _) in pairs.items()}
+        rank = max(ranks.values())
+        others = {f"^{layer}": number for layer, number in ranks.items() if number != rank}
+        config = LoraConfig(
+            r=rank, lora_alpha=rank, target_modules=list(pairs), rank_pattern=others, alpha_pattern=others
+        )
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # its random weights are replaced; the caller's random numbers stay
+            inject_adapter_in_model(config, parts[part], _ADAPTER)
+        found = dict(_layers(parts[part]))
+        assert found.keys() == pairs.keys(), f"updates on {found.keys() ^ pairs.keys()}"
+        for layer, (a, b) in pairs.items():
+            for half, value in ((found[layer].lora_A, a), (found[layer].lora_B, b)):
+                half[_ADAPTER].weight.data = value.to(half[_ADAPTER].weight.device)
+            found[layer].set_scale(_ADAPTER, weight)
+        parts[part].requires_grad_(False)
+
+
+def merge_file(parts: Mapping[str, nn.Module], path: Path) -> Update:
+    """Add a saved update to the weights of a model without one, and return it. ValueError as `load`."""
+    assert not is_on(*parts.values()), "the model has an update already"
+    update = read(path, layers_of(parts))
+    _put(parts, update, 1.0)
+    for part in update:
+        merge(parts[part])
+    return update
+
+
+def is_on(*modules: nn.Module) -> bool:
+    """Whether one of the modules has layers with an update."""
+    return any(True for module in modules for _ in _layers(module))
 
 
 @contextlib.contextmanager
-def disabled(unet: UNet2DConditionModel) -> Iterator[None]:
-    """Inside the block the UNet is the one before the update: the reference model, without a second copy in memory."""
-    assert is_on(unet), "the UNet has no update that could be switched off"
-    flags = [(weight, weight.requires_grad) for weight in unet.parameters()]
-    unet.disable_lora()
+def disabled(*modules: nn.Module) -> Iterator[None]:
+    """Inside the block the modules are those before the update: the reference model, without a second copy in memory."""
+    layers = [layer for module in modules for _, layer in _layers(module)]
+    assert layers, "the model has no update that could be switched off"
+    # peft freezes the update while it is off, and always makes it trainable afterwards
+    flags = [(weight, weight.requires_grad) for layer in layers for weight in layer.parameters()]
+    for layer in layers:
+        layer.enable_adapters(False)
     try:
         yield
     finally:
-        unet.enable_lora()
-        for (
-            weight,
-            flag,
-        ) in flags:  # peft freezes the update while it is off, and always makes it trainable afterwards
+        for layer in layers:
+            layer.enable_adapters(True)
+        for weight, flag in flags:
             weight.requires_grad_(flag)
 
 
-def merge(unet: UNet2DConditionModel) -> None:
-    """Add the update to the weights themselves and remove it: the UNet has its old layers and names again."""
-    assert is_on(unet), "the UNet has no update to merge"
-    unet.fuse_lora()
-    unet.unload_lora()
+def merge(module: nn.Module) -> None:
+    """Add the update to the weights themselves and remove it: the module has its old layers and names again."""
+    layers = _layers(module)
+    assert layers, "the module has no update to merge"
+    for _, layer in layers:
+        layer.merge()
+    unload(module)
 
 
-def _read_old(path: Path) -> dict[str, Tensor]:
-    """The weights of a torch file, which runs nothing; ValueError where it is none."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        first = str(error).split("\n", maxsplit=1)[0]
-        raise ValueError(f"{path} is damaged, or holds more than weights: {first}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} does not hold weights by name")
-    return state
+def unload(*modules: nn.Module) -> None:
+    """Remove the update of modules that have one: they are those before it."""
+    for module in modules:
+        for name, layer in _layers(module):
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, layer.get_base_layer())
+        if hasattr(module, "peft_config"):
+            del module.peft_config
 
 
-def _new_name(name: str) -> str:
-    """The present name of a weight: x.attn1.processor.to_out_lora.down.weight is unet.x.attn1.to_out.0.lora_A.weight."""
-    old = re.fullmatch(r"(?:unet\.)?(.+\.attn[12])\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight", name)
-    if not old:
-        return name
-    layer, projection, half = old.groups()
-    return f"unet.{layer}.to_{projection}{'.0' * (projection == 'out')}.lora_{'A' if half == 'down' else 'B'}.weight"
+def _layers(module: nn.Module) -> list[tuple[str, LoraLayer]]:
+    """The layers with an update, by the names that they have without one."""
+    return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
 
 
 def _alpha(lora: LoRA) -> float:

@@ -8,7 +8,7 @@ without progress. Nothing here retries for ever: every failure is a ValueError o
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -74,9 +74,10 @@ def fetch_folder(
     chosen = list(choose(_guarded(repo, revision, "the list of files", names)))
 
     def download() -> Path:
-        plans = huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=chosen, dry_run=True
-        )
+        with _without_progress_bars():
+            plans = huggingface_hub.snapshot_download(
+                repo, revision=revision, allow_patterns=chosen, dry_run=True
+            )
         with _announced(repo, plans):
             folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=chosen))
         for plan in plans:
@@ -91,22 +92,29 @@ def fetch_folder(
 def _announced(repo: str, plans: Sequence[huggingface_hub.DryRunFileInfo]) -> Iterator[None]:
     """Say what is downloaded and its size; of the processes of a machine one speaks, the others wait for its lock."""
     missing = [plan for plan in plans if not plan.is_cached]
+    size = sum(plan.file_size or 0 for plan in missing)
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if missing and first:
-        size = sum(plan.file_size or 0 for plan in missing)
         what = missing[0].filename if len(missing) == 1 else f"{len(missing)} files"
         sys.stderr.write(
             f"downloading {what} of {repo} (commit {missing[0].commit_hash[:8]}): {size / _MIB:,.1f} MiB ({size:,} bytes)"
             f" into {constants.HF_HUB_CACHE}\n"
         )
-    quiet = not first and not are_progress_bars_disabled()
-    if quiet:
-        disable_progress_bars()
+    with nullcontext() if first and size > _MIB else _without_progress_bars():
+        yield
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Hide the hub's progress bars, of which a small file needs none."""
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
     try:
         yield
     finally:
-        if quiet:
-            enable_progress_bars()
+        enable_progress_bars()
 
 
 def verify(repo: str, file: str, path: Path, sha256: str | None = None) -> None:
@@ -123,8 +131,8 @@ def verify(repo: str, file: str, path: Path, sha256: str | None = None) -> None:
     else:
         return
     if found != promised:
-        path.unlink()
-        blob.unlink(missing_ok=True)
+        for place in (path.resolve(), blob, path):
+            place.unlink(missing_ok=True)
         raise ValueError(
             f"{file} of {repo} arrived with {name} {found}, expected {promised}; it was removed from the cache, so run the"
             " command again, and compare the digest with the one on the hub's page if it stays so"
@@ -181,6 +189,6 @@ def _unreachable(repo: str, revision: str | None, what: str, error: Exception) -
     else:
         why = f"{constants.ENDPOINT} cannot be reached"
     return (
-        f"{what} of {repo} is not in the hub's cache {constants.HF_HUB_CACHE}, and {why}; run `{command}` where there is a"
-        " network, or name a path on this machine"
+        f"{what} of {repo} is not in the hub's cache {constants.HF_HUB_CACHE}, and {why}; run `{command}` or this program where"
+        " there is a network, or name a path on this machine"
     )

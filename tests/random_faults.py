@@ -9,6 +9,7 @@ fault, then without one: a driver with `--resume-from-checkpoint latest`, a buil
 import argparse
 import random
 import shutil
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -35,6 +36,7 @@ _BUILDERS = {
     "score metadata": "--data {box}/images --rewards brightness --chunk 5 --workers 0 --best 0 --add-to-metadata",
     "diffusiondb": "--data {root}/parts --rewards shapes --workers 0 --batch-size 5 --shown 2 --scale 2",
     "preferences": "--layout hpdv2-test --input {root}/hpd/test.json",
+    "unpack": "--data {root}/parts/part-000001.zip",
     "select_prompts": "--prompts {root}/prompts.txt --per-group 2 --k 3",
 }
 DRIVERS = tuple(sorted(recorded._FLAGS))
@@ -250,7 +252,7 @@ def table(done: list[Trial]) -> str:
 
 
 def main() -> None:
-    """Print each trial that did not end well, and the table."""
+    """Print each trial and, at the end or when it is stopped, the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
@@ -260,10 +262,13 @@ def main() -> None:
     done: list[Trial] = []
     chosen = tuple(config.programs)
     found = flips(config.trials, config.seed) if config.flips else trials(config.trials, config.seed, chosen)
-    for trial in found:
-        done.append(trial)
-        if trial.verdict != "equal":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for trial in found:
+            done.append(trial)
             print(len(done), trial, flush=True)  # noqa: T201
+    except KeyboardInterrupt:
+        print(f"stopped after {len(done)} of {config.trials}")  # noqa: T201
     print(table(done))  # noqa: T201
 
 

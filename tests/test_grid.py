@@ -440,7 +440,7 @@ def test_png_has_every_cell(tmp_path: Path) -> None:
         (["--columns", "a=", "a="], "repeats the title a"),
         (["--columns"], "--columns is empty"),
         (["--columns", "a=STAGE/nowhere"], "nowhere does not exist"),
-        (["--columns", "a=STAGE/prompts.txt"], "is a file, not a folder"),
+        (["--columns", "a=STAGE/prompts.txt"], "is not a LoRA file; expected"),
         (["--columns", "a=STAGE"], "is no pipeline (model_index.json), no LoRA"),
         (["--columns", "a=STAGE/both"], "holds both lora/ and unet/"),
         (["--columns", "a=STAGE/full@0.5"], "@ goes before the weight of a LoRA"),
@@ -535,7 +535,7 @@ def test_a_lora_that_does_not_fit_stops_before_the_first_image(
     with pytest.raises(SystemExit) as stop:
         grid.main(config)
     assert stop.value.code == 2
-    assert "does not fit this UNet" in capsys.readouterr().err
+    assert "does not fit this model" in capsys.readouterr().err
     assert not list((tmp_path / "g").rglob("*.png"))
 
 

@@ -123,16 +123,18 @@ def test_offline_the_cache_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
     with Hub(REPO) as server, server.in_use(monkeypatch, tmp_path):
         path = hub.fetch_file("a/b", "config.json")
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        assert hub.fetch_file("a/b", "config.json") == path
-        for call in (
-            lambda: hub.fetch_file("a/b", "model.safetensors"),
-            lambda: hub.fetch_folder("a/b", list),
-        ):
-            with pytest.raises(ValueError, match=r"HF_HUB_OFFLINE=1 forbids .* `hf download a/b`") as error:
-                call()
-            one_sentence(error)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        with monkeypatch.context() as offline:  # undone before the server's own settings are
+            offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+            assert hub.fetch_file("a/b", "config.json") == path
+            for call in (
+                lambda: hub.fetch_file("a/b", "model.safetensors"),
+                lambda: hub.fetch_folder("a/b", list),
+            ):
+                with pytest.raises(
+                    ValueError, match=r"HF_HUB_OFFLINE=1 forbids .* `hf download a/b`"
+                ) as error:
+                    call()
+                one_sentence(error)
         server.__exit__()
         assert hub.fetch_file("a/b", "config.json") == path
         with pytest.raises(ValueError, match=r"cannot be reached; run `hf download a/b --revision v1`"):

@@ -232,6 +232,10 @@ def test_a_hub_name_says_how_to_download(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="hf download --repo-type dataset me/stars --local-dir me/stars"):
         read_captioned(Path("me/stars"), Columns())
+    with pytest.raises(
+        ValueError, match=r"there is no data at me/stars/train; --data is a folder of captioned images$"
+    ):
+        read_captioned(Path("me/stars/train"), Columns())
 
 
 # ---------------------------------------------------------------- images

@@ -26,7 +26,7 @@ RUN = tuple(
 
 HOMES = {
     "accelerate": ("preftune/training/run.py",),
-    "diffusers": ("preftune/families/", "preftune/solvers.py", "preftune/lora.py"),
+    "diffusers": ("preftune/families/", "preftune/solvers.py"),
     "peft": ("preftune/lora.py",),
     "open_clip": (),
     "ray": ("data_build/cluster.py",),

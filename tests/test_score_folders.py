@@ -76,6 +76,18 @@ def test_captions_as_people_have_them(make: Make, prefix: str, folder: Path, tmp
     assert columns["brightness"] == pytest.approx([50 / 255, 150 / 255], abs=0.01)
 
 
+def test_a_hub_name_says_how_to_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        run(Path("me/stars"), tmp_path / "out")
+    assert (
+        "there is no data at me/stars; one of the hub is downloaded with `hf download"
+        in capsys.readouterr().err
+    )
+
+
 def test_a_named_column_of_captions(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"file_name": name, "text": "no", "alt": text} for name, text in TEXTS.items()]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))

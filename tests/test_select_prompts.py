@@ -142,6 +142,13 @@ def test_files_of_all_kinds_groups_and_order(tmp_path: Path, capsys: pytest.Capt
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b.json", "metadata.parquet", "out"]
 
 
+def test_blank_prompts_of_a_text_file_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a cat\n\na dog\n \na cat\n")
+    texts, counts = select_prompts.read_all([tmp_path / "p.txt"])
+    assert texts == ["a cat", "a dog"]
+    assert counts == {"read": 5, "repeated": 1, "blank": 2, "fragments": 0}
+
+
 def test_each_group_is_chosen_from_as_if_alone(tmp_path: Path) -> None:
     texts = some_prompts(41)
     select_prompts.main(config(tmp_path / "out", write(tmp_path / "a.txt", texts), seed=3))

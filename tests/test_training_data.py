@@ -47,8 +47,8 @@ def test_what_cannot_be_used_is_set_aside_before_the_first_update(
 
 def test_a_resumed_run_equals_an_uninterrupted_one(images: Path, root: Path, tmp_path: Path) -> None:
     def train(output: str, *flags: str) -> list[dict[str, Any]]:
-        every = recorded.arguments("pretrain", root, tmp_path / output)
-        assert recorded.train("pretrain", [*every, "--data", str(images), *flags]) == 0
+        every = recorded.arguments("pretrain_scorer", root, tmp_path / output)
+        assert recorded.train("pretrain_scorer", [*every, "--data", str(images), *flags]) == 0
         return [
             {"loss": row["loss"], "step": row["step"]} for row in rows_of(tmp_path / output / "metrics.jsonl")
         ]
@@ -104,14 +104,14 @@ def test_columns_and_pairs_reach_the_drivers(root: Path, tmp_path: Path) -> None
     ):  # fmt: skip
         output = tmp_path / f"run {folder.name}"
         argv = [
-            *recorded.arguments("pretrain", root, output),
+            *recorded.arguments("pretrain_scorer", root, output),
             "--max-train-steps",
             "1",
             "--data",
             str(folder),
             *flags,
         ]
-        assert recorded.train("pretrain", argv) == 0
+        assert recorded.train("pretrain_scorer", argv) == 0
         losses.append(rows_of(output / "metrics.jsonl")[0]["loss"])
         assert not (output / "skipped.jsonl").exists()
     assert losses[0] == losses[1] == losses[2]

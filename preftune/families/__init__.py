@@ -10,6 +10,7 @@ from preftune.families.base import Cond, Defaults, Family
 from preftune.families.known import FAMILIES
 from preftune.families.locate import Pretrained, as_source, locate, locate_vae, names_a_model
 from preftune.families.source import Source
+from preftune.lora_names import Layers
 
 if TYPE_CHECKING:
     from preftune.families.sd import SD
@@ -27,6 +28,7 @@ __all__ = [
     "check",
     "load",
     "locate",
+    "lora_layers",
     "names_a_model",
 ]
 
@@ -60,3 +62,14 @@ def load(
     with guard.loading(source):
         family: Family = known.module_of(source).load(source, device, dtype, vae)
     return family
+
+
+def lora_layers(model: Source | Path | str) -> Layers:
+    """Return the layers of a model that a LoRA can update, in less than a second; reads its configurations alone.
+
+    ValueError for a model that `check` refuses by its configurations.
+    """
+    source = as_source(model)
+    known.check(source)
+    layers: Layers = known.module_of(source).lora_layers(source.folder)
+    return layers

@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 
 from preftune import solvers
 from preftune.lora import LoRA
+from preftune.lora_names import Layers
 from preftune.noise import Prediction, PredictionType
 from preftune.resolution import Framing, Resolution
 from preftune.solvers import SolverName
@@ -149,7 +150,21 @@ class Family(Protocol):
         ...
 
     def load_tuned(self, folder: Path, weight: float = 1.0) -> None:
-        """Load the result of `save_tuned`, frozen; weight scales a LoRA. ValueError if it does not fit."""
+        """Load the result of `save_tuned` or another LoRA file, frozen; weight scales a LoRA. ValueError if it does not fit.
+
+        A LoRA of text encoders is loaded too: prompts that were encoded before are not those of the model any more.
+        """
+        ...
+
+    def start_from(self, path: Path) -> None:
+        """Merge a LoRA into the weights, before `trainable`; `save_tuned` then writes the sum of it and of the LoRA trained since.
+
+        `reference` is the model with it. ValueError if it does not fit.
+        """
+        ...
+
+    def lora_layers(self) -> Layers:
+        """Return the layers that a LoRA can update."""
         ...
 
     def save_pipeline(self, folder: Path) -> None:

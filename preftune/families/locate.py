@@ -79,8 +79,9 @@ def locate(model: str, revision: str | None = None, variant: str | None = None) 
         return _from_file(model, path, variant)
     if _HUB_ID.fullmatch(model) and not path.parent.is_dir():
         return _from_hub(model, revision, variant)
+    hint = f" (of the hub: https://huggingface.co/{model})" if _HUB_ID.fullmatch(model) else ""
     raise ValueError(
-        f"{model} does not exist; name a pipeline folder, a .safetensors or .ckpt file, or a hub id as {_EXAMPLE}"
+        f"{model} does not exist; name a pipeline folder, a .safetensors or .ckpt file, or a hub id as {_EXAMPLE}{hint}"
     )
 
 
@@ -124,8 +125,8 @@ def check_pipeline_folder(folder: Path) -> None:
 
 def lora_in(names: Collection[str]) -> str | None:
     """Return the file, among these names, that only a LoRA has."""
-    known = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapter_config.json")
-    return next((name for name in known if name in names), None)
+    files = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapter_config.json")
+    return next((name for name in files if name in names), None)
 
 
 @functools.cache
@@ -178,17 +179,28 @@ def _from_file(model: str, path: Path, variant: str | None, commit: str | None =
 def _from_hub(repo: str, revision: str | None, variant: str | None) -> Source:
     """Return the snapshot of a repository: from the cache where it is complete, else downloaded."""
     folder = hub.cached_folder(repo, revision)
-    if folder is None or not _complete(folder, variant):
-        hub.fetch_folder(repo, functools.partial(_index_of, repo), revision=revision)
-        folder = hub.fetch_folder(repo, _chooser(repo, revision, _configurations), revision=revision)
-        known.check(Source(name=repo, folder=folder, variant=variant))  # before gigabytes are downloaded
-        choose = functools.partial(_weights_too, variant=variant)
-        folder = hub.fetch_folder(repo, _chooser(repo, revision, choose), revision=revision)
+    lacks = "" if folder is None else _lacks(folder, variant)
+    if folder is None or lacks:
+        try:
+            folder = _download(repo, revision, variant)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} (the cache has a part of it: {lacks})" if lacks else str(error)
+            ) from error
     return Source(name=repo, folder=folder, variant=variant, commit=commit_of(folder / INDEX))
 
 
-def _complete(folder: Path, variant: str | None) -> bool:
-    """Whether a snapshot in the cache has all that this model needs."""
+def _download(repo: str, revision: str | None, variant: str | None) -> Path:
+    """Download what is missing of a model; its configurations are checked before gigabytes are downloaded."""
+    hub.fetch_folder(repo, functools.partial(_index_of, repo), revision=revision)
+    folder = hub.fetch_folder(repo, _chooser(repo, revision, _configurations), revision=revision)
+    known.check(Source(name=repo, folder=folder, variant=variant))
+    choose = functools.partial(_weights_too, variant=variant)
+    return hub.fetch_folder(repo, _chooser(repo, revision, choose), revision=revision)
+
+
+def _lacks(folder: Path, variant: str | None) -> str:
+    """Return what a snapshot in the cache lacks of what this model needs, or nothing."""
     source = Source(name=str(folder), folder=folder, variant=variant)
     try:
         for part in parts_of(source.index()):
@@ -199,9 +211,9 @@ def _complete(folder: Path, variant: str | None) -> bool:
                     folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
                 )
         source.check_weights()
-    except ValueError:
-        return False
-    return True
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _index_of(repo: str, names: Collection[str]) -> Sequence[str]:

@@ -22,6 +22,8 @@ from preftune.families import configs, parts, text, vp
 from preftune.families import unet as unets
 from preftune.families.base import Cond, Defaults
 from preftune.families.source import Source
+from preftune.lora_files import Update
+from preftune.lora_names import Layers, layers_of
 from preftune.noise import Prediction, PredictionType, predict_from
 from preftune.resolution import Framing, Resolution
 from preftune.solvers import SolverName
@@ -62,6 +64,11 @@ def _defaults(denoiser: Mapping[str, Any], autoencoder: Mapping[str, Any], noise
     )
 
 
+def lora_layers(folder: Path) -> Layers:
+    """Return the layers of a checked pipeline folder that a LoRA can update."""
+    return unets.layers_of_folder(folder, {"text_encoder": CLIPTextModel})
+
+
 class SD:
     """The Family of Stable Diffusion 1.x and 2.x; see preftune.families.base for what each method promises."""
 
@@ -83,6 +90,8 @@ class SD:
         self.defaults: Defaults = _defaults(unet.config, vae.config, self.noise)
         self._negatives: dict[str, Tensor] = {}
         self._replaced = False
+        self._updatable: Mapping[str, nn.Module] = {"unet": unet, "text_encoder": text_encoder}
+        self._start: Update | None = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """Move all parts, and cast those that are frozen."""
@@ -161,8 +170,9 @@ class SD:
         self.text_encoder.requires_grad_(True).train()
 
     def reference(self) -> AbstractContextManager[None]:
-        """The LoRA off, where there is one."""
-        return unets.reference(self.unet, replaced=self._replaced)
+        """The LoRA off, where there is one, in the text encoders too."""
+        unets.check_reference(replaced=self._replaced)
+        return unets.reference(self._updatable, self._negatives.clear)
 
     def set_speed(self, attention: str, *, gradient_checkpointing: bool, vae_checkpointing: bool) -> None:
         """Choose the attention kernel, and what is computed again in the backward pass instead of kept."""
@@ -176,11 +186,22 @@ class SD:
 
     def save_tuned(self, folder: Path, lora: loras.LoRA | None) -> None:
         """Write the LoRA, or the UNet in diffusers' folder format."""
-        unets.save_tuned(self.unet, folder, lora)
+        unets.save_tuned(self.unet, folder, lora, self._start)
 
     def load_tuned(self, folder: Path, weight: float = 1.0) -> None:
         """Load a LoRA or a UNet folder."""
-        self._replaced = unets.load_tuned(self.unet, folder, weight) or self._replaced
+        assert self._start is None, "the model starts from a LoRA already"
+        self._replaced = unets.load_tuned(self._updatable, folder, weight) or self._replaced
+        self._negatives.clear()
+
+    def start_from(self, path: Path) -> None:
+        """Merge a LoRA into the model."""
+        self._start = loras.merge_file(self._updatable, path)
+        self._negatives.clear()
+
+    def lora_layers(self) -> Layers:
+        """Return the layers of the UNet and of the text encoders."""
+        return layers_of(self._updatable)
 
     def save_pipeline(self, folder: Path) -> None:
         """Write the whole pipeline in diffusers' folder format, with Stable Diffusion's own sampler (DDIM at zero SNR)."""

@@ -1,17 +1,20 @@
 """Functions that the families with a UNet2DConditionModel and an AutoencoderKL share."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Generator, Tensor, nn
+from transformers import PreTrainedModel
 
 from preftune import lora as loras
 from preftune.families import configs, vp, weights
 from preftune.families.base import Cond, Defaults
+from preftune.lora_files import Update
+from preftune.lora_names import Layers, layers_of
 from preftune.resolution import Resolution
 from preftune.solvers import SolverName
 
@@ -128,13 +131,26 @@ def trainable(unet: UNet2DConditionModel, lora: loras.LoRA | None, seed: int) ->
     return unet
 
 
-def reference(unet: UNet2DConditionModel, *, replaced: bool) -> AbstractContextManager[None]:
-    """Return a context in which the UNet is the one before tuning; `replaced`: its own weights were tuned, so there is none."""
+@contextmanager
+def reference(parts: Mapping[str, nn.Module], changed: Callable[[], None]) -> Iterator[None]:
+    """Inside the block the parts are those before tuning; `changed` is called when an update is switched off or on."""
+    if not loras.is_on(*parts.values()):
+        yield
+        return
+    try:
+        with loras.disabled(*parts.values()):
+            changed()
+            yield
+    finally:
+        changed()
+
+
+def check_reference(*, replaced: bool) -> None:
+    """Raise ValueError where the UNet's own weights were tuned, so that there is none before tuning."""
     if replaced:
         raise ValueError(
             "all weights of the UNet are tuned, so the model before tuning is gone; use --train lora"
         )
-    return loras.disabled(unet) if loras.is_on(unet) else nullcontext()
 
 
 def set_speed(
@@ -159,18 +175,24 @@ def set_speed(
         vae.enable_gradient_checkpointing()
 
 
-def save_tuned(unet: UNet2DConditionModel, folder: Path, lora: loras.LoRA | None) -> None:
-    """Write `pytorch_lora_weights.safetensors`, or without a LoRA the UNet in diffusers' folder format."""
+def save_tuned(
+    unet: UNet2DConditionModel, folder: Path, lora: loras.LoRA | None, start: Update | None = None
+) -> None:
+    """Write `pytorch_lora_weights.safetensors`, or without a LoRA the UNet in diffusers' folder format; `start` as in lora.save."""
     if lora is None:
         unet.save_pretrained(folder)
     else:
-        loras.save(unet, folder)
+        loras.save(unet, folder, start)
 
 
-def load_tuned(unet: UNet2DConditionModel, folder: Path, weight: float) -> bool:
-    """Load what `save_tuned` wrote, frozen, and return whether it was a whole UNet. ValueError where it does not fit."""
-    if loras.find(folder) is not None:
-        loras.load(unet, folder, weight)
+def load_tuned(parts: Mapping[str, nn.Module], folder: Path, weight: float) -> bool:
+    """Load a LoRA or a folder of a UNet, frozen, and return whether it was a whole UNet. ValueError where it does not fit.
+
+    parts: unet, text_encoder and so on; a LoRA may update all of them.
+    """
+    unet = parts["unet"]
+    if loras.find(folder):
+        loras.load(parts, folder, weight)
         return False
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds neither a LoRA ({loras.FILE}) nor a UNet (config.json)")
@@ -178,8 +200,7 @@ def load_tuned(unet: UNet2DConditionModel, folder: Path, weight: float) -> bool:
         raise ValueError(f"{folder} is a whole UNet, which has no weight {weight}; only a LoRA has one")
     configs.read_model(folder, "UNet2DConditionModel")
     found = weights.find(folder, "diffusers")
-    if loras.is_on(unet):
-        unet.unload_lora()
+    loras.unload(*parts.values())
     state = UNet2DConditionModel.from_pretrained(
         folder, variant=found.variant, use_safetensors=found.safetensors, local_files_only=True
     ).state_dict()
@@ -192,6 +213,19 @@ def load_tuned(unet: UNet2DConditionModel, folder: Path, weight: float) -> bool:
     unet.load_state_dict(state)
     unet.requires_grad_(False)
     return True
+
+
+def layers_of_folder(folder: Path, text_encoders: Mapping[str, type[PreTrainedModel]]) -> Layers:
+    """Return the layers that a LoRA can update of a pipeline folder with these text encoders; reads its JSON files alone."""
+    with torch.device("meta"):
+        parts: dict[str, nn.Module] = {
+            "unet": UNet2DConditionModel.from_config(configs.read_json(folder / "unet" / "config.json"))
+        }
+        for part, kind in text_encoders.items():
+            assert kind.config_class is not None
+            config = kind.config_class.from_pretrained(folder, subfolder=part, local_files_only=True)
+            parts[part] = kind(config)
+    return layers_of(parts)
 
 
 def _same_shape(one: Mapping[str, Tensor], other: Mapping[str, Tensor], name: str) -> bool:

@@ -10,8 +10,9 @@ import torch
 import tyro
 
 import rewards
+from preftune import lora_files
 from preftune import resolution as resolutions
-from preftune.families import Defaults, Pretrained, check
+from preftune.families import Defaults, Pretrained, check, lora_layers
 from preftune.lora import LoRA
 from preftune.prompts import read_prompts
 from preftune.resolution import Resolution
@@ -33,6 +34,12 @@ class ModelConfig:
     train: Literal["lora", "full"] = "lora"
     """Trained weights: a LoRA, or all weights of the denoiser."""
     lora: LoRA = field(default_factory=LoRA)
+    lora_start: Path | None = None
+    """LoRA to start from: a file of kohya's, diffusers' or peft's layout, or a folder or run with one. It is merged into the model, text
+    encoders included; what is saved is its sum with the LoRA trained here, for the model of --model.
+    """
+    export: Literal["kohya"] | None = None
+    """kohya = also write RUN/lora_kohya.safetensors at the end, for AUTOMATIC1111's web UI, ComfyUI and sd-scripts."""
     resolution: str | None = None
     """Training resolution in pixels: 512, or WIDTHxHEIGHT as 768x512; None = the model's own."""
     gradient_checkpointing: bool = False
@@ -53,6 +60,11 @@ class ModelConfig:
         """Return the LoRA that is trained, or None for all weights."""
         return self.lora if self.train == "lora" else None
 
+    def lora_settings(self) -> dict[str, object]:
+        """Return what of the LoRA a resume must not change, besides the shapes of its weights."""
+        lora = self.tuned()
+        return {"lora scale": lora and (lora.alpha or lora.rank) / lora.rank}
+
     def check(self, lora: LoRA | None = None) -> Defaults:
         """Return the model's defaults, in milliseconds once it is on this machine; ValueError for what is no model of a known family.
 
@@ -62,7 +74,19 @@ class ModelConfig:
             raise ValueError(
                 "--lora settings do nothing with --train full; leave them out, or choose --train lora"
             )
-        return check(self.pretrained.source(), self.vae)
+        if self.train == "full" and self.export is not None:
+            raise ValueError(
+                f"--export {self.export} writes a LoRA, which --train full has not; use --train lora"
+            )
+        defaults = check(self.pretrained.source(), self.vae)
+        if self.lora_start is not None:
+            others = lora_files.read(self.lora_start, lora_layers(self.pretrained.source())).keys() - {"unet"}
+            if self.train == "full" and others:
+                raise ValueError(
+                    f"--lora-start {self.lora_start} also updates {' and '.join(sorted(others))}, which --train full does not"
+                    " save; use --train lora"
+                )
+        return defaults
 
     def size(self, defaults: Defaults) -> Resolution:
         """Return the resolution in training."""

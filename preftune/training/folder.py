@@ -10,7 +10,7 @@ from preftune import files
 from preftune.training import checkpoint
 
 _RESULTS = (
-    "lora", "unet", "pipeline", "scorer", "vae", "before_after.png", "reconstructions.png", "accuracy.png",
+    "lora", "lora_kohya.safetensors", "unet", "pipeline", "scorer", "vae", "before_after.png", "reconstructions.png", "accuracy.png",
 )  # fmt: skip
 _OTHERS = ("config.yaml", "metrics.jsonl", "skipped.jsonl")
 _CHECKPOINT = re.compile(r"step_(\d{6,})(\.damaged)?")

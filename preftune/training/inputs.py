@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import rewards
+from preftune import lora_files
 from preftune.families.digest import digest as digest_of_pipeline
 from preftune.families.locate import locate
 from preftune.families.source import Source
@@ -41,6 +42,8 @@ def digests(flags: Mapping[str, Any]) -> dict[str, str]:
             found[name] = digest_of_pipeline(source)
         elif paths and all(path.exists() for path in paths):
             found[name] = _digest(paths, with_names=name in _NAMES_COUNT)
+    if start := _path(flags.get("lora_start")):
+        found["lora_start"] = lora_files.digest(start)
     weights = parse_weights(flags["rewards"]) if flags.get("rewards") else {}
     files = parse_files(flags.get("reward_files") or (), weights)
     for name in weights:

@@ -39,6 +39,7 @@ MAY_DIFFER = frozenset(
         "gradient_checkpointing",
         "vae_checkpointing",
         "attention",
+        "export",
         "sample.batch_size",
     ]
 )

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from preftune import families, files
+from preftune import families, files, lora_files
 from preftune.cli import exit_on_user_error
 from preftune.diffusion_loss import captioned_loss
 from preftune.families import Defaults, Family
 from preftune.lora import LoRA
+from preftune.lora_write import KOHYA_FILE, write_kohya
 from preftune.records import CaptionedImage, Skipped
 from preftune.resolution import Resolution
 from preftune.training import data
@@ -59,6 +60,11 @@ class Workspace:
         with self.run.ema_weights(), files.replacing(folder / ("unet" if lora is None else "lora")) as place:
             self.family.save_tuned(place, lora)
 
+    def _write_result(self) -> None:
+        """Write the tuned weights into the run's folder, also in the layout of --export."""
+        self.write(self.run.folder)
+        export(self.model, self.family, self.run.folder)
+
     def validate(self, step: int) -> dict[str, float]:
         """Generate and score the validation images after so many updates, and return the mean scores; none where a signal came."""
         means: dict[str, float] = {}
@@ -80,7 +86,7 @@ class Workspace:
         """
         run = self.run
         if step + 1 == run.config.max_train_steps and run.is_main:
-            self.write(run.folder)
+            self._write_result()
         if (milestone or run.due("validation_steps", step)) and (means := self.validate(step + 1)):
             run.log(step, **means)
         if milestone or run.due("checkpointing_steps", step):
@@ -91,7 +97,7 @@ class Workspace:
         run, steps = self.run, self.run.config.max_train_steps
         if not run.interrupted:
             if run.is_main and run.start >= steps:
-                self.write(run.folder)
+                self._write_result()
             if any(
                 validation_images.read(run.folder, self.name_of(steps, ending)) is None
                 for ending in self.negatives
@@ -156,6 +162,8 @@ def load_model(
 ) -> tuple[Family, nn.Module]:
     """Return the model on its device in the run's precision, and the denoiser, opened for training."""
     family = families.load(model.pretrained.source(), device, torch.float32, model.vae)
+    if model.lora_start is not None:
+        family.start_from(model.lora_start)
     denoiser = family.trainable(model.tuned(), run.seed)
     if train_text_encoders:
         family.open_text_encoders()
@@ -165,6 +173,13 @@ def load_model(
         vae_checkpointing=model.vae_checkpointing,
     )
     return family.to(device, DTYPES[run.mixed_precision]), denoiser
+
+
+def export(model: ModelConfig, family: Family, folder: Path) -> None:
+    """Write folder/lora in the layout of --export, where one is asked for."""
+    if model.export is not None:
+        layers = family.lora_layers()
+        write_kohya(folder / KOHYA_FILE, lora_files.read(folder / "lora", layers), layers)
 
 
 def load_parts(
@@ -204,8 +219,7 @@ def open(
         if "shapes" in reward.weights():
             size = validation.sample.resolved(defaults).resolution
             check_judgeable(prompts, (size.width, size.height), "the validation images")
-        lora = model.tuned()
-        same = {"lora scale": lora and (lora.alpha or lora.rank) / lora.rank, **(settings or {})}
+        same = {**model.lora_settings(), **(settings or {})}
         run = Run(
             run_config, driver=driver, config_text=config_text, settings=same, driver_files=driver_files
         )

@@ -1,0 +1,344 @@
+"""Files of low-rank updates, in all layouts that people have, read to one form.
+
+Read are LoRA and LoCon (convolutions, also with lora_mid) of Stable Diffusion and SDXL, with or without text encoders:
+
+- kohya's: lora_unet_..., lora_te_..., lora_te1_... and lora_te2_..., an alpha for each layer; from sd-scripts, LyCORIS and others
+- diffusers': unet.X.lora_A.weight, .lora.down.weight or .lora_linear_layer.down.weight, scale in the file's metadata
+- diffusers' of 2023: X.attn1.processor.to_q_lora.down.weight, also without unet. and as a torch file (HPS, arXiv 2303.14420)
+- peft's: a folder with adapter_config.json and adapter_model.safetensors, or one such folder for each part
+
+Every layer's own scale, alpha / rank (with rslora alpha / sqrt(rank), arXiv 2312.03732), is multiplied into B, so no later reader can mistake
+it. What cannot be taken whole (DoRA, LoHa, LoKr, layers that the model lacks) is refused: half an update is another update.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from preftune.lora_names import PREFIXES, Layers, file_name, flat
+
+FILE = "pytorch_lora_weights.safetensors"
+"""Name of the weights in a LoRA folder."""
+OLD_FILE = "pytorch_lora_weights.bin"
+"""Their name until 2023, when `unet.save_attn_procs` wrote them."""
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""Names of peft's two files."""
+
+TORCH = (".bin", ".pt", ".pth", ".ckpt")
+"""Endings of torch files."""
+
+Update = dict[str, dict[str, tuple[Tensor, Tensor]]]
+"""part -> layer -> (A (rank, in, ...), B (out, rank, ...)), float32: the layer's weight becomes W + B A."""
+
+_FIRST = r"\.lora_down|\.lora_A(?:\.default)?|[._]lora\.down|\.lora_linear_layer\.down"
+_SECOND = r"\.lora_up|\.lora_B(?:\.default)?|[._]lora\.up|\.lora_linear_layer\.up"
+_ROLES = {
+    "A": re.compile(rf"(.+?)(?:{_FIRST})\.weight"),
+    "B": re.compile(rf"(.+?)(?:{_SECOND})\.weight"),
+    "mid": re.compile(r"(.+?)\.lora_mid\.weight"),
+    "alpha": re.compile(r"(.+?)\.alpha"),
+}
+_KINDS = {
+    "DoRA": r"dora_scale|magnitude_vector",
+    "LoHa": r"\.hada_",
+    "LoKr": r"\.lokr_",
+    "OFT": r"oft_",
+    "GLoRA": r"\.[ab][12]\.weight$",
+    "LoRA with biases": r"\.bias$",
+    "set of whole weights": r"\.(diff|diff_b|w_norm|b_norm)$",
+    "textual inversion": r"^bundle_emb\.|string_to_param",
+}
+"""Kinds of updates that are none of A and B alone, by a name that tells them."""
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq")
+"""peft's initialisations that also change the weights under the update."""
+_FOUND = {
+    "lora_unet_": "unet",
+    "lora_te1_": "text_encoder",
+    "lora_te_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+}
+
+
+@dataclass
+class _Config:
+    """The scales of a file whose tensors have no alphas: of peft's adapter_config.json, or of the file's metadata."""
+
+    values: Mapping[str, Any]
+    where: str
+
+    def check(self) -> None:
+        """Refuse what A and B alone do not hold."""
+        start = str(self.values.get("init_lora_weights"))
+        wrong = {
+            f"peft_type {self.values.get('peft_type')}": self.values.get("peft_type", "LORA") != "LORA",
+            "use_dora (DoRA)": bool(self.values.get("use_dora")),
+            "fan_in_fan_out": bool(self.values.get("fan_in_fan_out")),
+            f"init_lora_weights {start}": start.startswith(_CHANGED_BASE),
+        }
+        for what, is_wrong in wrong.items():
+            if is_wrong:
+                raise ValueError(_refusal(self.where, what))
+
+    def scale(self, layer: str, rank: int) -> float:
+        """Return the scale of one layer: that of the first pattern which is the end of its name, as in peft."""
+        alpha = self.values.get("lora_alpha", rank)
+        for pattern, value in dict(self.values.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", layer):
+                alpha = value
+                break
+        if not isinstance(alpha, int | float):
+            raise ValueError(f"{self.where}: lora_alpha of {layer} is {alpha!r}, not a number")
+        return float(alpha) / (math.sqrt(rank) if self.values.get("use_rslora") else rank)
+
+
+@dataclass
+class _Layer:
+    """What a file has for one layer."""
+
+    name: str
+    """As in the file."""
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def find(path: Path) -> list[Path]:
+    """Return the files of the update that a path names: a file itself, or what is in a folder; none where there is no update.
+
+    In a run it is lora/. A folder of peft's has adapter_model.safetensors, or folders unet/ and text_encoder/ with one each. ValueError
+    for a folder with several .safetensors of other names.
+    """
+    if path.is_file():
+        return [path]
+    if (path / "lora").is_dir():
+        return find(path / "lora")
+    for name in (FILE, OLD_FILE, ADAPTER):
+        if (path / name).is_file():
+            return [path / name]
+    parts = [path / part / ADAPTER for part in PREFIXES if (path / part / ADAPTER_CONFIG).is_file()]
+    if parts or (path / "config.json").exists() or (path / "model_index.json").exists():
+        return parts
+    others = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    if len(others) > 1:
+        names = ", ".join(other.name for other in others[:3])
+        raise ValueError(f"{path} holds {len(others)} files that may be a LoRA ({names}); name one of them")
+    return others
+
+
+def digest(path: Path) -> str:
+    """Return a SHA-256 of the update that a path names: of its weights, and of peft's configurations beside them."""
+    total = hashlib.sha256()
+    for file in find(path):
+        for part in (file, file.with_name(ADAPTER_CONFIG)):
+            if part == file or (part.is_file() and file.name == ADAPTER):
+                with part.open("rb") as content:
+                    total.update(hashlib.file_digest(content, "sha256").digest())
+    return total.hexdigest()
+
+
+def read(path: Path, layers: Layers) -> Update:
+    """Return the update that a path names, of a model with these layers, on the CPU.
+
+    Raises ValueError, in one sentence, when there is none, when it is damaged or of another kind, and when it has layers that the
+    model lacks.
+    """
+    files = find(path)
+    if not files:
+        raise ValueError(
+            f"no LoRA in {path}: neither {FILE} nor {ADAPTER} nor one other .safetensors file is there"
+        )
+    update: Update = {}
+    for file in files:
+        part = file.parent.name if file.name == ADAPTER and file.parent.name in PREFIXES else None
+        for name, pairs in _read_file(file, layers, part).items():
+            update.setdefault(name, {}).update(pairs)
+    return update
+
+
+def _read_file(path: Path, layers: Layers, part: str | None) -> Update:
+    """The update in one file; `part` is what all its names belong to, None where they say it themselves."""
+    state, configs = _load(path)
+    _check_names(path, state)
+    table = layers.by_flat_name()
+    found: dict[tuple[str, str], _Layer] = {}
+    unknown = []
+    for name, tensor in state.items():
+        stem, role = _stem(name)
+        place = _place(stem, part, table, layers)
+        if place is None:
+            unknown.append(name)
+        else:
+            tensors = found.setdefault(place, _Layer(stem)).tensors
+            if role in tensors:
+                raise ValueError(
+                    f"{path} has two updates of {'.'.join(place)}, the second under {name}; remove one"
+                )
+            tensors[role] = tensor
+    if unknown or not found:
+        raise ValueError(_unknown(path, unknown, len(state), layers))
+    update: Update = {}
+    for (owner, layer), held in found.items():
+        config = configs.get(owner, configs.get(""))
+        pair = _pair(path, held, layers.shapes[owner][layer], file_name(owner, layer), config)
+        update.setdefault(owner, {})[layer] = pair
+    return update
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, _Config]]:
+    """The tensors of a file, and its scales by part; "" is peft's file, which does not name its part."""
+    if path.suffix == ".safetensors":
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    else:
+        metadata, state = {}, _load_torch(path)
+    configs = _of_metadata(path, metadata.get("lora_adapter_metadata"))
+    beside = path.with_name(ADAPTER_CONFIG)
+    if path.stem == "adapter_model" and beside.is_file():
+        configs[""] = _Config(_json(beside, beside.read_text(encoding="utf-8")), str(beside))
+    elif any(name.startswith("base_model.model.") for name in state) and not configs:
+        raise ValueError(
+            f"{path} is peft's, whose scale is in {ADAPTER_CONFIG}; put that file beside it, as {ADAPTER}"
+        )
+    for config in configs.values():
+        config.check()
+    return state, configs
+
+
+def _load_torch(path: Path) -> dict[str, Tensor]:
+    """The weights of a torch file, which runs nothing; ValueError where it is none."""
+    if path.suffix not in TORCH:
+        raise ValueError(
+            f"{path} is not a LoRA file; expected one that ends in .safetensors, {', '.join(TORCH)}"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails anywhere in torch's reader
+        first = str(error).split("\n", maxsplit=1)[0]
+        raise ValueError(f"{path} is damaged, or holds more than weights: {first}") from error
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        raise ValueError(f"{path} does not hold weights by name")
+    return state
+
+
+def _of_metadata(path: Path, text: str | None) -> dict[str, _Config]:
+    """The scales that diffusers writes into the metadata, as unet.lora_alpha, by part."""
+    configs: dict[str, dict[str, Any]] = {}
+    for key, value in _json(path, text or "{}").items():
+        part, _, name = key.partition(".")
+        configs.setdefault(part, {})[name] = value
+    return {part: _Config(values, str(path)) for part, values in configs.items()}
+
+
+def _json(path: Path, text: str) -> dict[str, Any]:
+    """A JSON object, or ValueError."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: the LoRA's configuration is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: the LoRA's configuration is not an object")
+    return found
+
+
+def _check_names(path: Path, names: Iterable[str]) -> None:
+    """Refuse by its name a kind of update that is not A and B alone."""
+    for name in names:
+        if any(pattern.fullmatch(name) for pattern in _ROLES.values()):
+            continue
+        for kind, pattern in _KINDS.items():
+            if re.search(pattern, name):
+                raise ValueError(_refusal(path, f"a {kind} ({name})"))
+
+
+def _refusal(where: object, what: str) -> str:
+    """The sentence for what is known but not taken."""
+    return (
+        f"{where} has {what}, but only LoRA and LoCon can be taken whole; merge it into a pipeline with the program"
+        " that made it, and give that pipeline"
+    )
+
+
+def _stem(name: str) -> tuple[str, str]:
+    """A layer as the file names it, and which of its tensors this is; "" where the name has no known ending."""
+    for role, pattern in _ROLES.items():
+        match = pattern.fullmatch(name)
+        if match:
+            return match[1], role
+    return name, ""
+
+
+def _place(
+    stem: str, part: str | None, table: Mapping[tuple[str, str], str], layers: Layers
+) -> tuple[str, str] | None:
+    """The part and the layer that a file means, None where the model has no such layer."""
+    name = stem.removeprefix("base_model.model.")
+    for prefix in (*_FOUND, *(f"{owner}." for owner in PREFIXES)):
+        if part is None and name.startswith(prefix):
+            part, name = _FOUND.get(prefix, prefix.rstrip(".")), name.removeprefix(prefix)
+            break
+    name = flat(name.replace(".processor.", "."))
+    name = re.sub(r"(attn[12]_to_out)$", r"\1_0", name)
+    name = re.sub(r"self_attn_to_(q|k|v|out)$", r"self_attn_\1_proj", name.removeprefix("text_model_"))
+    owners = [owner for owner in ([part] if part else layers.shapes) if (owner, name) in table]
+    return (owners[0], table[owners[0], name]) if len(owners) == 1 else None
+
+
+def _unknown(path: Path, unknown: Sequence[str], count: int, layers: Layers) -> str:
+    """The sentence for a file with names that are no layer of the model."""
+    if not unknown:
+        return f"{path} holds no weights"
+    if not any(pattern.fullmatch(name) for pattern in _ROLES.values() for name in unknown):
+        return f"{path} is not a LoRA, or of an unknown kind: it holds {unknown[0]}"
+    more = f" and {len(unknown) - 1} more of its {count} weights" if len(unknown) > 1 else ""
+    return (
+        f"{path} does not fit this model: {unknown[0]}{more} would update layers that its {' and '.join(layers.shapes)} lack;"
+        " give the --model that it was made for"
+    )
+
+
+def _pair(
+    path: Path, held: _Layer, shape: tuple[int, ...], name: str, config: _Config | None
+) -> tuple[Tensor, Tensor]:
+    """A and B of a layer whose weight has this shape, the scale in B."""
+    if not {"A", "B"} <= held.tensors.keys():
+        raise ValueError(f"{path} is incomplete: {held.name} has only {' and '.join(sorted(held.tensors))}")
+    tensors = {role: tensor.float() for role, tensor in held.tensors.items()}
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise ValueError(f"{path} is damaged: {held.name} has numbers that are not finite")
+    a, b = tensors["A"], tensors["B"]
+    rank, fits = (len(a) if a.ndim else 0), a.ndim in (2, 4) and b.ndim in (2, 4)
+    if fits and "mid" in tensors:  # 1 x 1 down, then a kernel between the ranks: together one kernel down
+        mid = tensors["mid"]
+        fits = mid.ndim == 4 and mid.shape[:2] == (rank, rank) and a.numel() == a.shape[0] * a.shape[1]
+        a = torch.einsum("nmhw,mi->nihw", mid, a.flatten(1)) if fits else a
+    fits = fits and rank > 0 and b.shape[:2] == (shape[0], rank) and b.numel() == shape[0] * rank
+    fits = fits and a.numel() == rank * math.prod(shape[1:]) and (a.ndim == 2 or a.shape[1] == shape[1])
+    if not fits:
+        sizes = ", ".join(f"{role} {tuple(tensor.shape)}" for role, tensor in held.tensors.items())
+        raise ValueError(
+            f"{path} does not fit this model: {held.name} has {sizes}, but the weight there is {shape}; give the --model"
+            " that it was made for"
+        )
+    scale = 1.0
+    if "alpha" in tensors:
+        if tensors["alpha"].numel() != 1 or (config and "lora_alpha" in config.values):
+            raise ValueError(f"{path} has several alphas for {held.name}, so its scale is not known")
+        scale = float(tensors["alpha"]) / rank
+    elif config is not None:
+        scale = config.scale(name, rank)
+    return a.reshape(rank, *shape[1:]).contiguous(), (b * scale).reshape(
+        shape[0], rank, *[1] * (len(shape) - 2)
+    )
