@@ -38,7 +38,7 @@ from preftune.printable import printable, show
 from preftune.prompts import read_prompts
 from preftune.records import read_imagefolder, read_rankings, write_jsonl
 from rewards import input_files, weights
-from rewards.clip_tokenizer import MERGES, ClipTokenizer
+from rewards.clip_tokenizer import MERGES, ClipTokenizer, read_merges
 
 DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n/showpage {} def\n%%EOF\n"
@@ -591,6 +591,15 @@ def test_a_broken_word_loses_no_letter() -> None:
         font.getlength(line) <= 90 < font.getlength(line + lines[k + 1][0])
         for k, line in enumerate(lines[:-1])
     )
+
+
+def test_vocabularies(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "bpe.txt.gz", "wb", compresslevel=1) as file:
+        file.write(b"\0" * (40 << 20))
+    (tmp_path / "tokenizer.json").write_text(DEEP)
+    for name in ("bpe.txt.gz", "tokenizer.json"):
+        with pytest.raises(ValueError, match=rf"{name} is no list of merges \(ValueError\)"):
+            read_merges(tmp_path / name)
 
 
 def test_prompts_of_100_000_letters() -> None:
