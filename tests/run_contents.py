@@ -14,7 +14,7 @@ _RESUMING = re.compile(r"^(resume_from_checkpoint|overwrite_output_dir): .*\n|^#
 def contents(folder: Path) -> dict[str, str]:
     """Relative name -> digest of every file below a folder, and "" for folders; empty where it does not exist.
 
-    Left out is what a resume may change: lock files, which do not block once nobody holds them, the event files of tensorboard, the clock's columns of metrics, and the flags of
+    Left out is what a resume may change: lock files, which do not block once nobody holds them, the event files of tensorboard, the clock's columns of metrics and the division of a step's metrics into rows, and the flags of
     resuming and overwriting in config.yaml. The place of the folder in config.yaml is replaced. Of a manifest, whose digests
     cover such bytes, what it says of the run is compared.
     """
@@ -28,7 +28,7 @@ def contents(folder: Path) -> dict[str, str]:
             continue
         try:
             content = b"" if path.is_dir() else _bytes(path, folder)
-        except (ValueError, AttributeError):  # damaged
+        except (ValueError, AttributeError, KeyError, TypeError):  # damaged
             content = path.read_bytes()
         found[name] = "" if path.is_dir() else hashlib.sha256(content).hexdigest()
     return found
@@ -37,7 +37,12 @@ def contents(folder: Path) -> dict[str, str]:
 def _bytes(path: Path, folder: Path) -> bytes:
     if path.name == "metrics.jsonl":
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        plain = [{name: value for name, value in row.items() if name not in _CLOCK} for row in rows]
+        plain: dict[int, dict[str, object]] = {}
+        for row in rows:  # a validation that a signal put off has a row of its own
+            plain.setdefault(row["step"], {}).update(
+                {name: row[name] for name in sorted(row) if name not in _CLOCK}
+            )
+        plain = {step: dict(sorted(row.items())) for step, row in plain.items()}
         return json.dumps(plain).encode()
     if path.name == "manifest.json":  # its digests are of bytes that the clock and a hash table are in
         manifest = json.loads(path.read_text(encoding="utf-8"))
