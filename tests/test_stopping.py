@@ -62,6 +62,27 @@ def test_a_signal_ends_the_batch_under_way(tmp_path: Path) -> None:
     assert run.finish() == 128 + signal.SIGTERM
 
 
+def test_a_library_may_turn_the_stop_into_an_error_of_its_own(tmp_path: Path) -> None:
+    run = Run(RunConfig(output_dir=tmp_path, max_train_steps=1, threads=1), driver="toy", config_text="")
+    run.prepare(nn.Linear(1, 1), learning_rate=1e-5)
+
+    def batches(number: int) -> Iterator[Tensor]:
+        try:
+            if number:
+                signal.raise_signal(number)
+            yield torch.zeros(1)
+            raise KeyError("no signal")
+        except BaseException as error:
+            raise ValueError("cannot tokenize") from error
+
+    for _ in run.steps():
+        with pytest.raises(ValueError, match="cannot tokenize"):
+            list(run.until_stopped(batches(0)))
+        assert list(run.until_stopped(batches(signal.SIGTERM))) == []
+        assert run.interrupted
+    assert run.finish() == 128 + signal.SIGTERM
+
+
 def test_the_result_is_written_before_the_last_images(root: Path, tmp_path: Path) -> None:
     for driver, result in (("pretrain", "pipeline"), ("reward_weighted", "lora")):
         output, before = tmp_path / driver, list[bool]()

@@ -25,8 +25,8 @@ class Received:
     """Whether the first signal raises StoppedError, where the process is."""
 
 
-class StoppedError(Exception):
-    """A signal came during work that is given up then."""
+class StoppedError(BaseException):
+    """A signal came during work that is given up then; as KeyboardInterrupt, not what a library's `except Exception` means."""
 
 
 def until_stopped(received: Received, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -35,8 +35,12 @@ def until_stopped(received: Received, batches: Iterator[Batch]) -> Iterator[Batc
         received.raises = True
         try:
             batch = next(batches)
-        except (StopIteration, StoppedError):
+        except StopIteration:
             return
+        except BaseException:
+            if received.number:  # also where a library has made another error of it
+                return
+            raise
         finally:
             received.raises = False
         yield batch
