@@ -44,6 +44,7 @@ from data_build.readers import DataSet, entries, survey
 from data_build.scoring import DTYPES, Batch, PrepareEntry
 from data_build.selection import Selection
 from preftune.cli import exit_on_user_error, parse
+from preftune.files import remove
 from preftune.one_writer import one_writer
 from preftune.printable import show
 from preftune.scorer_flags import Files
@@ -188,7 +189,7 @@ def check_inputs(config: Config) -> Job | None:
     if config.output_dir.exists():
         if not selected_folder.is_of(config.output_dir, record):
             raise ValueError(f"{config.output_dir} exists already; remove it or choose another --output-dir")
-        shutil.rmtree(building, ignore_errors=True)
+        remove(building)
         return None
     nsfw = Nsfw(config.filters, data.sources) if config.filters.metadata is not None else None
     if config.ray is not None:

@@ -13,7 +13,6 @@ them, so a killed process needs no special treatment.
 
 import base64
 import json
-import shutil
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -32,6 +31,7 @@ from data_build.decode import ImageEntry, decode
 from data_build.filters import identity, number
 from data_build.readers import DataSet, read_bytes
 from data_build.selection import KINDS, Chosen, Selection, select
+from preftune.files import remove
 from preftune.grid import captioned_grid
 from preftune.images import save_image, to_pil
 from preftune.records import read_jsonl, write_jsonl, write_lines
@@ -105,7 +105,7 @@ def write_data_set(
 ) -> None:
     """Select from the chunks in `building`, and write the data set into its folder FOLDER."""
     folder = building / FOLDER
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     (folder / REPORT).mkdir(parents=True)
     table = read_table(building)
     table = table if keep_duplicates else table.without_duplicates()

@@ -12,7 +12,6 @@ import functools
 import gzip
 import hashlib
 import html
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -23,6 +22,8 @@ import torch
 from tokenizers.models import BPE
 from torch import Tensor
 from transformers import CLIPTokenizer as HubTokenizer
+
+from rewards.input_files import MAX_JSON, parse_json
 
 Kind = Literal["openai", "open_clip", "transformers"]
 
@@ -98,9 +99,12 @@ def read_merges(path: Path) -> list[str]:
     """Return the merges, at most as many as CLIP has, of a list or a tokenizer.json; ValueError when the file is neither."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            text = file.read().decode()
+            content = file.read(MAX_JSON + 1)
+        if len(content) > MAX_JSON:
+            raise ValueError(f"it unpacks to more than {MAX_JSON} bytes")
+        text = content.decode()
         if path.suffix == ".json":
-            return [" ".join(pair) for pair in json.loads(text)["model"]["merges"]]
+            return [" ".join(pair) for pair in parse_json(text, str(path))["model"]["merges"]]
     except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
         raise ValueError(
             f"{path} is no list of merges ({type(error).__name__}); download it again"

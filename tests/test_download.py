@@ -101,7 +101,7 @@ def test_a_scorer_with_other_bytes_is_refused(
             match=r"weights\.pt of xswu/HPSv2 arrived with SHA-256 .*; besides, the weights of pickscore",
         ),
     ):
-        rewards.check_all(["hpsv2", "pickscore"], {})
+        load_all(["hpsv2", "pickscore"], files={}, device="cpu", dtype=torch.float32)
 
 
 def test_nothing_is_downloaded_where_a_person_must_fetch_one(

@@ -449,7 +449,7 @@ def test_png_has_every_cell(tmp_path: Path) -> None:
         (["--columns", "a=STAGE/run@nan"], "@ goes before the weight of a LoRA"),
         (["--columns", "a=STAGE/wide"], "cross_attention_dim 48, but the UNet of"),
         (["--columns", "a=STAGE/vae"], "_class_name AutoencoderKL, but the UNet of"),
-        (["--columns", "a=STAGE/broken"], "config.json is not JSON"),
+        (["--columns", "a=STAGE/broken"], "config.json line 1 is not JSON"),
         (["--columns", "a=STAGE/empty"], "has no diffusion_pytorch_model.safetensors"),
         (["--model", "STAGE/run"], "run is the folder of a run, not a model"),
         (["--prompts", "STAGE/none.txt"], "does not exist"),

@@ -38,7 +38,7 @@ from preftune.printable import printable, show
 from preftune.prompts import read_prompts
 from preftune.records import read_imagefolder, read_rankings, write_jsonl
 from rewards import input_files, weights
-from rewards.clip_tokenizer import MERGES, ClipTokenizer
+from rewards.clip_tokenizer import MERGES, ClipTokenizer, read_merges
 
 DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n/showpage {} def\n%%EOF\n"
@@ -426,23 +426,33 @@ def test_safetensors(pipeline: Path, tmp_path: Path, content: bytes) -> None:
     with pytest.raises(ValueError, match=r"w\.safetensors is not a readable weights file"):
         weights.read(tmp_path / "w.safetensors")
     (pipeline / "text_encoder" / "model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="cannot load the model") as caught:
+    with pytest.raises(ValueError, match=r"text_encoder cannot be read \(.*header") as caught:
         families.load(pipeline)
     assert "\n" not in str(caught.value)
 
 
-def test_pickles_are_not_unpickled(pipeline: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "file"), [("unet", "diffusion_pytorch_model.bin"), ("text_encoder", "pytorch_model.bin")]
+)
+def test_pickles_are_not_unpickled(pipeline: Path, tmp_path: Path, part: str, file: str) -> None:
     ran = tmp_path / "ran"
-    torch.save({"a": Pickled(ran)}, tmp_path / "w.pt")
+    for old in (pipeline / part).glob("*.safetensors"):
+        old.unlink()
+    torch.save({"a": Pickled(ran)}, pipeline / part / file)
     with pytest.raises(ValueError, match="not a readable weights file"):
-        weights.read(tmp_path / "w.pt")
-    for part, new in (("unet", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")):
-        for old in (pipeline / part).glob("*.safetensors"):
-            old.unlink()
-        shutil.copy(tmp_path / "w.pt", pipeline / part / f"{new}.bin")
-        with pytest.raises(ValueError, match="cannot load the model"):
-            families.load(pipeline)
+        weights.read(pipeline / part / file)
+    with pytest.raises(ValueError, match=f"{part} cannot be read"):
+        families.load(pipeline)
     assert not ran.exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"])
+def test_files_of_a_tokenizer_that_hold_something_else(pipeline: Path, name: str) -> None:
+    (pipeline / "tokenizer" / name).write_text("[]")
+    with pytest.raises(
+        ValueError, match=r"cannot load the model .*; its files are damaged or of another kind"
+    ):
+        families.load(pipeline)
 
 
 # ---------------------------------------------------------------- archives
@@ -581,6 +591,15 @@ def test_a_broken_word_loses_no_letter() -> None:
         font.getlength(line) <= 90 < font.getlength(line + lines[k + 1][0])
         for k, line in enumerate(lines[:-1])
     )
+
+
+def test_vocabularies(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "bpe.txt.gz", "wb", compresslevel=1) as file:
+        file.write(b"\0" * (40 << 20))
+    (tmp_path / "tokenizer.json").write_text(DEEP)
+    for name in ("bpe.txt.gz", "tokenizer.json"):
+        with pytest.raises(ValueError, match=rf"{name} is no list of merges \(ValueError\)"):
+            read_merges(tmp_path / name)
 
 
 def test_prompts_of_100_000_letters() -> None:

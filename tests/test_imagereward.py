@@ -289,8 +289,8 @@ def test_a_folder_from_before_there_were_cards(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", r"card\.json is not JSON"),
-        ("[]", r"card\.json must hold an object"),
+        ("{", r"card\.json line 1 is not JSON"),
+        ("[]", r"card\.json must hold a JSON object"),
         ('{"licence": "MIT"}', "card.json must have exactly the fields started_from, licence, typical_range"),
         (
             '{"started_from": "x", "licence": "MIT", "typical_range": 3}',

@@ -245,6 +245,21 @@ def test_scorers_and_prompts_are_known_by_what_they_are(root: Path, tmp_path: Pa
         resume.compare(tmp_path, before, resume.identity(json.dumps(flags), {}))
 
 
+def test_a_model_is_known_by_its_weights(root: Path, tmp_path: Path) -> None:
+    """In another folder, or under another name of its revision, it is the same one; with a changed weight it is not."""
+    shutil.copytree(root / "pipeline", tmp_path / "moved")
+    before = resume.identity(json.dumps({"model": str(root / "pipeline"), "variant": None}), {})
+    now = resume.identity(json.dumps({"model": str(tmp_path / "moved")}), {})
+    assert resume.compare(tmp_path, before, now) == ""
+    assert resume.compare(tmp_path, before, now | {"flags": now["flags"] | {"variant": "fp16"}}) == ""
+    weights = tmp_path / "moved" / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"--model was .*pipeline, is .*moved"):
+        resume.compare(tmp_path, before, resume.identity(json.dumps({"model": str(tmp_path / "moved")}), {}))
+
+
 def test_what_counts_of_a_data_set(tmp_path: Path) -> None:
     """Names and texts, in whatever order the system lists them; a pipe or a circle of links does not stop it."""
     data = tmp_path / "data"

@@ -53,6 +53,8 @@ _SAY_NOTHING = frozenset(
         "workers",
         "reward_files",
         "lora.alpha",
+        "revision",
+        "variant",
     ]
 )
 """Flags that change nothing, or that something else in the comparison covers."""
