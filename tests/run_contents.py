@@ -14,9 +14,10 @@ _RESUMING = re.compile(r"^(resume_from_checkpoint|overwrite_output_dir): .*\n|^#
 def contents(folder: Path) -> dict[str, str]:
     """Relative name -> digest of every file below a folder, and "" for folders; empty where it does not exist.
 
-    Left out is what a resume may change: lock files, which do not block once nobody holds them, the event files of tensorboard, the clock's columns of metrics and the division of a step's metrics into rows, and the flags of
-    resuming and overwriting in config.yaml. The place of the folder in config.yaml is replaced. Of a manifest, whose digests
-    cover such bytes, what it says of the run is compared.
+    Left out is what a resume may change: lock files, which do not block once nobody holds them, the event files of tensorboard, the
+    clock's columns of metrics and the division of a step's metrics into rows, and the flags of resuming and overwriting in
+    config.yaml. The place of the folder in config.yaml is replaced. Of a manifest, whose digests cover such bytes, what it
+    says of the run is compared.
     """
     found = {}
     for path in sorted(folder.rglob("*")):
@@ -37,12 +38,12 @@ def contents(folder: Path) -> dict[str, str]:
 def _bytes(path: Path, folder: Path) -> bytes:
     if path.name == "metrics.jsonl":
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        plain: dict[int, dict[str, object]] = {}
-        for row in rows:  # a validation that a signal put off has a row of its own
-            plain.setdefault(row["step"], {}).update(
-                {name: row[name] for name in sorted(row) if name not in _CLOCK}
-            )
-        plain = {step: dict(sorted(row.items())) for step, row in plain.items()}
+        plain: dict[int, list[tuple[str, object]]] = {}
+        for row in (
+            rows
+        ):  # a validation that a signal put off has a row of its own; a value that is there twice stays so
+            values = [(name, value) for name, value in row.items() if name not in (*_CLOCK, "step")]
+            plain[row["step"]] = sorted([*plain.get(row["step"], []), *values])
         return json.dumps(plain).encode()
     if path.name == "manifest.json":  # its digests are of bytes that the clock and a hash table are in
         manifest = json.loads(path.read_text(encoding="utf-8"))
