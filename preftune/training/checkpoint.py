@@ -78,7 +78,7 @@ def read(folder: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # torch has no error of its own for a file that is not what it should be
         raise ValueError(f"{folder / STATE} cannot be read: {str(error).splitlines()[0][:200]}") from error
-    needed = {"parameters", "optimizer", "average", "averaged", "scaler", "skipped", "driver"}
+    needed = {"parameters", "optimizer", "average", "averaged", "scaler", "skipped", "driver", "row"}
     if not isinstance(state, dict) or not needed <= state.keys():
         raise ValueError(f"{folder / STATE} is not the state of a run, but a {type(state).__name__}")
     return state

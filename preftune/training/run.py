@@ -10,15 +10,13 @@
                 loss = ...
                 run.update(loss, mean_reward=rewards.mean())
         if run.due("checkpointing_steps", step): run.save(step, write=..., state={"best": best})
-    sys.exit(run.finish())
 
 Steps count updates from 0; checkpoint `step_000500` holds the weights after 500 updates and resumes at step
 500. Random numbers derive from (seed, step), (seed, rank, step) or (seed, image index): on the same
 hardware a resumed run equals, bit for bit, one that was never stopped. On Ctrl-C or SIGTERM the update
 finishes, `due("checkpointing_steps", step)` is true and `steps()` ends; `finish()` then returns the exit
 code 128 + signal (130, 143). A second one, a second later or more, kills at once.
-Several processes: `accelerate launch --num_processes 2 driver.py` on GPUs; on CPUs `ACCELERATE_USE_CPU=true
-accelerate launch --multi_gpu --num_processes 2 driver.py`: without MPI, `--cpu` starts a single process.
+Several processes: `accelerate launch --num_processes 2 driver.py`; on CPUs with ACCELERATE_USE_CPU=true and --multi_gpu.
 """
 
 import math
@@ -131,9 +129,8 @@ class Run:
         self._named, self._peak_lr = named, self.config.learning_rate or learning_rate
         if self.config.compile:
             module.compile()
-        module = module.to(self.device)
-        optimizer = adamw(self.config, list(named.values()), self._peak_lr)
-        self._module, self._optimizer = self._accelerator.prepare(module, optimizer)
+        parts = module.to(self.device), adamw(self.config, list(named.values()), self._peak_lr)
+        self._module, self._optimizer = self._accelerator.prepare(*parts)
         self._ema = EMA(self.config, named.values())
         if self.source is not None:
             self._load(self.source)
@@ -146,8 +143,7 @@ class Run:
         if self.is_main:
             self._identity = resume.identity(self._config_text, self._settings(), self.world)
             start = resume.find_start(self.config, self._identity)
-            for line in start.said:
-                tqdm.write(line, file=sys.stderr)
+            sys.stderr.writelines(f"{line}\n" for line in start.said)
         if self.world > 1:
             (start,) = broadcast_object_list([start])
         return start
@@ -158,7 +154,7 @@ class Run:
         if self.is_main:
             overwrite, patterns = self.config.overwrite_output_dir, self._driver_files
             folder.clear(self.folder, self._begin, overwrite=overwrite, driver_files=patterns)
-            self._metrics = Metrics(self.folder, start=self.start)
+            self._metrics = Metrics(self.folder, start=self.start - bool(self._row))
             made_by = f"driver {self.driver}, commit {folder.commit()}, torch {torch.__version__}"
             text = f"# {made_by}, processes {self.world}\n{self._config_text}"
             files.write_text(self.folder / "config.yaml", text, durable=True)
@@ -169,6 +165,7 @@ class Run:
         interval = 0.5 if sys.stderr.isatty() else 30.0
         total = self.config.max_train_steps
         bar = tqdm(total=total, initial=self.start, disable=not self.is_main, mininterval=interval)
+        self._write_row()
         with bar, signals.caught() as self._received:
             for step in range(self.start, total):
                 seeds.seed_everything(self.config.seed, Stream.STEP, self.rank, step)
@@ -337,10 +334,13 @@ class Run:
         lists and dicts, is the driver's own, which a run that resumes finds as `resumed_state`. The step's metrics are written first.
         """
         assert not self._scalars, "save between updates"
+        row = (
+            self._row if self.interrupted else {}
+        )  # what was due in this step may follow in the run that resumes
         self._write_row()
         if self._metrics is not None:
-            notes = {"metrics": self._metrics.sync(), "run": self._identity}
-            contents = self._state() | {"driver": dict(state or {})}
+            notes = {"metrics": self._metrics.sync(without_last=bool(row)), "run": self._identity}
+            contents = self._state() | {"driver": dict(state or {}), "row": row}
             keep = self.config.checkpoints_total_limit
             checkpoint.write(self.folder, step + 1, contents, write, keep, notes)
         self.wait()
@@ -378,7 +378,7 @@ class Run:
             parameter.copy_(state["parameters"][name])
         self._ema.load(state["average"], state["averaged"])
         self._skipped, self._skipped_in_a_row = state["skipped"]
-        self.resumed_state = state["driver"]
+        self.resumed_state, self._row = state["driver"], state["row"]
         # Learning rate, betas and so on are the configuration's; only the moments come from the checkpoint.
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
