@@ -1,9 +1,13 @@
 """What a run folder or a data set holds, in a form in which two that were made differently can be compared exactly."""
 
 import hashlib
+import io
 import json
+import pickle
 import re
 from pathlib import Path
+
+import torch
 
 _CLOCK = ("images_per_s",)
 """Columns of metrics.jsonl that depend on the clock."""
@@ -15,7 +19,7 @@ def contents(folder: Path) -> dict[str, str]:
     """Relative name -> digest of every file below a folder, and "" for folders; empty where it does not exist.
 
     Left out is what a resume may change: lock files, which do not block once nobody holds them, the event files of tensorboard, the
-    clock's columns of metrics and the division of a step's metrics into rows, and the flags of resuming and overwriting in
+    clock's columns of metrics, metrics in a checkpoint that may go on, and the flags of resuming and overwriting in
     config.yaml. The place of the folder in config.yaml is replaced. Of a manifest, whose digests cover such bytes, what it
     says of the run is compared.
     """
@@ -29,7 +33,15 @@ def contents(folder: Path) -> dict[str, str]:
             continue
         try:
             content = b"" if path.is_dir() else _bytes(path, folder)
-        except (ValueError, AttributeError, KeyError, TypeError):  # damaged
+        except (
+            ValueError,
+            AttributeError,
+            KeyError,
+            TypeError,
+            RuntimeError,
+            EOFError,
+            pickle.UnpicklingError,
+        ):  # damaged
             content = path.read_bytes()
         found[name] = "" if path.is_dir() else hashlib.sha256(content).hexdigest()
     return found
@@ -38,13 +50,13 @@ def contents(folder: Path) -> dict[str, str]:
 def _bytes(path: Path, folder: Path) -> bytes:
     if path.name == "metrics.jsonl":
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        plain: dict[int, list[tuple[str, object]]] = {}
-        for row in (
-            rows
-        ):  # a validation that a signal put off has a row of its own; a value that is there twice stays so
-            values = [(name, value) for name, value in row.items() if name not in (*_CLOCK, "step")]
-            plain[row["step"]] = sorted([*plain.get(row["step"], []), *values])
-        return json.dumps(plain).encode()
+        plain = [{name: value for name, value in row.items() if name not in _CLOCK} for row in rows]
+        return json.dumps(plain, sort_keys=True).encode()
+    if path.name == "state.pt":  # a checkpoint after a signal also has its step's metrics, which may go on
+        state = torch.load(path, weights_only=True)
+        buffer = io.BytesIO()
+        torch.save({name: value for name, value in state.items() if name != "row"}, buffer)
+        return buffer.getvalue()
     if path.name == "manifest.json":  # its digests are of bytes that the clock and a hash table are in
         manifest = json.loads(path.read_text(encoding="utf-8"))
         run = manifest.get("run", {})

@@ -334,9 +334,7 @@ class Run:
         lists and dicts, is the driver's own, which a run that resumes finds as `resumed_state`. The step's metrics are written first.
         """
         assert not self._scalars, "save between updates"
-        row = (
-            self._row if self.interrupted else {}
-        )  # what was due in this step may follow in the run that resumes
+        row = self._row if self.interrupted else {}  # its validation may follow in the run that resumes
         self._write_row()
         if self._metrics is not None:
             notes = {"metrics": self._metrics.sync(without_last=bool(row)), "run": self._identity}
