@@ -56,6 +56,11 @@ def write(
         if extra is not None:
             extra(unfinished)
         manifest.write(unfinished, updates=updates, **notes)
+    prune(output, keep)
+
+
+def prune(output: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints; 0 keeps all. A start does it, too: a broken disk may have prevented it."""
     for old in find_checkpoints(output)[:-keep] if keep else []:
         gone = old.with_name(f".{old.name}.tmp-gone")  # half removed, it must not look complete
         files.remove(gone)

@@ -154,6 +154,7 @@ class Run:
         if self.is_main:
             overwrite, patterns = self.config.overwrite_output_dir, self._driver_files
             folder.clear(self.folder, self._begin, overwrite=overwrite, driver_files=patterns)
+            checkpoint.prune(self.folder, self.config.checkpoints_total_limit)
             self._metrics = Metrics(self.folder, start=self.start - bool(self._row))
             made_by = f"driver {self.driver}, commit {folder.commit()}, torch {torch.__version__}"
             text = f"# {made_by}, processes {self.world}\n{self._config_text}"

@@ -93,19 +93,10 @@ class Workspace:
             run.save(step, write=self.write, state=state)
 
     def finish(self) -> int:
-        """Compare before and after, and return the exit code; writes the tuned weights where `after` did not, in another run."""
-        run, steps = self.run, self.run.config.max_train_steps
-        if not run.interrupted:
-            if run.is_main and run.start >= steps:
-                self._write_result()
-            if any(
-                validation_images.read(run.folder, self.name_of(steps, ending)) is None
-                for ending in self.negatives
-            ):
-                self.validate(steps)  # the run was stopped between its last step and here
-            if run.is_main:
-                validation_images.write_comparison(run.folder, self.moments)
-        return run.finish()
+        """Compare before and after, and return the exit code."""
+        if not self.run.interrupted and self.run.is_main:
+            validation_images.write_comparison(self.run.folder, self.moments)
+        return self.run.finish()
 
     @staticmethod
     def name_of(step: int, ending: str) -> str:
@@ -242,8 +233,10 @@ def open(
     if not run.resumed:
         w.validate(0)
         run.save(-1, write=w.write)
-    elif run.start < steps and validation_images.missed(
-        run, [w.name_of(run.start, ending) for ending in w.negatives]
-    ):
+        yield w
+        return
+    if run.is_main and run.start >= steps:
+        w._write_result()  # there is no step left, after which it would be written
+    if validation_images.missed(run, [w.name_of(run.start, ending) for ending in w.negatives]):
         run.log(run.start - 1, **w.validate(run.start))
     yield w
