@@ -6,12 +6,13 @@ filled up with zeros to one rank, since readers without metadata take the first 
 """
 
 import json
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -58,7 +59,7 @@ def write_kohya(path: Path, update: Update, layers: Layers, dtype: torch.dtype =
         "ss_network_alpha": dim,
     }
     with replacing(path) as temporary:
-        save_file(_cast(state, dtype), temporary, metadata)
+        temporary.write_bytes(_in_one_order(save(_cast(state, dtype), metadata)))
 
 
 def write_peft(folder: Path, update: Update, dtype: torch.dtype = torch.float32) -> None:
@@ -80,6 +81,16 @@ def write_peft(folder: Path, update: Update, dtype: torch.dtype = torch.float32)
         with replacing(folder / part / ADAPTER) as temporary:
             save_file(_cast(state, dtype), temporary, {"format": "pt"})
         write_text(folder / part / ADAPTER_CONFIG, json.dumps(config, indent=1) + "\n")
+
+
+def _in_one_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: safetensors writes several keys in an order that changes from call to call."""
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
 def _is_second(layers: Layers) -> bool:

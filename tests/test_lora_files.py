@@ -245,7 +245,9 @@ def test_layouts_of_diffusers_and_peft(style: str, models: Mapping[str, Path], t
                 "peft_type": "LORA",
                 "r": 8,
                 "lora_alpha": 2,
-                "alpha_pattern": {"to_.+|out_proj|q_proj|fc1|.*conv1": 6},
+                "alpha_pattern": dict.fromkeys(
+                    ("to_q", r"to_out\.0", "out_proj$", "q_proj", "fc1", "conv1"), 6
+                ),
             }
             (folder / lora_files.ADAPTER_CONFIG).write_text(json.dumps({**config, "use_rslora": True}))
     else:
@@ -349,8 +351,24 @@ def test_refused_by_name(
         ({"use_dora": True}, r"adapter_config.json has use_dora \(DoRA\), but only"),
         ({"peft_type": "LOHA"}, "has peft_type LOHA"),
         ({"init_lora_weights": "pissa_niter_4"}, "has init_lora_weights pissa_niter_4"),
-        ({"lora_alpha": "four"}, "is 'four', not a number"),
-        ([], "is not an object"),
+        ({"lora_alpha": "four"}, "lora_alpha is 'four', not a finite number"),
+        ({"lora_alpha": None}, "lora_alpha is None, not a finite number"),
+        ({"lora_alpha": True}, "lora_alpha is True, not a finite number"),
+        ({"lora_alpha": math.nan}, "lora_alpha is nan, not a finite number"),
+        ({"lora_alpha": -math.inf}, "lora_alpha is -inf, not a finite number"),
+        ({"lora_alpha": 10**400}, r"lora_alpha is 1000\S+, not a finite number"),
+        ({"lora_alpha": 1e300}, r"not finite, or a scale, 5e\+299, that makes such"),
+        ({"lora_alpha": 2, "use_rslora": "no"}, "use_rslora is 'no'; it must be true or false"),
+        ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]; it must be an object"),
+        ({"alpha_pattern": 5}, "alpha_pattern is 5; it must be an object"),
+        ({"alpha_pattern": {"to_q": math.inf}}, "alpha_pattern 'to_q' is inf, not a finite number"),
+        ({"alpha_pattern": {"(": 1}}, r"alpha_pattern has '\(', but only names of layers"),
+        ({"alpha_pattern": {"": 1}}, "alpha_pattern has '', but only names of layers"),
+        (
+            {"alpha_pattern": {"(a|a|[a-z_.0-9]+)+!": 1}},
+            r"alpha_pattern has '\(a\|a.*, but only names of layers",
+        ),
+        ([], "must hold a JSON object, not a list"),
     ],
 )
 def test_configurations_of_peft_that_are_refused(

@@ -20,9 +20,8 @@ from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from diffusers.utils import logging
 
-from preftune.families import weights
 from preftune.families.configs import read_json
-from rewards.input_files import read_text
+from rewards.input_files import check_pointer, read_text
 
 _MAX_YAML = 1 << 18
 """Bytes of a .yaml beside a checkpoint."""
@@ -66,7 +65,7 @@ class _Shape:
 
 def detect(file: Path) -> Kind:
     """Return the kind of a single file; ValueError for another kind of file or model. Reads names and shapes alone."""
-    weights.check_pointer(file)
+    check_pointer(file)
     shapes, metadata = read_shapes(file)
     if any("lora_" in name or ".lora" in name for name in shapes):
         raise ValueError(
