@@ -65,7 +65,6 @@ class _Shape:
 
 def detect(file: Path) -> Kind:
     """Return the kind of a single file; ValueError for another kind of file or model. Reads names and shapes alone."""
-    check_pointer(file)
     shapes, metadata = read_shapes(file)
     if any("lora_" in name or ".lora" in name for name in shapes):
         raise ValueError(
@@ -101,6 +100,7 @@ def is_checkpoint(file: Path) -> bool:
 
 def read_shapes(file: Path) -> tuple[dict[str, _Shape], dict[str, str]]:
     """Return the shapes of a file's weights by name, and its metadata; ValueError for a file that cannot be read."""
+    check_pointer(file)
     if file.suffix == ".safetensors":
         try:
             with safetensors.safe_open(file, "pt") as opened:
