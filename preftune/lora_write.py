@@ -59,7 +59,7 @@ def write_kohya(path: Path, update: Update, layers: Layers, dtype: torch.dtype =
         "ss_network_alpha": dim,
     }
     with replacing(path) as temporary:
-        temporary.write_bytes(_in_one_order(save(_cast(state, dtype), metadata)))
+        _save_in_one_order(_cast(state, dtype), temporary, metadata)
 
 
 def write_peft(folder: Path, update: Update, dtype: torch.dtype = torch.float32) -> None:
@@ -83,14 +83,17 @@ def write_peft(folder: Path, update: Update, dtype: torch.dtype = torch.float32)
         write_text(folder / part / ADAPTER_CONFIG, json.dumps(config, indent=1) + "\n")
 
 
-def _in_one_order(content: bytes) -> bytes:
-    """A safetensors file with its metadata sorted: safetensors writes several keys in an order that changes from call to call."""
+def _save_in_one_order(state: dict[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with its metadata sorted: safetensors writes several keys in an order that changes from call to call."""
+    content = memoryview(save(state, dict(metadata)))
     (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    header = json.loads(bytes(content[8 : 8 + length]))
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + content[8 + length :]
+    with path.open("wb") as file:
+        for piece in (struct.pack("<Q", len(text)), text, content[8 + length :]):
+            file.write(piece)
 
 
 def _is_second(layers: Layers) -> bool:
