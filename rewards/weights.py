@@ -13,6 +13,7 @@ from rewards.atomic_folder import replace_folder
 from rewards.card import Card
 from rewards.digests import sha256_of
 from rewards.hub import cached_file
+from rewards.input_files import check_pointer
 
 ROOT = Path(__file__).resolve().parents[1]
 """The repository root, to which the folders of embedded weights are relative."""
@@ -88,8 +89,10 @@ def read(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors or torch file on the CPU; nothing in the file is executed.
 
     A `state_dict` or `model` wrapper and the `module.` prefix of a distributed run are taken off. ValueError
-    when the file is truncated, is no weights file, or holds anything but tensors.
+    when the file is truncated, is a Git LFS pointer or no weights file, or holds anything but tensors.
     """
+    if path.is_file():
+        check_pointer(path)
     try:
         content = (
             load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)

@@ -28,6 +28,7 @@ from preftune import cli, export_lora, families, lora_files, lora_names, lora_wr
 from preftune.families import Family
 from preftune.lora_scales import Scales
 from preftune.sampling import Sampling, sample
+from rewards import weights
 
 PROMPTS = ["a red circle", "two cats"]
 BUILD = {"sd": tiny.pipeline_folder, "sdxl": tiny.pipeline_xl_folder}
@@ -481,6 +482,10 @@ def test_a_pointer_of_git_lfs(name: str, models: Mapping[str, Path], tmp_path: P
     for path in (tmp_path / name, *([tmp_path] if name.endswith(".safetensors") else [])):
         with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer, .*run `git lfs pull`"):
             parse_column(f"x={path}", families.locate(str(models["sd"])))
+    with pytest.raises(
+        ValueError, match=f"{name} is a Git LFS pointer"
+    ):  # in the place of a scorer's weights
+        weights.read(tmp_path / name)
 
 
 def test_folders(models: Mapping[str, Path], tmp_path: Path) -> None:
