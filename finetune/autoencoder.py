@@ -85,7 +85,8 @@ def main(config: Config) -> int:
     with exit_on_user_error():
         check(config.run)
         samples, skipped = data.read(config.data, config.columns, captioned=False)
-        run = Run(config.run, driver="autoencoder", config_text=dump(config))
+        settings = data.as_setting(skipped)
+        run = Run(config.run, driver="autoencoder", config_text=dump(config), settings=settings)
         vae = build_autoencoder(config.widths, config.resolution, seed=config.run.seed)
         module = run.prepare(Reconstruct(vae), learning_rate=LEARNING_RATE)
     if run.is_main:

@@ -259,7 +259,8 @@ def main(config: Config) -> int:
                 " the tiny CLIP's is assets/tiny/pipeline/tokenizer/tokenizer.json"
             )
         samples, skipped = data.read(config.data, config.columns)
-        run = Run(config.run, driver="pretrain_scorer", config_text=dump(config))
+        settings = data.as_setting(skipped)
+        run = Run(config.run, driver="pretrain_scorer", config_text=dump(config), settings=settings)
         scorer: ImageReward | ClipScorer
         if config.architecture == "clip":
             scorer = build_clip(config)

@@ -300,14 +300,16 @@ def main(config: Config) -> int:
         train, held = split(rankings, config.validation_share, config.run.seed)
         check_split(train, held, config.objective)
         scorer = prepare(config)
-        run = Run(config.run, driver="reward_model", config_text=dump(config))
+        skipped = [row for _, rows in read for row in rows]
+        settings = data.as_setting(skipped)
+        run = Run(config.run, driver="reward_model", config_text=dump(config), settings=settings)
         if config.stable.through_weights and run.world > 1:
             raise ValueError(
                 "--stable.through-weights needs all pairs of an update in one process; start one, or leave it out"
             )
         module = run.prepare(Ranker(scorer), learning_rate=LEARNING_RATE)
     if run.is_main:
-        data.write_report(run.folder, [row for _, skipped in read for row in skipped])
+        data.write_report(run.folder, skipped)
     best, preprocess = float(run.resumed_state.get("best", 0.0)), preprocess_of(scorer)
     restore_best(run)
 

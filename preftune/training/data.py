@@ -105,6 +105,11 @@ def _say(
         )
 
 
+def as_setting(skipped: Sequence[Skipped] | None) -> dict[str, object]:
+    """Return what a resumed run compares of the samples that are used, beside the digest of the data: how many are not."""
+    return {} if skipped is None else {"samples set aside": len(skipped)}
+
+
 def write_report(folder: Path, skipped: Sequence[Skipped]) -> None:
     """Write what was set aside to the folder of a run; of a run that sets nothing aside an earlier list goes."""
     if skipped:
