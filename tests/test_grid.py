@@ -238,14 +238,13 @@ def test_images_are_made_once_and_never_mixed_up(
             with pytest.raises(SystemExit):
                 make(*columns, output_dir=output, **({"seed": "3"} | changed))
             assert (
-                f"another {next(iter(changed)).replace('count', 'prompts')}"
+                f"other {next(iter(changed)).replace('count', 'prompts')}"
                 in capsys.readouterr().err.replace("seeds", "seed")
             )
         with pytest.raises(SystemExit):
             make("base=", "a/b..=STAGE/run@0.5", output_dir=output, seed="3")
         assert (
-            "a_b.. holds other images (another weights); add --overwrite-output-dir"
-            in capsys.readouterr().err
+            "a_b.. holds other images (other weights); add --overwrite-output-dir" in capsys.readouterr().err
         )
     lost = folder / "base" / "0001.png"
     before = lost.read_bytes()
@@ -475,7 +474,7 @@ def test_png_has_every_cell(tmp_path: Path) -> None:
         ),
         (["--negative", "x", "--negative-columns", "z"], "--negative-columns names z"),
         (["--grid-rows", "0"], "--grid-rows must be at least 1"),
-        (["--output-dir", "STAGE/prompts.txt"], "File exists"),
+        (["--output-dir", "STAGE/prompts.txt"], "Not a directory"),
         (["--output-dir", "STAGE/prompts.txt/grid"], "prompts.txt"),
     ],
 )
