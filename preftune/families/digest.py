@@ -13,7 +13,7 @@ from rewards.digests import sampled_sha256_of
 def digest(model: Source | Path | str) -> str:
     """Return what tells a model's weights and configurations from those of another model, in about a second.
 
-    SHA-256 over the names and digests of the files that are loaded, and over what a file beside a single file says of the noise.
+    SHA-256 over the names and digests of the files that are loaded, and of a single file over its noise schedule.
     Of a file above 1 GiB a sample is read, so that one changed bit between its blocks is not seen. It is the same in another
     folder. A model in the hub's cache counts as its commit and the names of its files.
     """
@@ -22,8 +22,8 @@ def digest(model: Source | Path | str) -> str:
     found = hashlib.sha256()
     for name, path in sorted(files.items()):
         found.update(f"{name} {source.commit or sampled_sha256_of(path)}\n".encode())
-    if source.noise:
-        found.update(json.dumps(source.noise).encode())
+    if source.file is not None:  # its metadata or a .yaml beside it may decide
+        found.update(json.dumps(source.scheduler_config(), sort_keys=True).encode())
     return found.hexdigest()
 
 
