@@ -30,6 +30,7 @@ from preftune.image_folders import Columns
 from preftune.images import load_pixels, save_image
 from preftune.one_writer import one_writer
 from preftune.order import items_at
+from preftune.printable import show
 from preftune.training import data
 from preftune.training.run import Run
 from preftune.training.run_config import RunConfig, check
@@ -119,6 +120,7 @@ def main(config: Config) -> int:
     if run.is_main and not run.interrupted:
         with run.ema_weights():
             finish(vae, load(paths[:256]), run.folder)
+        show(f"autoencoder, metrics and reconstructions: {run.folder}")
     return run.finish()
 
 

@@ -34,6 +34,7 @@ from preftune.image_folders import Columns
 from preftune.images import load_pixels
 from preftune.one_writer import one_writer
 from preftune.order import items_at
+from preftune.printable import show
 from preftune.records import CaptionedImage
 from preftune.training import data
 from preftune.training.preference_losses import clamp_scale
@@ -292,6 +293,7 @@ def main(config: Config) -> int:
             run.save(step, write=write)
     if run.is_main and not run.interrupted:
         write(run.folder)
+        show(f"scorer and metrics: {run.folder}")
     return run.finish()
 
 

@@ -44,6 +44,7 @@ from preftune.augment import shifted, weak_view
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.one_writer import one_writer
 from preftune.order import items_at
+from preftune.printable import show
 from preftune.training import data
 from preftune.training.accuracy_plot import plot
 from preftune.training.preference_losses import (
@@ -338,8 +339,15 @@ def main(config: Config) -> int:
                         scorer.save(run.folder / "scorer")
         if run.due("checkpointing_steps", step):
             run.save(step, write=partial(write_best, run), state={"best": best})
+    return finish(run)
+
+
+def finish(run: Run) -> int:
+    """Plot the accuracy, say where the result is, and return the exit code."""
     if run.is_main:
         plot(run.folder)
+        if not run.interrupted:
+            show(f"best scorer, metrics and plot of its accuracy: {run.folder}")
     return run.finish()
 
 
