@@ -23,8 +23,6 @@ IMAGE_FIELDS = ("file_name", "image", "image_path", "image_file", "filename", "p
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 PLACES = (".", "train", "data", "data/train")
 """Folders below a data set's own where its table may be, in order of preference."""
-MAX_CAPTION = 1 << 20
-"""Bytes of a caption file."""
 CAPTION_FILES = (".txt", ".caption")
 PACKED = (".parquet", ".tar", ".tar.gz", ".tgz", ".zip")
 """Endings of tables and archives with images, which data_build/unpack.py reads."""

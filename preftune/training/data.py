@@ -9,7 +9,7 @@ from preftune import files
 from preftune.image_check import SMALL, Checked, check_images
 from preftune.image_folders import Columns, describe_passed_over, find_captions, list_images, suffixes
 from preftune.notes import counted, say
-from preftune.prompts import LONG
+from preftune.prompts import say_long
 from preftune.records import (
     CaptionedImage,
     Ranking,
@@ -90,7 +90,6 @@ def _say(
     folder: Path, samples: Sequence[CaptionedImage], skipped: Sequence[Skipped], checked: Checked
 ) -> None:
     _say_skipped(folder, counted(len(samples), "image"), skipped)
-    long = sum(len(sample.text) > LONG for sample in samples)
     for number, words in (
         (checked.turned, "turned as the EXIF data say"),
         (checked.animated, "animated or of several pages; the first one is used"),
@@ -98,11 +97,7 @@ def _say(
     ):
         if number:
             say(f"{folder}: {counted(number, 'image is', 'images are')} {words}")
-    if long:
-        say(
-            f"{folder}: {counted(long, 'caption has', 'captions have')} more than {LONG:,} characters; text encoders read the"
-            " beginning only, 77 tokens in Stable Diffusion"
-        )
+    say_long(folder, (sample.text for sample in samples), "caption")
 
 
 def as_setting(skipped: Sequence[Skipped] | None) -> dict[str, object]:
