@@ -185,8 +185,8 @@ def to_text(tables: Mapping[str, Sequence[Measurement]]) -> str:
     for data, rows in tables.items():
         for row in filter(is_shown, rows):
             sign = "+" if row.metric in SIGNED else ""
-            bounds = interval(100 * row.low, 100 * row.high, f"{sign}.1f")
-            line = f"{data:16s} {row.rater:20s} {row.reference:16s} {row.view:17s} {row.metric:38s} {100 * row.value:{sign}8.1f}  {bounds}"
+            bounds = interval(100 * row.low, 100 * row.high, f"{sign}z.1f")
+            line = f"{data:16s} {row.rater:20s} {row.reference:16s} {row.view:17s} {row.metric:38s} {100 * row.value:{sign}z8.1f}  {bounds}"
             text.append(line.rstrip())
     return "\n".join(text)
 
