@@ -123,7 +123,7 @@ def equal_accuracies(rows: Sequence[Measurement]) -> list[list[str]]:
 
     All four are one group where each set has one annotator and nobody ties.
     """
-    groups: list[tuple[list[str], dict[tuple[str, str], tuple[float, ...]]]] = []
+    groups: list[tuple[list[str], dict[tuple[str, str], tuple[float, float, float]]]] = []
     for metric in ACCURACIES:
         found = {
             (row.reference, row.rater): (row.value, row.low, row.high) for row in rows if row.metric == metric
