@@ -87,7 +87,7 @@ def read_captioned(folder: Path, columns: Columns) -> tuple[list[CaptionedImage]
     A row without an image in the folder, or without words in its caption, cannot be used. Raises ValueError as
     `read_imagefolder`, and where --caption-column or --image-column is in no row.
     """
-    found = find_captions(folder)
+    found = find_captions(folder, columns.image_column)
     if found is None:
         raise no_captions(folder)
     samples, skipped = list[CaptionedImage](), list[Skipped]()
@@ -283,6 +283,8 @@ def field(row: Mapping[str, Any], key: str, kind: type, place: str) -> Any:
     """A field of a line, of the right type."""
     if key not in row:
         raise ValueError(f"{place} has no {key}")
+    if row[key] is None:
+        raise ValueError(f"{place}: {key} is empty")
     if not isinstance(row[key], kind):
         raise ValueError(f"{place}: {key} is a {type(row[key]).__name__}; it must be a {kind.__name__}")
     return row[key]

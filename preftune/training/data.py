@@ -33,7 +33,7 @@ def read(
     The same data give the same samples in every process and after a resume. Without `captioned` a folder of images without
     captions will do; their texts are empty. Raises ValueError where nothing can be used.
     """
-    found = find_captions(folder) if folder.is_dir() else None
+    found = find_captions(folder, columns.image_column) if folder.is_dir() else None
     images, others = list_images(folder) if found is None and not captioned and folder.is_dir() else ((), ())
     if images:
         samples = [CaptionedImage(path=folder / name, text="", extra={}, place=name) for name in images]
