@@ -70,7 +70,7 @@ class Config:
     vae: Path | None = None
     """Folder or hub id of an autoencoder to use instead of the pipelines', such as madebyollin/sdxl-vae-fp16-fix for SDXL in fp16."""
     columns: tuple[str, ...] = ("base=",)
-    """TITLE=WHAT, where WHAT is empty, a LoRA file, a LoRA, run or UNet folder, or a model as --model takes it; LoRA and run may end in @WEIGHT.
+    """TITLE=WHAT, where WHAT is empty, a LoRA file, a LoRA, run or UNet folder, or a model (of the hub: https://huggingface.co/OWNER/NAME); LoRA and run may end in @WEIGHT.
     """
     prompts: Path = Path("assets/tiny/held_out.txt")
     """Prompt file: txt, json, jsonl, csv, tsv or parquet."""

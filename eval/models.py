@@ -78,7 +78,10 @@ def parse_column(term: str, model: Source) -> Column:
     folder = Path(name if weighted else source)
     where = f"column {title!r}: {folder}"
     if not folder.exists():
-        raise ValueError(f"{where} does not exist")
+        raise ValueError(
+            f"{where} does not exist; name a run, LoRA or UNet folder, a LoRA file or a model, one of the hub that is not in its"
+            " cache as https://huggingface.co/OWNER/NAME"
+        )
     if (folder / "model_index.json").is_file():
         pipeline = families.locate(str(folder))
         families.check(pipeline)

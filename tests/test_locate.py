@@ -314,8 +314,16 @@ def test_a_column_of_the_grid_may_be_any_model(
 ) -> None:
     base = locate(str(folder))
     with Hub({REPO: published}) as server, server.in_use(monkeypatch, tmp_path):
-        column = parse_column(f"other={REPO}", base)
-        assert (column.pipeline.commit, column.tuned) == (server.commit(REPO), None)
+        with pytest.raises(
+            ValueError, match=r"column 'tuned': runs/refl-tiny does not exist; name a run, LoRA"
+        ):
+            parse_column("tuned=runs/refl-tiny", base)  # where there is no runs/, it looks like a hub id
+        with pytest.raises(ValueError, match=r"as https://huggingface.co/OWNER/NAME"):
+            parse_column(f"other={REPO}", base)
+        assert not server.requests
+        for name in (f"https://huggingface.co/{REPO}", REPO):  # the second time the cache has it
+            column = parse_column(f"other={name}", base)
+            assert (column.pipeline.commit, column.tuned) == (server.commit(REPO), None)
     assert parse_column(f"same={folder}", base).pipeline == base
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()

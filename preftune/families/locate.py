@@ -86,13 +86,19 @@ def locate(model: str, revision: str | None = None, variant: str | None = None) 
 
 
 def names_a_model(text: str) -> bool:
-    """Return whether a text names a whole model, of what may also name a LoRA, a UNet or a run; downloads nothing."""
+    """Return whether a text names a whole model, of what may also name a LoRA, a UNet or a run; downloads nothing.
+
+    A hub id does where the hub's cache has it, else its page: a run whose folder is missing, runs/refl, looks like a hub id.
+    """
     path = Path(text).expanduser()
     if path.is_file():
         return single_file.is_checkpoint(path)
     if path.is_dir():
         return (path / INDEX).is_file()
-    return bool(_HUB_PAGE.fullmatch(text)) or (bool(_HUB_ID.fullmatch(text)) and not path.parent.is_dir())
+    if _HUB_PAGE.fullmatch(text):
+        return True
+    is_id = bool(_HUB_ID.fullmatch(text)) and not path.parent.is_dir()
+    return is_id and hub.cached_folder(text) is not None
 
 
 def check_pipeline_folder(folder: Path) -> None:
