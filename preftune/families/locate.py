@@ -135,19 +135,27 @@ def lora_in(names: Collection[str]) -> str | None:
     return next((name for name in files if name in names), None)
 
 
+def vae_folder(vae: str) -> Path | None:
+    """Return the folder of an autoencoder that is named by its path, None for a hub id; ValueError where there is none."""
+    path = Path(vae).expanduser()
+    if not path.exists() and _HUB_ID.fullmatch(vae) and not path.parent.is_dir():
+        return None
+    if not path.is_dir():
+        raise ValueError(
+            f"--vae {vae} {'is a file' if path.exists() else 'does not exist'}; name the folder of an autoencoder or a hub id,"
+            " as madebyollin/sdxl-vae-fp16-fix"
+        )
+    return path
+
+
 @functools.cache
 def locate_vae(vae: str) -> Path:
     """Return the folder of an autoencoder that is named by its path or hub id; ValueError where there is none.
 
     A hub id is answered from the cache or downloaded, as a model is.
     """
-    path = Path(vae).expanduser()
-    if path.exists() or not _HUB_ID.fullmatch(vae) or path.parent.is_dir():
-        if not path.is_dir():
-            raise ValueError(
-                f"--vae {vae} {'is a file' if path.exists() else 'does not exist'}; name the folder of an autoencoder or a hub id,"
-                " as madebyollin/sdxl-vae-fp16-fix"
-            )
+    path = vae_folder(vae)
+    if path is not None:
         return path
 
     def choose(names: Collection[str]) -> list[str]:
