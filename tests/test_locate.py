@@ -353,7 +353,7 @@ def test_four_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
         ValueError,
-        match=r"owner/name is not in the hub's cache .*HF_HUB_OFFLINE=1.* run `hf download owner/name`",
+        match=r"owner/name is not in the hub's cache .*HF_HUB_OFFLINE=1.* run `hf download owner/name --include",
     ):
         locate("owner/name")
     clone = shutil.copytree(folder, tmp_path / "clone")

@@ -172,7 +172,7 @@ def locate_vae(vae: str) -> Path:
             choose(names_in(folder))
         except ValueError:
             folder = None
-    return folder or hub.fetch_folder(vae, choose)
+    return folder or hub.fetch_folder(vae, choose, words="config.json diffusion_pytorch_model.safetensors")
 
 
 # ---------------------------------------------------------------- single files
@@ -206,11 +206,16 @@ def _from_hub(repo: str, revision: str | None, variant: str | None) -> Source:
 
 def _download(repo: str, revision: str | None, variant: str | None) -> Path:
     """Download what is missing of a model; its configurations are checked before gigabytes are downloaded."""
-    hub.fetch_folder(repo, functools.partial(_index_of, repo), revision=revision)
-    folder = hub.fetch_folder(repo, _chooser(repo, revision, _configurations), revision=revision)
+    weight = f"*/*model.{variant}.safetensors" if variant else "*/*model.safetensors"
+    patterns = " ".join(f'--include "{pattern}"' for pattern in ("*.json", "*.txt", weight))
+    fetch = functools.partial(
+        hub.fetch_folder, repo, revision=revision, words=f'{patterns} --exclude "safety_checker/*"'
+    )
+    fetch(functools.partial(_index_of, repo))
+    folder = fetch(_chooser(repo, revision, _configurations))
     known.check(Source(name=repo, folder=folder, variant=variant))
     choose = functools.partial(_weights_too, variant=variant)
-    return hub.fetch_folder(repo, _chooser(repo, revision, choose), revision=revision)
+    return fetch(_chooser(repo, revision, choose))
 
 
 def _lacks(folder: Path, variant: str | None) -> str:
