@@ -148,9 +148,9 @@ class Config:
 
 def check_inputs(config: Config) -> tuple[list[str], Resolved]:
     """Return the prompts, and how to sample; ValueError for what is wrong before anything is trained."""
-    sampling = config.sample.resolved(families.check(config.model.source()))
     check_commands(config.commands(), taken=["--model"])
     prompts = read_prompts(config.prompts)[: config.count]
+    sampling = config.sample.resolved(families.check(config.model.source()))
     check_scorers(parse_names(config.rewards), config.files(), prompts, sampling.resolution, config.prompts)
     check_writable(config.output_dir)
     tidy(config.output_dir / "runs")

@@ -38,6 +38,19 @@ class Columns:
     caption_column: str | None = None
     """Column with the captions; None = the first of text, prompt and caption."""
 
+    def check_unused(self, folder: Path) -> None:
+        """Raise ValueError where a column is named, of a folder that has no table and so no columns."""
+        for flag, name in (("image", self.image_column), ("caption", self.caption_column)):
+            if name is not None:
+                raise ValueError(
+                    f"--{flag}-column {name} names a column, but {folder} has no table of metadata, so it has no columns;"
+                    " leave the flag out"
+                )
+
+    def where_any(self, folder: Path) -> "Columns":
+        """Return these columns where a folder has a table, else none: for a second data set beside one with a table."""
+        return self if find_table(folder) is not None else Columns()
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder:

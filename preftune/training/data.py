@@ -14,6 +14,7 @@ from preftune.records import (
     CaptionedImage,
     Ranking,
     Skipped,
+    check_captioned,
     read_captioned,
     read_usable_rankings,
     write_jsonl,
@@ -23,6 +24,14 @@ SKIPPED = "skipped.jsonl"
 """File of a run that lists what was set aside: place and reason."""
 SHOWN = 3
 """Number of reasons that are said at once."""
+
+
+def check(folder: Path, columns: Columns, *, captioned: bool = True) -> None:
+    """Raise ValueError as `read` where no row can be used; opens no image, so call it before a model is downloaded."""
+    if captioned or find_captions(folder) is not None or not list_images(folder)[0]:
+        check_captioned(folder, columns)
+    else:
+        columns.check_unused(folder)
 
 
 def read(
@@ -36,6 +45,7 @@ def read(
     found = find_captions(folder, columns.image_column) if folder.is_dir() else None
     images, others = list_images(folder) if found is None and not captioned and folder.is_dir() else ((), ())
     if images:
+        columns.check_unused(folder)
         samples = [CaptionedImage(path=folder / name, text="", extra={}, place=name) for name in images]
         skipped, passed_over = list[Skipped](), suffixes(others)
     else:
