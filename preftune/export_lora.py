@@ -52,6 +52,7 @@ class Config:
 def main(config: Config) -> int:
     """Read, check and write."""
     with exit_on_user_error():
+        lora_files.find_some(config.lora)  # before a model is downloaded
         layers = families.lora_layers(config.model.source())
         update = lora_files.read(config.lora, layers)
     dtype = DTYPES[config.precision]

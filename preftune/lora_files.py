@@ -103,6 +103,16 @@ def find(path: Path) -> list[Path]:
     return others
 
 
+def find_some(path: Path) -> list[Path]:
+    """Return the files as `find`; ValueError also where there is no update."""
+    files = find(path)
+    if not files:
+        raise ValueError(
+            f"no LoRA in {path}: neither {FILE} nor {ADAPTER} nor one other .safetensors file is there"
+        )
+    return files
+
+
 def digest(path: Path) -> str:
     """Return a SHA-256 of the update that a path names: of its weights, and of peft's configurations beside them."""
     total = hashlib.sha256()
@@ -120,13 +130,8 @@ def read(path: Path, layers: Layers) -> Update:
     Raises ValueError, in one sentence, when there is none, when it is damaged or of another kind, and when it has layers that the
     model lacks.
     """
-    files = find(path)
-    if not files:
-        raise ValueError(
-            f"no LoRA in {path}: neither {FILE} nor {ADAPTER} nor one other .safetensors file is there"
-        )
     update: Update = {}
-    for file in files:
+    for file in find_some(path):
         part = file.parent.name if file.name == ADAPTER and file.parent.name in PREFIXES else None
         for name, pairs in _read_file(file, layers, part).items():
             update.setdefault(name, {}).update(pairs)

@@ -14,6 +14,7 @@ from preftune.records import (
     CaptionedImage,
     Ranking,
     Skipped,
+    check_captioned,
     read_captioned,
     read_usable_rankings,
     write_jsonl,
@@ -25,6 +26,14 @@ SHOWN = 3
 """Number of reasons that are said at once."""
 
 
+def check(folder: Path, columns: Columns, *, captioned: bool = True) -> None:
+    """Raise ValueError as `read` where no row can be used; opens no image, so call it before a model is downloaded."""
+    if captioned or find_captions(folder) is not None or not list_images(folder)[0]:
+        check_captioned(folder, columns)
+    else:
+        columns.check_unused(folder)
+
+
 def read(
     folder: Path, columns: Columns, *, captioned: bool = True
 ) -> tuple[list[CaptionedImage], list[Skipped]]:
@@ -33,9 +42,10 @@ def read(
     The same data give the same samples in every process and after a resume. Without `captioned` a folder of images without
     captions will do; their texts are empty. Raises ValueError where nothing can be used.
     """
-    found = find_captions(folder) if folder.is_dir() else None
+    found = find_captions(folder, columns.image_column) if folder.is_dir() else None
     images, others = list_images(folder) if found is None and not captioned and folder.is_dir() else ((), ())
     if images:
+        columns.check_unused(folder)
         samples = [CaptionedImage(path=folder / name, text="", extra={}, place=name) for name in images]
         skipped, passed_over = list[Skipped](), suffixes(others)
     else:
@@ -98,6 +108,11 @@ def _say(
         if number:
             say(f"{folder}: {counted(number, 'image is', 'images are')} {words}")
     say_long(folder, (sample.text for sample in samples), "caption")
+
+
+def as_setting(skipped: Sequence[Skipped] | None) -> dict[str, object]:
+    """Return what a resumed run compares of the samples that are used, beside the digest of the data: how many are not."""
+    return {} if skipped is None else {"samples set aside": len(skipped)}
 
 
 def write_report(folder: Path, skipped: Sequence[Skipped]) -> None:
