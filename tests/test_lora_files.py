@@ -28,7 +28,7 @@ from preftune import cli, export_lora, families, lora_files, lora_names, lora_wr
 from preftune.families import Family
 from preftune.lora_scales import Scales
 from preftune.sampling import Sampling, sample
-from rewards import weights
+from rewards.weights import read as read_scorer
 
 PROMPTS = ["a red circle", "two cats"]
 BUILD = {"sd": tiny.pipeline_folder, "sdxl": tiny.pipeline_xl_folder}
@@ -485,7 +485,7 @@ def test_a_pointer_of_git_lfs(name: str, models: Mapping[str, Path], tmp_path: P
     with pytest.raises(
         ValueError, match=f"{name} is a Git LFS pointer"
     ):  # in the place of a scorer's weights
-        weights.read(tmp_path / name)
+        read_scorer(tmp_path / name)
 
 
 def test_folders(models: Mapping[str, Path], tmp_path: Path) -> None:
