@@ -90,7 +90,9 @@ def find_data_set(
     )  # fmt: skip
 
 
-def _recognise(path: Path, image_column: str | None) -> tuple[Path, Kind, tuple[str, ...], ImageFolder | None]:
+def _recognise(
+    path: Path, image_column: str | None
+) -> tuple[Path, Kind, tuple[str, ...], ImageFolder | None]:
     """Return the root, the kind and the sources of a data set, and where an imagefolder has its captions."""
     if path.is_file():
         kind = _kind_of(path.name)
