@@ -44,7 +44,7 @@ from preftune import families
 from preftune.bootstrap import interval
 from preftune.cli import exit_on_user_error, parse
 from preftune.families import Pretrained
-from preftune.files import tidy, write_text
+from preftune.files import check_writable, tidy, write_text
 from preftune.grid import captioned_grid
 from preftune.images import save_image
 from preftune.one_writer import one_writer
@@ -148,11 +148,11 @@ class Config:
 
 def check_inputs(config: Config) -> tuple[list[str], Resolved]:
     """Return the prompts, and how to sample; ValueError for what is wrong before anything is trained."""
-    sampling = config.sample.resolved(families.check(config.model.source()))
     check_commands(config.commands(), taken=["--model"])
     prompts = read_prompts(config.prompts)[: config.count]
+    sampling = config.sample.resolved(families.check(config.model.source()))
     check_scorers(parse_names(config.rewards), config.files(), prompts, sampling.resolution, config.prompts)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
+    check_writable(config.output_dir)
     tidy(config.output_dir / "runs")
     return prompts, sampling
 

@@ -66,7 +66,7 @@ from eval.view_scores import check_crops, score_views, view_names
 from eval.win_rates import csv_text
 from preftune.bootstrap import interval
 from preftune.cli import exit_on_user_error, parse
-from preftune.files import tidy, write_text
+from preftune.files import check_writable, tidy, write_text
 from preftune.images import save_figure
 from preftune.one_writer import one_writer
 from preftune.printable import show
@@ -260,7 +260,7 @@ def check_inputs(config: Config) -> dict[str, HeldOut]:
     check_commands(config.commands())
     check_report(config.output_dir, REPORT, RECORD, config.record(), overwrite=config.overwrite_output_dir)
     ranked = {folder.name: read_ranked_images([folder], config.count) for folder in config.data}
-    config.output_dir.mkdir(parents=True, exist_ok=True)
+    check_writable(config.output_dir)
     held_out = {data: read_held_out(one, config.batch_size) for data, one in ranked.items()}
     tidy(config.output_dir, config.output_dir / "runs")
     write_rejected(held_out, config.output_dir)

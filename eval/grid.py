@@ -35,13 +35,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from eval.generated import Request, generate, missing_columns, score_generated
-from eval.models import Column, check_scorers, parse_column, split_term
+from eval.models import Column, check_column, check_scorers, parse_column, split_term
 from eval.pages import render
 from eval.report_folder import check_report, write_record
 from preftune import families
 from preftune.cli import exit_on_user_error, parse
 from preftune.families import Pretrained
-from preftune.files import replacing, tidy, write_text
+from preftune.files import check_writable, replacing, tidy, write_text
 from preftune.grid import captioned_grid
 from preftune.images import opened, save_image, thumbnail
 from preftune.one_writer import one_writer
@@ -70,7 +70,7 @@ class Config:
     vae: Path | None = None
     """Folder or hub id of an autoencoder to use instead of the pipelines', such as madebyollin/sdxl-vae-fp16-fix for SDXL in fp16."""
     columns: tuple[str, ...] = ("base=",)
-    """TITLE=WHAT, where WHAT is empty, a LoRA file, a LoRA, run or UNet folder, or a model as --model takes it; LoRA and run may end in @WEIGHT.
+    """TITLE=WHAT, where WHAT is empty, a LoRA file, a LoRA, run or UNet folder, or a model (of the hub: https://huggingface.co/OWNER/NAME); LoRA and run may end in @WEIGHT.
     """
     prompts: Path = Path("assets/tiny/held_out.txt")
     """Prompt file: txt, json, jsonl, csv, tsv or parquet."""
@@ -170,16 +170,18 @@ class Sheet:
 
 def check_inputs(config: Config) -> Request:
     """Return what to generate; ValueError before any weight loads."""
+    chosen = read_prompts(config.prompts)[: config.count]
+    for term in config.columns:
+        check_column(term)
+    if config.vae is not None:
+        families.vae_folder(str(config.vae))
     sampling = config.sample.resolved(families.check(config.model.source(), config.vae))
     columns = [parse_column(term, config.model.source()) for term in config.columns]
     for column in columns:
         config.sample.resolved(families.check(column.pipeline, config.vae))
-    chosen = read_prompts(config.prompts)[: config.count]
     prompts = [prompt for prompt in chosen for _ in range(config.num_images_per_prompt)]
     check_scorers(config.weights(), config.files(), chosen, sampling.resolution, config.prompts)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    if not os.access(config.output_dir, os.W_OK):
-        raise ValueError(f"--output-dir {config.output_dir} cannot be written to")
+    check_writable(config.output_dir)
     titles = config.negative_columns or [column.title for column in columns]
     return Request(
         folder=config.output_dir / IMAGES,

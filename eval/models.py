@@ -1,6 +1,5 @@
 """Parsing of the models to compare: a pipeline, a LoRA or a UNet on it, or a run."""
 
-import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +10,9 @@ from preftune import families
 from preftune import lora_files as loras
 from preftune.families import Source
 from preftune.families.configs import read_json
+from preftune.families.digest import digest as digest_of_pipeline
+from preftune.families.digest import digest_of_part
 from preftune.resolution import Resolution
-from rewards.digests import sha256_of
 from rewards.shapes import check_judgeable
 
 TUNED = ("lora", "unet")
@@ -39,21 +39,11 @@ class Column:
 
     def digest(self) -> str:
         """Return what tells the model's weights from others: SHA-256 of the pipeline and of what was tuned, and the weight."""
-        pipeline = self.pipeline
-        found = digest_of(pipeline.folder) if pipeline.file is None else sha256_of(pipeline.file)
-        found += f" {pipeline.variant}" if pipeline.variant else ""
-        return found if self.tuned is None else f"{found} + {self.weight:g} x {digest_of(self.tuned)}"
-
-
-def digest_of(folder: Path) -> str:
-    """Return a SHA-256 of the weights, configurations and vocabularies in a folder, or of a file."""
-    if folder.is_file():
-        return sha256_of(folder)
-    digest = hashlib.sha256()
-    files = (path for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin", ".json", ".txt"))
-    for path in sorted(files):
-        digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
-    return digest.hexdigest()
+        found = digest_of_pipeline(self.pipeline)
+        if self.tuned is None:
+            return found
+        tuned = loras.digest(self.tuned) if self.has_lora else digest_of_part(self.tuned)
+        return f"{found} + {self.weight:g} x {tuned}"
 
 
 def split_term(term: str) -> tuple[str, str]:
@@ -73,19 +63,15 @@ def parse_column(term: str, model: Source) -> Column:
         pipeline = families.locate(source)
         families.check(pipeline)
         return Column(title=title, source=source, pipeline=pipeline)
-    name, at, strength = source.rpartition("@")
-    weighted = bool(at) and not Path(source).exists()  # a folder may have an @ in its name
-    folder = Path(name if weighted else source)
+    folder, strength = _split_weight(title, source)
     where = f"column {title!r}: {folder}"
-    if not folder.exists():
-        raise ValueError(f"{where} does not exist")
     if (folder / "model_index.json").is_file():
         pipeline = families.locate(str(folder))
         families.check(pipeline)
         column = Column(title=title, source=source, pipeline=pipeline)
     else:
         column = Column(title=title, source=source, pipeline=model, tuned=_tuned(folder, model, where))
-    if not weighted:
+    if strength is None:
         return column
     try:
         weight = float(strength)
@@ -94,6 +80,26 @@ def parse_column(term: str, model: Source) -> Column:
     if not column.has_lora or not math.isfinite(weight):
         raise ValueError(f"column {term!r}: @ goes before the weight of a LoRA, as in runs/refl@0.5")
     return Column(title=title, source=source, pipeline=model, tuned=column.tuned, weight=weight)
+
+
+def check_column(term: str) -> None:
+    """Raise ValueError for a column TITLE=WHAT whose folder or file is missing; downloads nothing."""
+    title, source = split_term(term)
+    if source and not families.names_a_model(source):
+        _split_weight(title, source)
+
+
+def _split_weight(title: str, source: str) -> tuple[Path, str | None]:
+    """Return the folder or file of a column, and what follows its @, None without one; ValueError where it is missing."""
+    name, at, strength = source.rpartition("@")
+    weighted = bool(at) and not Path(source).exists()  # a folder may have an @ in its name
+    folder = Path(name if weighted else source)
+    if not folder.exists():
+        raise ValueError(
+            f"column {title!r}: {folder} does not exist; name a run, LoRA or UNet folder, a LoRA file or a model, one of the hub"
+            " that is not in its cache as https://huggingface.co/OWNER/NAME"
+        )
+    return folder, strength if weighted else None
 
 
 def _tuned(folder: Path, model: Source, where: str) -> Path:

@@ -24,8 +24,6 @@ IMAGE_FIELDS = ("file_name", "image", "image_path", "image_file", "filename", "p
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 PLACES = (".", "train", "data", "data/train")
 """Folders below a data set's own where its table may be, in order of preference."""
-MAX_CAPTION = 1 << 20
-"""Bytes of a caption file."""
 CAPTION_FILES = (".txt", ".caption")
 PACKED = (".parquet", ".tar", ".tar.gz", ".tgz", ".zip")
 """Endings of tables and archives with images, which data_build/unpack.py reads."""
@@ -39,6 +37,19 @@ class Columns:
     """Column with the file names of images; None = the first of file_name, image, image_path, path and so on."""
     caption_column: str | None = None
     """Column with the captions; None = the first of text, prompt and caption."""
+
+    def check_unused(self, folder: Path) -> None:
+        """Raise ValueError where a column is named, of a folder that has no table and so no columns."""
+        for flag, name in (("image", self.image_column), ("caption", self.caption_column)):
+            if name is not None:
+                raise ValueError(
+                    f"--{flag}-column {name} names a column, but {folder} has no table of metadata, so it has no columns;"
+                    " leave the flag out"
+                )
+
+    def where_any(self, folder: Path) -> "Columns":
+        """Return these columns where a folder has a table, else none: for a second data set beside one with a table."""
+        return self if find_table(folder) is not None else Columns()
 
 
 @dataclass(frozen=True, kw_only=True)

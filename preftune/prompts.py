@@ -72,13 +72,18 @@ def read_rows(path: Path) -> list[tuple[str, str]]:
         raise ValueError(f"cannot read the prompt file {path}: {error.strerror or error}") from error
 
 
-def _warn(path: Path, prompts: Sequence[str]) -> None:
-    """Say what is probably not meant: very long prompts, and what is no plain list of prompts in a txt file."""
-    if long := sum(len(prompt) > LONG for prompt in prompts):
+def say_long(path: Path, texts: Iterable[str], noun: str) -> None:
+    """Say how many of the texts in a file or folder are so long that their end counts for nothing; nothing where none is."""
+    if long := sum(len(text) > LONG for text in texts):
         say(
-            f"{path}: {counted(long, 'prompt has', 'prompts have')} more than {LONG:,} characters; text encoders read the"
+            f"{path}: {counted(long, f'{noun} has', f'{noun}s have')} more than {LONG:,} characters; text encoders read the"
             " beginning only, 77 tokens in Stable Diffusion"
         )
+
+
+def _warn(path: Path, prompts: Sequence[str]) -> None:
+    """Say what is probably not meant: very long prompts, and what is no plain list of prompts in a txt file."""
+    say_long(path, prompts, "prompt")
     if path.suffix.lower() != ".txt":
         return
     if comments := sum(prompt.lstrip().startswith("#") for prompt in prompts):
