@@ -140,15 +140,15 @@ def _table_rows(path: Path, reader: "csv.DictReader[str]") -> Iterator[tuple[str
 
 
 def csv_delimiter(header: str, wanted: Sequence[str]) -> str:
-    """The delimiter of a csv table by its first line: that which gives a column of a wanted name.
+    """The delimiter of a csv table by its first line: that which gives a column of a wanted name, else most columns.
 
     A comma, or a semicolon or tab, which spreadsheets write where the comma is the decimal point.
     """
-    for delimiter in ",;\t":
-        names = next(csv.reader([header], delimiter=delimiter), [])
+    columns = {delimiter: next(csv.reader([header], delimiter=delimiter), []) for delimiter in ",;\t"}
+    for delimiter, names in columns.items():
         if find_field(names, wanted) or set(names) & set(wanted):
             return delimiter
-    return ","
+    return max(columns, key=lambda delimiter: len(columns[delimiter]))
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -154,6 +154,8 @@ def test_a_csv_of_a_spreadsheet(delimiter: str, folder: Path) -> None:
     assert not skipped
     assert [(sample.text, sample.extra["liking"]) for sample in samples] == [("12", 3), ("a star, 2", 4)]
     (folder / "metadata.csv").write_text(content.replace("Caption", "Titel").replace("File_Name", "Bild"))
+    with pytest.raises(ValueError, match="--image-column names one of Bild, Titel, liking"):
+        read_captioned(folder, Columns())
     samples, _ = read_captioned(folder, Columns(image_column="Bild", caption_column="Titel"))
     assert [sample.text for sample in samples] == ["12", "a star, 2"]
 
