@@ -82,8 +82,9 @@ def check_folder(config: Config) -> tuple[list[str], dict[str, str]]:
 
     ValueError for what is wrong, before the model loads.
     """
-    sampling = config.sample.resolved(families.check(config.model.source()))
     prompts = read_prompts(config.prompts)[: config.count]
+    begun = _begun(config.output_dir)
+    sampling = config.sample.resolved(families.check(config.model.source()))
     settings = {
         key: str(value)
         for key, value in (asdict(config) | asdict(config.model)).items()
@@ -93,12 +94,7 @@ def check_folder(config: Config) -> tuple[list[str], dict[str, str]]:
     settings["text of prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     settings["digest of model"] = digest(config.model.source())
     folder = config.output_dir
-    begun = _begun(folder / "job.json")
-    if begun is None:
-        others = folder.iterdir() if folder.exists() else ()
-        if not all(is_leftover(path) or is_lock(path) for path in others):
-            raise ValueError(f"{folder} exists and holds something else; choose another --output-dir")
-    elif any(folder.glob("part-*.zip")):  # without a part, another job may begin
+    if begun is not None and any(folder.glob("part-*.zip")):  # without a part, another job may begin
         for key, value in settings.items():
             if begun.get(key) != value:
                 raise ValueError(
@@ -107,9 +103,13 @@ def check_folder(config: Config) -> tuple[list[str], dict[str, str]]:
     return prompts, settings
 
 
-def _begun(record: Path) -> dict[str, str] | None:
-    """What a folder was begun with; None where there is no record."""
+def _begun(folder: Path) -> dict[str, str] | None:
+    """What a folder was begun with; None where there is no record, ValueError where there is something else."""
+    record = folder / "job.json"
     if not record.is_file():
+        others = folder.iterdir() if folder.exists() else ()
+        if not all(is_leftover(path) or is_lock(path) for path in others):
+            raise ValueError(f"{folder} exists and holds something else; choose another --output-dir")
         return None
     try:
         begun: dict[str, str] = dict(json.loads(record.read_text(encoding="utf-8")))

@@ -71,8 +71,6 @@ class Request:
 
     def record(self, column: Column) -> dict[str, Any]:
         """Return all that decides the images of a column; the batch size does not."""
-        settings = asdict(self.sampling) | {"resolution": str(self.sampling.resolution)}
-        del settings["batch_size"]
         return {
             "weights": column.digest(),
             "prompts": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
@@ -80,8 +78,15 @@ class Request:
             "negative": self.negatives.get(column.title, ""),
             "precision": self.precision,
             "vae": digest_of_part(locate_vae(str(self.vae))) if self.vae is not None else "",
-            **settings,
+            **settings_of(self.sampling),
         }
+
+
+def settings_of(sampling: Resolved) -> dict[str, Any]:
+    """Return the sampling settings that decide images; the batch size does not."""
+    settings = asdict(sampling) | {"resolution": str(sampling.resolution)}
+    del settings["batch_size"]
+    return settings
 
 
 def missing_columns(request: Request, *, overwrite: bool) -> list[Column]:

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from eval.generated import Request, generate, missing_columns, score_generated
-from eval.models import Column, check_scorers, parse_column, split_term
+from eval.models import Column, check_column, check_scorers, parse_column, split_term
 from eval.pages import render
 from eval.report_folder import check_report, write_record
 from preftune import families
@@ -70,7 +70,7 @@ class Config:
     vae: Path | None = None
     """Folder or hub id of an autoencoder to use instead of the pipelines', such as madebyollin/sdxl-vae-fp16-fix for SDXL in fp16."""
     columns: tuple[str, ...] = ("base=",)
-    """TITLE=WHAT, where WHAT is empty, a LoRA file, a LoRA, run or UNet folder, or a model as --model takes it; LoRA and run may end in @WEIGHT.
+    """TITLE=WHAT, where WHAT is empty, a LoRA file, a LoRA, run or UNet folder, or a model (of the hub: https://huggingface.co/OWNER/NAME); LoRA and run may end in @WEIGHT.
     """
     prompts: Path = Path("assets/tiny/held_out.txt")
     """Prompt file: txt, json, jsonl, csv, tsv or parquet."""
@@ -170,11 +170,15 @@ class Sheet:
 
 def check_inputs(config: Config) -> Request:
     """Return what to generate; ValueError before any weight loads."""
+    chosen = read_prompts(config.prompts)[: config.count]
+    for term in config.columns:
+        check_column(term)
+    if config.vae is not None:
+        families.vae_folder(str(config.vae))
     sampling = config.sample.resolved(families.check(config.model.source(), config.vae))
     columns = [parse_column(term, config.model.source()) for term in config.columns]
     for column in columns:
         config.sample.resolved(families.check(column.pipeline, config.vae))
-    chosen = read_prompts(config.prompts)[: config.count]
     prompts = [prompt for prompt in chosen for _ in range(config.num_images_per_prompt)]
     check_scorers(config.weights(), config.files(), chosen, sampling.resolution, config.prompts)
     check_writable(config.output_dir)

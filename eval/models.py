@@ -63,19 +63,15 @@ def parse_column(term: str, model: Source) -> Column:
         pipeline = families.locate(source)
         families.check(pipeline)
         return Column(title=title, source=source, pipeline=pipeline)
-    name, at, strength = source.rpartition("@")
-    weighted = bool(at) and not Path(source).exists()  # a folder may have an @ in its name
-    folder = Path(name if weighted else source)
+    folder, strength = _split_weight(title, source)
     where = f"column {title!r}: {folder}"
-    if not folder.exists():
-        raise ValueError(f"{where} does not exist")
     if (folder / "model_index.json").is_file():
         pipeline = families.locate(str(folder))
         families.check(pipeline)
         column = Column(title=title, source=source, pipeline=pipeline)
     else:
         column = Column(title=title, source=source, pipeline=model, tuned=_tuned(folder, model, where))
-    if not weighted:
+    if strength is None:
         return column
     try:
         weight = float(strength)
@@ -84,6 +80,26 @@ def parse_column(term: str, model: Source) -> Column:
     if not column.has_lora or not math.isfinite(weight):
         raise ValueError(f"column {term!r}: @ goes before the weight of a LoRA, as in runs/refl@0.5")
     return Column(title=title, source=source, pipeline=model, tuned=column.tuned, weight=weight)
+
+
+def check_column(term: str) -> None:
+    """Raise ValueError for a column TITLE=WHAT whose folder or file is missing; downloads nothing."""
+    title, source = split_term(term)
+    if source and not families.names_a_model(source):
+        _split_weight(title, source)
+
+
+def _split_weight(title: str, source: str) -> tuple[Path, str | None]:
+    """Return the folder or file of a column, and what follows its @, None without one; ValueError where it is missing."""
+    name, at, strength = source.rpartition("@")
+    weighted = bool(at) and not Path(source).exists()  # a folder may have an @ in its name
+    folder = Path(name if weighted else source)
+    if not folder.exists():
+        raise ValueError(
+            f"column {title!r}: {folder} does not exist; name a run, LoRA or UNet folder, a LoRA file or a model, one of the hub"
+            " that is not in its cache as https://huggingface.co/OWNER/NAME"
+        )
+    return folder, strength if weighted else None
 
 
 def _tuned(folder: Path, model: Source, where: str) -> Path:

@@ -90,10 +90,12 @@ def main(config: Config) -> int:
     """Train, save and sample."""
     with exit_on_user_error():
         check(config.run)
+        data.check(config.data, config.columns)
+        named = config.validation.named()
         defaults = config.model.check()
         config.validation.check(defaults)
         samples, skipped = data.read(config.data, config.columns)
-        prompts = config.validation.prompts([sample.text for sample in samples])
+        prompts = named or config.validation.first([sample.text for sample in samples])
         settings = config.model.lora_settings() | data.as_setting(skipped)
         run = Run(config.run, driver="pretrain", config_text=dump(config), settings=settings)
         family, _ = load_model(

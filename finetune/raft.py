@@ -187,9 +187,9 @@ def remove_later(run: Run, steps_per_iteration: int) -> None:
 def main(config: Config) -> int:
     """Tune, validate and save."""
     with exit_on_user_error():
-        workspace.check(config.model, config.reward, config.validation, config.run)
         prompts = read_prompts(config.prompts)
         validation_prompts = config.validation.prompts(prompts)
+        workspace.check(config.model, config.reward, config.validation, config.run)
     steps = config.run.max_train_steps // config.iterations
     between = {f"iteration {i}": f"step_{i * steps:06d}" for i in range(1, config.iterations)}
     settings = ("iterations", "prompts_per_iteration", "images_per_prompt", "keep_share")

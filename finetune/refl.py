@@ -173,16 +173,19 @@ def check_inputs(config: Config) -> tuple[list[str], list[str], list[CaptionedIm
     wrong, before weights load.
     """
     groups = config.model, config.reward, config.validation, config.run
+    prompts = read_prompts(config.prompts)
+    validation_prompts = config.validation.prompts(prompts)
+    pretraining_data = None if config.pretraining == "off" else config.data
+    if pretraining_data is not None:
+        data.check(pretraining_data, config.columns)
     defaults = workspace.check(*groups, differentiable=True)
     defaults.check_solver(config.solver, config.num_inference_steps)
     size = config.model.size(defaults)
     if config.jitter >= min(size):
         raise ValueError(f"--jitter {config.jitter} must be less than the image's side, {min(size)} pixels")
-    prompts = read_prompts(config.prompts)
-    validation_prompts = config.validation.prompts(prompts)
-    if config.data is None or config.pretraining == "off":
+    if pretraining_data is None:
         return prompts, validation_prompts, [], []
-    return prompts, validation_prompts, *data.read(config.data, config.columns)
+    return prompts, validation_prompts, *data.read(pretraining_data, config.columns)
 
 
 @one_writer

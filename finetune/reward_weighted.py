@@ -126,14 +126,19 @@ def main(config: Config) -> int:
     """Tune, validate and save."""
     groups = config.model, config.reward, config.validation, config.run
     with exit_on_user_error():
+        data.check(config.data, config.columns)
+        pretraining_data = config.pretraining_data if config.beta else None
+        if pretraining_data is not None:
+            data.check(pretraining_data, config.columns.where_any(pretraining_data))
+        named = config.validation.named()
         workspace.check(*groups)
         read, skipped = data.read(config.data, config.columns)
         samples, scores, unscored = with_scores(read, config.score)
         weights = reward_weights(scores, config.weighting, config.temperature)
         others, unread = list[CaptionedImage](), list[Skipped]()
-        if config.pretraining_data and config.beta:
-            others, unread = data.read(config.pretraining_data, config.columns)
-        prompts = config.validation.prompts([sample.text for sample in samples])
+        if pretraining_data is not None:
+            others, unread = data.read(pretraining_data, config.columns.where_any(pretraining_data))
+        prompts = named or config.validation.first([sample.text for sample in samples])
     with workspace.open(
         *groups, driver="reward_weighted", config_text=dump(config), prompts=prompts,
         skipped=skipped + unscored + unread,

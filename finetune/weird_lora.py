@@ -117,7 +117,7 @@ def read(config: Config) -> tuple[list[CaptionedImage], list[Skipped]]:
         )
     if config.regularisation is None:
         return samples, skipped
-    found, more = data.read(config.regularisation, config.columns)
+    found, more = data.read(config.regularisation, config.columns.where_any(config.regularisation))
     others = [replace(sample, extra={"kind": "regularisation"}) for sample in found]
     skipped = skipped + more
     share = config.regularisation_share
@@ -135,9 +135,13 @@ def read(config: Config) -> tuple[list[CaptionedImage], list[Skipped]]:
 def main(config: Config) -> int:
     """Tune, validate and save."""
     with exit_on_user_error():
+        data.check(config.data, config.columns)
+        if config.regularisation is not None:
+            data.check(config.regularisation, config.columns.where_any(config.regularisation))
+        named = config.validation.named()
         workspace.check(config.model, config.reward, config.validation, config.run, lora=PUBLISHED)
         samples, skipped = read(config)
-        prompts = config.validation.prompts([sample.text for sample in samples])
+        prompts = named or config.validation.first([sample.text for sample in samples])
     start, end = "step_000000", f"step_{config.run.max_train_steps:06d}"
     moments = {
         "base": start,

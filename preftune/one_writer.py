@@ -20,8 +20,8 @@ def one_writer(main: Callable[[Config], Code]) -> Callable[[Config], Code]:
     """Make main(config) the only writer of its --output-dir while it runs.
 
     The lock is taken before anything is done. A failed write, on a full disk for example, and a number that is not finite
-    end the program with one sentence and exit code 1; what was being written is removed. Of several processes only the main one holds the lock:
-    where it is refused, the launcher ends the others.
+    end the program with one sentence and exit code 1; what was being written is removed. Of several processes only the
+    main one holds the lock: where it is refused, the launcher ends the others.
     """
 
     @functools.wraps(main)
@@ -32,9 +32,9 @@ def one_writer(main: Callable[[Config], Code]) -> Callable[[Config], Code]:
                 return main(config)
         with exit_on_user_error():
             lock.acquire(folder)
-            files.tidy_beside(folder)
         try:
             with exit_on_failed_write(folder):
+                files.tidy_beside(folder)
                 return main(config)
         finally:
             lock.release(folder)

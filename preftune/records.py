@@ -85,13 +85,39 @@ def read_captioned(folder: Path, columns: Columns) -> tuple[list[CaptionedImage]
     """The captioned images of a folder, in the order of its table, and the rows that cannot be used; no image is opened.
 
     A row without an image in the folder, or without words in its caption, cannot be used. Raises ValueError as
-    `read_imagefolder`, and where --caption-column or --image-column is in no row.
+    `read_imagefolder`, and where --caption-column or --image-column is in no row, or the folder has no table.
     """
-    found = find_captions(folder)
+    found = _find_with_columns(folder, columns)
+    samples, skipped = list[CaptionedImage](), list[Skipped]()
+    for row in _samples(found, columns):
+        if isinstance(row, CaptionedImage):
+            samples.append(row)
+        else:
+            skipped.append(row)
+    if not samples:
+        raise ValueError(f"{found.source} holds no samples{_none_usable(skipped)}")
+    return samples, skipped
+
+
+def check_captioned(folder: Path, columns: Columns) -> None:
+    """Raise ValueError where `read_captioned` would; reads as far as the first row that can be used."""
+    found = _find_with_columns(folder, columns)
+    if not any(isinstance(row, CaptionedImage) for row in _samples(found, columns)):
+        read_captioned(folder, columns)
+
+
+def _find_with_columns(folder: Path, columns: Columns) -> ImageFolder:
+    """Where the captions of a folder are; ValueError where there are none, or no columns that a flag could name."""
+    found = find_captions(folder, columns.image_column)
     if found is None:
         raise no_captions(folder)
-    samples, skipped = list[CaptionedImage](), list[Skipped]()
-    columns = columns if found.table is not None else Columns()  # files beside images have no columns
+    if found.table is None:
+        columns.check_unused(folder)
+    return found
+
+
+def _samples(found: ImageFolder, columns: Columns) -> Iterator[CaptionedImage | Skipped]:
+    """The captioned images of a folder, and the rows that are none."""
     for place, row in captioned_rows(found, columns):
         try:
             if isinstance(row, ValueError):
@@ -100,13 +126,10 @@ def read_captioned(folder: Path, columns: Columns) -> tuple[list[CaptionedImage]
             path = image_of(found, field(row, image, str, place), place)
             text = caption_of(row, caption, place)
         except ValueError as error:
-            skipped.append(Skipped(place=place, reason=str(error)))
+            yield Skipped(place=place, reason=str(error))
             continue
         extra = {key: value for key, value in row.items() if key not in (image, caption)}
-        samples.append(CaptionedImage(path=found.root / path, text=text, extra=extra, place=place))
-    if not samples:
-        raise ValueError(f"{found.source} holds no samples{_none_usable(skipped)}")
-    return samples, skipped
+        yield CaptionedImage(path=found.root / path, text=text, extra=extra, place=place)
 
 
 def captioned_rows(
@@ -283,6 +306,8 @@ def field(row: Mapping[str, Any], key: str, kind: type, place: str) -> Any:
     """A field of a line, of the right type."""
     if key not in row:
         raise ValueError(f"{place} has no {key}")
+    if row[key] is None:
+        raise ValueError(f"{place}: {key} is empty")
     if not isinstance(row[key], kind):
         raise ValueError(f"{place}: {key} is a {type(row[key]).__name__}; it must be a {kind.__name__}")
     return row[key]

@@ -6,15 +6,23 @@ without progress. Nothing here retries for ever: every failure is a ValueError o
 """
 
 import os
+import socket
 import sys
+import urllib.request
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import huggingface_hub
 from huggingface_hub import constants, errors
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    logging,
+)
 
 from rewards.digests import git_sha1_of, sha256_of
 
@@ -45,33 +53,43 @@ def fetch_file(repo: str, file: str, *, revision: str | None = None, sha256: str
     sha256 where it is given, else the one that the hub names; a file with another one is removed from the
     cache. ValueError for that, and where the file is neither in the cache nor to be had, with the next step.
     """
-    cached = _guarded(repo, revision, file, lambda: cached_file(repo, file, revision))
+    command = _command(repo, revision, file)
+    cached = _guarded(repo, revision, file, command, lambda: cached_file(repo, file, revision))
     if cached is not None:
         return cached
 
     def download() -> Path:
+        _check_name_resolution()
         plan = huggingface_hub.hf_hub_download(repo, file, revision=revision, dry_run=True)
         with _announced(repo, [plan]):
             path = Path(huggingface_hub.hf_hub_download(repo, file, revision=revision))
         verify(repo, file, path, sha256)
         return path
 
-    return _guarded(repo, revision, file, download)
+    return _guarded(repo, revision, file, command, download)
 
 
 def fetch_folder(
-    repo: str, choose: Callable[[Collection[str]], Sequence[str]], *, revision: str | None = None
+    repo: str,
+    choose: Callable[[Collection[str]], Sequence[str]],
+    *,
+    revision: str | None = None,
+    words: str = "",
 ) -> Path:
     """Return the snapshot's folder with those files of a hub repository that `choose` takes from all their names.
 
-    What is in the cache already is not downloaded again. The digest of each new file is checked against the
+    `words` name about the same files to `hf download`, for the next step in an error. What is in the cache already is not
+    downloaded again. The digest of each new file is checked against the
     one that the hub names. ValueError as `fetch_file`, and what `choose` raises.
     """
 
+    command = _command(repo, revision, words)
+
     def names() -> list[str]:
+        _check_name_resolution()
         return huggingface_hub.HfApi().list_repo_files(repo, revision=revision)
 
-    chosen = list(choose(_guarded(repo, revision, "the list of files", names)))
+    chosen = list(choose(_guarded(repo, revision, "the list of files", command, names)))
 
     def download() -> Path:
         with _without_progress_bars():
@@ -85,7 +103,7 @@ def fetch_folder(
                 verify(repo, plan.filename, folder / plan.filename)
         return folder
 
-    return _guarded(repo, revision, "a file", download)
+    return _guarded(repo, revision, "a file", command, download)
 
 
 @contextmanager
@@ -139,12 +157,47 @@ def verify(repo: str, file: str, path: Path, sha256: str | None = None) -> None:
         )
 
 
-def _guarded(repo: str, revision: str | None, what: str, call: Callable[[], _T]) -> _T:
-    """Return what the call returns; ValueError in one sentence for what the hub or the network refuses."""
+def _command(repo: str, revision: str | None, words: str) -> str:
+    """The command that downloads these files of a repository into the cache."""
+    at = f"--revision {revision}" if revision else ""
+    return " ".join(part for part in ("hf download", repo, words, at) if part)
+
+
+def _check_name_resolution() -> None:
+    """Raise ConnectionError at once where the hub's name is not known, which the hub's client tries again for half a minute.
+
+    With a proxy it is the proxy that looks names up.
+    """
+    host = urlsplit(constants.ENDPOINT).hostname
+    if constants.is_offline_mode() or host is None or urllib.request.getproxies():
+        return
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise ConnectionError(f"{host}: {error.strerror}") from error
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Hide what the hub's client says of each attempt; the error at the end says it once."""
+    level = logging.get_verbosity()
+    logging.set_verbosity(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _guarded(repo: str, revision: str | None, what: str, command: str, call: Callable[[], _T]) -> _T:
+    """Return what the call returns; ValueError in one sentence for what the hub or the network refuses.
+
+    `command` is the next step where there is no network.
+    """
     page = f"{constants.ENDPOINT}/{repo}"
     at = f" at revision {revision}" if revision else ""
     try:
-        return call()
+        with _without_warnings():
+            return call()
     except errors.HFValidationError as error:
         raise ValueError(
             f"{repo} is no hub id; expected OWNER/NAME, as in stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -166,12 +219,11 @@ def _guarded(repo: str, revision: str | None, what: str, call: Callable[[], _T])
             f"the hub has no {repo}, or it is private; check the spelling on {page}, or run `hf auth login`"
         ) from error
     except (errors.HTTPError, OSError) as error:
-        raise ValueError(_unreachable(repo, revision, what, error)) from error
+        raise ValueError(_unreachable(repo, what, command, error)) from error
 
 
-def _unreachable(repo: str, revision: str | None, what: str, error: Exception) -> str:
+def _unreachable(repo: str, what: str, command: str, error: Exception) -> str:
     """The sentence for a file that is not in the cache and cannot be downloaded, or not to its end."""
-    command = f"hf download {repo}{f' --revision {revision}' if revision else ''}"
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     if constants.is_offline_mode():

@@ -2,11 +2,15 @@
 
 import hashlib
 import re
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects, logging
 
 from hub_server import Hub
+from preftune.families import locate
 from rewards import hub
 
 WEIGHTS = bytes(range(256)) * 4096  # 1 MiB
@@ -101,7 +105,7 @@ def test_a_folder_holds_what_was_chosen(
             {"gated": ("a/b",)},
             "a/b is gated: accept its conditions on .* `hf auth login`",
         ),
-        (("a/b", "config.json"), {"status": 503}, "answers 503; run `hf download a/b`"),
+        (("a/b", "config.json"), {"status": 503}, "answers 503; run `hf download a/b config.json`"),
         (("a b/c/d", "config.json"), {}, "no hub id; expected OWNER/NAME"),
     ],
 )
@@ -126,16 +130,81 @@ def test_offline_the_cache_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with monkeypatch.context() as offline:  # undone before the server's own settings are
             offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
             assert hub.fetch_file("a/b", "config.json") == path
-            for call in (
-                lambda: hub.fetch_file("a/b", "model.safetensors"),
-                lambda: hub.fetch_folder("a/b", list),
+            for words, call in (
+                (" model.safetensors", lambda: hub.fetch_file("a/b", "model.safetensors")),
+                ("", lambda: hub.fetch_folder("a/b", list)),
+                (" x.json", lambda: hub.fetch_folder("a/b", list, words="x.json")),
             ):
                 with pytest.raises(
-                    ValueError, match=r"HF_HUB_OFFLINE=1 forbids .* `hf download a/b`"
+                    ValueError, match=rf"HF_HUB_OFFLINE=1 forbids .* `hf download a/b{words}`"
                 ) as error:
                     call()
                 one_sentence(error)
         server.__exit__()
         assert hub.fetch_file("a/b", "config.json") == path
-        with pytest.raises(ValueError, match=r"cannot be reached; run `hf download a/b --revision v1`"):
+        with pytest.raises(
+            ValueError, match=r"cannot be reached; run `hf download a/b config.json --revision v1`"
+        ):
             hub.fetch_file("a/b", "config.json", revision="v1")
+
+
+@pytest.mark.parametrize("call", [lambda: hub.fetch_file("a/b", "x"), lambda: hub.fetch_folder("a/b", list)])
+def test_an_unknown_host_is_said_at_once(
+    call: Callable[[], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without a network the name of the hub is not known: no attempt is repeated, and nothing but the sentence is said."""
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with Hub(REPO) as server, server.in_use(monkeypatch, tmp_path), monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
+        patch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: pytest.fail("it waited"))
+        with pytest.raises(
+            ValueError, match=r"https://hub.invalid cannot be reached; run `hf download a/b"
+        ) as error:
+            call()
+        one_sentence(error)
+    assert capsys.readouterr().err == ""
+
+
+def test_repeated_attempts_are_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The client's warnings of each attempt do not stand before the sentence; afterwards they are as the user set them."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    level = logging.get_verbosity()
+    with Hub(REPO) as server, server.in_use(monkeypatch, tmp_path):
+        server.__exit__()
+        with pytest.raises(ValueError, match="cannot be reached"):
+            hub.fetch_folder("a/b", list)
+    assert capfd.readouterr().err == ""
+    assert logging.get_verbosity() == level
+
+
+def test_the_next_step_downloads_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One kind of weights, not those of every program that reads the repository."""
+    files = dict.fromkeys(("model_index.json", "unet/config.json", "tokenizer/merges.txt", "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors", "text_encoder/model.safetensors", "safety_checker/model.safetensors"), b"x")  # fmt: skip
+    wanted = {
+        None: "unet/diffusion_pytorch_model.safetensors",
+        "fp16": "unet/diffusion_pytorch_model.fp16.safetensors",
+    }
+    for variant, weights in wanted.items():
+        with Hub({"a/b": files}, status=503) as server, server.in_use(monkeypatch, tmp_path):
+            monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+            with pytest.raises(ValueError, match="answers 503") as error:
+                locate("a/b", None, variant)
+        words = shlex.split(str(error.value).split("`")[1])
+        assert words[:3] == ["hf", "download", "a/b"]
+        chosen = {flag: [] for flag in ("--include", "--exclude")}
+        for flag, pattern in zip(words[3::2], words[4::2], strict=True):
+            chosen[flag].append(pattern)
+        found = set(
+            filter_repo_objects(
+                files, allow_patterns=chosen["--include"], ignore_patterns=chosen["--exclude"]
+            )
+        )
+        text = {"text_encoder/model.safetensors"} if variant is None else set[str]()
+        assert found == {"model_index.json", "unet/config.json", "tokenizer/merges.txt", weights} | text

@@ -12,14 +12,15 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from data_build import generate
-from eval import grid
+from eval import compare_methods, grid
 from eval.models import parse_column
-from finetune import pretrain, refl
+from finetune import pretrain, raft, refl, reward_weighted, weird_lora
 from hub_server import Hub
-from preftune import cli, families
+from preftune import cli, export_lora, families
 from preftune.families import Pretrained, locate
 from preftune.families.digest import digest
 from preftune.families.locate import locate_vae
+from preftune.images import save_image
 
 REPO = "owner/tiny-sd"
 
@@ -255,6 +256,63 @@ def test_programs_take_hub_ids(
     assert not (tmp_path / "y").exists()
 
 
+WRONG = {
+    "prompts of refl": (refl, "--prompts TMP/none.txt --data TMP/kohya", "prompt file TMP/none.txt does not exist"),
+    "data of refl": (refl, "--prompts TMP/p.txt --data TMP/none", "there is no data at TMP/none"),
+    "validation prompts": (refl, "--prompts TMP/p.txt --pretraining off --validation-prompts TMP/x.txt", "TMP/x.txt"),
+    "scorer of refl": (refl, "--prompts TMP/p.txt --pretraining off --rewards shapes=1", "shapes is not differentiable"),
+    "output of refl": (refl, "--prompts TMP/p.txt --pretraining off --output-dir TMP/p.txt", "cannot be written"),
+    "LoRA of refl": (refl, "--prompts TMP/p.txt --pretraining off --lora-start TMP/none", "no LoRA in TMP/none"),
+    "autoencoder": (refl, "--prompts TMP/p.txt --pretraining off --vae ./none", "--vae none does not exist"),
+    "prompts of raft": (raft, "--prompts TMP/none.txt --rewards brightness=1", "TMP/none.txt does not exist"),
+    "data": (pretrain, "--data TMP/none", "there is no data at TMP/none"),
+    "column": (pretrain, "--data TMP/table --caption-column captn", "has no captn; --caption-column names one of"),
+    "column of kohya's": (pretrain, "--data TMP/kohya --caption-column captn", "captn names a column, but TMP/kohya has"),
+    "prompts of pretrain": (pretrain, "--data TMP/kohya --validation-prompts TMP/none.txt", "TMP/none.txt does not"),
+    "data of weird_lora": (weird_lora, "--data TMP/none", "there is no data at TMP/none"),
+    "regularisation": (weird_lora, "--data TMP/table --regularisation TMP/none", "there is no data at TMP/none"),
+    "data of reward_weighted": (reward_weighted, "--data TMP/none --score s --beta 0", "there is no data at TMP/none"),
+    "its other data": (reward_weighted, "--data TMP/table --score s --pretraining-data TMP/n", "no data at TMP/n;"),
+    "prompts of grid": (grid, "--prompts TMP/none.txt", "TMP/none.txt does not exist"),
+    "column of grid": (grid, "--prompts TMP/p.txt --columns a= b=runs/none@0.5", "column 'b': runs/none does not exist"),
+    "prompts of generate": (generate, "--prompts TMP/none.txt", "TMP/none.txt does not exist"),
+    "output of generate": (generate, "--prompts TMP/p.txt --output-dir TMP/table", "holds something else"),
+    "prompts of a comparison": (compare_methods, "--prompts TMP/none.txt", "TMP/none.txt does not exist"),
+    "driver of a comparison": (compare_methods, "--prompts TMP/p.txt --methods a=none.py", "none.py is no driver"),
+    "LoRA": (export_lora, "--lora TMP/none --output TMP/x.safetensors", "no LoRA in TMP/none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_was_typed_is_checked_before_a_model_is_downloaded(
+    case: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    program, flags, message = WRONG[case]
+    for name in ("kohya", "table"):
+        (tmp_path / name).mkdir()
+        save_image(torch.zeros(3, 64, 64), tmp_path / name / "a.png")
+    (tmp_path / "kohya" / "a.txt").write_text("a red circle\n")
+    (tmp_path / "table" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x", "s": 1.0}\n')
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    argv = ["--model", REPO, *flags.replace("TMP", str(tmp_path)).split()]
+    if program is not export_lora and "--output-dir" not in argv:
+        argv += ["--output-dir", str(tmp_path / "out")]
+    if program is compare_methods and "--methods" not in argv:
+        argv += ["--methods", f"a={refl.__file__}"]
+    with Hub({REPO: {}}) as server, server.in_use(monkeypatch, tmp_path / "cache"):
+        with pytest.raises(SystemExit) as stop:
+            program.main(cli.parse(program.Config, argv))
+        assert not server.requests
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message.replace("TMP", str(tmp_path)) in error
+    assert error.count(": error: ") == 1
+
+
 def test_a_single_file_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"lora/style.safetensors": b""}
     save_file({"lora_unet_x.lora_down.weight": torch.zeros(1)}, tmp_path / "style.safetensors")
@@ -295,7 +353,7 @@ def test_four_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
         ValueError,
-        match=r"owner/name is not in the hub's cache .*HF_HUB_OFFLINE=1.* run `hf download owner/name`",
+        match=r"owner/name is not in the hub's cache .*HF_HUB_OFFLINE=1.* run `hf download owner/name --include",
     ):
         locate("owner/name")
     clone = shutil.copytree(folder, tmp_path / "clone")
@@ -314,8 +372,16 @@ def test_a_column_of_the_grid_may_be_any_model(
 ) -> None:
     base = locate(str(folder))
     with Hub({REPO: published}) as server, server.in_use(monkeypatch, tmp_path):
-        column = parse_column(f"other={REPO}", base)
-        assert (column.pipeline.commit, column.tuned) == (server.commit(REPO), None)
+        with pytest.raises(
+            ValueError, match=r"column 'tuned': runs/refl-tiny does not exist; name a run, LoRA"
+        ):
+            parse_column("tuned=runs/refl-tiny", base)  # where there is no runs/, it looks like a hub id
+        with pytest.raises(ValueError, match=r"as https://huggingface.co/OWNER/NAME"):
+            parse_column(f"other={REPO}", base)
+        assert not server.requests
+        for name in (f"https://huggingface.co/{REPO}", REPO):  # the second time the cache has it
+            column = parse_column(f"other={name}", base)
+            assert (column.pipeline.commit, column.tuned) == (server.commit(REPO), None)
     assert parse_column(f"same={folder}", base).pipeline == base
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()

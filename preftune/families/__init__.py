@@ -8,7 +8,7 @@ import torch
 from preftune.families import guard, known, weights
 from preftune.families.base import Cond, Defaults, Family
 from preftune.families.known import FAMILIES
-from preftune.families.locate import Pretrained, as_source, locate, locate_vae, names_a_model
+from preftune.families.locate import Pretrained, as_source, locate, locate_vae, names_a_model, vae_folder
 from preftune.families.source import Source
 from preftune.lora_names import Layers
 
@@ -30,6 +30,7 @@ __all__ = [
     "locate",
     "lora_layers",
     "names_a_model",
+    "vae_folder",
 ]
 
 

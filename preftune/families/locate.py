@@ -86,13 +86,19 @@ def locate(model: str, revision: str | None = None, variant: str | None = None) 
 
 
 def names_a_model(text: str) -> bool:
-    """Return whether a text names a whole model, of what may also name a LoRA, a UNet or a run; downloads nothing."""
+    """Return whether a text names a whole model, of what may also name a LoRA, a UNet or a run; downloads nothing.
+
+    A hub id does where the hub's cache has it, else its page: a run whose folder is missing, runs/refl, looks like a hub id.
+    """
     path = Path(text).expanduser()
     if path.is_file():
         return single_file.is_checkpoint(path)
     if path.is_dir():
         return (path / INDEX).is_file()
-    return bool(_HUB_PAGE.fullmatch(text)) or (bool(_HUB_ID.fullmatch(text)) and not path.parent.is_dir())
+    if _HUB_PAGE.fullmatch(text):
+        return True
+    is_id = bool(_HUB_ID.fullmatch(text)) and not path.parent.is_dir()
+    return is_id and hub.cached_folder(text) is not None
 
 
 def check_pipeline_folder(folder: Path) -> None:
@@ -129,19 +135,27 @@ def lora_in(names: Collection[str]) -> str | None:
     return next((name for name in files if name in names), None)
 
 
+def vae_folder(vae: str) -> Path | None:
+    """Return the folder of an autoencoder that is named by its path, None for a hub id; ValueError where there is none."""
+    path = Path(vae).expanduser()
+    if not path.exists() and _HUB_ID.fullmatch(vae) and not path.parent.is_dir():
+        return None
+    if not path.is_dir():
+        raise ValueError(
+            f"--vae {vae} {'is a file' if path.exists() else 'does not exist'}; name the folder of an autoencoder or a hub id,"
+            " as madebyollin/sdxl-vae-fp16-fix"
+        )
+    return path
+
+
 @functools.cache
 def locate_vae(vae: str) -> Path:
     """Return the folder of an autoencoder that is named by its path or hub id; ValueError where there is none.
 
     A hub id is answered from the cache or downloaded, as a model is.
     """
-    path = Path(vae).expanduser()
-    if path.exists() or not _HUB_ID.fullmatch(vae) or path.parent.is_dir():
-        if not path.is_dir():
-            raise ValueError(
-                f"--vae {vae} {'is a file' if path.exists() else 'does not exist'}; name the folder of an autoencoder or a hub id,"
-                " as madebyollin/sdxl-vae-fp16-fix"
-            )
+    path = vae_folder(vae)
+    if path is not None:
         return path
 
     def choose(names: Collection[str]) -> list[str]:
@@ -158,7 +172,7 @@ def locate_vae(vae: str) -> Path:
             choose(names_in(folder))
         except ValueError:
             folder = None
-    return folder or hub.fetch_folder(vae, choose)
+    return folder or hub.fetch_folder(vae, choose, words="config.json diffusion_pytorch_model.safetensors")
 
 
 # ---------------------------------------------------------------- single files
@@ -192,11 +206,16 @@ def _from_hub(repo: str, revision: str | None, variant: str | None) -> Source:
 
 def _download(repo: str, revision: str | None, variant: str | None) -> Path:
     """Download what is missing of a model; its configurations are checked before gigabytes are downloaded."""
-    hub.fetch_folder(repo, functools.partial(_index_of, repo), revision=revision)
-    folder = hub.fetch_folder(repo, _chooser(repo, revision, _configurations), revision=revision)
+    weight = f"*/*model.{variant}.safetensors" if variant else "*/*model.safetensors"
+    patterns = " ".join(f'--include "{pattern}"' for pattern in ("*.json", "*.txt", weight))
+    fetch = functools.partial(
+        hub.fetch_folder, repo, revision=revision, words=f'{patterns} --exclude "safety_checker/*"'
+    )
+    fetch(functools.partial(_index_of, repo))
+    folder = fetch(_chooser(repo, revision, _configurations))
     known.check(Source(name=repo, folder=folder, variant=variant))
     choose = functools.partial(_weights_too, variant=variant)
-    return hub.fetch_folder(repo, _chooser(repo, revision, choose), revision=revision)
+    return fetch(_chooser(repo, revision, choose))
 
 
 def _lacks(folder: Path, variant: str | None) -> str:

@@ -12,7 +12,7 @@ import tyro
 import rewards
 from preftune import lora_files
 from preftune import resolution as resolutions
-from preftune.families import Defaults, Pretrained, check, lora_layers
+from preftune.families import Defaults, Pretrained, check, lora_layers, vae_folder
 from preftune.lora import LoRA
 from preftune.prompts import read_prompts
 from preftune.resolution import Resolution
@@ -78,6 +78,10 @@ class ModelConfig:
             raise ValueError(
                 f"--export {self.export} writes a LoRA, which --train full has not; use --train lora"
             )
+        if self.vae is not None:  # before a model is downloaded
+            vae_folder(str(self.vae))
+        if self.lora_start is not None:
+            lora_files.find_some(self.lora_start)
         defaults = check(self.pretrained.source(), self.vae)
         if self.lora_start is not None:
             others = lora_files.read(self.lora_start, lora_layers(self.pretrained.source())).keys() - {"unet"}
@@ -121,9 +125,9 @@ class RewardConfig:
         """Return scorer name -> weights on disk; ValueError for a wrong term."""
         return parse_files(self.reward_files, self.weights())
 
-    def check(self, *, differentiable: bool = False) -> None:
-        """Raise ValueError for missing files of scorers or wrong statistics, and for a scorer without the gradient that is needed."""
-        names, files = list(self.weights()), self.files()
+    def check_names(self, *, differentiable: bool = False) -> None:
+        """Raise ValueError for unknown scorers or wrong statistics, and for a scorer without the gradient that is needed."""
+        names = list(self.weights())
         units([rewards.find_card(name) for name in names], self.reward_normalization, self.reward_stats)
         for name in names:
             if differentiable and not rewards.find_card(name).differentiable:
@@ -131,7 +135,10 @@ class RewardConfig:
                 raise ValueError(
                     f"--rewards {name} is not differentiable, but its gradient is needed; one of {usable}"
                 )
-        rewards.check_all(names, files, download=False)
+
+    def check(self) -> None:
+        """Raise ValueError for missing or altered files of scorers."""
+        rewards.check_all(list(self.weights()), self.files(), download=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,13 +146,13 @@ class ValidationConfig:
     """Validation prompts and the sampling settings of their images."""
 
     validation_prompts: Path | None = None
-    """Prompts whose images are generated and scored during training; None = the first 8 training prompts."""
-    num_validation_prompts: int = 256
-    """Maximum number of prompts of --validation-prompts."""
+    """Prompts whose images are generated and scored during training; None = the first training prompts."""
+    num_validation_prompts: int | None = None
+    """Maximum number of validation prompts; None = 256 of --validation-prompts, 8 of the training prompts."""
     sample: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
-        if self.num_validation_prompts < 1:
+        if self.num_validation_prompts is not None and self.num_validation_prompts < 1:
             raise ValueError(
                 f"--num-validation-prompts must be at least 1, got {self.num_validation_prompts}"
             )
@@ -155,10 +162,18 @@ class ValidationConfig:
         self.sample.resolved(defaults)
 
     def prompts(self, texts: Sequence[str]) -> list[str]:
-        """Return the prompts: those of --validation-prompts, else the first eight different ones of texts."""
+        """Return the prompts: those of --validation-prompts, else the first different ones of texts."""
+        return self.named() or self.first(texts)
+
+    def named(self) -> list[str] | None:
+        """Return the prompts of --validation-prompts, None without it; ValueError for a file that cannot be read."""
         if self.validation_prompts is None:
-            return list(dict.fromkeys(texts))[:8]
-        return read_prompts(self.validation_prompts)[: self.num_validation_prompts]
+            return None
+        return read_prompts(self.validation_prompts)[: self.num_validation_prompts or 256]
+
+    def first(self, texts: Sequence[str]) -> list[str]:
+        """Return the first different ones of texts."""
+        return list(dict.fromkeys(texts))[: self.num_validation_prompts or 8]
 
 
 def check_guidance(scale: float, name: str = "--guidance-scale") -> None:

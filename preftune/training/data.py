@@ -9,11 +9,12 @@ from preftune import files
 from preftune.image_check import SMALL, Checked, check_images
 from preftune.image_folders import Columns, describe_passed_over, find_captions, list_images, suffixes
 from preftune.notes import counted, say
-from preftune.prompts import LONG
+from preftune.prompts import say_long
 from preftune.records import (
     CaptionedImage,
     Ranking,
     Skipped,
+    check_captioned,
     read_captioned,
     read_usable_rankings,
     write_jsonl,
@@ -25,6 +26,14 @@ SHOWN = 3
 """Number of reasons that are said at once."""
 
 
+def check(folder: Path, columns: Columns, *, captioned: bool = True) -> None:
+    """Raise ValueError as `read` where no row can be used; opens no image, so call it before a model is downloaded."""
+    if captioned or find_captions(folder) is not None or not list_images(folder)[0]:
+        check_captioned(folder, columns)
+    else:
+        columns.check_unused(folder)
+
+
 def read(
     folder: Path, columns: Columns, *, captioned: bool = True
 ) -> tuple[list[CaptionedImage], list[Skipped]]:
@@ -33,9 +42,10 @@ def read(
     The same data give the same samples in every process and after a resume. Without `captioned` a folder of images without
     captions will do; their texts are empty. Raises ValueError where nothing can be used.
     """
-    found = find_captions(folder) if folder.is_dir() else None
+    found = find_captions(folder, columns.image_column) if folder.is_dir() else None
     images, others = list_images(folder) if found is None and not captioned and folder.is_dir() else ((), ())
     if images:
+        columns.check_unused(folder)
         samples = [CaptionedImage(path=folder / name, text="", extra={}, place=name) for name in images]
         skipped, passed_over = list[Skipped](), suffixes(others)
     else:
@@ -90,7 +100,6 @@ def _say(
     folder: Path, samples: Sequence[CaptionedImage], skipped: Sequence[Skipped], checked: Checked
 ) -> None:
     _say_skipped(folder, counted(len(samples), "image"), skipped)
-    long = sum(len(sample.text) > LONG for sample in samples)
     for number, words in (
         (checked.turned, "turned as the EXIF data say"),
         (checked.animated, "animated or of several pages; the first one is used"),
@@ -98,11 +107,7 @@ def _say(
     ):
         if number:
             say(f"{folder}: {counted(number, 'image is', 'images are')} {words}")
-    if long:
-        say(
-            f"{folder}: {counted(long, 'caption has', 'captions have')} more than {LONG:,} characters; text encoders read the"
-            " beginning only, 77 tokens in Stable Diffusion"
-        )
+    say_long(folder, (sample.text for sample in samples), "caption")
 
 
 def as_setting(skipped: Sequence[Skipped] | None) -> dict[str, object]:

@@ -142,9 +142,10 @@ def check(
     differentiable: the gradient of the scorers is needed. lora: the program's default, where it has one of its own.
     """
     check_run(run)
+    reward.check_names(differentiable=differentiable)
     defaults = model.check(lora)
     validation.check(defaults)
-    reward.check(differentiable=differentiable)
+    reward.check()
     return defaults
 
 
