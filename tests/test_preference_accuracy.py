@@ -391,7 +391,7 @@ def test_wrong_inputs_exit_with_code_2(
             ["--rewards", "brightness=1"],
             "no ranking has two images left: 2 of 2",
         ),
-        (data, tmp_path / "file", ["--rewards", "brightness=1"], "cannot be made"),
+        (data, tmp_path / "file", ["--rewards", "brightness=1"], "cannot be written"),
         (
             data,
             tmp_path / "out",
