@@ -70,6 +70,11 @@ def find_data_set(
     """
     root, kind, sources, folder = _recognise(path)
     if kind == "images" and prompted and not prompt.strip():
+        if (path / "rankings.jsonl").is_file():
+            raise ValueError(
+                f"{path} holds rankings (rankings.jsonl), not captioned images;"
+                f" `python eval/preference_accuracy.py --data {path}` scores them"
+            )
         raise ValueError(
             f"{path} holds images without captions (no metadata.jsonl), and a scorer reads the prompt; give --prompt,"
             " or scorers that read none"
