@@ -68,7 +68,7 @@ def find_data_set(
     prompted: a scorer reads the prompts. A column that is None is the first with a usual name. No image is read, and broken
     archives and tables are left for later.
     """
-    root, kind, sources, folder = _recognise(path)
+    root, kind, sources, folder = _recognise(path, image_column)
     if kind == "images" and prompted and not prompt.strip():
         if (path / "rankings.jsonl").is_file():
             raise ValueError(
@@ -95,7 +95,9 @@ def find_data_set(
     )  # fmt: skip
 
 
-def _recognise(path: Path) -> tuple[Path, Kind, tuple[str, ...], ImageFolder | None]:
+def _recognise(
+    path: Path, image_column: str | None
+) -> tuple[Path, Kind, tuple[str, ...], ImageFolder | None]:
     """Return the root, the kind and the sources of a data set, and where an imagefolder has its captions."""
     if path.is_file():
         kind = _kind_of(path.name)
@@ -106,7 +108,7 @@ def _recognise(path: Path) -> tuple[Path, Kind, tuple[str, ...], ImageFolder | N
         return path.parent, kind, (path.name,), None
     if not path.is_dir():
         raise ValueError(f"there is no data at {path}{hub_hint(path)}")
-    folder = find_table(path)
+    folder = find_table(path, image_column)
     if folder is not None and folder.table is not None:
         return path, "imagefolder", (folder.table.relative_to(path).as_posix(),), folder
     if (found := _containers(path)) is not None:

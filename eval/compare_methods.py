@@ -16,7 +16,8 @@ after this many updates, for example RAFT after its first iteration.
 Win rate is wins / (wins + losses), as in the paper. Intervals are 95 % bootstrap intervals over prompts
 with all seeds pooled; a single prompt has none. In the shapes world, `shapes` is the gold score that no
 method was trained on. Writes images/ (all generated images, reused when run again: eval/generated.py),
-table.csv, scores.csv, wins.png, grid.png and report.html.
+table.csv, scores.csv, wins.png, grid.png and report.html, and comparison.json, which says what they are of:
+a report of other settings is not overwritten without being told to.
 """
 
 import re
@@ -25,7 +26,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -33,16 +34,17 @@ import tyro
 from numpy.typing import NDArray
 from PIL import Image
 
-from eval.generated import Request, generate, missing_columns, score_generated
+from eval.generated import Request, generate, missing_columns, score_generated, settings_of
 from eval.models import Column, check_scorers, parse_column
 from eval.pages import base64_of, render
-from eval.trainings import check_commands, check_seeds, split_named, train
+from eval.report_folder import check_report, write_record
+from eval.trainings import check_commands, check_seeds, command_record, split_named, train
 from eval.win_rates import BASE, MethodResult, heat_maps, method_table, scores_csv, to_csv, to_text
 from preftune import families
 from preftune.bootstrap import interval
 from preftune.cli import exit_on_user_error, parse
 from preftune.families import Pretrained
-from preftune.files import tidy, write_text
+from preftune.files import check_writable, tidy, write_text
 from preftune.grid import captioned_grid
 from preftune.images import save_image
 from preftune.one_writer import one_writer
@@ -55,6 +57,8 @@ from rewards.mix import parse_files, parse_names
 from rewards.shared_towers import load_all
 
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
+REPORT, RECORD = ("report.html", "table.csv", "scores.csv", "wins.png", "grid.png"), "comparison.json"
+"""Files of a report, and the one that says what it is of."""
 CHECKPOINT = re.compile(r"([\w-]+)@(\d+)")
 
 
@@ -87,7 +91,9 @@ class Config:
     output_dir: Path = Path("runs/compare")
     """Folder of the report, with runs in runs/ and generated images in images/; both are reused."""
     overwrite_output_dir: bool = False
-    """Replace images generated with other weights, prompts, seeds or settings; runs are never replaced."""
+    """Replace images generated with other weights, prompts, seeds or settings, and a report of others; runs are never
+    replaced.
+    """
 
     def __post_init__(self) -> None:
         names = self.names()
@@ -146,9 +152,26 @@ def check_inputs(config: Config) -> tuple[list[str], Resolved]:
     prompts = read_prompts(config.prompts)[: config.count]
     sampling = config.sample.resolved(families.check(config.model.source()))
     check_scorers(parse_names(config.rewards), config.files(), prompts, sampling.resolution, config.prompts)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
+    check_writable(config.output_dir)
     tidy(config.output_dir / "runs")
     return prompts, sampling
+
+
+def record_of(config: Config, prompts: Sequence[str], sampling: Resolved) -> dict[str, Any]:
+    """Return what a report depends on, beside the contents of data and models."""
+    commands = config.commands()
+    methods = {name: text for name, text in map(split_named, config.methods) if name not in commands}
+    return {
+        "methods": methods | {name: command_record(command) for name, command in commands.items()},
+        "model": config.model.flags(),
+        "prompts": list(prompts),
+        "seeds": list(config.seeds),
+        "rewards": list(parse_names(config.rewards)),
+        "reward files": {name: str(path) for name, path in config.files().items()},
+        "negatives": dict(map(split_named, config.negatives)),
+        "grid rows": config.grid_rows,
+        "sampling settings": settings_of(sampling),
+    }
 
 
 def checkpoint(folder: Path, name: str, updates: int) -> Path:
@@ -208,6 +231,8 @@ def main(config: Config) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with exit_on_user_error():
         prompts, sampling = check_inputs(config)
+        record = record_of(config, prompts, sampling)
+        check_report(config.output_dir, REPORT, RECORD, record, overwrite=config.overwrite_output_dir)
         runs = {
             (name, seed): train(name, [*command, *config.model.flags()], seed, config.output_dir)
             for seed in config.seeds  # outside: each command is tried within the first seed
@@ -232,6 +257,7 @@ def main(config: Config) -> int:
     scores = {BASE: np.stack([scored[BASE]] * len(config.seeds))}
     scores |= {name: np.stack([scored[f"{name}-{seed}"] for seed in config.seeds]) for name in config.names()}
     rows = method_table(scores, scored_by, images_by_method(config, runs))
+    write_record(config.output_dir, RECORD, record)
     write_report(config, rows, scores, scored_by, request)
     return 0
 

@@ -17,7 +17,8 @@ intervals over prompts (two or more), with all seeds pooled.
 
 Held-out images are read, and judged in the shapes world, before training starts. Damaged images are
 rejected and counted, and their rankings keep the other images. Writes table.csv with all three published
-accuracies against every reference of agreement.py, seeds.csv, rejected.jsonl and accuracy.png.
+accuracies against every reference of agreement.py, seeds.csv, rejected.jsonl and accuracy.png, and
+comparison.json, which says what they are of: those of other settings are not overwritten without being told to.
 """
 
 import shlex
@@ -25,6 +26,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -58,18 +60,21 @@ from eval.rankings import (
     summary,
     without_rejected,
 )
-from eval.trainings import check_commands, check_seeds, split_named, train
+from eval.report_folder import check_report, write_record
+from eval.trainings import check_commands, check_seeds, command_record, split_named, train
 from eval.view_scores import check_crops, score_views, view_names
 from eval.win_rates import csv_text
 from preftune.bootstrap import interval
 from preftune.cli import exit_on_user_error, parse
-from preftune.files import tidy, write_text
+from preftune.files import check_writable, tidy, write_text
 from preftune.images import save_figure
 from preftune.one_writer import one_writer
 from preftune.printable import show
 from preftune.records import write_jsonl
 from rewards.shapes import in_world
 
+REPORT, RECORD = ("table.csv", "seeds.csv", "accuracy.png"), "comparison.json"
+"""Files of a report, and the one that says what it is of."""
 SHOWN = {ANNOTATORS: ACCURACY, MEAN: INVERSION, JUDGE: ACCURACY}
 """The references that are printed and plotted, and by which metric: the first two are those of Stable Preference's
 Tables 1 to 3.
@@ -99,6 +104,8 @@ class Config:
     """Images per forward pass, each with all its views."""
     output_dir: Path = Path("runs/compare_scorers")
     """Folder of the tables, with runs in runs/."""
+    overwrite_output_dir: bool = False
+    """Replace tables of other methods, data, seeds or settings; runs are never replaced."""
 
     def __post_init__(self) -> None:
         names = [name for name, _ in map(split_named, self.methods)]
@@ -114,6 +121,16 @@ class Config:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
         check_crops(self.crops)
         check_seeds(self.seeds)
+
+    def record(self) -> dict[str, Any]:
+        """Return what a report depends on, beside the contents of data and models."""
+        return {
+            "methods": {name: command_record(command) for name, command in self.commands().items()},
+            "data": [str(folder.resolve()) for folder in self.data],
+            "seeds": list(self.seeds),
+            "crops": list(self.crops),
+            "count": self.count,
+        }
 
     def commands(self) -> dict[str, list[str]]:
         """Return name -> driver and flags."""
@@ -185,8 +202,8 @@ def to_text(tables: Mapping[str, Sequence[Measurement]]) -> str:
     for data, rows in tables.items():
         for row in filter(is_shown, rows):
             sign = "+" if row.metric in SIGNED else ""
-            bounds = interval(100 * row.low, 100 * row.high, f"{sign}.1f")
-            line = f"{data:16s} {row.rater:20s} {row.reference:16s} {row.view:17s} {row.metric:38s} {100 * row.value:{sign}8.1f}  {bounds}"
+            bounds = interval(100 * row.low, 100 * row.high, f"{sign}z.1f")
+            line = f"{data:16s} {row.rater:20s} {row.reference:16s} {row.view:17s} {row.metric:38s} {100 * row.value:{sign}z8.1f}  {bounds}"
             text.append(line.rstrip())
     return "\n".join(text)
 
@@ -241,8 +258,9 @@ def check_inputs(config: Config) -> dict[str, HeldOut]:
     ValueError for what is wrong before anything is trained.
     """
     check_commands(config.commands())
+    check_report(config.output_dir, REPORT, RECORD, config.record(), overwrite=config.overwrite_output_dir)
     ranked = {folder.name: read_ranked_images([folder], config.count) for folder in config.data}
-    config.output_dir.mkdir(parents=True, exist_ok=True)
+    check_writable(config.output_dir)
     held_out = {data: read_held_out(one, config.batch_size) for data, one in ranked.items()}
     tidy(config.output_dir, config.output_dir / "runs")
     write_rejected(held_out, config.output_dir)
@@ -347,6 +365,7 @@ def main(config: Config) -> int:
             sums |= pooled(each)
         tables[data] = measurements(with_differences(sums, next(iter(found))))
     write_rejected(held_out, config.output_dir)
+    write_record(config.output_dir, RECORD, config.record())
     write_report(tables, by_seed, config.output_dir)
     ends = [
         *(f"{data}: {summary_of(held)}" for data, held in held_out.items()),

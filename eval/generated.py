@@ -21,12 +21,15 @@ import numpy as np
 import torch
 
 from eval.agreement import Floats
-from eval.models import Column, digest_of
+from eval.models import Column
+from eval.report_folder import difference
 from eval.view_scores import PromptedImage, score_views
 from preftune import families
 from preftune.cli import exit_on_user_error
 from preftune.families import Source
 from preftune.families.base import Family
+from preftune.families.digest import digest_of_part
+from preftune.families.locate import locate_vae
 from preftune.files import replacing, tidy, write_text
 from preftune.images import to_pil
 from preftune.records import write_jsonl
@@ -68,17 +71,22 @@ class Request:
 
     def record(self, column: Column) -> dict[str, Any]:
         """Return all that decides the images of a column; the batch size does not."""
-        settings = asdict(self.sampling) | {"resolution": str(self.sampling.resolution)}
-        del settings["batch_size"]
         return {
             "weights": column.digest(),
             "prompts": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
             "seeds": list(self.seeds),
             "negative": self.negatives.get(column.title, ""),
             "precision": self.precision,
-            "vae": digest_of(self.vae) if self.vae is not None else "",
-            **settings,
+            "vae": digest_of_part(locate_vae(str(self.vae))) if self.vae is not None else "",
+            **settings_of(self.sampling),
         }
+
+
+def settings_of(sampling: Resolved) -> dict[str, Any]:
+    """Return the sampling settings that decide images; the batch size does not."""
+    settings = asdict(sampling) | {"resolution": str(sampling.resolution)}
+    del settings["batch_size"]
+    return settings
 
 
 def missing_columns(request: Request, *, overwrite: bool) -> list[Column]:
@@ -91,7 +99,7 @@ def missing_columns(request: Request, *, overwrite: bool) -> list[Column]:
         if not folder.exists():
             missing.append(column)
             continue
-        differs = _difference(folder, request.record(column))
+        differs = difference(folder / RECORD, request.record(column))
         if differs and not overwrite:
             raise ValueError(
                 f"{folder} holds other images ({differs}); add --overwrite-output-dir, or choose another --output-dir"
@@ -101,25 +109,11 @@ def missing_columns(request: Request, *, overwrite: bool) -> list[Column]:
     return missing
 
 
-def _difference(folder: Path, record: Mapping[str, Any]) -> str:
-    """What of a record is not that of a folder, in words; empty where all is."""
-    path = folder / RECORD
-    if not path.is_file():
-        return f"it has no {RECORD}"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return f"its {RECORD} is not JSON"
-    keys = [key for key in record if not isinstance(found, dict) or found.get(key) != record[key]]
-    return f"another {', '.join(keys)}" if keys else ""
-
-
 def generate(request: Request, columns: Sequence[Column], device: torch.device) -> None:
     """Generate and write the images of these columns; a pipeline is loaded once for all columns that share it.
 
     Exits with code 2 for weights that do not fit, before the first image of their pipeline.
     """
-    request.folder.mkdir(parents=True, exist_ok=True)
     tidy(request.folder, request.folder.parent)
     for pipeline in dict.fromkeys(column.pipeline for column in columns):
         group = [column for column in columns if column.pipeline == pipeline]

@@ -41,7 +41,7 @@ from eval.report_folder import check_report, write_record
 from preftune import families
 from preftune.cli import exit_on_user_error, parse
 from preftune.families import Pretrained
-from preftune.files import replacing, tidy, write_text
+from preftune.files import check_writable, replacing, tidy, write_text
 from preftune.grid import captioned_grid
 from preftune.images import opened, save_image, thumbnail
 from preftune.one_writer import one_writer
@@ -181,9 +181,7 @@ def check_inputs(config: Config) -> Request:
         config.sample.resolved(families.check(column.pipeline, config.vae))
     prompts = [prompt for prompt in chosen for _ in range(config.num_images_per_prompt)]
     check_scorers(config.weights(), config.files(), chosen, sampling.resolution, config.prompts)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    if not os.access(config.output_dir, os.W_OK):
-        raise ValueError(f"--output-dir {config.output_dir} cannot be written to")
+    check_writable(config.output_dir)
     titles = config.negative_columns or [column.title for column in columns]
     return Request(
         folder=config.output_dir / IMAGES,

@@ -1,6 +1,5 @@
 """Parsing of the models to compare: a pipeline, a LoRA or a UNet on it, or a run."""
 
-import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +10,9 @@ from preftune import families
 from preftune import lora_files as loras
 from preftune.families import Source
 from preftune.families.configs import read_json
+from preftune.families.digest import digest as digest_of_pipeline
+from preftune.families.digest import digest_of_part
 from preftune.resolution import Resolution
-from rewards.digests import sha256_of
 from rewards.shapes import check_judgeable
 
 TUNED = ("lora", "unet")
@@ -39,21 +39,11 @@ class Column:
 
     def digest(self) -> str:
         """Return what tells the model's weights from others: SHA-256 of the pipeline and of what was tuned, and the weight."""
-        pipeline = self.pipeline
-        found = digest_of(pipeline.folder) if pipeline.file is None else sha256_of(pipeline.file)
-        found += f" {pipeline.variant}" if pipeline.variant else ""
-        return found if self.tuned is None else f"{found} + {self.weight:g} x {digest_of(self.tuned)}"
-
-
-def digest_of(folder: Path) -> str:
-    """Return a SHA-256 of the weights, configurations and vocabularies in a folder, or of a file."""
-    if folder.is_file():
-        return sha256_of(folder)
-    digest = hashlib.sha256()
-    files = (path for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin", ".json", ".txt"))
-    for path in sorted(files):
-        digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
-    return digest.hexdigest()
+        found = digest_of_pipeline(self.pipeline)
+        if self.tuned is None:
+            return found
+        tuned = loras.digest(self.tuned) if self.has_lora else digest_of_part(self.tuned)
+        return f"{found} + {self.weight:g} x {tuned}"
 
 
 def split_term(term: str) -> tuple[str, str]:

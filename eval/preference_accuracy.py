@@ -43,7 +43,7 @@ from eval.report_folder import check_report, write_record
 from eval.view_scores import PromptedImage, check_crops, score_views, view_names
 from eval.win_rates import csv_text
 from preftune.cli import exit_on_user_error, parse
-from preftune.files import tidy, write_text
+from preftune.files import check_writable, tidy, write_text
 from preftune.images import opened
 from preftune.one_writer import one_writer
 from preftune.printable import show
@@ -95,17 +95,14 @@ class Config:
 
 
 def check_inputs(config: Config) -> RankedImages:
-    """Return the rankings, and make the output folder; ValueError before any weight loads."""
+    """Return the rankings; ValueError before any weight loads."""
     names = parse_names(config.rewards)
     rewards.check_all(names, config.files(), download=False)
     ranked = read_ranked_images(config.data, config.count)
     if GOLD in names:
         check_judgeable(ranked.prompts, size_for_judge(ranked), "the images of --data")
     check_report(config.output_dir, REPORT, RECORD, record_of(config), overwrite=config.overwrite_output_dir)
-    try:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output-dir {config.output_dir} cannot be made: {error.strerror}") from error
+    check_writable(config.output_dir)
     return ranked
 
 

@@ -46,7 +46,7 @@ class PageTable:
 
 def percent(row: Measurement) -> str:
     """Return a value in per cent, and its interval where there is one."""
-    form = f"{'+' if row.metric in CHANGES.values() else ''}.1f"
+    form = f"{'+' if row.metric in CHANGES.values() else ''}z.1f"  # z: no -0.0
     return f"{100 * row.value:{form}} {interval(100 * row.low, 100 * row.high, form)}".rstrip()
 
 
@@ -118,22 +118,47 @@ def plot_all(
     return paths
 
 
+def equal_accuracies(rows: Sequence[Measurement]) -> list[list[str]]:
+    """Return the accuracies in groups whose values and intervals are the same for all raters and references.
+
+    All four are one group where each set has one annotator and nobody ties.
+    """
+    groups: list[tuple[list[str], dict[tuple[str, str], tuple[float, float, float]]]] = []
+    for metric in ACCURACIES:
+        found = {
+            (row.reference, row.rater): (row.value, row.low, row.high) for row in rows if row.metric == metric
+        }
+        for names, same in groups:
+            if found.keys() == same.keys() and all(
+                np.allclose(found[key], same[key], rtol=0, atol=1e-9, equal_nan=True) for key in found
+            ):
+                names.append(metric)
+                break
+        else:
+            groups.append(([metric], found))
+    return [names for names, found in groups if found]
+
+
 def draw_accuracies(rows: Sequence[Measurement], path: Path) -> None:
-    """Draw the accuracies of all raters with their intervals, a panel for each reference."""
+    """Draw the accuracies of all raters with their intervals, a panel for each reference; those that are equal, once."""
     rows = [row for row in rows if row.view == AS_IS and row.metric in ACCURACIES]
     named = list(dict.fromkeys(row.reference for row in rows))
     raters = list(dict.fromkeys(row.rater for row in rows))
+    groups = equal_accuracies(rows)
     figure, axes = plt.subplots(
         1, len(named), figsize=(2 + 3.4 * len(named), 1.6 + 0.75 * len(raters)),
         squeeze=False, sharex=True, sharey=True, layout="constrained",
     )  # fmt: skip
     for axis, reference in zip(axes[0], named, strict=True):
-        for shift, metric in enumerate(ACCURACIES):
-            chosen = [row for row in rows if (row.reference, row.metric) == (reference, metric)]
+        for number, equal in enumerate(groups):
+            chosen = [row for row in rows if (row.reference, row.metric) == (reference, equal[0])]
+            label = (
+                "all four accuracies, which are equal" if len(equal) == len(ACCURACIES) else " = ".join(equal)
+            )
             values = np.array([(row.value, row.low, row.high) for row in chosen]).reshape(-1, 3).T * 100
             axis.errorbar(
-                values[0], [raters.index(row.rater) + 0.16 * (shift - 1.5) for row in chosen],
-                xerr=np.abs(values[1:] - values[0]), fmt="o", markersize=4, capsize=2, label=metric,
+                values[0], [raters.index(row.rater) + 0.16 * (number - (len(groups) - 1) / 2) for row in chosen],
+                xerr=np.abs(values[1:] - values[0]), fmt="o", markersize=4, capsize=2, label=label,
             )  # fmt: skip
         axis.axvline(50, color="grey", linestyle=":", linewidth=1)
         axis.set_title(f"against: {reference}", fontsize=10)

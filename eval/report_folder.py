@@ -15,7 +15,7 @@ def check_report(
     there = [name for name in files if (folder / name).exists()]
     if overwrite or not there:
         return
-    differs = _difference(folder / record_file, json.loads(json.dumps(record)))
+    differs = difference(folder / record_file, json.loads(json.dumps(record)))
     if differs:
         raise ValueError(
             f"{folder} holds another report, {there[0]} ({differs}); add --overwrite-output-dir, or choose another --output-dir"
@@ -27,11 +27,11 @@ def write_record(folder: Path, record_file: str, record: Mapping[str, Any]) -> N
     write_text(folder / record_file, json.dumps(record, indent=1) + "\n")
 
 
-def _difference(path: Path, record: Mapping[str, Any]) -> str:
-    """What of a record is not that of a file, in words; empty where all is."""
+def difference(path: Path, record: Mapping[str, Any]) -> str:
+    """Return what of a record is not that of a file, in words; empty where all is."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return f"it has no {path.name}"
     except ValueError:
         return f"its {path.name} is not JSON"

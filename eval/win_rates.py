@@ -151,9 +151,9 @@ def to_text(rows: Sequence[MethodResult]) -> str:
         f"{'method':16s} {'scorer':18s} {'mean':>8s} {'change':>8s} {'95 % interval':>18s} {'wins':>6s} {'ties':>6s} {'win rate':>8s} {'images':>8s}"
     ]
     for row in rows:
-        bounds = interval(row.low, row.high, "+.3f")
+        bounds = interval(row.low, row.high, "+z.3f")
         against = (
-            f"{row.change:+8.3f} {bounds:>18s} {row.wins:6d} {row.ties:6d} {100 * row.win_rate:7.1f}%"
+            f"{row.change:+z8.3f} {bounds:>18s} {row.wins:6d} {row.ties:6d} {100 * row.win_rate:7.1f}%"
             if row.method != BASE
             else " " * 50
         )

@@ -30,6 +30,7 @@ from preftune.image_folders import Columns
 from preftune.images import load_pixels, save_image
 from preftune.one_writer import one_writer
 from preftune.order import items_at
+from preftune.printable import show
 from preftune.training import data
 from preftune.training.run import Run
 from preftune.training.run_config import RunConfig, check
@@ -85,7 +86,8 @@ def main(config: Config) -> int:
     with exit_on_user_error():
         check(config.run)
         samples, skipped = data.read(config.data, config.columns, captioned=False)
-        run = Run(config.run, driver="autoencoder", config_text=dump(config))
+        settings = data.as_setting(skipped)
+        run = Run(config.run, driver="autoencoder", config_text=dump(config), settings=settings)
         vae = build_autoencoder(config.widths, config.resolution, seed=config.run.seed)
         module = run.prepare(Reconstruct(vae), learning_rate=LEARNING_RATE)
     if run.is_main:
@@ -118,6 +120,7 @@ def main(config: Config) -> int:
     if run.is_main and not run.interrupted:
         with run.ema_weights():
             finish(vae, load(paths[:256]), run.folder)
+        show(f"autoencoder, metrics and reconstructions: {run.folder}")
     return run.finish()
 
 

@@ -32,6 +32,7 @@ from preftune.image_folders import Columns
 from preftune.images import load_with_framing
 from preftune.one_writer import one_writer
 from preftune.order import items_at
+from preftune.printable import show
 from preftune.records import CaptionedImage
 from preftune.resolution import Framing, Resolution
 from preftune.sampling import Sampling
@@ -95,9 +96,8 @@ def main(config: Config) -> int:
         config.validation.check(defaults)
         samples, skipped = data.read(config.data, config.columns)
         prompts = named or config.validation.first([sample.text for sample in samples])
-        run = Run(
-            config.run, driver="pretrain", config_text=dump(config), settings=config.model.lora_settings()
-        )
+        settings = config.model.lora_settings() | data.as_setting(skipped)
+        run = Run(config.run, driver="pretrain", config_text=dump(config), settings=settings)
         family, _ = load_model(
             config.model, config.run, run.device, train_text_encoders=config.train_text_encoder
         )
@@ -110,10 +110,10 @@ def main(config: Config) -> int:
         if config.cache_latents
         else partial(encode, family, samples, resolution=resolution)
     )
-    show = partial(validate_at, family, prompts, config.validation.sample.at(resolution), run)
+    sample_at = partial(validate_at, family, prompts, config.validation.sample.at(resolution), run)
     write = partial(save, family, config, run)
     if missed(run, [f"step_{run.start:06d}"]):
-        show(run.start - 1)
+        sample_at(run.start - 1)
     for step in run.steps():
         for micro_batch in run.passes():
             indices = run.image_indices(step, micro_batch)
@@ -127,11 +127,13 @@ def main(config: Config) -> int:
         if step + 1 == config.run.max_train_steps and run.is_main:
             write_result(family, config, run)  # before its images
         if run.due("validation_steps", step):
-            show(step)
+            sample_at(step)
         if run.due("checkpointing_steps", step):
             run.save(step, write=write)
     if run.is_main and run.start >= config.run.max_train_steps:
         write_result(family, config, run)
+    if run.is_main and not run.interrupted:
+        show(f"tuned weights, metrics and images: {run.folder}")
     return run.finish()
 
 

@@ -34,6 +34,7 @@ from preftune.image_folders import Columns
 from preftune.images import load_pixels
 from preftune.one_writer import one_writer
 from preftune.order import items_at
+from preftune.printable import show
 from preftune.records import CaptionedImage
 from preftune.training import data
 from preftune.training.preference_losses import clamp_scale
@@ -259,7 +260,8 @@ def main(config: Config) -> int:
                 " the tiny CLIP's is assets/tiny/pipeline/tokenizer/tokenizer.json"
             )
         samples, skipped = data.read(config.data, config.columns)
-        run = Run(config.run, driver="pretrain_scorer", config_text=dump(config))
+        settings = data.as_setting(skipped)
+        run = Run(config.run, driver="pretrain_scorer", config_text=dump(config), settings=settings)
         scorer: ImageReward | ClipScorer
         if config.architecture == "clip":
             scorer = build_clip(config)
@@ -291,6 +293,7 @@ def main(config: Config) -> int:
             run.save(step, write=write)
     if run.is_main and not run.interrupted:
         write(run.folder)
+        show(f"scorer and metrics: {run.folder}")
     return run.finish()
 
 

@@ -44,6 +44,7 @@ from preftune.augment import shifted, weak_view
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.one_writer import one_writer
 from preftune.order import items_at
+from preftune.printable import show
 from preftune.training import data
 from preftune.training.accuracy_plot import plot
 from preftune.training.preference_losses import (
@@ -300,14 +301,16 @@ def main(config: Config) -> int:
         train, held = split(rankings, config.validation_share, config.run.seed)
         check_split(train, held, config.objective)
         scorer = prepare(config)
-        run = Run(config.run, driver="reward_model", config_text=dump(config))
+        skipped = [row for _, rows in read for row in rows]
+        settings = data.as_setting(skipped)
+        run = Run(config.run, driver="reward_model", config_text=dump(config), settings=settings)
         if config.stable.through_weights and run.world > 1:
             raise ValueError(
                 "--stable.through-weights needs all pairs of an update in one process; start one, or leave it out"
             )
         module = run.prepare(Ranker(scorer), learning_rate=LEARNING_RATE)
     if run.is_main:
-        data.write_report(run.folder, [row for _, skipped in read for row in skipped])
+        data.write_report(run.folder, skipped)
     best, preprocess = float(run.resumed_state.get("best", 0.0)), preprocess_of(scorer)
     restore_best(run)
 
@@ -336,8 +339,15 @@ def main(config: Config) -> int:
                         scorer.save(run.folder / "scorer")
         if run.due("checkpointing_steps", step):
             run.save(step, write=partial(write_best, run), state={"best": best})
+    return finish(run)
+
+
+def finish(run: Run) -> int:
+    """Plot the accuracy, say where the result is, and return the exit code."""
     if run.is_main:
         plot(run.folder)
+        if not run.interrupted:
+            show(f"best scorer, metrics and plot of its accuracy: {run.folder}")
     return run.finish()
 
 

@@ -19,7 +19,9 @@ import tyro
 from preftune import families, lora_files
 from preftune.cli import exit_on_user_error, parse
 from preftune.families import Pretrained
+from preftune.files import replacing
 from preftune.lora_write import Layout, write_diffusers, write_kohya, write_peft
+from preftune.one_writer import exit_on_failed_write
 from preftune.printable import show
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -53,13 +55,14 @@ def main(config: Config) -> int:
         lora_files.find_some(config.lora)  # before a model is downloaded
         layers = families.lora_layers(config.model.source())
         update = lora_files.read(config.lora, layers)
-        dtype = DTYPES[config.precision]
+    dtype = DTYPES[config.precision]
+    with exit_on_failed_write(config.output), exit_on_user_error(), replacing(config.output) as temporary:
         if config.layout == "kohya":
-            write_kohya(config.output, update, layers, dtype)
+            write_kohya(temporary, update, layers, dtype)
         elif config.layout == "diffusers":
-            write_diffusers(config.output, update, dtype)
+            write_diffusers(temporary, update, dtype)
         else:
-            write_peft(config.output, update, dtype)
+            write_peft(temporary, update, dtype)
     counts = ", ".join(f"{len(pairs)} layers of {part}" for part, pairs in update.items())
     show(f"{config.output}: {counts}")
     return 0

@@ -11,6 +11,7 @@ import glob
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -99,6 +100,18 @@ def _remove_leftovers(paths: Iterable[Path], only: str | None = None) -> None:
             path.rename(place)
         else:
             remove(path)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ValueError for an --output-dir that cannot be written, or made where it is not there; nothing is left on the disk."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--output-dir {folder} cannot be written: {error.strerror or error}; choose another folder"
+        ) from error
 
 
 def copy_into(source: Path, folder: Path) -> None:

@@ -6,6 +6,7 @@
 Nothing here opens an image. `preftune/records.py` makes samples of the rows for training, and `data_build/readers.py` entries.
 """
 
+import csv
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,7 +16,7 @@ from typing import Any
 
 from preftune.images import SUFFIXES
 from preftune.notes import counted
-from preftune.prompts import FIELDS
+from preftune.prompts import FIELDS, MAX_HEADER, MISSING, csv_delimiter, find_field
 from rewards.input_files import check_regular
 
 IMAGE_FIELDS = ("file_name", "image", "image_path", "image_file", "filename", "path", "file")
@@ -23,8 +24,6 @@ IMAGE_FIELDS = ("file_name", "image", "image_path", "image_file", "filename", "p
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 PLACES = (".", "train", "data", "data/train")
 """Folders below a data set's own where its table may be, in order of preference."""
-MAX_CAPTION = 1 << 20
-"""Bytes of a caption file."""
 CAPTION_FILES = (".txt", ".caption")
 PACKED = (".parquet", ".tar", ".tar.gz", ".tgz", ".zip")
 """Endings of tables and archives with images, which data_build/unpack.py reads."""
@@ -78,19 +77,37 @@ class ImageFolder:
         return [f"{self.table.parent.relative_to(self.root).as_posix()}/{name}", name]
 
 
-def find_captions(folder: Path) -> ImageFolder | None:
-    """Return where the captions of a folder are; None where its images have none, or it holds no images."""
-    return find_table(folder) or find_pairs(folder)
+def find_captions(folder: Path, image_column: str | None = None) -> ImageFolder | None:
+    """Return where the captions of a folder are; None where its images have none, or it holds no images.
+
+    Raises ValueError as `find_table`.
+    """
+    return find_table(folder, image_column) or find_pairs(folder)
 
 
-def find_table(folder: Path) -> ImageFolder | None:
-    """Return the folder's table of metadata; of several the first of TABLES in the first of PLACES."""
+def find_table(folder: Path, image_column: str | None = None) -> ImageFolder | None:
+    """Return the folder's table of metadata; of several the first of TABLES in the first of PLACES.
+
+    A metadata.parquet that holds images themselves is none, but one with a column of their file names is. Raises ValueError
+    for a table that is no regular file.
+    """
     for place in PLACES:
         for name in TABLES:
             table = folder / place / name
-            if table.is_file() and (table.suffix != ".parquet" or "file_name" in _parquet_names(table)):
+            if _is_there(table) and (table.suffix != ".parquet" or _names_images(table, image_column)):
                 return ImageFolder(root=folder, table=table)
     return None
+
+
+def _is_there(table: Path) -> bool:
+    """Whether there is such a file; ValueError for a pipe, a folder, and a link that leads nowhere."""
+    if not os.path.lexists(table):
+        return False
+    try:
+        check_regular(table)
+    except OSError as error:
+        raise ValueError(f"cannot read {table}: {error.strerror or error}") from error
+    return True
 
 
 def find_pairs(folder: Path) -> ImageFolder | None:
@@ -169,7 +186,7 @@ def caption_file(folder: ImageFolder, image: str) -> str | None:
     """Return the file beside an image that holds its caption, relative to the root; None where there is none."""
     stem = os.path.splitext(image)[0]
     return next(
-        (stem + suffix for suffix in CAPTION_FILES if (folder.root / (stem + suffix)).is_file()), None
+        (stem + suffix for suffix in CAPTION_FILES if os.path.lexists(folder.root / (stem + suffix))), None
     )
 
 
@@ -186,9 +203,9 @@ def table_rows(table: Path, columns: Columns) -> Iterator[tuple[str, dict[str, A
 
 
 def _csv_rows(path: Path, columns: Columns) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
-    """The rows of a csv table; numbers are numbers, file names and captions are texts."""
+    """The rows of a csv table; numbers are numbers, file names and captions are texts, and cells of MISSING are None."""
     import pyarrow
-    from pyarrow import csv
+    from pyarrow import csv as arrow_csv
 
     wrong: dict[int, str] = {}
 
@@ -197,20 +214,44 @@ def _csv_rows(path: Path, columns: Columns) -> Iterator[tuple[str, dict[str, Any
         return "skip"
 
     try:
-        named = [name for name in (columns.image_column, columns.caption_column) if name is not None]
-        texts = dict.fromkeys((*IMAGE_FIELDS, *FIELDS, *named), pyarrow.string())
-        table = csv.read_csv(
+        delimiter, texts = _csv_header(path, columns)
+        table = arrow_csv.read_csv(
             path,
-            read_options=csv.ReadOptions(use_threads=False),
-            parse_options=csv.ParseOptions(newlines_in_values=True, invalid_row_handler=note),
-            convert_options=csv.ConvertOptions(column_types=texts),
+            read_options=arrow_csv.ReadOptions(use_threads=False),
+            parse_options=arrow_csv.ParseOptions(
+                delimiter=delimiter, newlines_in_values=True, invalid_row_handler=note
+            ),
+            convert_options=arrow_csv.ConvertOptions(
+                column_types=dict.fromkeys(texts, pyarrow.string()),
+                null_values=list(MISSING),
+                strings_can_be_null=True,
+            ),
         )
-    except (pyarrow.ArrowException, OSError) as error:
+        if any(map(pyarrow.types.is_binary, table.schema.types)):
+            raise pyarrow.ArrowInvalid("invalid UTF8 data")
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, UnicodeDecodeError) or "UTF8" in str(error):
+            raise ValueError(
+                f"{path} is not UTF-8 text; save it as UTF-8, in a spreadsheet as `CSV UTF-8`"
+            ) from error
         raise ValueError(f"cannot read the table {path}: {error}") from error
     yield from (
         (f"{path} row {number}", ValueError(f"{path} row {number}: {why}")) for number, why in wrong.items()
     )
     yield from _table(path, table)
+
+
+def _csv_header(path: Path, columns: Columns) -> tuple[str, list[str]]:
+    """The delimiter of a csv table, and the columns that hold file names or captions, spelt as there."""
+    with path.open("rb") as file:
+        line = file.readline(MAX_HEADER)
+        while line.endswith(b"\n") and not line.strip():  # pyarrow passes over blank lines
+            line = file.readline(MAX_HEADER)
+    header = line.split(b"\r")[0].decode("utf-8-sig").rstrip("\n")
+    named = [name for name in (columns.image_column, columns.caption_column) if name is not None]
+    delimiter = csv_delimiter(header, (*IMAGE_FIELDS, *named))
+    names = next(csv.reader([header], delimiter=delimiter), [])
+    return delimiter, [name for name in names if name.lower() in (*IMAGE_FIELDS, *FIELDS) or name in named]
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
@@ -232,11 +273,24 @@ def _table(path: Path, table: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{path} row {number}", row
 
 
-def _parquet_names(path: Path) -> list[str]:
+def _names_images(path: Path, image_column: str | None) -> bool:
+    """Whether a parquet table has a text column that is named, or usual, for file names of images; or no column of images."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return list(pyarrow.parquet.read_schema(path).names)
+        schema = pyarrow.parquet.read_schema(path)
     except (pyarrow.ArrowException, OSError):
-        return []
+        return False
+    types = pyarrow.types
+    kinds = [kind.value_type if types.is_dictionary(kind) else kind for kind in schema.types]
+    texts = [
+        name
+        for name, kind in zip(schema.names, kinds, strict=True)
+        if types.is_string(kind) or types.is_large_string(kind)
+    ]
+    if image_column in texts or find_field(texts, IMAGE_FIELDS):
+        return True
+    return not any(
+        types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind) for kind in kinds
+    )

@@ -12,19 +12,20 @@ it. What cannot be taken whole (DoRA, LoHa, LoKr, layers that the model lacks) i
 """
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import torch
 from torch import Tensor
 
+from preftune import lora_scales
 from preftune.lora_names import PREFIXES, Layers, file_name, flat
+from preftune.lora_scales import Scales
+from rewards.input_files import check_pointer
 
 FILE = "pytorch_lora_weights.safetensors"
 """Name of the weights in a LoRA folder."""
@@ -58,46 +59,16 @@ _KINDS = {
     "textual inversion": r"^bundle_emb\.|string_to_param",
 }
 """Kinds of updates that are none of A and B alone, by a name that tells them."""
-_CHANGED_BASE = ("pissa", "olora", "corda", "loftq")
-"""peft's initialisations that also change the weights under the update."""
+_DTYPES = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
+)  # fmt: skip
 _FOUND = {
     "lora_unet_": "unet",
     "lora_te1_": "text_encoder",
     "lora_te_": "text_encoder",
     "lora_te2_": "text_encoder_2",
 }
-
-
-@dataclass
-class _Config:
-    """The scales of a file whose tensors have no alphas: of peft's adapter_config.json, or of the file's metadata."""
-
-    values: Mapping[str, Any]
-    where: str
-
-    def check(self) -> None:
-        """Refuse what A and B alone do not hold."""
-        start = str(self.values.get("init_lora_weights"))
-        wrong = {
-            f"peft_type {self.values.get('peft_type')}": self.values.get("peft_type", "LORA") != "LORA",
-            "use_dora (DoRA)": bool(self.values.get("use_dora")),
-            "fan_in_fan_out": bool(self.values.get("fan_in_fan_out")),
-            f"init_lora_weights {start}": start.startswith(_CHANGED_BASE),
-        }
-        for what, is_wrong in wrong.items():
-            if is_wrong:
-                raise ValueError(_refusal(self.where, what))
-
-    def scale(self, layer: str, rank: int) -> float:
-        """Return the scale of one layer: that of the first pattern which is the end of its name, as in peft."""
-        alpha = self.values.get("lora_alpha", rank)
-        for pattern, value in dict(self.values.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", layer):
-                alpha = value
-                break
-        if not isinstance(alpha, int | float):
-            raise ValueError(f"{self.where}: lora_alpha of {layer} is {alpha!r}, not a number")
-        return float(alpha) / (math.sqrt(rank) if self.values.get("use_rslora") else rank)
 
 
 @dataclass
@@ -196,8 +167,9 @@ def _read_file(path: Path, layers: Layers, part: str | None) -> Update:
     return update
 
 
-def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, _Config]]:
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Scales]]:
     """The tensors of a file, and its scales by part; "" is peft's file, which does not name its part."""
+    check_pointer(path)
     if path.suffix == ".safetensors":
         try:
             with safetensors.safe_open(path, framework="pt") as file:
@@ -207,16 +179,15 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, _Config]]:
             raise ValueError(f"{path} is not a safetensors file: {error}") from error
     else:
         metadata, state = {}, _load_torch(path)
-    configs = _of_metadata(path, metadata.get("lora_adapter_metadata"))
+    _check_plain(path, state)
+    configs = lora_scales.of_metadata(path, metadata.get("lora_adapter_metadata", "{}"))
     beside = path.with_name(ADAPTER_CONFIG)
     if path.stem == "adapter_model" and beside.is_file():
-        configs[""] = _Config(_json(beside, beside.read_text(encoding="utf-8")), str(beside))
+        configs[""] = lora_scales.of_peft(beside)
     elif any(name.startswith("base_model.model.") for name in state) and not configs:
         raise ValueError(
             f"{path} is peft's, whose scale is in {ADAPTER_CONFIG}; put that file beside it, as {ADAPTER}"
         )
-    for config in configs.values():
-        config.check()
     return state, configs
 
 
@@ -235,27 +206,20 @@ def _load_torch(path: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
         raise ValueError(f"{path} does not hold weights by name")
-    return state
+    return {name: value.detach() for name, value in state.items()}
 
 
-def _of_metadata(path: Path, text: str | None) -> dict[str, _Config]:
-    """The scales that diffusers writes into the metadata, as unet.lora_alpha, by part."""
-    configs: dict[str, dict[str, Any]] = {}
-    for key, value in _json(path, text or "{}").items():
-        part, _, name = key.partition(".")
-        configs.setdefault(part, {})[name] = value
-    return {part: _Config(values, str(path)) for part, values in configs.items()}
-
-
-def _json(path: Path, text: str) -> dict[str, Any]:
-    """A JSON object, or ValueError."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: the LoRA's configuration is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: the LoRA's configuration is not an object")
-    return found
+def _check_plain(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not arrays of numbers, such as sparse ones, and views that would take more memory than their file."""
+    for name, tensor in state.items():
+        is_array = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta)
+        if not is_array or tensor.dtype not in _DTYPES:
+            kind = f"{tensor.layout}, {tensor.dtype}".replace("torch.", "")
+            raise ValueError(
+                f"{path} is damaged, or of an unknown kind: {name} is no plain array of numbers ({kind})"
+            )
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{path} is damaged: {name} has more numbers than the file holds")
 
 
 def _check_names(path: Path, names: Iterable[str]) -> None:
@@ -265,15 +229,7 @@ def _check_names(path: Path, names: Iterable[str]) -> None:
             continue
         for kind, pattern in _KINDS.items():
             if re.search(pattern, name):
-                raise ValueError(_refusal(path, f"a {kind} ({name})"))
-
-
-def _refusal(where: object, what: str) -> str:
-    """The sentence for what is known but not taken."""
-    return (
-        f"{where} has {what}, but only LoRA and LoCon can be taken whole; merge it into a pipeline with the program"
-        " that made it, and give that pipeline"
-    )
+                raise ValueError(lora_scales.refusal(path, f"a {kind} ({name})"))
 
 
 def _stem(name: str) -> tuple[str, str]:
@@ -315,35 +271,41 @@ def _unknown(path: Path, unknown: Sequence[str], count: int, layers: Layers) -> 
 
 
 def _pair(
-    path: Path, held: _Layer, shape: tuple[int, ...], name: str, config: _Config | None
+    path: Path, held: _Layer, shape: tuple[int, ...], name: str, scales: Scales | None
 ) -> tuple[Tensor, Tensor]:
     """A and B of a layer whose weight has this shape, the scale in B."""
     if not {"A", "B"} <= held.tensors.keys():
         raise ValueError(f"{path} is incomplete: {held.name} has only {' and '.join(sorted(held.tensors))}")
-    tensors = {role: tensor.float() for role, tensor in held.tensors.items()}
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        raise ValueError(f"{path} is damaged: {held.name} has numbers that are not finite")
-    a, b = tensors["A"], tensors["B"]
-    rank, fits = (len(a) if a.ndim else 0), a.ndim in (2, 4) and b.ndim in (2, 4)
-    if fits and "mid" in tensors:  # 1 x 1 down, then a kernel between the ranks: together one kernel down
-        mid = tensors["mid"]
-        fits = mid.ndim == 4 and mid.shape[:2] == (rank, rank) and a.numel() == a.shape[0] * a.shape[1]
-        a = torch.einsum("nmhw,mi->nihw", mid, a.flatten(1)) if fits else a
-    fits = fits and rank > 0 and b.shape[:2] == (shape[0], rank) and b.numel() == shape[0] * rank
-    fits = fits and a.numel() == rank * math.prod(shape[1:]) and (a.ndim == 2 or a.shape[1] == shape[1])
+    tensors, kernel = held.tensors, math.prod(shape[2:])
+    a, b, mid = tensors["A"], tensors["B"], tensors.get("mid")
+    rank = len(a) if a.ndim else 0
+    fits = rank > 0 and a.ndim in (2, 4) and b.ndim in (2, 4)
+    fits = fits and b.shape[:2] == (shape[0], rank) and b.numel() == shape[0] * rank
+    if mid is None:
+        fits = fits and a.numel() == rank * shape[1] * kernel and (a.ndim == 2 or a.shape[1] == shape[1])
+    else:  # 1 x 1 down, then a kernel between the ranks
+        fits = fits and a.shape[1] == shape[1] and a.numel() == rank * shape[1]
+        fits = fits and mid.ndim == 4 and mid.shape[:2] == (rank, rank) and mid.numel() == rank**2 * kernel
     if not fits:
-        sizes = ", ".join(f"{role} {tuple(tensor.shape)}" for role, tensor in held.tensors.items())
+        sizes = ", ".join(f"{role} {tuple(tensor.shape)}" for role, tensor in tensors.items())
         raise ValueError(
             f"{path} does not fit this model: {held.name} has {sizes}, but the weight there is {shape}; give the --model"
             " that it was made for"
         )
     scale = 1.0
     if "alpha" in tensors:
-        if tensors["alpha"].numel() != 1 or (config and "lora_alpha" in config.values):
+        if tensors["alpha"].numel() != 1 or (scales and scales.alpha is not None):
             raise ValueError(f"{path} has several alphas for {held.name}, so its scale is not known")
         scale = float(tensors["alpha"]) / rank
-    elif config is not None:
-        scale = config.scale(name, rank)
-    return a.reshape(rank, *shape[1:]).contiguous(), (b * scale).reshape(
-        shape[0], rank, *[1] * (len(shape) - 2)
-    )
+    elif scales is not None:
+        scale = scales.of(name, rank)
+    a, b = a.float(), b.float()
+    if mid is not None:
+        a = torch.einsum("nmhw,mi->nihw", mid.float(), a.flatten(1))
+    # shapes are checked before: a file cannot make these copies large
+    scaled = (b * scale).reshape(shape[0], rank, *[1] * (len(shape) - 2))
+    if not all(bool(tensor.isfinite().all()) for tensor in (a, scaled)):
+        raise ValueError(
+            f"{path} is damaged: {held.name} has numbers that are not finite, or a scale, {scale:g}, that makes such"
+        )
+    return a.reshape(rank, *shape[1:]).contiguous(), scaled

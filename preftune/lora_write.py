@@ -6,12 +6,13 @@ filled up with zeros to one rank, since readers without metadata take the first 
 """
 
 import json
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -58,7 +59,7 @@ def write_kohya(path: Path, update: Update, layers: Layers, dtype: torch.dtype =
         "ss_network_alpha": dim,
     }
     with replacing(path) as temporary:
-        save_file(_cast(state, dtype), temporary, metadata)
+        _save_in_one_order(_cast(state, dtype), temporary, metadata)
 
 
 def write_peft(folder: Path, update: Update, dtype: torch.dtype = torch.float32) -> None:
@@ -80,6 +81,19 @@ def write_peft(folder: Path, update: Update, dtype: torch.dtype = torch.float32)
         with replacing(folder / part / ADAPTER) as temporary:
             save_file(_cast(state, dtype), temporary, {"format": "pt"})
         write_text(folder / part / ADAPTER_CONFIG, json.dumps(config, indent=1) + "\n")
+
+
+def _save_in_one_order(state: dict[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with its metadata sorted: safetensors writes several keys in an order that changes from call to call."""
+    content = memoryview(save(state, dict(metadata)))
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(bytes(content[8 : 8 + length]))
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        for piece in (struct.pack("<Q", len(text)), text, content[8 + length :]):
+            file.write(piece)
 
 
 def _is_second(layers: Layers) -> bool:

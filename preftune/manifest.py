@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rewards.digests import sha256_now
+
 FILE = "manifest.json"
 
 
 def write(folder: Path, **more: object) -> None:
     """Write the manifest of a folder: the SHA-256 of every file in it, what else is given, and the SHA-256 of itself."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / FILE)
-    content = {**more, "files": {path.relative_to(folder).as_posix(): _sha256(path) for path in paths}}
+    content = {**more, "files": {path.relative_to(folder).as_posix(): sha256_now(path) for path in paths}}
     text = json.dumps({**content, "sha256": _seal(content)}, indent=1)
     (folder / FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -41,7 +43,7 @@ def verify(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / FILE} is damaged") from error
     for name, digest in listed.items():
         try:
-            found = _sha256(folder / name)
+            found = sha256_now(folder / name)
         except FileNotFoundError as error:
             raise ValueError(f"{folder} has no {name} any more") from error
         except OSError as error:
@@ -53,8 +55,3 @@ def verify(folder: Path) -> dict[str, Any]:
 
 def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,9 +19,9 @@ Code = TypeVar("Code")
 def one_writer(main: Callable[[Config], Code]) -> Callable[[Config], Code]:
     """Make main(config) the only writer of its --output-dir while it runs.
 
-    The lock is taken before anything is done. A failed write, on a full disk for example, ends the program with one
-    sentence and exit code 1; what was being written is removed. Of several processes only the main one holds the lock:
-    where it is refused, the launcher ends the others.
+    The lock is taken before anything is done. A failed write, on a full disk for example, and a number that is not finite
+    end the program with one sentence and exit code 1; what was being written is removed. Of several processes only the
+    main one holds the lock: where it is refused, the launcher ends the others.
     """
 
     @functools.wraps(main)
@@ -32,9 +32,9 @@ def one_writer(main: Callable[[Config], Code]) -> Callable[[Config], Code]:
                 return main(config)
         with exit_on_user_error():
             lock.acquire(folder)
-            files.tidy_beside(folder)
         try:
             with exit_on_failed_write(folder):
+                files.tidy_beside(folder)
                 return main(config)
         finally:
             lock.release(folder)
@@ -44,11 +44,14 @@ def one_writer(main: Callable[[Config], Code]) -> Callable[[Config], Code]:
 
 @contextlib.contextmanager
 def exit_on_failed_write(folder: Path) -> Iterator[None]:
-    """Turn a failed write in the block into one sentence on stderr and exit code 1, and remove what was being written."""
+    """Turn a failed write in the block into one sentence on stderr and exit code 1, and remove what was being written.
+
+    Also a FloatingPointError, which is a loss, gradient or score that is not finite, on each process that raises it.
+    """
     try:
         yield
     except Exception as error:
-        reason = disk.reason(error, folder)
+        reason = _reason(error, folder)
         if reason is None:
             raise
         if lock.is_main_process():
@@ -57,21 +60,25 @@ def exit_on_failed_write(folder: Path) -> Iterator[None]:
                 files.tidy_beside(folder)
         for bar in list(getattr(tqdm, "_instances", ())):  # else it would be drawn again below the sentence
             bar.close()
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {reason}; {_next(folder)}\n")
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {reason}\n")
         raise SystemExit(1) from error
 
 
-def _next(folder: Path) -> str:
-    """What to do after a failed write."""
-    if not (folder / "config.yaml").is_file():
-        return "make room there or repair it, then start the same command again"
+def _reason(error: Exception, folder: Path) -> str | None:
+    """What ended the program, and what to do; None for what is neither a failed write nor a number that is not finite."""
     checkpoints = sorted(path.parent for path in folder.glob("step_*/manifest.json"))
-    if not checkpoints:
-        return "there is no complete checkpoint yet: make room there or repair it, then start again"
-    return (
-        f"the last complete checkpoint is {checkpoints[-1]}: make room there or repair it, then go on with"
-        " --resume-from-checkpoint latest"
-    )
+    last = f"; the last complete checkpoint is {checkpoints[-1]}" if checkpoints else ""
+    if isinstance(error, FloatingPointError):
+        return f"{error}{last}"
+    if (reason := disk.reason(error, folder)) is None:
+        return None
+    if not (folder / "config.yaml").is_file():
+        return f"{reason}; make room there or repair it, then start the same command again"
+    if not last:
+        return (
+            f"{reason}; there is no complete checkpoint yet: make room there or repair it, then start again"
+        )
+    return f"{reason}{last}: make room there or repair it, then go on with --resume-from-checkpoint latest"
 
 
 def _output_dir(config: Any) -> Path:

@@ -12,8 +12,16 @@ MAX_BYTES = 1 << 30
 """Of a prompt file, unpacked."""
 ROWS, ROW_BYTES = 256, 64
 """Rows of a parquet file that are unpacked at a time, and the bytes that one takes beside its text."""
+MAX_HEADER = 1 << 16
+"""Of the first line of a csv file."""
 FIELDS = ("text", "prompt", "caption")
 """Names of the field or column that holds the prompt, in order of preference; their case does not matter."""
+
+MISSING = frozenset(
+    ("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL",
+     "NaN", "None", "n/a", "nan", "null")
+)  # fmt: skip
+"""What an empty cell of a csv file may say, as pandas and so `datasets` read it."""
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
 """File types that read_prompts reads."""
@@ -64,13 +72,18 @@ def read_rows(path: Path) -> list[tuple[str, str]]:
         raise ValueError(f"cannot read the prompt file {path}: {error.strerror or error}") from error
 
 
-def _warn(path: Path, prompts: Sequence[str]) -> None:
-    """Say what is probably not meant: very long prompts, and what is no plain list of prompts in a txt file."""
-    if long := sum(len(prompt) > LONG for prompt in prompts):
+def say_long(path: Path, texts: Iterable[str], noun: str) -> None:
+    """Say how many of the texts in a file or folder are so long that their end counts for nothing; nothing where none is."""
+    if long := sum(len(text) > LONG for text in texts):
         say(
-            f"{path}: {counted(long, 'prompt has', 'prompts have')} more than {LONG:,} characters; text encoders read the"
+            f"{path}: {counted(long, f'{noun} has', f'{noun}s have')} more than {LONG:,} characters; text encoders read the"
             " beginning only, 77 tokens in Stable Diffusion"
         )
+
+
+def _warn(path: Path, prompts: Sequence[str]) -> None:
+    """Say what is probably not meant: very long prompts, and what is no plain list of prompts in a txt file."""
+    say_long(path, prompts, "prompt")
     if path.suffix.lower() != ".txt":
         return
     if comments := sum(prompt.lstrip().startswith("#") for prompt in prompts):
@@ -96,7 +109,9 @@ def _text_rows(path: Path, suffix: str) -> Iterator[tuple[str, Any]]:
     """(place, content) of each row of a text file; content is a string or a dict."""
     with path.open(encoding="utf-8-sig", newline="" if suffix == ".csv" else None) as file:
         if suffix == ".csv":
-            yield from _table_rows(path, csv.DictReader(file, strict=True))
+            delimiter = csv_delimiter(file.readline(MAX_HEADER), FIELDS)
+            file.seek(0)
+            yield from _table_rows(path, csv.DictReader(file, delimiter=delimiter, strict=True))
         elif suffix == ".tsv":
             yield from _table_rows(path, csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
         elif suffix == ".json":
@@ -119,9 +134,21 @@ def _table_rows(path: Path, reader: "csv.DictReader[str]") -> Iterator[tuple[str
     try:
         column = _field(reader.fieldnames or (), f"{path} line 1")
         for row in reader:
-            yield f"line {reader.line_num}", row[column]
+            yield f"line {reader.line_num}", None if row[column] in MISSING else row[column]
     except csv.Error as error:
         raise ValueError(f"{path} is malformed after line {reader.line_num}: {error}") from error
+
+
+def csv_delimiter(header: str, wanted: Sequence[str]) -> str:
+    """The delimiter of a csv table by its first line: that which gives a column of a wanted name.
+
+    A comma, or a semicolon or tab, which spreadsheets write where the comma is the decimal point.
+    """
+    for delimiter in ",;\t":
+        names = next(csv.reader([header], delimiter=delimiter), [])
+        if find_field(names, wanted) or set(names) & set(wanted):
+            return delimiter
+    return ","
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:

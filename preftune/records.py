@@ -108,7 +108,7 @@ def check_captioned(folder: Path, columns: Columns) -> None:
 
 def _find_with_columns(folder: Path, columns: Columns) -> ImageFolder:
     """Where the captions of a folder are; ValueError where there are none, or no columns that a flag could name."""
-    found = find_captions(folder)
+    found = find_captions(folder, columns.image_column)
     if found is None:
         raise no_captions(folder)
     if found.table is None:
@@ -311,6 +311,8 @@ def field(row: Mapping[str, Any], key: str, kind: type, place: str) -> Any:
     """A field of a line, of the right type."""
     if key not in row:
         raise ValueError(f"{place} has no {key}")
+    if row[key] is None:
+        raise ValueError(f"{place}: {key} is empty")
     if not isinstance(row[key], kind):
         raise ValueError(f"{place}: {key} is a {type(row[key]).__name__}; it must be a {kind.__name__}")
     return row[key]

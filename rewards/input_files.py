@@ -18,6 +18,7 @@ MAX_LINE = 1 << 24
 MAX_DEPTH = 100
 """Lists and objects inside each other in JSON."""
 
+_POINTER = b"version https://git-lfs"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _KINDS = (
     (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
@@ -32,6 +33,18 @@ def check_regular(path: Path, what: str = "") -> int:
         if is_kind(info.st_mode):
             raise ValueError(f"{what}{path} is {name}, not a file")
     return info.st_size
+
+
+def check_pointer(path: Path) -> None:
+    """Raise ValueError for a file that Git LFS left in the place of large weights, or as `check_regular`; OSError as `stat`."""
+    if check_regular(path) > 1024:
+        return
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise ValueError(
+                f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` in its repository, or fetch the model with"
+                " `hf download`"
+            )
 
 
 def read_bytes(path: Path, max_bytes: int, what: str = "") -> bytes:

@@ -13,6 +13,7 @@ import pytest
 import tiny
 from conftest import run_here
 from eval import compare_methods, trainings, win_rates
+from eval.report_folder import write_record
 from preftune import bootstrap, cli
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -240,10 +241,44 @@ def test_other_flags_are_not_the_same_run(
 ) -> None:
     """The runs of the report, asked for with another learning rate."""
     argv = ["--methods", "refl=finetune/refl.py --learning-rate 5", "--model", str(root / "pipeline")]
-    with pytest.raises(SystemExit) as stop:
-        compare_methods.main(cli.parse(compare_methods.Config, [*argv, "--output-dir", str(report)]))
-    assert stop.value.code == 2
-    assert "refl-0 was begun by" in capsys.readouterr().err
+    argv += ["--output-dir", str(report)]
+    before = {path: path.read_bytes() for path in report.iterdir() if path.is_file()}
+    for more, words in (
+        ([], "out holds another report, report.html (other methods, "),
+        (["--overwrite-output-dir"], "refl-0 was begun by"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            compare_methods.main(cli.parse(compare_methods.Config, [*argv, *more]))
+        assert stop.value.code == 2
+        assert words in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in report.iterdir() if path.is_file()} == before
+
+
+def test_a_report_of_other_settings_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither is one without a record; a batch size is no other setting."""
+    monkeypatch.setattr(compare_methods, "train", lambda *_: pytest.fail("a driver was started"))
+    argv = ["--methods", DRIVER, "--sample.resolution", "64", "--output-dir", str(tmp_path)]
+
+    def refused(*more: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            compare_methods.main(cli.parse(compare_methods.Config, [*argv, *more]))
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    (tmp_path / "report.html").write_text("mine")
+    assert "holds another report, report.html (it has no comparison.json); add --overwrite" in refused()
+    config = cli.parse(compare_methods.Config, argv)
+    record = compare_methods.record_of(config, *compare_methods.check_inputs(config))
+    write_record(tmp_path, compare_methods.RECORD, record)
+    assert "(other seeds)" in refused("--seeds", "0", "5")
+    assert "(other prompts)" in refused("--count", "3")
+    assert "(other sampling settings)" in refused("--sample.num-inference-steps", "3")
+    assert "(other grid rows)" in refused("--grid-rows", "2")
+    same = cli.parse(compare_methods.Config, [*argv, "--sample.batch-size", "3"])
+    assert compare_methods.record_of(same, *compare_methods.check_inputs(same)) == record
+    assert (tmp_path / "report.html").read_text() == "mine"
 
 
 @pytest.fixture

@@ -147,8 +147,10 @@ def trained(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]
     order: list[tuple[str, int]] = []
 
     def train(name: str, command: list[str], seed: int, output: Path) -> Path:
-        order.append((name, seed))
         folder = output / "runs" / f"{name}-{seed}"
+        if folder.exists():
+            return folder
+        order.append((name, seed))
         shutil.copytree(root / "scorer", folder / "scorer")
         path = folder / "scorer" / "model.safetensors"
         noise = torch.Generator().manual_seed(len(order))
@@ -248,6 +250,30 @@ def test_rankings_of_ties_alone_leave_no_accuracy(
         assert (ANNOTATORS, ACCURACY) not in found
         assert found[ANNOTATORS, INVERSION] == "1.0"
         assert (JUDGE, ACCURACY) in found
+
+
+def test_other_tables_are_not_overwritten(
+    held: Path, tmp_path: Path, trained: list[tuple[str, int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same command may run again; other settings need to be told to, before anything is trained or written."""
+    output = tmp_path / "out"
+    argv = [*METHODS, "--data", str(held), "--crops", "--output-dir", str(output)]
+
+    def run(*more: str) -> int:
+        return comparing.main(cli.parse(comparing.Config, [*argv, *more]))
+
+    assert run("--seeds", "0") == run("--seeds", "0", "--batch-size", "5") == 0
+    before = {path: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    for more, words in ((["--seeds", "1"], "seeds"), (["--seeds", "0", "--count", "2"], "count")):
+        done = len(trained)
+        with pytest.raises(SystemExit) as stop:
+            run(*more)
+        assert stop.value.code == 2
+        assert f"holds another report, table.csv (other {words}); add --overwrite" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in output.iterdir() if path.is_file()} == before
+        assert len(trained) == done
+    assert run("--seeds", "0", "--count", "2", "--overwrite-output-dir") == 0
+    assert (output / "table.csv").read_bytes() != before[output / "table.csv"]
 
 
 COLUMNS = ((17, 37), (38, 54), (55, 72), (73, 111))

@@ -264,7 +264,8 @@ def test_three_updates_are_the_recorded_ones(
             ],
         )
     assert stop.value.code == 2
-    error = capsys.readouterr().err
+    output, error = capsys.readouterr()
+    assert output.splitlines()[-1].endswith(f": {tmp_path}"), "it says where the result is"
     assert "cannot resume from" in error
     assert "seed was 0, is 1" in error
     assert found.keys() == golden[driver].keys()

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import grid_memory
 import tiny
 from eval import generated, grid
+from hub_server import Hub
 from preftune import cli, families
 from preftune.families import Pretrained
 from preftune.images import save_image
@@ -26,6 +27,7 @@ from preftune.lora import FILE, LoRA
 from preftune.records import read_imagefolder, read_jsonl
 from preftune.resolution import Resolution
 from preftune.sampling import Resolved
+from test_locate import files_of
 
 CAPTIONS = ["a red circle on a white background", "a blue cross on a black background"]
 HOSTILE = "<script>alert(1)</script> \"quoted\" & 'so' </td>"
@@ -238,14 +240,13 @@ def test_images_are_made_once_and_never_mixed_up(
             with pytest.raises(SystemExit):
                 make(*columns, output_dir=output, **({"seed": "3"} | changed))
             assert (
-                f"another {next(iter(changed)).replace('count', 'prompts')}"
+                f"other {next(iter(changed)).replace('count', 'prompts')}"
                 in capsys.readouterr().err.replace("seeds", "seed")
             )
         with pytest.raises(SystemExit):
             make("base=", "a/b..=STAGE/run@0.5", output_dir=output, seed="3")
         assert (
-            "a_b.. holds other images (another weights); add --overwrite-output-dir"
-            in capsys.readouterr().err
+            "a_b.. holds other images (other weights); add --overwrite-output-dir" in capsys.readouterr().err
         )
     lost = folder / "base" / "0001.png"
     before = lost.read_bytes()
@@ -304,6 +305,27 @@ def test_another_autoencoder(make: Callable[..., Page], stage: Path, tmp_path: P
     )
     for images, title in zip(before, ("base", "tuned"), strict=True):
         assert apart(images, page.images(title)) > 2
+
+
+def test_images_of_another_autoencoder_of_the_hub_are_not_used_again(
+    make: Callable[..., Page],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    names = ("them/one", "them/two")
+    for seed, name in enumerate(names):
+        tiny.vae(seed=seed).save_pretrained(tmp_path / name)
+    output = str(tmp_path / "out")
+    with (
+        Hub({name: files_of(tmp_path / name) for name in names}) as server,
+        server.in_use(monkeypatch, tmp_path / "cache"),
+    ):
+        make("base=", output_dir=output, vae="them/one")
+        with pytest.raises(SystemExit):
+            make("base=", output_dir=output, vae="them/two")
+        assert "base holds other images (other vae)" in capsys.readouterr().err
+        make("base=", output_dir=output, vae="them/one")
 
 
 def test_stable_diffusion_xl_in_a_size_that_is_not_square(make: Callable[..., Page], tmp_path: Path) -> None:
@@ -482,7 +504,7 @@ def test_png_has_every_cell(tmp_path: Path) -> None:
         ),
         (["--negative", "x", "--negative-columns", "z"], "--negative-columns names z"),
         (["--grid-rows", "0"], "--grid-rows must be at least 1"),
-        (["--output-dir", "STAGE/prompts.txt"], "File exists"),
+        (["--output-dir", "STAGE/prompts.txt"], "Not a directory"),
         (["--output-dir", "STAGE/prompts.txt/grid"], "prompts.txt"),
     ],
 )

@@ -132,6 +132,89 @@ def test_a_long_csv_with_captions_of_several_lines(folder: Path) -> None:
     assert [sample.text for sample in samples] == [text] * 1_000
 
 
+@pytest.mark.parametrize("cell", ["NaN", "nan", "None", "NULL", '"null"', "", '""'])
+@pytest.mark.parametrize("head", ["file_name,text,n", "file_name,notes,n"])
+def test_an_empty_cell_of_a_csv_is_no_caption(head: str, cell: str, folder: Path) -> None:
+    """What pandas writes, and reads, for a missing value; a caption that only begins so is one."""
+    (folder / "metadata.csv").write_text(
+        f"{head}\na.png,{cell},1\nsub/b.jpg,None of them,2\n{cell},a star,3\n"
+    )
+    column = head.split(",")[1]
+    samples, skipped = read_captioned(folder, Columns(caption_column="notes" if column == "notes" else None))
+    assert [(sample.text, sample.extra) for sample in samples] == [("None of them", {"n": 2})]
+    assert [row.reason.rpartition(": ")[2] for row in skipped] == [f"{column} is empty", "file_name is empty"]
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_a_csv_of_a_spreadsheet(delimiter: str, folder: Path) -> None:
+    rows = [["File_Name", "Caption", "liking"], ["a.png", "12", "3"], ["sub/b.jpg", '"a star, 2"', "4"]]
+    content = "\r\n".join(delimiter.join(row) for row in rows)
+    (folder / "metadata.csv").write_text(content, encoding="utf-8-sig")
+    samples, skipped = read_captioned(folder, Columns())
+    assert not skipped
+    assert [(sample.text, sample.extra["liking"]) for sample in samples] == [("12", 3), ("a star, 2", 4)]
+    (folder / "metadata.csv").write_text(content.replace("Caption", "Titel").replace("File_Name", "Bild"))
+    samples, _ = read_captioned(folder, Columns(image_column="Bild", caption_column="Titel"))
+    assert [sample.text for sample in samples] == ["12", "a star, 2"]
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding"),
+    [
+        ("file_name,text\na.png,gr\u00fcn\n", "latin-1"),
+        ("file_name,text,Gr\u00f6\u00dfe\na.png,x,1\n", "cp1252"),
+        ("file_name,text,place\na.png,x,K\u00f6ln\n", "latin-1"),
+        ("file_name,text\na.png,x\n", "utf-16"),
+    ],
+)
+def test_a_csv_that_is_not_utf8_says_how_to_save_it(content: str, encoding: str, folder: Path) -> None:
+    (folder / "metadata.csv").write_text(content, encoding=encoding)
+    with pytest.raises(ValueError, match=r"metadata\.csv is not UTF-8 text; save it as UTF-8"):
+        read_captioned(folder, Columns())
+
+
+@pytest.mark.parametrize(
+    ("column", "columns"), [("image_path", Columns()), ("Datei", Columns(image_column="Datei"))]
+)
+def test_a_parquet_of_file_names_under_other_names(column: str, columns: Columns, folder: Path) -> None:
+    table = pyarrow.table(
+        {column: pyarrow.array(list(TEXTS)).dictionary_encode(), "caption": list(TEXTS.values())}
+    )
+    pyarrow.parquet.write_table(table, folder / "metadata.parquet")
+    samples, skipped = read_captioned(folder, columns)
+    assert not skipped
+    assert [sample.text for sample in samples] == list(TEXTS.values())
+
+
+def test_a_parquet_says_its_columns_or_how_to_unpack_it(folder: Path) -> None:
+    path, texts = folder / "metadata.parquet", list(TEXTS.values())
+    pyarrow.parquet.write_table(pyarrow.table({"Datei": list(TEXTS), "caption": texts}), path)
+    with pytest.raises(ValueError, match="--image-column names one of Datei, caption"):
+        read_captioned(folder, Columns())
+    pyarrow.parquet.write_table(pyarrow.table({"image": [b"x", b"y"], "caption": texts}), path)
+    with pytest.raises(ValueError, match=r"unpack\.py --data"):
+        read_captioned(folder, Columns())
+
+
+def test_a_table_that_is_no_file(folder: Path) -> None:
+    table = folder / "metadata.jsonl"
+    os.mkfifo(table)
+    with pytest.raises(ValueError, match=r"metadata\.jsonl is a named pipe, not a file"):
+        read_captioned(folder, Columns())
+    with pytest.raises(ValueError, match=r"metadata\.jsonl is a named pipe, not a file"):
+        data.read(folder, Columns(), captioned=False)
+    table.unlink()
+    table.symlink_to("gone")
+    with pytest.raises(ValueError, match=r"cannot read .*metadata\.jsonl: No such file"):
+        read_captioned(folder, Columns())
+    table.unlink()
+    pairs(".txt")(folder)
+    (folder / "a.txt").unlink()
+    os.mkfifo(folder / "a.txt")
+    _, (skipped,) = read_captioned(folder, Columns())
+    assert skipped.reason.endswith("a.txt is no file")
+
+
 def test_a_named_column_wins_and_must_be_there(folder: Path) -> None:
     rows = [{"file_name": name, "text": "no", "notes": text, "copy": name} for name, text in TEXTS.items()]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -153,7 +236,7 @@ def test_a_named_column_wins_and_must_be_there(folder: Path) -> None:
         ({"file_name": "a.png", "text": ["x"]}, "text is a list"),
         ({"file_name": "a.png"}, "has no text, prompt or caption"),
         ({"file_name": "gone.png", "text": "x"}, "gone.png does not exist"),
-        ({"file_name": None, "text": "x"}, "file_name is a NoneType"),
+        ({"file_name": None, "text": "x"}, "file_name is empty"),
         ("[1]", "must be an object"),
         ('{"file_name": "a.pn', "is not JSON"),
     ],

@@ -446,8 +446,8 @@ def test_digest(tmp_path: Path, folder: Path) -> None:
 
 def test_digest_of_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """A sample of blocks from the start to the end, and the size."""
-    monkeypatch.setattr("preftune.families.digest._WHOLE", 1000)
-    monkeypatch.setattr("preftune.families.digest._BLOCK", 100)
+    monkeypatch.setattr("rewards.digests._WHOLE", 1000)
+    monkeypatch.setattr("rewards.digests._BLOCK", 100)
     copy = shutil.copytree(folder, tmp_path / "copy")
     first = digest(copy)
     file = copy / "unet" / "diffusion_pytorch_model.safetensors"

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import resource
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from peft import PeftModel
+from peft.utils.other import get_pattern_key
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -21,8 +24,9 @@ import record_trajectories as recorded
 import tiny
 from eval import grid
 from eval.models import parse_column
-from preftune import cli, export_lora, families, lora_files, lora_names
+from preftune import cli, export_lora, families, lora_files, lora_names, lora_write
 from preftune.families import Family
+from preftune.lora_scales import Scales
 from preftune.sampling import Sampling, sample
 
 PROMPTS = ["a red circle", "two cats"]
@@ -245,7 +249,9 @@ def test_layouts_of_diffusers_and_peft(style: str, models: Mapping[str, Path], t
                 "peft_type": "LORA",
                 "r": 8,
                 "lora_alpha": 2,
-                "alpha_pattern": {"to_.+|out_proj|q_proj|fc1|.*conv1": 6},
+                "alpha_pattern": dict.fromkeys(
+                    ("to_q", r"to_out\.0", "out_proj$", "q_proj", "fc1", "conv1"), 6
+                ),
             }
             (folder / lora_files.ADAPTER_CONFIG).write_text(json.dumps({**config, "use_rslora": True}))
     else:
@@ -349,8 +355,24 @@ def test_refused_by_name(
         ({"use_dora": True}, r"adapter_config.json has use_dora \(DoRA\), but only"),
         ({"peft_type": "LOHA"}, "has peft_type LOHA"),
         ({"init_lora_weights": "pissa_niter_4"}, "has init_lora_weights pissa_niter_4"),
-        ({"lora_alpha": "four"}, "is 'four', not a number"),
-        ([], "is not an object"),
+        ({"lora_alpha": "four"}, "lora_alpha is 'four', not a finite number"),
+        ({"lora_alpha": None}, "lora_alpha is None, not a finite number"),
+        ({"lora_alpha": True}, "lora_alpha is True, not a finite number"),
+        ({"lora_alpha": math.nan}, "lora_alpha is nan, not a finite number"),
+        ({"lora_alpha": -math.inf}, "lora_alpha is -inf, not a finite number"),
+        ({"lora_alpha": 10**400}, r"lora_alpha is 1000\S+, not a finite number"),
+        ({"lora_alpha": 1e300}, r"not finite, or a scale, 5e\+299, that makes such"),
+        ({"lora_alpha": 2, "use_rslora": "no"}, "use_rslora is 'no'; it must be true or false"),
+        ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]; it must be an object"),
+        ({"alpha_pattern": 5}, "alpha_pattern is 5; it must be an object"),
+        ({"alpha_pattern": {"to_q": math.inf}}, "alpha_pattern 'to_q' is inf, not a finite number"),
+        ({"alpha_pattern": {"(": 1}}, r"alpha_pattern has '\(', but only names of layers"),
+        ({"alpha_pattern": {"": 1}}, "alpha_pattern has '', but only names of layers"),
+        (
+            {"alpha_pattern": {"(a|a|[a-z_.0-9]+)+!": 1}},
+            r"alpha_pattern has '\(a\|a.*, but only names of layers",
+        ),
+        ([], "must hold a JSON object, not a list"),
     ],
 )
 def test_configurations_of_peft_that_are_refused(
@@ -364,6 +386,101 @@ def test_configurations_of_peft_that_are_refused(
     (tmp_path / lora_files.ADAPTER_CONFIG).write_text(json.dumps(config))
     with pytest.raises(ValueError, match=words):
         families.load(models["sd"]).load_tuned(tmp_path)
+
+
+def test_configurations_that_are_no_text_and_hostile_metadata(tmp_path: Path) -> None:
+    """Each is refused at once, under the name of its file."""
+    layers = lora_names.Layers({"unet": {"conv_in": (4, 4)}})
+    state = {"unet.conv_in.lora_A.weight": torch.ones(2, 4), "unet.conv_in.lora_B.weight": torch.ones(4, 2)}
+    deep = "[" * 200 + "]" * 200
+    for text, words in (
+        ('{"unet.alpha_pattern": {"(a|a|[a-z_.0-9]+)+!": 1}}', r"alpha_pattern has '\(a\|a"),
+        ('{"unet.lora_alpha": Infinity}', "lora_alpha is inf, not a finite number"),
+        ('{"unet.use_dora": true}', r"has use_dora \(DoRA\)"),
+        ('{"unet.x": ' + deep + "}", "is nested too deep"),
+        ("{", "is not JSON"),
+        ("3", "must be a JSON object, not a int"),
+    ):
+        save_file(state, tmp_path / "x.safetensors", {"lora_adapter_metadata": text})
+        with pytest.raises(ValueError, match=f"x.safetensors: lora_adapter_metadata.*{words}"):
+            lora_files.read(tmp_path / "x.safetensors", layers)
+    save_file(
+        {f"base_model.model.{name[5:]}": value for name, value in state.items()},
+        tmp_path / lora_files.ADAPTER,
+    )
+    for content, words in (
+        (b'{"lora_alpha": "\xff"}', "is not UTF-8 text"),
+        (f'{{"lora_alpha": {deep}}}'.encode(), "is nested too deep"),
+        (b"{", "is not JSON"),
+    ):
+        (tmp_path / lora_files.ADAPTER_CONFIG).write_bytes(content)
+        with pytest.raises(ValueError, match=f"adapter_config.json.*{words}"):
+            lora_files.read(tmp_path / lora_files.ADAPTER, layers)
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        ["to_q"],
+        ["attn2.to_q", "to_q", "0.to_q"],
+        ["to_q", "attn2.to_q"],
+        ["q", "o_q", "attn2"],
+        [r"^attn2\.to_q", r"^down\.0\.attn2\.to_q", "to_q"],
+        ["down.0.attn2.to_q$", "^to_q$"],
+        ["attn2.to_q$", "attn2.to_q", "1.attn2.to_q"],
+    ],
+)
+def test_the_alpha_of_a_layer_is_that_of_peft(patterns: list[str]) -> None:
+    alphas = {pattern: place + 1 for place, pattern in enumerate(patterns)}
+    scales = Scales({"lora_alpha": 40, "alpha_pattern": alphas}, "here")
+    for layer in ("down.0.attn2.to_q", "down.1.attn2.to_q", "attn2.to_q", "to_q", "conv_in"):
+        assert scales.of(layer, 8) == alphas.get(get_pattern_key(list(alphas), layer), 40) / 8, layer
+
+
+def test_many_patterns_take_no_time() -> None:
+    scales = Scales({"alpha_pattern": {f"a{i}": 3 for i in range(100_000)}}, "here")
+    began = time.perf_counter()
+    assert {scales.of(f"down.{i}.a9", 3) for i in range(1000)} == {1.0}
+    assert time.perf_counter() - began < 1
+
+
+def test_tensors_that_are_no_plain_arrays(tmp_path: Path) -> None:
+    """Sparse, complex and without numbers; and a view that would take 40 GB of a file of 1 KB."""
+    layers = lora_names.Layers({"unet": {"conv_in": (4, 4)}})
+    good = {
+        "unet.conv_in.lora.down.weight": torch.ones(2, 4),
+        "unet.conv_in.lora.up.weight": torch.ones(4, 2),
+    }
+    a = torch.ones(2, 4)
+    for number, (odd, words) in enumerate(
+        (
+            (a.to_sparse(), "is no plain array of numbers"),
+            (a.to(torch.complex64), "is no plain array of numbers"),
+            (a.to("meta"), "is no plain array of numbers"),
+            (torch.ones(1).expand(100_000, 100_000), "has more numbers than the file holds"),
+            (torch.ones(2, 3), "does not fit this model"),
+        )
+    ):
+        file = tmp_path / f"{number}.pt"
+        torch.save({**good, "unet.conv_in.lora.down.weight": odd}, file)
+        with pytest.raises(ValueError, match=f"^{re.escape(str(file))} .*{words}") as error:
+            lora_files.read(file, layers)
+        assert "\n" not in str(error.value)
+    torch.save({name: nn.Parameter(value) for name, value in good.items()}, tmp_path / "good.pt")
+    a, b = lora_files.read(tmp_path / "good.pt", layers)["unet"]["conv_in"]
+    assert torch.equal(b @ a, torch.full((4, 4), 2.0))
+    assert not any(tensor.requires_grad for tensor in (a, b))
+
+
+@pytest.mark.parametrize("name", ["style.safetensors", "style.ckpt", lora_files.FILE])
+def test_a_pointer_of_git_lfs(name: str, models: Mapping[str, Path], tmp_path: Path) -> None:
+    """In the place of the weights, alone and in a folder, where it is what a clone without `git lfs` has."""
+    (tmp_path / name).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4265146304\n"
+    )
+    for path in (tmp_path / name, *([tmp_path] if name.endswith(".safetensors") else [])):
+        with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer, .*run `git lfs pull`"):
+            parse_column(f"x={path}", families.locate(str(models["sd"])))
 
 
 def test_folders(models: Mapping[str, Path], tmp_path: Path) -> None:
@@ -604,6 +721,58 @@ def test_export_for_the_web_uis(
         with pytest.raises(SystemExit):
             cli.parse(export_lora.Config, argv)
         assert "is there already; choose another name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["kohya", "diffusers", "peft"])
+def test_an_export_that_cannot_be_written_leaves_nothing(
+    layout: str, models: Mapping[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A disk or quota that is full, and numbers that fp16 cannot hold: one sentence, and the same command works later."""
+    state, _ = kohya_file(families.load(models["sd"]))
+    save_file(state, tmp_path / "x.safetensors")
+    save_file({name: 1e5 * value for name, value in state.items()}, tmp_path / "large.safetensors")
+    target = tmp_path / "out" / ("x.safetensors" if layout == "kohya" else "x")
+    argv = ["--model", str(models["sd"]), "--output", str(target), "--layout", layout, "--lora"]
+    capsys.readouterr()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limit[1]))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            export_lora.main(cli.parse(export_lora.Config, [*argv, str(tmp_path / "x.safetensors")]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert "a file would be larger than the system allows" in error
+    assert error.count("\n") == 1
+    assert not list((tmp_path / "out").iterdir())
+    half = [*argv, str(tmp_path / "large.safetensors"), "--precision", "fp16"]
+    with pytest.raises(SystemExit) as stop:
+        export_lora.main(cli.parse(export_lora.Config, half))
+    assert stop.value.code == 2
+    assert "does not fit into torch.float16" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+    assert export_lora.main(cli.parse(export_lora.Config, [*argv, str(tmp_path / "x.safetensors")])) == 0
+    assert list((tmp_path / "out").iterdir()) == [target]
+
+
+def test_kohyas_file_has_the_same_bytes_each_time(models: Mapping[str, Path], tmp_path: Path) -> None:
+    """Its metadata have several keys, which safetensors itself writes in any order."""
+    layers = families.lora_layers(models["sd"])
+    save_file(kohya_file(families.load(models["sd"]))[0], tmp_path / "x.safetensors")
+    update = lora_files.read(tmp_path / "x.safetensors", layers)
+    for number in range(4):
+        lora_write.write_kohya(tmp_path / f"{number}.safetensors", update, layers)
+    assert len({(tmp_path / f"{number}.safetensors").read_bytes() for number in range(4)}) == 1
+    with safe_open(tmp_path / "0.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert len(metadata) == 6
+    assert (metadata["ss_network_module"], metadata["ss_network_dim"]) == ("networks.lora", "Dynamic")
+    again = lora_files.read(tmp_path / "0.safetensors", layers)
+    for part, pairs in update.items():
+        for layer, (a, b) in pairs.items():
+            assert torch.equal(again[part][layer][0], a)
+            assert torch.equal(again[part][layer][1], b)
 
 
 def test_a_column_of_the_grid_is_drawn_with_the_whole_file(

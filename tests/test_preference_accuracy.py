@@ -1,6 +1,7 @@
 """eval/preference_accuracy.py: a whole small evaluation with real scorers, damaged images, views, and what users get wrong."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,19 @@ from PIL import Image, ImageOps
 
 import rewards
 from eval import preference_accuracy, view_scores
-from eval.agreement import ACCURACY, CHANGES, INVERSION, MEAN, OTHERS
+from eval.agreement import (
+    ACCURACIES,
+    ACCURACY,
+    AS_IS,
+    CHANGES,
+    INVERSION,
+    MEAN,
+    OTHERS,
+    PER_PROMPT,
+    RankedSet,
+)
+from eval.agreement_table import Measurement, agreement_table
+from eval.preference_plots import equal_accuracies, percent
 from eval.rankings import read_ranked_images, without_rejected
 from preftune import cli
 from preftune.records import read_jsonl, write_jsonl
@@ -230,6 +243,32 @@ def test_rankings_of_ties_alone_have_a_report(tmp_path: Path) -> None:
     assert {(row["low"], row["high"]) for row in found} == {("", "")}
     assert "<td>100.0</td>" in page, "a value without an interval"
     assert "nan" not in page.split("<body>")[1].split("base64")[0]
+
+
+def test_equal_accuracies_are_drawn_once() -> None:
+    """One annotator without ties: all four are equal. A scorer that ties has soft agreement of its own."""
+
+    def groups(scores: list[float], *ranks: list[float]) -> list[list[str]]:
+        judged = [RankedSet(prompt=n, rows=np.arange(3), ranks=np.array(ranks)) for n in range(2)]
+        return equal_accuracies(agreement_table(judged, {"x": np.array([scores])}, [AS_IS], 2))
+
+    assert groups([3.0, 1.0, 2.0], [1.0, 2.0, 3.0]) == [[*ACCURACIES]]
+    assert groups([2.0, 2.0, 1.0], [1.0, 2.0, 3.0]) == [
+        [ACCURACY, PER_PROMPT],
+        [INVERSION],
+        ["soft agreement"],
+    ]
+    assert [
+        name for names in groups([3.0, 1.0, 2.0], [1.0, 2.0, 3.0], [1.0, 3.0, 2.0]) for name in names
+    ] == [*ACCURACIES]
+
+
+def test_a_change_of_nothing_has_no_minus() -> None:
+    row = Measurement(
+        rater="x", reference=MEAN, view="v", metric=CHANGES[ACCURACY], value=-1e-17, low=-0.0, high=2e-4, prompts=2, total=9.0
+    )  # fmt: skip
+    assert percent(row) == "+0.0 [+0.0, +0.0]"
+    assert percent(replace(row, value=-0.02)) == "-2.0 [+0.0, +0.0]"
 
 
 def test_ratings_with_ties_have_no_accuracy_of_a_person(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ def write(path: Path, text: str) -> Path:
         ("p.jsonl", '{"caption": "a red circle, "}\n"the word \\"x\\""\n\n'),
         ("p.csv", 'id,text\n1,"a red circle, "\n2,"the word ""x"""\n'),
         ("p.tsv", 'Prompt\tCategory\na red circle, \tA\nthe word "x"\tB\n'),
+        ("p.csv", '\ufeffid;text;n\r\n1;a red circle, ;1\r\n2;"the word ""x""";2\r\n'),
+        ("p.csv", 'id\tCaption\n1\ta red circle, \n2\t"the word ""x"""\n3\tNaN\n4\tNone\n'),
         ("p.CSV", 'caption,prompt\nno,"a red circle, "\nno,"the word ""x"""\n'),
     ],
 )

@@ -16,12 +16,15 @@ import pytest
 from PIL import Image
 
 import record_trajectories as recorded
+import tiny
 from finetune import reward_model
+from hub_server import Hub
 from preftune import manifest
 from preftune.images import save_image
 from preftune.training import checkpoint, inputs, metrics, resume, validation
 from preftune.training.folder import Start
 from preftune.training.folder import clear as clear_folder
+from test_locate import files_of
 from test_run import assert_same_run, rows, run_config, train
 
 FEW = {"max_train_steps": 6, "checkpointing_steps": 2, "checkpoints_total_limit": 0}
@@ -181,8 +184,7 @@ def test_fewer_updates_than_there_are_is_no_resume(output: Path) -> None:
 def test_what_may_differ_is_said(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(output, **LATEST | {"max_train_steps": 8, "checkpointing_steps": 1, "threads": 2})
     said = capsys.readouterr().err
-    assert "--checkpointing-steps 1 (was 2), --max-train-steps 8 (was 6)\n" in said
-    assert "threads" not in said
+    assert "--checkpointing-steps 1 (was 2), --max-train-steps 8 (was 6), --threads 2 (was 1)\n" in said
 
 
 def test_what_must_not_differ_is_refused_by_name(root: Path, tmp_path: Path, capsys: Any) -> None:
@@ -261,10 +263,10 @@ def test_a_model_is_known_by_its_weights(root: Path, tmp_path: Path) -> None:
 
 
 def test_what_counts_of_a_data_set(tmp_path: Path) -> None:
-    """Names and texts, in whatever order the system lists them; a pipe or a circle of links does not stop it."""
+    """Names, sizes and texts, in whatever order the system lists them; a pipe or a circle of links does not stop it."""
     data = tmp_path / "data"
     (data / "deep").mkdir(parents=True)
-    for name in ("a.png", "a.txt", "deep/b.jpg", ".hidden.txt"):
+    for name in ("a.png", "a.txt", "deep/b.jpg", "deep/b.caption", ".hidden.txt"):
         (data / name).write_text(name)
     (data / "deep" / "circle").symlink_to("..")
     os.mkfifo(data / "pipe.txt")
@@ -274,14 +276,58 @@ def test_what_counts_of_a_data_set(tmp_path: Path) -> None:
 
     first = digest()
     (data / ".hidden.txt").write_text("other")
-    (data / "a.png").write_text("other pixels")
+    (data / "a.png").write_text("b.png")  # as many bytes: pixels do not count
     assert digest() == first
+    (data / "a.png").write_text("a.p")
+    cut = digest()
+    (data / "a.png").write_text("a.png")
+    assert digest() == first != cut
+    (data / "deep" / "b.caption").write_text("another caption")
+    assert digest() != first
+    (data / "deep" / "b.caption").write_text("deep/b.caption")
     assert digest(data.rename(tmp_path / "moved")) == first
     (tmp_path / "moved").rename(data)
     (data / "a.txt").write_text("another caption")
     second = digest()
     (data / "deep" / "b.jpg").rename(data / "deep" / "c.jpg")
     assert len({first, second, digest()}) == 3
+
+
+@pytest.mark.parametrize("driver", ["pretrain", "autoencoder", "weird_lora"])
+def test_other_samples_are_no_resume(driver: str, root: Path, tmp_path: Path, capsys: Any) -> None:
+    """An image of another size, and one as large as before that cannot be read any more."""
+    shutil.copytree(root / "images", tmp_path / "data")
+    argv = recorded.arguments(driver, root, tmp_path / "run")
+    argv += ["--max-train-steps", "1", "--data", str(tmp_path / "data"), "--resume-from-checkpoint", "latest"]
+    recorded.train(driver, argv)
+    image = sorted((tmp_path / "data").glob("*.png"))[0]
+    sound = image.read_bytes()
+    for content, words in (
+        (sound + b"more", f"--data {tmp_path / 'data'} is not what it was: its content has changed"),
+        (bytes(len(sound)), "samples set aside was 0, is 1"),
+    ):
+        image.write_bytes(content)
+        with pytest.raises(SystemExit) as stop:
+            recorded.train(driver, argv)
+        assert stop.value.code == 2
+        assert words in capsys.readouterr().err
+    image.write_bytes(sound)
+    recorded.train(driver, argv)
+
+
+def test_an_autoencoder_of_the_hub_is_known_by_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two hub ids are told apart, and one that is the same as a folder is not."""
+    places = {f"them/{name}": tmp_path / name for name in ("one", "two")}
+    for seed, place in enumerate(places.values()):
+        tiny.vae(seed=seed).save_pretrained(place)
+    with (
+        Hub({name: files_of(place) for name, place in places.items()}) as server,
+        server.in_use(monkeypatch, tmp_path / "cache"),
+    ):
+        found = {name: inputs.digests({"vae": name})["vae"] for name in (*places, str(tmp_path / "one"))}
+    assert found["them/one"] == found[str(tmp_path / "one")] != found["them/two"]
 
 
 def paths_of(config: type) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import os
+import re
 import resource
 import shutil
 import signal
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 
 import record_trajectories as recorded
 from data_build import shapes
-from preftune import disk, lock
+from preftune import disk, files, lock
 from preftune.cli import parse
 from preftune.training import checkpoint
 
@@ -216,6 +217,50 @@ def test_a_builder_that_cannot_write_says_so_and_leaves_nothing(
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert f"allows: {tmp_path}" in line or f"{tmp_path / 'data'}; make room" in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("cpu")
+def test_a_loss_that_is_not_finite_ends_in_one_sentence(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*recorded.arguments("autoencoder", root, tmp_path / "run"), "--max-train-steps", "40"]
+    with pytest.raises(SystemExit) as stop:
+        recorded.train("autoencoder", [*argv, "--learning-rate", "1e30", "--checkpointing-steps", "1"])
+    assert stop.value.code == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(r": error: (loss|gradient norm) at step \d+, rank 0, .*: lower --learning-rate", said)
+    assert re.search(rf"; the last complete checkpoint is {tmp_path}/run/step_00000\d$", said)
+
+
+@pytest.mark.parametrize("at", ["run", "deep/er/run"])
+def test_a_refused_command_leaves_no_folder(
+    at: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether the data or a column is wrong; a folder that was there is left as it was."""
+    (tmp_path / "mine").mkdir()
+    for driver, flags in (
+        ("weird_lora", ["--data", str(tmp_path / "none")]),
+        ("pretrain", ["--caption-column", "captn"]),
+        ("autoencoder", ["--data", str(tmp_path / "mine")]),
+    ):
+        for folder in (tmp_path / at, tmp_path / "mine"):
+            with pytest.raises(SystemExit) as stop:
+                recorded.train(driver, [*recorded.arguments(driver, root, folder), *flags])
+            assert stop.value.code == 2
+            assert capsys.readouterr().err
+    assert not (tmp_path / at).exists()
+    assert not list((tmp_path / "mine").iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "deep" / "run"):
+        with pytest.raises(
+            ValueError, match=rf"^--output-dir {folder} cannot be written: Not a directory; choose"
+        ):
+            files.check_writable(folder)
+    files.check_writable(tmp_path / "new" / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import single_files
 import tiny
 from preftune import families
 from preftune.families import locate, parts, single_file, vp
+from preftune.families.digest import digest
 
 KINDS = ("sd1", "sd2", "sd2-base", "sdxl")
 
@@ -193,12 +194,15 @@ def test_stable_diffusion_2_says_what_it_predicts(
         match=r"do not say whether they predict noise or v; put the model's \.yaml beside it as model\.yaml",
     ):
         locate(str(file))
+    digests = set()
     for text, kind, predicted in (("eps", "sd2-base", "epsilon"), ("v", "sd2", "v_prediction")):
         locate.cache_clear()
         file.with_suffix(".yaml").write_text(f'model:\n  params:\n    parameterization: "{text}"\n')
         source = locate(str(file))
         assert source.folder.name == kind
         assert families.check(source).prediction_type == predicted
+        digests.add(digest(source))
+    assert len(digests) == 2, "a run does not go on with the other one"
     locate.cache_clear()
     file.with_suffix(".yaml").write_text("model: 3")
     with pytest.raises(ValueError, match="is no configuration of a checkpoint"):

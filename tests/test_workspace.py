@@ -406,6 +406,15 @@ def test_overwriting_removes_the_results_of_the_earlier_run(root: Path, tmp_path
     assert (tmp_path / "unet").is_dir()
 
 
+def test_a_file_for_other_programs_is_not_older_than_the_lora(root: Path, tmp_path: Path) -> None:
+    """It is that of the last command, or it is not there."""
+    argv = [*arguments("weird_lora", root, tmp_path / "run"), "--resume-from-checkpoint", "latest"]
+    recorded.train("weird_lora", [*argv, "--max-train-steps", "1", "--export", "kohya"])
+    assert (tmp_path / "run" / "lora_kohya.safetensors").is_file()
+    recorded.train("weird_lora", [*argv, "--max-train-steps", "2"])
+    assert not (tmp_path / "run" / "lora_kohya.safetensors").exists()
+
+
 def test_another_scale_of_the_lora_is_no_resume(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,28 +1,37 @@
 """What tells the weights of one model from those of another."""
 
 import hashlib
+import json
 from pathlib import Path
 
 from preftune.families import weights
 from preftune.families.locate import as_source
 from preftune.families.source import INDEX, Source, models_of, names_in, parts_of
-from rewards.digests import sha256_of
-
-_WHOLE, _BLOCK, _BLOCKS = 1 << 30, 1 << 20, 256
+from rewards.digests import sampled_sha256_of
 
 
 def digest(model: Source | Path | str) -> str:
     """Return what tells a model's weights and configurations from those of another model, in about a second.
 
-    SHA-256 over the names and digests of the files that are loaded; of a file above 1 GiB, over its size and 257 blocks of
-    1 MiB, spread evenly from its start to its end, so that one changed bit between them is not seen. It is the same in
-    another folder. A model in the hub's cache counts as its commit and the names of its files.
+    SHA-256 over the names and digests of the files that are loaded, and of a single file over its noise schedule.
+    Of a file above 1 GiB a sample is read, so that one changed bit between its blocks is not seen. It is the same in another
+    folder. A model in the hub's cache counts as its commit and the names of its files.
     """
     source = as_source(model)
     files = {"file": source.file} if source.file is not None else _files(source)
     found = hashlib.sha256()
     for name, path in sorted(files.items()):
-        found.update(f"{name} {source.commit or _digest_of(path)}\n".encode())
+        found.update(f"{name} {source.commit or sampled_sha256_of(path)}\n".encode())
+    if source.file is not None:  # its metadata or a .yaml beside it may decide
+        found.update(json.dumps(source.scheduler_config(), sort_keys=True).encode())
+    return found.hexdigest()
+
+
+def digest_of_part(folder: Path) -> str:
+    """Return what tells the folder of a UNet or an autoencoder from others, as `digest`; ValueError where it has no weights."""
+    found = hashlib.sha256()
+    for name in sorted(["config.json", *weights.find(folder, "diffusers").files]):
+        found.update(f"{name} {sampled_sha256_of(folder / name)}\n".encode())
     return found.hexdigest()
 
 
@@ -38,16 +47,3 @@ def _files(source: Source) -> dict[str, Path]:
             kept += weights.find(source.folder / part, models[part], source.variant).files
         names += [f"{part}/{name}" for name in kept]
     return {name: source.folder / name for name in names}
-
-
-def _digest_of(path: Path) -> str:
-    """Return a file's SHA-256, or that of a sample of a large file."""
-    size = path.stat().st_size
-    if size <= _WHOLE:
-        return sha256_of(path)
-    found = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for k in range(_BLOCKS + 1):
-            file.seek(k * (size - _BLOCK) // _BLOCKS)
-            found.update(file.read(_BLOCK))
-    return found.hexdigest()

@@ -20,9 +20,8 @@ from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from diffusers.utils import logging
 
-from preftune.families import weights
 from preftune.families.configs import read_json
-from rewards.input_files import read_text
+from rewards.input_files import check_pointer, read_text
 
 _MAX_YAML = 1 << 18
 """Bytes of a .yaml beside a checkpoint."""
@@ -66,7 +65,6 @@ class _Shape:
 
 def detect(file: Path) -> Kind:
     """Return the kind of a single file; ValueError for another kind of file or model. Reads names and shapes alone."""
-    weights.check_pointer(file)
     shapes, metadata = read_shapes(file)
     if any("lora_" in name or ".lora" in name for name in shapes):
         raise ValueError(
@@ -102,6 +100,7 @@ def is_checkpoint(file: Path) -> bool:
 
 def read_shapes(file: Path) -> tuple[dict[str, _Shape], dict[str, str]]:
     """Return the shapes of a file's weights by name, and its metadata; ValueError for a file that cannot be read."""
+    check_pointer(file)
     if file.suffix == ".safetensors":
         try:
             with safetensors.safe_open(file, "pt") as opened:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preftune.families.configs import read_json
+from rewards.input_files import check_pointer
 
 FILES = {
     "diffusers": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
     "transformers": ("model.safetensors", "pytorch_model.bin"),
 }
 """Library -> the names of its weights, the preferred one first."""
-_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,15 +110,3 @@ def find(folder: Path, library: str, variant: str | None = None) -> Weights:
     for name in weights.files:
         check_pointer(folder / name)
     return weights
-
-
-def check_pointer(file: Path) -> None:
-    """Raise ValueError for a file that Git LFS left in the place of a large one."""
-    if file.stat().st_size > 1024:
-        return
-    with file.open("rb") as stream:
-        if stream.read(len(_POINTER)) == _POINTER:
-            raise ValueError(
-                f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in its repository, or fetch the model with"
-                " `hf download`"
-            )

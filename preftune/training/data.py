@@ -9,7 +9,7 @@ from preftune import files
 from preftune.image_check import SMALL, Checked, check_images
 from preftune.image_folders import Columns, describe_passed_over, find_captions, list_images, suffixes
 from preftune.notes import counted, say
-from preftune.prompts import LONG
+from preftune.prompts import say_long
 from preftune.records import (
     CaptionedImage,
     Ranking,
@@ -42,7 +42,7 @@ def read(
     The same data give the same samples in every process and after a resume. Without `captioned` a folder of images without
     captions will do; their texts are empty. Raises ValueError where nothing can be used.
     """
-    found = find_captions(folder) if folder.is_dir() else None
+    found = find_captions(folder, columns.image_column) if folder.is_dir() else None
     images, others = list_images(folder) if found is None and not captioned and folder.is_dir() else ((), ())
     if images:
         columns.check_unused(folder)
@@ -100,7 +100,6 @@ def _say(
     folder: Path, samples: Sequence[CaptionedImage], skipped: Sequence[Skipped], checked: Checked
 ) -> None:
     _say_skipped(folder, counted(len(samples), "image"), skipped)
-    long = sum(len(sample.text) > LONG for sample in samples)
     for number, words in (
         (checked.turned, "turned as the EXIF data say"),
         (checked.animated, "animated or of several pages; the first one is used"),
@@ -108,11 +107,12 @@ def _say(
     ):
         if number:
             say(f"{folder}: {counted(number, 'image is', 'images are')} {words}")
-    if long:
-        say(
-            f"{folder}: {counted(long, 'caption has', 'captions have')} more than {LONG:,} characters; text encoders read the"
-            " beginning only, 77 tokens in Stable Diffusion"
-        )
+    say_long(folder, (sample.text for sample in samples), "caption")
+
+
+def as_setting(skipped: Sequence[Skipped] | None) -> dict[str, object]:
+    """Return what a resumed run compares of the samples that are used, beside the digest of the data: how many are not."""
+    return {} if skipped is None else {"samples set aside": len(skipped)}
 
 
 def write_report(folder: Path, skipped: Sequence[Skipped]) -> None:

@@ -52,7 +52,7 @@ class Start:
 
 
 def clear(output: Path, start: Start, *, overwrite: bool, driver_files: Sequence[str] = ()) -> None:
-    """Remove what killed writes left behind and, to overwrite, the earlier run; rename damaged checkpoints to NAME.damaged.
+    """Make the folder, remove what killed writes left behind and, to overwrite, the earlier run; rename damaged checkpoints to NAME.damaged.
 
     Only a run's own files go, and those of the driver's patterns, so that a mistyped folder keeps everything else. Where the new
     run starts from a checkpoint in this very folder, only what is later than that goes.
@@ -62,6 +62,7 @@ def clear(output: Path, start: Start, *, overwrite: bool, driver_files: Sequence
         files.remove(place)
         damaged.rename(place)
     source = start.source
+    output.mkdir(parents=True, exist_ok=True)
     files.tidy(output, output / "samples")
     if not overwrite or not holds_run(output):
         return

@@ -9,8 +9,11 @@ from typing import Any
 import rewards
 from preftune import lora_files
 from preftune.families.digest import digest as digest_of_pipeline
-from preftune.families.locate import locate
+from preftune.families.digest import digest_of_part
+from preftune.families.locate import locate, locate_vae
 from preftune.families.source import Source
+from preftune.image_folders import CAPTION_FILES
+from rewards.digests import sampled_sha256_of
 from rewards.mix import parse_files, parse_weights
 
 FLAGS = (
@@ -21,16 +24,15 @@ FLAGS = (
 
 _NAMES_COUNT = ("data", "regularisation", "pretraining_data")
 _CONTENT_COUNTS = {
-    ".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".tar", ".zip", ".safetensors", ".bin", ".pt", ".pth", ".ckpt",
+    ".json", ".jsonl", ".csv", ".tsv", *CAPTION_FILES, ".parquet", ".tar", ".zip", ".safetensors", ".bin", ".pt", ".pth", ".ckpt",
 }  # fmt: skip
-_WHOLE, _BLOCK, _BLOCKS = 1 << 26, 1 << 20, 64
 
 
 def digests(flags: Mapping[str, Any]) -> dict[str, str]:
     """Return flag, or `scorer NAME`, -> digest of what it names, for those that name something on this machine.
 
-    Of a data set count the names of its files, its captions and its metadata, but not the pixels of its images; of a file above
-    64 MiB, its size and 65 blocks of 1 MiB, spread evenly.
+    Of a data set count the names and sizes of its files, its captions and its metadata, but not the pixels of its images; of a
+    file above 1 GiB, a sample.
     """
     found = {}
     for name in FLAGS:
@@ -40,6 +42,8 @@ def digests(flags: Mapping[str, Any]) -> dict[str, str]:
             found[name] = _digest(rewards.check(str(value), _path(flags.get("weights"))), with_names=False)
         elif name == "model" and value and (source := _pipeline(flags)) is not None:
             found[name] = digest_of_pipeline(source)
+        elif name == "vae" and value:  # it may be a hub id
+            found[name] = digest_of_part(locate_vae(str(value)))
         elif paths and all(path.exists() for path in paths):
             found[name] = _digest(paths, with_names=name in _NAMES_COUNT)
     if start := _path(flags.get("lora_start")):
@@ -68,7 +72,7 @@ def _digest(paths: Sequence[Path], *, with_names: bool) -> str:
     found = hashlib.sha256()
     for path in paths:
         if path.is_file():
-            found.update(_content(path))
+            found.update(sampled_sha256_of(path).encode())
             continue
         for folder, inside, names in os.walk(path):
             inside[:] = sorted(name for name in inside if not name.startswith("."))
@@ -78,18 +82,7 @@ def _digest(paths: Sequence[Path], *, with_names: bool) -> str:
                 if counts or with_names:
                     found.update(f"{file.relative_to(path).as_posix()}\0".encode(errors="surrogateescape"))
                 if counts:
-                    found.update(_content(file))
+                    found.update(sampled_sha256_of(file).encode())
+                elif with_names and file.is_file():
+                    found.update(f"{file.stat().st_size}\0".encode())
     return found.hexdigest()
-
-
-def _content(path: Path) -> bytes:
-    """SHA-256 of a file, or of a sample of a large one."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size <= _WHOLE:
-            return hashlib.file_digest(file, "sha256").digest()
-        found = hashlib.sha256(str(size).encode())
-        for block in range(_BLOCKS + 1):
-            file.seek(block * (size - _BLOCK) // _BLOCKS)
-            found.update(file.read(_BLOCK))
-    return found.digest()

@@ -3,14 +3,13 @@
 import importlib.util
 import math
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from preftune import lock
+from preftune import files, lock
 from preftune.training import checkpoint, folder
 
 
@@ -121,14 +120,7 @@ def check(config: RunConfig) -> None:
         )
     if lock.is_main_process():
         lock.acquire(config.output_dir)  # until `Run.finish`, or the end of the process
-    try:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=config.output_dir):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"--output-dir {config.output_dir} cannot be written: {error}; choose another folder"
-        ) from error
+    files.check_writable(config.output_dir)
     source = config.resume_from_checkpoint if isinstance(config.resume_from_checkpoint, Path) else None
     if source and (checkpoint.updates_of(source) is None or not (source / "state.pt").is_file()):
         raise ValueError(

@@ -206,7 +206,7 @@ def summary(moments: Mapping[str, Validation]) -> str:
             mean, low, high = bootstrap.mean(np.asarray(new) - np.asarray(old))
             lines.append(
                 f"{name:5s} {title} {np.mean(old):.3f} -> {other_title} {np.mean(new):.3f}"
-                f"  change {mean:+.3f} {bootstrap.interval(low, high, '+.3f')}".rstrip()
+                f"  change {mean:+z.3f} {bootstrap.interval(low, high, '+z.3f')}".rstrip()
             )
     return "\n".join(lines)
 

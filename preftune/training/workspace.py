@@ -168,8 +168,10 @@ def load_model(
 
 
 def export(model: ModelConfig, family: Family, folder: Path) -> None:
-    """Write folder/lora in the layout of --export, where one is asked for."""
-    if model.export is not None:
+    """Write folder/lora in the layout of --export, where one is asked for; else the file of an earlier command goes."""
+    if model.export is None:
+        files.remove(folder / KOHYA_FILE)
+    else:
         layers = family.lora_layers()
         write_kohya(folder / KOHYA_FILE, lora_files.read(folder / "lora", layers), layers)
 
@@ -211,7 +213,7 @@ def open(
         if "shapes" in reward.weights():
             size = validation.sample.resolved(defaults).resolution
             check_judgeable(prompts, (size.width, size.height), "the validation images")
-        same = {**model.lora_settings(), **(settings or {})}
+        same = {**model.lora_settings(), **(settings or {}), **data.as_setting(skipped)}
         run = Run(
             run_config, driver=driver, config_text=config_text, settings=same, driver_files=driver_files
         )
