@@ -43,6 +43,9 @@ def test_a_column_of_a_folder_without_a_table(captioned: bool, tmp_path: Path) -
     for call in (data.check, data.read):
         with pytest.raises(ValueError, match=r"--image-column foo names a column, but .* has no table"):
             call(tmp_path, wrong, captioned=captioned)
+    named = {"image_column": "foo", "text_column": None}
+    with pytest.raises(ValueError, match=r"--image-column foo names a column, but .* has no table"):
+        find_data_set(tmp_path, prompted=False, prompt="", **named)
     assert wrong.where_any(tmp_path) == Columns()
     (tmp_path / "metadata.jsonl").write_text('{"foo": "a.png", "text": "x"}\n')
     assert wrong.where_any(tmp_path) == wrong
