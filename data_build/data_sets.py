@@ -70,12 +70,20 @@ def find_data_set(
     """
     root, kind, sources, folder = _recognise(path, image_column)
     if kind == "images" and prompted and not prompt.strip():
+        if (path / "rankings.jsonl").is_file():
+            raise ValueError(
+                f"{path} holds rankings (rankings.jsonl), not captioned images;"
+                f" `python eval/preference_accuracy.py --data {path}` scores them"
+            )
         raise ValueError(
             f"{path} holds images without captions (no metadata.jsonl), and a scorer reads the prompt; give --prompt,"
             " or scorers that read none"
         )
     if kind != "images" and prompt:
         raise ValueError(f"--prompt is for images without captions, and {path} has captions; leave it out")
+    with_columns = kind in ("parquet", "tar") or (folder is not None and folder.table is not None)
+    if not with_columns:
+        Columns(image_column=image_column, caption_column=text_column).check_unused(path)
     image, text = "", None
     if kind == "parquet":
         image, text = _columns(root, sources, image_column, text_column, prompted=prompted)
@@ -85,7 +93,7 @@ def find_data_set(
     columns = Columns(image_column=named, caption_column=text_column)
     return DataSet(
         root=root, kind=kind, sources=sources, prompted=prompted, prompt=prompt, image_column=image, text_column=text,
-        folder=folder, columns=columns if kind == "tar" or (folder is not None and folder.table is not None) else Columns(),
+        folder=folder, columns=columns if with_columns and kind != "parquet" else Columns(),
         passed_over=_passed_over(root, kind, folder),
     )  # fmt: skip
 

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from preftune import families, seeds
 from preftune.cli import exit_on_user_error, parse
+from preftune.families import Source
 from preftune.files import replacing, write_text
 from preftune.images import load_pixels, to_pil
 from preftune.one_writer import one_writer
@@ -53,7 +54,11 @@ class Config:
     images: int = 4
     """Images in a ranking, at least 2."""
     model: str | None = None
-    """Pipeline folder that generates the images; None = render them."""
+    """Model that generates the images: pipeline folder, .safetensors or .ckpt file, or a hub id; None = render them."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; None = main."""
+    variant: str | None = None
+    """Variant of the weights, as fp16; None = those without one, or the only one there is."""
     guidance_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0)
     """Guidance scales, one chosen at random for each image."""
     step_counts: tuple[int, ...] = (4, 8, 16)
@@ -70,6 +75,8 @@ class Config:
             raise ValueError(
                 f"--count must be at least 1 and --images at least 2, got {self.count} and {self.images}"
             )
+        if self.model is None and (self.revision or self.variant):
+            raise ValueError("--revision and --variant belong to a --model; name one, or leave them out")
         if self.annotators < 1:
             raise ValueError(f"--annotators must be at least 1, got {self.annotators}")
         if not self.annotator_noise >= 0:
@@ -83,6 +90,10 @@ class Config:
             raise ValueError(
                 f"--guidance-scales and --step-counts must be positive, got {self.guidance_scales} and {self.step_counts}"
             )
+
+    def source(self) -> Source | None:
+        """Return where the model is, None without one; ValueError as `families.locate`."""
+        return None if self.model is None else families.locate(self.model, self.revision, self.variant)
 
 
 def scene_of(index: int, config: Config) -> tuple[Scene, Generator]:
@@ -115,7 +126,7 @@ def write_image(pixels: Tensor, path: Path) -> None:
     to_pil(pixels).save(path, compress_level=1)
 
 
-def write_generated(config: Config, model: str, folder: Path) -> None:
+def write_generated(config: Config, model: Source, folder: Path) -> None:
     """Generate and write all images, in groups of equal settings."""
     family = families.load(model)
     settings, captions, names = [], [], []
@@ -155,13 +166,14 @@ def main(config: Config) -> None:
     with exit_on_user_error():
         if config.output_dir.exists():
             raise ValueError(f"{config.output_dir} exists already; remove it or choose another --output-dir")
-        if config.model is not None:
-            families.check(config.model)
+        model = config.source()
+        if model is not None:
+            families.check(model)
     with replacing(config.output_dir) as folder:
-        if config.model is None:
+        if model is None:
             write_rendered(config, folder)
         else:
-            write_generated(config, config.model, folder)
+            write_generated(config, model, folder)
         summary = write_rankings(config, folder)
     show(json.dumps(summary))
 

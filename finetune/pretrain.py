@@ -49,7 +49,7 @@ class Config:
     """Train a text-to-image model on a captioned image folder."""
 
     data: Path
-    """Folder of captioned images: metadata.jsonl or .csv (file_name, text), or a .txt file beside each image."""
+    """Folder of captioned images: metadata.jsonl, .csv or .parquet (file_name, text), or a .txt or .caption file beside each image."""
     columns: Annotated[Columns, tyro.conf.arg(name="")] = field(default_factory=Columns)
     train_text_encoder: bool = False
     """Also train all weights of the text encoders; only with --train full."""

@@ -80,7 +80,7 @@ class Config:
     pretraining: Literal["alternate", "sum", "off"] = "alternate"
     """How the pre-training loss on --data is combined with the reward loss."""
     data: Path | None = None
-    """Folder of captioned images for the pre-training loss: metadata.jsonl or .csv, or a .txt file beside each image."""
+    """Folder of captioned images for the pre-training loss: metadata.jsonl, .csv or .parquet, or a .txt or .caption file beside each image."""
     columns: Annotated[Columns, tyro.conf.arg(name="")] = field(default_factory=Columns)
     caption_dropout: float = 0.0
     """Share of captions left empty in the pre-training loss, in [0, 1)."""

@@ -44,7 +44,7 @@ class Config:
     """Tune a model on scored images, each weighted by its reward."""
 
     data: Path
-    """Folder of captioned images whose table, metadata.jsonl or .csv, holds a score; rows without one are set aside."""
+    """Folder of captioned images whose table, metadata.jsonl, .csv or .parquet, holds a score; rows without one are set aside."""
     score: str
     """Name of the score in the rows, higher is better."""
     weighting: Literal["minmax", "exp"] = "minmax"

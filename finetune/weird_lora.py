@@ -52,7 +52,7 @@ class Config:
     """Tune a model on preferred and non-preferred images, the latter under "Weird image. " (HPS v1)."""
 
     data: Path
-    """Imagefolder with metadata.jsonl whose rows have a `kind`: preferred, non_preferred or regularisation."""
+    """Imagefolder with metadata.jsonl, .csv or .parquet whose rows have a `kind`: preferred, non_preferred or regularisation."""
     regularisation: Path | None = None
     """Imagefolder of additional ordinary captioned images."""
     regularisation_share: float | None = None

@@ -333,7 +333,7 @@ def _tyro(config_class: type[Config], args: list[str], origins: dict[str, str]) 
     except SystemExit as stop:
         if not stop.code:
             raise
-        reason = _unboxed(box.getvalue())
+        reason = _missing(box.getvalue()) or _unboxed(box.getvalue())
         cause: BaseException | None = stop.__context__
         if re.match(
             r"Error parsing (?!-)", reason
@@ -354,7 +354,18 @@ def _unboxed(text: str) -> str:
     lines = [line for line in plain if line]
     rules = [at for at, line in enumerate(lines) if line[0] in "\u256d\u2570" or not line.strip("\u2500-")]
     section = lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines
-    return re.sub(r"^(Error parsing|Missing from \S+:) (?=--)", "", " ".join(section))
+    return re.sub(r"^Error parsing (?=--)", "", " ".join(section))
+
+
+def _missing(text: str) -> str:
+    """Which required flags are missing, where that is what a box of tyro's says; else nothing."""
+    if "Missing from " not in text:
+        return ""
+    plain = re.sub(r"\x1b\[[\d;]*m", "", text)
+    flags = re.findall(r"(?m)^[^\w-]{1,7}(--[a-z][\w.-]*)", plain)  # their help stands further to the right
+    if len(flags) == 1:
+        return f"{flags[0]} is missing; see --help"
+    return f"{', '.join(flags[:-1])} and {flags[-1]} are missing; see --help"
 
 
 def _fail(reason: str) -> NoReturn:

@@ -223,6 +223,11 @@ def read_usable_rankings(folder: Path) -> tuple[list[Ranking], list[Skipped]]:
     rankings, skipped = list[Ranking](), list[Skipped]()
     known: dict[str, Path] = {}  # several annotators name the same images
     path = folder / "rankings.jsonl"
+    if not path.exists():
+        raise ValueError(
+            f"{folder} {'has no rankings.jsonl' if folder.exists() else 'does not exist'}; data_build/preferences.py writes"
+            " rankings of published preferences, data_build/simulate_rankings.py of the shapes world"
+        )
     for place, line in read_lines(path):
         if not line.strip():
             continue

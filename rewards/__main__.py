@@ -1,11 +1,17 @@
 """`python -m rewards`: the table of scorers."""
 
+import argparse
+from collections.abc import Sequence
+
 from rewards import CARDS, Card
 from rewards.weights import local
 
 
-def main() -> None:
-    """Print one line a scorer and, below it, what it measures."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print one line a scorer and, below it, what it measures; argv defaults to that of the process, and takes nothing."""
+    argparse.ArgumentParser(
+        prog="python -m rewards", description="Print the table of scorers.", allow_abbrev=False
+    ).parse_args(argv)
     rows: list[tuple[str, ...]] = [
         ("name", "paper", "reads prompt", "gradient", "range", "licence", "input", "weights", "here")
     ]

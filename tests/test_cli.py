@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import pytest
 import tyro
 
+from finetune import refl, reward_weighted
 from preftune import cli
 from preftune.sampling import Sampling
 
@@ -254,7 +255,11 @@ def test_several_values_for_a_flag_of_one(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_missing_required_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--prompts" in refused(capsys, [], Required)
+    assert refused(capsys, [], Required).endswith("error: --prompts is missing; see --help\n")
+    missing = refused(capsys, ["--rewards", "brightness=1"], refl.Config)
+    assert missing.endswith("error: --prompts and --model are missing; see --help\n")
+    missing = refused(capsys, [], reward_weighted.Config)
+    assert missing.endswith("error: --data, --score and --model are missing; see --help\n")
     assert cli.parse(Required, ["--config", write(tmp_path, "prompts: p.txt\n")]).prompts == Path("p.txt")
 
 

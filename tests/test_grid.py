@@ -421,6 +421,13 @@ def test_wins_by_hand(tmp_path: Path) -> None:
     assert [text for text in Page(html).text if text.endswith(" %")] == ["62 %", "100 %"]
 
 
+def test_the_page_names_the_model(tmp_path: Path) -> None:
+    config = grid.Config(model=Pretrained(model="a/b", revision="v1"), output_dir=tmp_path)
+    page = page_of(sheet(tmp_path, [[1.0]]), config)
+    assert "Model a/b (revision v1); " in page
+    assert "Pretrained" not in page
+
+
 def test_hostile_text_is_escaped_and_nothing_is_fetched(tmp_path: Path) -> None:
     table = sheet(tmp_path, [[1, 2], [3, 4]], title="<b onclick=x>", prompts=[HOSTILE, "{{ 7 * 7 }} ]]>"])
     html = page_of(table, grid.Config(negative='"><script>', columns=("x=",), output_dir=tmp_path))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from data_build import generate
+from data_build import generate, simulate_rankings
 from eval import compare_methods, grid
 from eval.models import parse_column
 from finetune import pretrain, raft, refl, reward_weighted, weird_lora
@@ -281,6 +281,23 @@ WRONG = {
     "driver of a comparison": (compare_methods, "--prompts TMP/p.txt --methods a=none.py", "none.py is no driver"),
     "LoRA": (export_lora, "--lora TMP/none --output TMP/x.safetensors", "no LoRA in TMP/none"),
 }  # fmt: skip
+
+
+def test_how_a_page_names_the_model() -> None:
+    assert str(Pretrained(model="a/b")) == "a/b"
+    assert str(Pretrained(model="a/b", revision="v1", variant="fp16")) == "a/b (revision v1, variant fp16)"
+
+
+def test_simulated_rankings_take_the_same_flags(tmp_path: Path) -> None:
+    few = ["--output-dir", str(tmp_path / "out")]
+    config = cli.parse(
+        simulate_rankings.Config, [*few, "--model", str(tmp_path), "--revision", "v1", "--variant", "x"]
+    )
+    with pytest.raises(ValueError, match=r"--revision v1 is for hub ids"):
+        config.source()
+    assert cli.parse(simulate_rankings.Config, few).source() is None
+    with pytest.raises(SystemExit):
+        cli.parse(simulate_rankings.Config, [*few, "--revision", "v1"])
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -41,6 +41,12 @@ class Pretrained:
     variant: str | None = None
     """Variant of the weights, as fp16; None = those without one, or the only one there is."""
 
+    def __str__(self) -> str:
+        """Return the model as a page names it: with its revision and variant, where it has them."""
+        given = {"revision": self.revision, "variant": self.variant}
+        more = ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
+        return f"{self.model} ({more})" if more else self.model
+
     def flags(self) -> list[str]:
         """Return the flags that name this model to another program."""
         given = {"--model": self.model, "--revision": self.revision, "--variant": self.variant}
