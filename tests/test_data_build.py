@@ -275,7 +275,7 @@ def test_generated_rankings(tmp_path: Path) -> None:
         output_dir=tmp_path / "data",
         count=3,
         images=2,
-        model=model,
+        model=str(model),
         guidance_scales=(2.0,),
         step_counts=(2,),
         annotator_noise=0,

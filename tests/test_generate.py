@@ -32,7 +32,7 @@ def config(root: Path, output: Path, *flags: str) -> generate.Config:
 def test_the_reader_takes_what_was_generated(root: Path, tmp_path: Path) -> None:
     settings = config(root, tmp_path / "parts")
     generate.main(settings)
-    data = find_data_set(tmp_path / "parts", prompted=True, prompt="", image_column="", text_column="")
+    data = find_data_set(tmp_path / "parts", prompted=True, prompt="", image_column=None, text_column=None)
     assert data.sources == ("part-000001.zip", "part-000002.zip", "part-000003.zip")
     images = [entry for *_, entry in entries(data)]
     assert all(isinstance(image, ImageEntry) for image in images)

@@ -81,7 +81,7 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 def set_aside(data: Path) -> dict[str, str]:
     """file and member -> reason of what a builder cannot use; "usable" for the rest. As the programs do it, with the survey."""
-    found = readers.find_data_set(data, prompted=False, prompt="", image_column="image", text_column="text")
+    found = readers.find_data_set(data, prompted=False, prompt="", image_column=None, text_column=None)
     readers.survey(found)
     prepare = PrepareEntry(data=found)
     result = {}

@@ -390,9 +390,9 @@ def test_a_column_of_the_grid_may_be_any_model(
     base = locate(str(folder))
     with Hub({REPO: published}) as server, server.in_use(monkeypatch, tmp_path):
         with pytest.raises(
-            ValueError, match=r"column 'tuned': runs/refl-tiny does not exist; name a run, LoRA"
+            ValueError, match=r"column 'tuned': runs/refl-gone does not exist; name a run, LoRA"
         ):
-            parse_column("tuned=runs/refl-tiny", base)  # where there is no runs/, it looks like a hub id
+            parse_column("tuned=runs/refl-gone", base)  # where there is no runs/, it looks like a hub id
         with pytest.raises(ValueError, match=r"as https://huggingface.co/OWNER/NAME"):
             parse_column(f"other={REPO}", base)
         assert not server.requests

@@ -378,7 +378,7 @@ def test_wrong_inputs_exit_with_code_2(
         (foreign / name).touch()
     write_jsonl(foreign / "rankings.jsonl", [ranked("a door", ["a", "b"], [1, 2], "")])
     for folder, output, flags, message in (
-        (tmp_path / "none", tmp_path / "out", [], "cannot read"),
+        (tmp_path / "none", tmp_path / "out", [], "does not exist"),
         (
             foreign,
             tmp_path / "out",

@@ -374,7 +374,7 @@ def test_the_three_ways_of_pretraining(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_score_that_is_not_a_number_stops_the_run(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     score: Callable[..., Tensor] = Brightness.__call__
     calls = 0
@@ -385,8 +385,12 @@ def test_a_score_that_is_not_a_number_stops_the_run(
         return score(self, pixels, prompts) * (torch.nan if calls == 3 else 1.0)
 
     monkeypatch.setattr(Brightness, "__call__", third_is_nan)
-    with pytest.raises(FloatingPointError, match="brightness gave nan"):
+    with pytest.raises(SystemExit) as stop:
         refl.main(config(root, tmp_path, run={"checkpointing_steps": 1, "checkpoints_total_limit": 0}))
+    assert stop.value.code == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "error: brightness gave nan" in said
+    assert f"checkpoint is {tmp_path / 'step_000002'}" in said
     assert [row["step"] for row in rows(tmp_path)] == [0, 1]
     assert [path.name for path in find_checkpoints(tmp_path)] == [f"step_{n:06d}" for n in range(3)]
     assert not (tmp_path / "lora").exists()

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import struct
@@ -375,7 +376,7 @@ def test_a_listing_goes_on_from_any_place(kind: str, rendered: Path, tmp_path: P
         path = path / "a.parquet"
         write_table(path, as_struct(encoded(rendered)), STRUCT, group=3)
         break_row_group(path, 1)
-    found = readers.find_data_set(path, prompted=True, prompt="", image_column="image", text_column="text")
+    found = readers.find_data_set(path, prompted=True, prompt="", image_column=None, text_column=None)
     whole = list(readers.entries(found))
     assert len(whole) == (5 if kind == "broken table" else COUNT)
     for index, (source, number, entry) in enumerate(whole):
@@ -634,7 +635,7 @@ def test_nothing_to_score_is_an_error_that_gives_the_reason(
 
 
 def test_a_score_that_is_no_number_stops_the_job(
-    rendered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rendered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It names scorer and image; what was finished before is kept, and nothing is called complete."""
     original = score_files.score_all
@@ -645,10 +646,11 @@ def test_a_score_that_is_no_number_stops_the_job(
 
     monkeypatch.setattr(score_files, "score_all", wrong)
     first = next(i for i, sample in enumerate(read_imagefolder(rendered)) if "cross" in sample.text)
-    with pytest.raises(
-        FloatingPointError, match=rf"shapes gave nan for 000/00000{first}\.png  with the prompt '.*cross"
-    ):
+    with pytest.raises(SystemExit) as stop:
         run(rendered, tmp_path / "out", chunk=1)
+    assert stop.value.code == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(rf"error: shapes gave nan for 000/00000{first}\.png  with the prompt '.*cross", said)
     assert len(list((tmp_path / "out" / "chunks").iterdir())) == first
     assert not (tmp_path / "out" / "summary.json").exists()
     monkeypatch.undo()
@@ -710,7 +712,7 @@ def test_killed_again_and_again(rendered: Path, tmp_path: Path) -> None:
         assert children.end(children.begin(run_and_die, settings, 2)) == -signal.SIGKILL
         assert score_folder.progress(settings.output_dir)[0] == 2 * kills - 1  # the first file is the job
     number, place = score_folder.progress(settings.output_dir)
-    found = readers.find_data_set(data, prompted=True, prompt="", image_column="image", text_column="text")
+    found = readers.find_data_set(data, prompted=True, prompt="", image_column=None, text_column=None)
     assert len(list(readers.entries(found, *place))) == 9 - number
     score.main(settings)
     assert contents(settings.output_dir) == contents(tmp_path / "straight")
