@@ -346,3 +346,8 @@ def read_bytes(data: DataSet, image: ImageEntry) -> bytes:
 def _open(path: Path) -> zipfile.ZipFile:
     """An archive that stays open while its images are read, in each process."""
     return open_zip(path)
+
+
+# A worker that shared an open archive's place in the file would move it under the others.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_open.cache_clear)

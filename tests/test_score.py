@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -130,6 +131,25 @@ def test_workers_change_nothing(rendered: Path, tmp_path: Path) -> None:
     for workers in (0, 2):
         run(rendered, tmp_path / f"{workers}", "imagereward-tiny", "brightness", workers=workers, best=2)
     assert contents(tmp_path / "0") == contents(tmp_path / "2")
+
+
+def test_workers_open_archives_anew(rendered: Path, tmp_path: Path) -> None:
+    """One that this process has open is not shared with them: they would move each other's place in it."""
+    (tmp_path / "data").mkdir()
+    write_part(tmp_path / "data" / "part-000001.zip", encoded(rendered))
+    found = readers.find_data_set(
+        tmp_path / "data", prompted=True, prompt="", image_column=None, text_column=None
+    )
+    entry = next(entry for *_, entry in readers.entries(found) if isinstance(entry, ImageEntry))
+    readers.read_bytes(found, entry)
+    assert readers._open.cache_info().currsize == 1
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(archives_open) == 0
+    assert archives_open() == 1
+
+
+def archives_open() -> int:
+    return readers._open.cache_info().currsize
 
 
 def contents(folder: Path) -> dict[str, bytes]:
