@@ -22,8 +22,7 @@ from preftune.families import configs, parts, text, vp
 from preftune.families import unet as unets
 from preftune.families.base import Cond, Defaults
 from preftune.families.source import Source
-from preftune.lora_files import Update
-from preftune.lora_names import Layers, layers_of
+from preftune.lora_names import Layers
 from preftune.noise import Prediction, PredictionType, predict_from
 from preftune.resolution import Framing, Resolution
 from preftune.solvers import SolverName
@@ -89,9 +88,8 @@ class SD:
         self.prediction_type: PredictionType = self.noise.prediction_type
         self.defaults: Defaults = _defaults(unet.config, vae.config, self.noise)
         self._negatives: dict[str, Tensor] = {}
-        self._replaced = False
-        self._updatable: Mapping[str, nn.Module] = {"unet": unet, "text_encoder": text_encoder}
-        self._start: Update | None = None
+        tuned = {"unet": unet, "text_encoder": text_encoder}
+        self._tuned = unets.Tuned(tuned, changed=self._negatives.clear)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """Move all parts, and cast those that are frozen."""
@@ -115,13 +113,7 @@ class SD:
         self, prompts: Sequence[str], negative: str = "", framings: Sequence[Framing] | None = None
     ) -> Cond:
         """Return embeds (B, L, D), the last hidden layer, as the pipeline's own; framings play no part."""
-        if text.is_open(self.text_encoder):
-            null = self._embeds([negative])
-        else:
-            if negative not in self._negatives:
-                with torch.no_grad():
-                    self._negatives[negative] = self._embeds([negative])
-            null = self._negatives[negative]
+        null = text.encoded_once(negative, self.text_encoders, self._embeds, self._negatives)
         return Cond(positive={"embeds": self._embeds(prompts)}, negative={"embeds": null})
 
     def predict(self, x: Tensor, t: Tensor, cond: Cond, guidance_scale: float = 1.0) -> Prediction:
@@ -161,8 +153,7 @@ class SD:
     def trainable(self, lora: loras.LoRA | None, seed: int) -> nn.Module:
         """Freeze all parts, then open the UNet."""
         unets.freeze((self.unet, self.vae, self.text_encoder))
-        self._replaced = self._replaced or lora is None
-        return unets.trainable(self.unet, lora, seed)
+        return self._tuned.open(lora, seed)
 
     def open_text_encoders(self) -> None:
         """Train all weights of the text encoder."""
@@ -171,8 +162,7 @@ class SD:
 
     def reference(self) -> AbstractContextManager[None]:
         """The LoRA off, where there is one, in the text encoders too."""
-        unets.check_reference(replaced=self._replaced)
-        return unets.reference(self._updatable, self._negatives.clear)
+        return self._tuned.reference()
 
     def set_speed(self, attention: str, *, gradient_checkpointing: bool, vae_checkpointing: bool) -> None:
         """Choose the attention kernel, and what is computed again in the backward pass instead of kept."""
@@ -186,22 +176,19 @@ class SD:
 
     def save_tuned(self, folder: Path, lora: loras.LoRA | None) -> None:
         """Write the LoRA, or the UNet in diffusers' folder format."""
-        unets.save_tuned(self.unet, folder, lora, self._start)
+        self._tuned.save(folder, lora)
 
     def load_tuned(self, folder: Path, weight: float = 1.0) -> None:
         """Load a LoRA or a UNet folder."""
-        assert self._start is None, "the model starts from a LoRA already"
-        self._replaced = unets.load_tuned(self._updatable, folder, weight) or self._replaced
-        self._negatives.clear()
+        self._tuned.load(folder, weight)
 
     def start_from(self, path: Path) -> None:
         """Merge a LoRA into the model."""
-        self._start = loras.merge_file(self._updatable, path)
-        self._negatives.clear()
+        self._tuned.start_from(path)
 
     def lora_layers(self) -> Layers:
         """Return the layers of the UNet and of the text encoders."""
-        return layers_of(self._updatable)
+        return self._tuned.layers()
 
     def save_pipeline(self, folder: Path) -> None:
         """Write the whole pipeline in diffusers' folder format, with Stable Diffusion's own sampler (DDIM at zero SNR)."""

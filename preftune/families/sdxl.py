@@ -19,8 +19,7 @@ from preftune.families import configs, parts, text, vp
 from preftune.families import unet as unets
 from preftune.families.base import Cond, Defaults
 from preftune.families.source import Source
-from preftune.lora_files import Update
-from preftune.lora_names import Layers, layers_of
+from preftune.lora_names import Layers
 from preftune.noise import Prediction, PredictionType, predict_from
 from preftune.resolution import Framing, Resolution
 from preftune.solvers import SolverName
@@ -104,13 +103,12 @@ class SDXL:
         self.prediction_type: PredictionType = self.noise.prediction_type
         self.defaults: Defaults = _defaults(unet.config, vae.config, self.noise)
         self._negatives: dict[str, dict[str, Tensor]] = {}
-        self._replaced = False
-        self._updatable: Mapping[str, nn.Module] = {
+        tuned = {
             "unet": unet,
             "text_encoder": text_encoder,
             "text_encoder_2": text_encoder_2,
         }
-        self._start: Update | None = None
+        self._tuned = unets.Tuned(tuned, changed=self._negatives.clear)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """Move all parts, and cast those that are frozen; the autoencoder as `vae_dtype` says."""
@@ -139,12 +137,7 @@ class SDXL:
         """The negative prompt as the pipeline encodes it: zeros for an empty one, where the folder says so."""
         if not negative and self.force_zeros_for_empty_prompt:
             return {name: torch.zeros_like(value[:1]) for name, value in positive.items()}
-        if any(text.is_open(encoder) for encoder in self.text_encoders):
-            return self._encoded([negative])
-        if negative not in self._negatives:
-            with torch.no_grad():
-                self._negatives[negative] = self._encoded([negative])
-        return self._negatives[negative]
+        return text.encoded_once(negative, self.text_encoders, self._encoded, self._negatives)
 
     def encode(
         self, prompts: Sequence[str], negative: str = "", framings: Sequence[Framing] | None = None
@@ -226,8 +219,7 @@ class SDXL:
     def trainable(self, lora: loras.LoRA | None, seed: int) -> nn.Module:
         """Freeze all parts, then open the UNet."""
         unets.freeze((self.unet, self.vae, *self.text_encoders))
-        self._replaced = self._replaced or lora is None
-        return unets.trainable(self.unet, lora, seed)
+        return self._tuned.open(lora, seed)
 
     def open_text_encoders(self) -> None:
         """Train the text encoders, but not what comes after the first one's last layer but one, whose states are read."""
@@ -241,8 +233,7 @@ class SDXL:
 
     def reference(self) -> AbstractContextManager[None]:
         """The LoRA off, where there is one, in the text encoders too."""
-        unets.check_reference(replaced=self._replaced)
-        return unets.reference(self._updatable, self._negatives.clear)
+        return self._tuned.reference()
 
     def set_speed(self, attention: str, *, gradient_checkpointing: bool, vae_checkpointing: bool) -> None:
         """Choose the attention kernel, and what is computed again in the backward pass instead of kept."""
@@ -256,22 +247,19 @@ class SDXL:
 
     def save_tuned(self, folder: Path, lora: loras.LoRA | None) -> None:
         """Write the LoRA, or the UNet in diffusers' folder format."""
-        unets.save_tuned(self.unet, folder, lora, self._start)
+        self._tuned.save(folder, lora)
 
     def load_tuned(self, folder: Path, weight: float = 1.0) -> None:
         """Load a LoRA or a UNet folder."""
-        assert self._start is None, "the model starts from a LoRA already"
-        self._replaced = unets.load_tuned(self._updatable, folder, weight) or self._replaced
-        self._negatives.clear()
+        self._tuned.load(folder, weight)
 
     def start_from(self, path: Path) -> None:
         """Merge a LoRA into the model."""
-        self._start = loras.merge_file(self._updatable, path)
-        self._negatives.clear()
+        self._tuned.start_from(path)
 
     def lora_layers(self) -> Layers:
         """Return the layers of the UNet and of the text encoders."""
-        return layers_of(self._updatable)
+        return self._tuned.layers()
 
     def save_pipeline(self, folder: Path) -> None:
         """Write the whole pipeline in diffusers' folder format, with SDXL's own sampler (Euler)."""

@@ -1,11 +1,13 @@
 """Prompts as tokens of a CLIP text encoder."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor, nn
+
+States = TypeVar("States")
 
 _NO_LIMIT = 10**6
 """transformers gives a tokenizer without a model_max_length one of 1e30."""
@@ -29,8 +31,23 @@ def token_ids(tokenizer: Any, encoder: Any, prompts: Sequence[str], device: torc
     return ids
 
 
-def is_open(encoder: nn.Module) -> bool:
-    """Return whether an encoder is trained, so that what it says of a prompt may not be kept."""
+def encoded_once(
+    prompt: str,
+    encoders: Iterable[nn.Module],
+    encode: Callable[[Sequence[str]], States],
+    kept: dict[str, States],
+) -> States:
+    """Return what `encode` says of one prompt, from `kept` where it is there; anew each time where an encoder is trained."""
+    if any(_is_open(encoder) for encoder in encoders):
+        return encode([prompt])
+    if prompt not in kept:
+        with torch.no_grad():
+            kept[prompt] = encode([prompt])
+    return kept[prompt]
+
+
+def _is_open(encoder: nn.Module) -> bool:
+    """Whether an encoder is trained, so that what it says of a prompt may not be kept."""
     return encoder.training or any(weight.requires_grad for weight in encoder.parameters())
 
 

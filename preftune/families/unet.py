@@ -1,7 +1,7 @@
 """Functions that the families with a UNet2DConditionModel and an AutoencoderKL share."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -122,35 +122,75 @@ def cast(part: nn.Module, device: torch.device | str, dtype: torch.dtype | None)
             tensor.data = tensor.data.to(dtype)
 
 
-def trainable(unet: UNet2DConditionModel, lora: loras.LoRA | None, seed: int) -> nn.Module:
-    """Open the LoRA of a frozen UNet, or with None all its weights, in float32."""
-    if lora is None:
-        unet.float().requires_grad_(True)
-    else:
-        loras.inject(unet, lora, seed)
-    return unet
+class Tuned:
+    """What a LoRA may update of a model, a UNet and text encoders, and what was put on them.
 
+    `parts` are unet, text_encoder and so on. `changed` is called when they answer differently from then on.
+    """
 
-@contextmanager
-def reference(parts: Mapping[str, nn.Module], changed: Callable[[], None]) -> Iterator[None]:
-    """Inside the block the parts are those before tuning; `changed` is called when an update is switched off or on."""
-    if not loras.is_on(*parts.values()):
-        yield
-        return
-    try:
-        with loras.disabled(*parts.values()):
-            changed()
+    def __init__(self, parts: Mapping[str, nn.Module], changed: Callable[[], None]) -> None:
+        self._parts, self._changed = parts, changed
+        self._replaced = False
+        self._start: Update | None = None
+
+    def open(self, lora: loras.LoRA | None, seed: int) -> nn.Module:
+        """Open the LoRA of the frozen UNet, or with None all its weights, in float32; return the UNet."""
+        unet = self._parts["unet"]
+        if lora is None:
+            self._replaced = True
+            unet.float().requires_grad_(True)
+        else:
+            loras.inject(unet, lora, seed)
+        return unet
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside the block the parts are those before tuning. ValueError where the UNet's own weights were tuned."""
+        if self._replaced:
+            raise ValueError(
+                "all weights of the UNet are tuned, so the model before tuning is gone; use --train lora"
+            )
+        return self._switched_off()
+
+    @contextmanager
+    def _switched_off(self) -> Iterator[None]:
+        if not loras.is_on(*self._parts.values()):
             yield
-    finally:
-        changed()
+            return
+        try:
+            with loras.disabled(*self._parts.values()):
+                self._changed()
+                yield
+        finally:
+            self._changed()
 
+    def save(self, folder: Path, lora: loras.LoRA | None) -> None:
+        """Write `pytorch_lora_weights.safetensors`, with what the model started from, or without a LoRA the UNet in diffusers'
+        folder format.
+        """
+        unet: Any = self._parts["unet"]
+        if lora is None:
+            unet.save_pretrained(folder)
+        else:
+            loras.save(unet, folder, self._start)
 
-def check_reference(*, replaced: bool) -> None:
-    """Raise ValueError where the UNet's own weights were tuned, so that there is none before tuning."""
-    if replaced:
-        raise ValueError(
-            "all weights of the UNet are tuned, so the model before tuning is gone; use --train lora"
-        )
+    def load(self, folder: Path, weight: float) -> None:
+        """Load a LoRA or a folder of a UNet, frozen. ValueError where it does not fit."""
+        assert self._start is None, "the model starts from a LoRA already"
+        if loras.find(folder):
+            loras.load(self._parts, folder, weight)
+        else:
+            _replace(self._parts, folder, weight)
+            self._replaced = True
+        self._changed()
+
+    def start_from(self, path: Path) -> None:
+        """Merge a LoRA into the parts."""
+        self._start = loras.merge_file(self._parts, path)
+        self._changed()
+
+    def layers(self) -> Layers:
+        """Return the layers of all parts."""
+        return layers_of(self._parts)
 
 
 def set_speed(
@@ -175,25 +215,9 @@ def set_speed(
         vae.enable_gradient_checkpointing()
 
 
-def save_tuned(
-    unet: UNet2DConditionModel, folder: Path, lora: loras.LoRA | None, start: Update | None = None
-) -> None:
-    """Write `pytorch_lora_weights.safetensors`, or without a LoRA the UNet in diffusers' folder format; `start` as in lora.save."""
-    if lora is None:
-        unet.save_pretrained(folder)
-    else:
-        loras.save(unet, folder, start)
-
-
-def load_tuned(parts: Mapping[str, nn.Module], folder: Path, weight: float) -> bool:
-    """Load a LoRA or a folder of a UNet, frozen, and return whether it was a whole UNet. ValueError where it does not fit.
-
-    parts: unet, text_encoder and so on; a LoRA may update all of them.
-    """
+def _replace(parts: Mapping[str, nn.Module], folder: Path, weight: float) -> None:
+    """Give the UNet the weights of a folder, frozen, and remove any LoRA. ValueError where they do not fit."""
     unet = parts["unet"]
-    if loras.find(folder):
-        loras.load(parts, folder, weight)
-        return False
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds neither a LoRA ({loras.FILE}) nor a UNet (config.json)")
     if weight != 1:
@@ -212,7 +236,6 @@ def load_tuned(parts: Mapping[str, nn.Module], folder: Path, weight: float) -> b
         )
     unet.load_state_dict(state)
     unet.requires_grad_(False)
-    return True
 
 
 def layers_of_folder(folder: Path, text_encoders: Mapping[str, type[PreTrainedModel]]) -> Layers:
