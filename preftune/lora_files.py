@@ -25,6 +25,7 @@ from torch import Tensor
 from preftune import lora_scales
 from preftune.lora_names import PREFIXES, Layers, file_name, flat
 from preftune.lora_scales import Scales
+from rewards.digests import sha256_of
 from rewards.input_files import check_pointer
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -119,8 +120,7 @@ def digest(path: Path) -> str:
     for file in find(path):
         for part in (file, file.with_name(ADAPTER_CONFIG)):
             if part == file or (part.is_file() and file.name == ADAPTER):
-                with part.open("rb") as content:
-                    total.update(hashlib.file_digest(content, "sha256").digest())
+                total.update(bytes.fromhex(sha256_of(part)))
     return total.hexdigest()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from preftune.families import weights
 from preftune.families.locate import as_source
-from preftune.families.source import INDEX, Source, models_of, names_in, parts_of
+from preftune.families.source import INDEX, Source, models_of, parts_of
 from rewards.digests import sampled_sha256_of
 
 
@@ -41,7 +41,7 @@ def _files(source: Source) -> dict[str, Path]:
     index = source.index()
     models = models_of(index)
     for part in parts_of(index):
-        inside = names_in(source.folder / part)
+        inside = weights.names_in(source.folder / part)
         kept = [name for name in inside if name.endswith((".json", ".txt")) and ".index." not in name]
         if part in models:
             kept += weights.find(source.folder / part, models[part], source.variant).files

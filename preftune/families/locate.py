@@ -18,7 +18,6 @@ from preftune.families.source import (
     check_variant,
     commit_of,
     models_of,
-    names_in,
     parts_of,
 )
 from rewards import hub
@@ -175,7 +174,7 @@ def locate_vae(vae: str) -> Path:
     folder = hub.cached_folder(vae)
     if folder is not None:
         try:
-            choose(names_in(folder))
+            choose(weights.names_in(folder))
         except ValueError:
             folder = None
     return folder or hub.fetch_folder(vae, choose, words="config.json diffusion_pytorch_model.safetensors")

@@ -1,6 +1,5 @@
 """The parts of a pipeline from its folder or from a single file."""
 
-import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import CLIPTokenizer
 
 from preftune.families import single_file, weights
+from preftune.families.configs import read_json
 from preftune.families.source import Source, models_of
 from rewards.clip_tokenizer import MERGES, SPECIAL, VOCAB_SIZE, read_vocab
 
@@ -81,7 +81,7 @@ def _tokenizer(source: Source, part: str) -> Any:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     vocab, merges = read_vocab(MERGES)
     start, end = SPECIAL["transformers"]
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "tokenizer_config.json")
     return CLIPTokenizer(
         vocab=vocab | {start: VOCAB_SIZE - 2, end: VOCAB_SIZE - 1},
         merges=merges,

@@ -49,7 +49,7 @@ class Source:
         for part, library in models.items():
             if part not in without:
                 weights.find(self.folder / part, library, self.variant)
-        names = {part: names_in(self.folder / part) for part in models}
+        names = {part: weights.names_in(self.folder / part) for part in models}
         check_variant(self.name, names, models, self.variant)
 
 
@@ -85,11 +85,6 @@ def check_variant(
             else "has no variants; leave --variant out"
         )
         raise ValueError(f"--variant {variant} is not there: {where} {has}")
-
-
-def names_in(folder: Path) -> set[str]:
-    """Return the names in a folder; none where there is no folder."""
-    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def commit_of(file: Path) -> str | None:

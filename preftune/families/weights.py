@@ -93,6 +93,11 @@ def _by_name(listing: str, names: Collection[str]) -> list[str]:
     return [name for name in names if pattern.fullmatch(name)]
 
 
+def names_in(folder: Path) -> set[str]:
+    """Return the names in a folder; none where there is no folder."""
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
 def find(folder: Path, library: str, variant: str | None = None) -> Weights:
     """Return the weights in the folder of a part; ValueError where they are missing, incomplete, or Git LFS pointers."""
 
@@ -100,9 +105,8 @@ def find(folder: Path, library: str, variant: str | None = None) -> Weights:
         weight_map = read_json(folder / listing).get("weight_map")
         return {str(file) for file in weight_map.values()} if isinstance(weight_map, dict) else ()
 
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     try:
-        weights = choose(names, library, variant, shards)
+        weights = choose(names_in(folder), library, variant, shards)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     if weights is None:
