@@ -46,16 +46,14 @@ class Metrics:
         finite = {name: value for name, value in row.items() if math.isfinite(value)}
         line = (json.dumps(dict.fromkeys(row) | finite) + "\n").encode()
         _append(self._file, line)
-        self._before_last = self._bytes, self._digest.copy()
         self._digest.update(line)
         self._bytes += len(line)
         self._board.write({name: value for name, value in finite.items() if name != "step"}, int(row["step"]))
 
-    def sync(self, *, without_last: bool = False) -> dict[str, object]:
+    def sync(self) -> dict[str, object]:
         """Flush the rows to the disk, so that they survive a power cut. Returns their number of bytes and SHA-256."""
         os.fsync(self._file.fileno())
-        number, digest = self._before_last if without_last else (self._bytes, self._digest)
-        return {"bytes": number, "sha256": digest.hexdigest()}
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
     def close(self) -> None:
         """Close both files."""

@@ -332,28 +332,29 @@ class Run:
         """Save the checkpoint after the updates of this step: the main process writes, the others wait.
 
         `write` adds the driver's own files, such as `lora/`, to the folder that it is given. `state`, of tensors, numbers, strings,
-        lists and dicts, is the driver's own, which a run that resumes finds as `resumed_state`. The step's metrics are written first.
+        lists and dicts, is the driver's own `resumed_state` later. The step's metrics are written first, after a signal last.
         """
         assert not self._scalars, "save between updates"
         row = self._row if self.interrupted else {}  # its validation may follow in the run that resumes
-        self._write_row()
+        if not row:
+            self._write_row()
         if self._metrics is not None:
-            notes = {"metrics": self._metrics.sync(without_last=bool(row)), "run": self._identity}
+            notes = {"metrics": self._metrics.sync(), "run": self._identity}
             contents = self._state() | {"driver": dict(state or {}), "row": row}
             keep = self.config.checkpoints_total_limit
             checkpoint.write(self.folder, step + 1, contents, write, keep, notes)
+        self._write_row()  # the one that the checkpoint has itself
         self.wait()
 
     def _settings(self) -> dict[str, object]:
         """What a resume must not change, beside the parameters."""
-        config = self.config
         return {
             "driver": self.driver,
-            "seed": config.seed,
+            "seed": self.config.seed,
             "batch x accumulation x processes": self.images_per_update,
-            "use_8bit_adam": config.use_8bit_adam,
-            "use of ema_decay": config.ema_decay > 0,
-            "use of fp16": config.mixed_precision == "fp16",
+            "use_8bit_adam": self.config.use_8bit_adam,
+            "use of ema_decay": self.config.ema_decay > 0,
+            "use of fp16": self.config.mixed_precision == "fp16",
             **self._driver_settings,
         }
 
