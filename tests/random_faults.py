@@ -204,19 +204,27 @@ def _is_read(name: Path, newest: list[str]) -> bool:
     return name.parts[0] != "samples" or (len(name.parts) == 3 and name.parts[1].startswith("step_000000"))
 
 
-def flips(number: int, seed: int) -> Iterator[Trial]:
-    """Yield so many trials with a flipped bit, over all drivers."""
-    rng = random.Random(seed)
+def chosen(
+    number: int, rng: random.Random, programs: tuple[str, ...]
+) -> Iterator[tuple[Server, str, Reference, Path, Path]]:
+    """Yield so many programs at random: server, program, what it writes without faults, folder of inputs, folder to run in."""
     with tempfile.TemporaryDirectory() as folder, Server(*MODULES) as server:
         root, box = Path(folder) / "inputs", Path(folder) / "box"
         root.mkdir()
         write_inputs(root)
         references: dict[str, Reference] = {}
         for _ in range(number):
-            program = rng.choice(DRIVERS)
+            program = rng.choice(programs)
             if program not in references:
                 references[program] = reference_of(server, program, root, box)
-            yield flipped(server, rng, references[program], program, root, box)
+            yield server, program, references[program], root, box
+
+
+def flips(number: int, seed: int) -> Iterator[Trial]:
+    """Yield so many trials with a flipped bit, over all drivers."""
+    rng = random.Random(seed)
+    for server, program, reference, root, box in chosen(number, rng, DRIVERS):
+        yield flipped(server, rng, reference, program, root, box)
 
 
 def last_line(ended: Ended) -> str:
@@ -227,17 +235,8 @@ def last_line(ended: Ended) -> str:
 def trials(number: int, seed: int, programs: tuple[str, ...] = PROGRAMS) -> Iterator[Trial]:
     """Yield so many trials of these programs, judged."""
     rng = random.Random(seed)
-    with tempfile.TemporaryDirectory() as folder, Server(*MODULES) as server:
-        root, box = Path(folder) / "inputs", Path(folder) / "box"
-        root.mkdir()
-        write_inputs(root)
-        references: dict[str, Reference] = {}
-        for _ in range(number):
-            program = rng.choice(programs)
-            if program not in references:
-                references[program] = reference_of(server, program, root, box)
-            trial = drawn(rng, program, references[program])
-            yield attempt(server, trial, references[program], root, box)
+    for server, program, reference, root, box in chosen(number, rng, programs):
+        yield attempt(server, drawn(rng, program, reference), reference, root, box)
 
 
 def table(done: list[Trial]) -> str:

@@ -619,15 +619,16 @@ def test_the_random_faults_are_of_all_programs() -> None:
 @pytest.mark.timeout(7200)
 def test_faults_at_random() -> None:
     """A thousand, over all drivers and builders."""
-    done = list(random_faults.trials(1000, seed=0))
-    bad = [str(trial) for trial in done if trial.verdict not in ("equal", "said")]
-    assert not bad, "\n".join([random_faults.table(done), *bad])
+    assert_none_bad(list(random_faults.trials(1000, seed=0)))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_bits_at_random() -> None:
     """Two hundred, over all drivers."""
-    done = list(random_faults.flips(200, seed=0))
+    assert_none_bad(list(random_faults.flips(200, seed=0)))
+
+
+def assert_none_bad(done: list[random_faults.Trial]) -> None:
     bad = [str(trial) for trial in done if trial.verdict not in ("equal", "said")]
     assert not bad, "\n".join([random_faults.table(done), *bad])
