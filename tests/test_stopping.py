@@ -98,7 +98,10 @@ def test_the_result_is_written_before_the_last_images(root: Path, tmp_path: Path
         assert (output / result).is_dir()
 
 
-def test_images_that_a_signal_prevented_are_made_by_the_run_that_resumes(root: Path, tmp_path: Path) -> None:
+def test_images_that_a_signal_prevented_are_made_by_the_run_that_resumes(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And again by the next one, where that ends before a checkpoint has their scores."""
     stopped, straight = tmp_path / "stopped", tmp_path / "straight"
     flags = ["--validation-steps", "1", "--checkpointing-steps", "5", "--rewards", "brightness=1"]
     watcher = signal_when(stopped / "samples" / ".step_000001.tmp-shared", [])
@@ -106,24 +109,43 @@ def test_images_that_a_signal_prevented_are_made_by_the_run_that_resumes(root: P
     watcher.join()
     assert [path.name for path in find_checkpoints(stopped)] == ["step_000000", "step_000001"]
     again = argv("reward_weighted", root, stopped, *flags, "--resume-from-checkpoint", "latest")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "steps", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            recorded.train("reward_weighted", again)
+    assert (stopped / "samples" / "step_000001" / "scores.json").exists()
     assert recorded.train("reward_weighted", again) == 0
     assert recorded.train("reward_weighted", argv("reward_weighted", root, straight, *flags)) == 0
     for step in range(4):
         name = f"step_{step:06d}"
         one, other = (folder / "samples" / name / "scores.json" for folder in (stopped, straight))
         assert one.read_text() == other.read_text()
-    found = [
-        {
-            row["step"]: row["validation_proxy"]
-            for row in read_jsonl(folder / "metrics.jsonl")
-            if "validation_proxy" in row
-        }
-        for folder in (stopped, straight)
-    ]
-    assert found[0] == found[1]
-    assert list(found[0]) == [0, 1, 2]
+    found = validations(stopped)
+    assert found == validations(straight)
+    assert list(found) == [0, 1, 2]
     one, other = (read(folder / "step_000003")["parameters"] for folder in (stopped, straight))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def validations(folder: Path) -> dict[int, float]:
+    """Step -> mean score of the validation images."""
+    rows = read_jsonl(folder / "metrics.jsonl")
+    return {int(row["step"]): row["validation_proxy"] for row in rows if "validation_proxy" in row}
+
+
+def test_images_of_an_iteration_that_a_signal_prevented_are_made_too(root: Path, tmp_path: Path) -> None:
+    flags = ["--iterations", "3", "--prompts-per-iteration", "4", "--images-per-prompt", "2", "--validation-steps", "0"]  # fmt: skip
+    stopped, straight = tmp_path / "stopped", tmp_path / "straight"
+    watcher = signal_when(stopped / "samples" / ".step_000001.tmp-shared", [])
+    assert recorded.train("raft", argv("raft", root, stopped, *flags)) == 143
+    watcher.join()
+    assert find_checkpoints(stopped)[-1].name == "step_000001"
+    again = argv("raft", root, stopped, *flags, "--resume-from-checkpoint", "latest")
+    assert recorded.train("raft", again) == 0
+    assert recorded.train("raft", argv("raft", root, straight, *flags)) == 0
+    assert validations(stopped) == validations(straight)
+    assert list(validations(stopped)) == [0, 1, 2]
+    assert (stopped / "before_after.png").read_bytes() == (straight / "before_after.png").read_bytes()
 
 
 def test_raft_stops_while_it_generates(root: Path, tmp_path: Path) -> None:

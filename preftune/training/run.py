@@ -58,8 +58,8 @@ class Run:
         rank, world: Index of this process; number of processes.
         resumed_state: What the driver gave to `save` as its own state; empty for a new run.
         source: The checkpoint that the run goes on from, which may be that of step 0, or None.
-        start: First step to do: 0, or where the checkpoint left off.
-        resumed: Whether there is a source.
+        start, resumed: First step to do, 0 or where the checkpoint left off; whether there is a source.
+        row: Metrics that may be added to: of the step under way, or of the last one before `start` where a signal came.
 
     Raises:
         ValueError: see `check`; a checkpoint to resume from that is damaged, or has other settings.
@@ -103,7 +103,7 @@ class Run:
         self.start = (checkpoint.updates_of(self.source) or 0) if self.source else 0
         self.resumed = self.source is not None
         self._metrics: Metrics | None = None
-        self._row: dict[str, float] = {}  # metrics of the step under way; empty once written
+        self.row: dict[str, float] = {}  # empty once written
         self._scalars: list[dict[str, Tensor]] = []  # of each backward pass since the last optimizer step
         self._received = signals.Received()  # by this process
         self._agreed_signal = 0  # received by any process, as all of them learnt in the last update
@@ -155,7 +155,7 @@ class Run:
             overwrite, patterns = self.config.overwrite_output_dir, self._driver_files
             folder.clear(self.folder, self._begin, overwrite=overwrite, driver_files=patterns)
             checkpoint.prune(self.folder, self.config.checkpoints_total_limit)
-            self._metrics = Metrics(self.folder, start=self.start - bool(self._row))
+            self._metrics = Metrics(self.folder, start=self.start - bool(self.row))
             made_by = f"driver {self.driver}, commit {folder.commit()}, torch {torch.__version__}"
             text = f"# {made_by}, processes {self.world}\n{self._config_text}"
             files.write_text(self.folder / "config.yaml", text, durable=True)
@@ -173,7 +173,7 @@ class Run:
                 lr = self._peak_lr * lr_factor(self.config, step)
                 for group in self._optimizer.param_groups:
                     group["lr"] = lr
-                self._row, self._began = {"step": step, "lr": lr}, time.perf_counter()
+                self.row, self._began = {"step": step, "lr": lr}, time.perf_counter()
                 yield step
                 assert not self._scalars, "call update() once in each of the passes()"
                 self._write_row()
@@ -237,11 +237,11 @@ class Run:
         self._accelerator.backward(loss / self._passes)
         if len(self._scalars) < self._passes:
             return
-        assert self._row, "call update() in the loop over steps(), before save()"
-        where = f"step {self._row['step']}, rank {self.rank}, learning rate {self._row['lr']:.3g}"
-        self._row |= self._averaged(f"{prefix}loss", where)
+        assert self.row, "call update() in the loop over steps(), before save()"
+        where = f"step {self.row['step']}, rank {self.rank}, learning rate {self.row['lr']:.3g}"
+        self.row |= self._averaged(f"{prefix}loss", where)
         norm = float(self._accelerator.clip_grad_norm_(self._named.values(), self.config.max_grad_norm))
-        self._row[f"{prefix}grad_norm"] = norm
+        self.row[f"{prefix}grad_norm"] = norm
         if not math.isfinite(norm) and self.config.mixed_precision != "fp16":
             raise FloatingPointError(f"gradient norm at {where} is {norm}: {_REMEDY}")
         self._optimizer.step()
@@ -255,8 +255,8 @@ class Run:
             self._skipped_in_a_row = 0
             self._ema.update()
         if self.config.mixed_precision == "fp16":
-            self._row["skipped_updates"] = self._skipped
-        self._row["images_per_s"] = self.images_per_update / (time.perf_counter() - self._began)
+            self.row["skipped_updates"] = self._skipped
+        self.row["images_per_s"] = self.images_per_update / (time.perf_counter() - self._began)
 
     def _averaged(self, loss: str, where: str) -> dict[str, float]:
         """Means of the passes' scalars; also the one moment when processes agree on a stop or a failure."""
@@ -297,16 +297,16 @@ class Run:
 
     def log(self, step: int, **scalars: float) -> None:
         """Add scalars to the metrics of a step; before `save`, for a resume does not know what is logged after it."""
-        if self._row and self._row["step"] == step:
-            self._row |= scalars
+        if self.row and self.row["step"] == step:
+            self.row |= scalars
         elif self._metrics is not None:
             self._metrics.write({"step": step, **scalars})
 
     def _write_row(self) -> None:
-        if self._row and self._metrics is not None:
-            self._metrics.write(self._row)
-            self._postfix = {name: f"{value:.3g}" for name, value in self._row.items() if name != "step"}
-        self._row = {}
+        if self.row and self._metrics is not None:
+            self._metrics.write(self.row)
+            self._postfix = {name: f"{value:.3g}" for name, value in self.row.items() if name != "step"}
+        self.row = {}
 
     def due(self, what: Literal["checkpointing_steps", "validation_steps"], step: int) -> bool:
         """Whether to save or sample after this step: every so many, at the last one, and save when interrupted."""
@@ -335,7 +335,7 @@ class Run:
         lists and dicts, is the driver's own `resumed_state` later. The step's metrics are written first, after a signal last.
         """
         assert not self._scalars, "save between updates"
-        row = self._row if self.interrupted else {}  # its validation may follow in the run that resumes
+        row = self.row if self.interrupted else {}  # its validation may follow in the run that resumes
         if not row:
             self._write_row()
         if self._metrics is not None:
@@ -378,7 +378,7 @@ class Run:
             parameter.copy_(state["parameters"][name])
         self._ema.load(state["average"], state["averaged"])
         self._skipped, self._skipped_in_a_row = state["skipped"]
-        self.resumed_state, self._row = state["driver"], state["row"]
+        self.resumed_state, self.row = state["driver"], state["row"]
         # Learning rate, betas and so on are the configuration's; only the moments come from the checkpoint.
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})

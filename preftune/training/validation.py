@@ -121,11 +121,13 @@ def validate(
     return found
 
 
-def missed(run: Run, names: Iterable[str]) -> bool:
-    """Return whether a resumed run lacks images of the moment at which it goes on, because a signal came while they were sampled."""
-    if not run.resumed or run.start == 0 or not run.due("validation_steps", run.start - 1):
+def missed(run: Run, names: Iterable[str], *, milestone: bool = False) -> bool:
+    """Return whether a resumed run lacks images of the moment at which it goes on, because a signal came while they were sampled,
+    or their scores in its metrics, because it was killed again after they were made up. `milestone`: they are wanted there in any case.
+    """
+    if not run.resumed or run.start == 0 or not (milestone or run.due("validation_steps", run.start - 1)):
         return False
-    return any(read(run.folder, name) is None for name in names)
+    return bool(run.row) or any(read(run.folder, name) is None for name in names)
 
 
 @torch.no_grad()

@@ -240,6 +240,7 @@ def open(
         return
     if run.is_main and run.start >= steps:
         w._write_result()  # there is no step left, after which it would be written
-    if validation_images.missed(run, [w.name_of(run.start, ending) for ending in w.negatives]):
+    names = [w.name_of(run.start, ending) for ending in w.negatives]
+    if validation_images.missed(run, names, milestone=any(name in w.moments.values() for name in names)):
         run.log(run.start - 1, **w.validate(run.start))
     yield w
