@@ -42,10 +42,10 @@ from preftune.cli import exit_on_user_error, parse
 from preftune.families import Pretrained
 from preftune.order import items_at
 from preftune.prompts import read_prompts
-from preftune.training.config import DTYPES, ModelConfig, RewardConfig
+from preftune.training.config import ModelConfig, RewardConfig
 from preftune.training.optimizer import adamw
 from preftune.training.run_config import RunConfig
-from preftune.training.workspace import load_parts
+from preftune.training.workspace import DTYPES, load_parts
 
 WARMUP = 2
 """Warm-up updates before timing (kernel selection, compilation, optimizer state)."""

@@ -50,8 +50,8 @@ from preftune.printable import show
 from preftune.scorer_flags import Files
 from rewards import CARDS, Scorer, check_all, find_card
 from rewards.digests import sha256_of
-from rewards.mix import parse_files, parse_names
 from rewards.shared_towers import load_all
+from rewards.terms import parse_files, parse_names
 
 COSINES = ("hpsv1", "hpsv2", "hpsv2.1", "clipscore", "blipscore")
 """Scorers that give plain cosines, of which the published rule takes 100 times as many."""

@@ -38,8 +38,8 @@ from preftune.one_writer import one_writer
 from preftune.printable import show
 from preftune.scorer_flags import Files, Measured
 from rewards import Scorer, check_all, find_card
-from rewards.mix import parse_files, parse_names
 from rewards.shared_towers import load_all
+from rewards.terms import parse_files, parse_names
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,8 +53,8 @@ from preftune.prompts import read_prompts
 from preftune.records import read_jsonl
 from preftune.sampling import Resolved, Sampling
 from preftune.scorer_flags import Files, Measured
-from rewards.mix import parse_files, parse_names
 from rewards.shared_towers import load_all
+from rewards.terms import parse_files, parse_names
 
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
 REPORT, RECORD = ("report.html", "table.csv", "scores.csv", "wins.png", "grid.png"), "comparison.json"

@@ -49,8 +49,8 @@ from preftune.printable import show
 from preftune.prompts import read_prompts
 from preftune.sampling import Resolved, Sampling
 from preftune.scorer_flags import Files, Weighted
-from rewards.mix import parse_files, parse_weights
 from rewards.shared_towers import load_all
+from rewards.terms import parse_files, parse_weights
 
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
 IMAGES, THUMBNAILS = "images", "thumbnails"

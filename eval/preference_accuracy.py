@@ -49,9 +49,9 @@ from preftune.one_writer import one_writer
 from preftune.printable import show
 from preftune.records import write_jsonl
 from preftune.scorer_flags import Files, Measured
-from rewards.mix import parse_files, parse_names
 from rewards.shapes import SIZE, check_judgeable
 from rewards.shared_towers import load_all
+from rewards.terms import parse_files, parse_names
 
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
 REPORT, RECORD = ("report.html", "table.csv", "scores.csv"), "report.json"

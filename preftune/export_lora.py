@@ -20,7 +20,8 @@ from preftune import families, lora_files
 from preftune.cli import exit_on_user_error, parse
 from preftune.families import Pretrained
 from preftune.files import replacing
-from preftune.lora_write import Layout, write_diffusers, write_kohya, write_peft
+from preftune.lora_names import Layout
+from preftune.lora_write import write_diffusers, write_kohya, write_peft
 from preftune.one_writer import exit_on_failed_write
 from preftune.printable import show
 

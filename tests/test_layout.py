@@ -237,9 +237,12 @@ def test_every_shipped_yaml_parses(config: Path, tmp_path: Path) -> None:
     assert cli.parse(driver.Config, ["--config", str(tmp_path / "replay.yaml")]) == parsed
 
 
-@pytest.mark.parametrize("module", ["rewards", "preftune.cli"])
+@pytest.mark.parametrize(
+    "module",
+    ["rewards", "rewards.terms", "preftune.cli", "preftune.training.config", "preftune.training.run_config"],
+)
 def test_importable_without_torch(module: str) -> None:
-    """--help and the scorer table must not wait for torch."""
+    """Flags, --help and the scorer table must not wait for torch."""
     code = f"import sys; sys.modules['torch'] = None; import {module}"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(

@@ -17,7 +17,8 @@ from eval import compare_methods, grid, preference_accuracy
 from finetune import refl
 from preftune import cli
 from rewards import CARDS, Card
-from rewards.mix import Mix, parse_files, parse_names, parse_weights, units
+from rewards.mix import Mix
+from rewards.terms import parse_files, parse_names, parse_weights, units
 
 
 class Fixed:

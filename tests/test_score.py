@@ -37,8 +37,8 @@ from preftune.cli import parse
 from preftune.records import read_imagefolder, read_jsonl, write_jsonl
 from rewards import CARDS
 from rewards.clip import ClipVision
-from rewards.mix import units
 from rewards.pixels import from_pil
+from rewards.terms import units
 
 ROOT = Path(__file__).parents[1]
 COUNT = 7

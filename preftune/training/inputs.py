@@ -14,7 +14,7 @@ from preftune.families.locate import locate, locate_vae
 from preftune.families.source import Source
 from preftune.image_folders import CAPTION_FILES
 from rewards.digests import sampled_sha256_of
-from rewards.mix import parse_files, parse_weights
+from rewards.terms import parse_files, parse_weights
 
 FLAGS = (
     "model", "vae", "weights", "vocab", "data", "regularisation", "pretraining_data", "prompts", "validation_prompts",

@@ -16,7 +16,7 @@ import yaml
 from preftune.training import checkpoint, inputs, metrics
 from preftune.training.folder import Start
 from preftune.training.run_config import RunConfig
-from rewards.mix import parse_weights
+from rewards.terms import parse_weights
 
 MAY_DIFFER = frozenset(
     [

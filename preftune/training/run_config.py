@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from preftune import files, lock
-from preftune.training import checkpoint, folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +108,10 @@ def check(config: RunConfig) -> None:
         ValueError: fp16 without a GPU, 8-bit AdamW without bitsandbytes, an output folder that cannot be written, is
             being written by another process or already holds a run, a checkpoint to resume from that is not there.
     """
+    import torch
+
+    from preftune.training import checkpoint, folder  # these need torch, which the flags do not
+
     forced_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")  # accelerate launch --cpu
     if config.mixed_precision == "fp16" and (forced_cpu or not torch.accelerator.is_available()):
         raise ValueError("--mixed-precision fp16 needs a GPU and there is none; use no or bf16")

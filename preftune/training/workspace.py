@@ -26,13 +26,16 @@ from preftune.records import CaptionedImage, Skipped
 from preftune.resolution import Resolution
 from preftune.training import data
 from preftune.training import validation as validation_images
-from preftune.training.config import DTYPES, ModelConfig, RewardConfig, ValidationConfig
+from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig
 from preftune.training.run import Run
 from preftune.training.run_config import RunConfig
 from preftune.training.run_config import check as check_run
 from rewards.mix import Mix
 from rewards.shapes import check_judgeable
 from rewards.shared_towers import load_all
+
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Names of precisions in flags."""
 
 
 @dataclass(kw_only=True)
