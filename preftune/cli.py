@@ -30,6 +30,7 @@ import yaml
 from preftune import disk
 from preftune.flags import ALIASES, ELSEWHERE, ONE_VALUE
 from preftune.help_text import help_text
+from preftune.last_word import last_word
 from preftune.printable import printable
 from rewards.input_files import read_text
 
@@ -382,5 +383,7 @@ def _missing(text: str) -> str:
 
 def _fail(reason: str) -> NoReturn:
     """Print one line on stderr and leave with exit code 2."""
-    sys.stderr.write(printable(f"{Path(sys.argv[0]).name}: error: {' '.join(reason.splitlines())}") + "\n")
+    sentence = printable(f"{Path(sys.argv[0]).name}: error: {' '.join(reason.splitlines())}") + "\n"
+    sys.stderr.write(sentence)
+    last_word(sentence, code=2)
     raise SystemExit(2)

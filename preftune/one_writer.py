@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from preftune import disk, files, lock
 from preftune.cli import exit_on_user_error
+from preftune.last_word import last_word
 
 Config = TypeVar("Config")
 Code = TypeVar("Code")
@@ -60,7 +61,9 @@ def exit_on_failed_write(folder: Path) -> Iterator[None]:
                 files.tidy_beside(folder)
         for bar in list(getattr(tqdm, "_instances", ())):  # else it would be drawn again below the sentence
             bar.close()
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {reason}\n")
+        sentence = f"{Path(sys.argv[0]).name}: error: {reason}\n"
+        sys.stderr.write(sentence)
+        last_word(sentence, code=1)
         raise SystemExit(1) from error
 
 
