@@ -14,7 +14,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = Path(sys.argv[0]).name
     argparse.ArgumentParser(
         prog="python -m rewards" if name == "__main__.py" else name,
-        description="Print the table of scorers.", allow_abbrev=False
+        description="Print the table of scorers.",
+        allow_abbrev=False,
     ).parse_args(argv)
     rows: list[tuple[str, ...]] = [
         ("name", "paper", "reads prompt", "gradient", "range", "licence", "input", "weights", "here")
