@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
-from rewards import CARDS, find_card
+from rewards import CARDS, embedded, find_card
 from rewards.card import Card
 from rewards.input_files import parse_json, read_text
 
@@ -87,7 +87,7 @@ def parse_names(terms: Sequence[str]) -> tuple[str, ...]:
 
 def _split(term: str) -> tuple[str, float]:
     """Return name and weight of a term."""
-    if not term.rpartition("=")[1] or Path(term).is_dir():
+    if not term.rpartition("=")[1] or embedded.find(term).is_dir():
         return term, 1.0
     name, _, text = term.rpartition("=")
     try:
@@ -116,5 +116,5 @@ def parse_files(terms: Sequence[str], names: Collection[str]) -> dict[str, Path]
             )
         if name not in names:
             raise ValueError(f"--reward-files names {name}, which --rewards does not use")
-        files[name] = Path(path)
+        files[name] = embedded.find(path)
     return files

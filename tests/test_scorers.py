@@ -181,6 +181,8 @@ def test_unknown_names_and_needless_weights(tmp_path: Path) -> None:
 def test_missing_weights_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("rewards.weights.ROOT", tmp_path)
+    monkeypatch.setattr("rewards.embedded.PLACES", (tmp_path,))
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"hf download zai-org/ImageReward ImageReward\.pt"):
         rewards.check("imagereward")
     with pytest.raises(
@@ -199,7 +201,10 @@ def test_every_card_can_bring_its_scores_to_common_units() -> None:
         assert all(getattr(card, field.name) != "" for field in fields(card))
 
 
-def test_the_table_prints_every_scorer(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_prints_every_scorer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["rewards"])
     runpy.run_module("rewards", run_name="__main__")
     table = capsys.readouterr().out
     assert all(f"\n{name} " in table and f"\n{name}: " in table for name in CARDS)
