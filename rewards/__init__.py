@@ -239,8 +239,8 @@ def find_card(name: str) -> Card:
                 f"{name} is missing, because a write of it was cut short; its last state is {previous}: rename it to {name}"
             )
         raise ValueError(
-            f"unknown scorer {name!r}; one of {', '.join(CARDS)}, the folder of one that was trained here, or a function of your"
-            " own as FILE.py:FUNCTION"
+            f"unknown scorer {name!r}; one of {', '.join(CARDS)}, or the folder of one that was trained here, or FILE.py:FUNCTION"
+            " for a function of your own"
         )
     return card_of(name)
 

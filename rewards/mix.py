@@ -146,8 +146,8 @@ def parse_weights(terms: Sequence[str]) -> dict[str, float]:
         weights[name] = weight
     if not weights:
         raise ValueError(
-            f"--rewards is empty; name at least one scorer, as NAME or NAME=WEIGHT, of {', '.join(CARDS)}, the folder of a"
-            " trained one, or FILE.py:FUNCTION of your own"
+            f"--rewards is empty; name at least one scorer, as NAME or NAME=WEIGHT, of {', '.join(CARDS)}, or the folder of a"
+            " trained one, or FILE.py:FUNCTION for a function of your own"
         )
     return weights
 
