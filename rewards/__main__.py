@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print()
     for card in CARDS.values():
         print(f"{card.name}: {card.summary}")
+    print(
+        "FILE.py:FUNCTION: a function of your own, f(pixels, prompts) -> (B,), in a file that you name in --rewards"
+    )
 
 
 def _row(card: Card) -> tuple[str, ...]:
