@@ -14,6 +14,7 @@ import tyro
 
 from finetune import refl, reward_weighted
 from preftune import cli
+from preftune.leaves import leaves_of
 from preftune.sampling import Sampling
 from preftune.training import run_config
 
@@ -478,7 +479,7 @@ def test_every_flag_that_is_named_as_a_remedy_exists() -> None:
     from finetune import refl, reward_model
     from preftune.flags import ALIASES, ELSEWHERE
 
-    known = {name for driver in (refl, reward_model) for name in cli._leaves(driver.Config)}
+    known = {name for driver in (refl, reward_model) for name in leaves_of(driver.Config)}
     named = {
         word.removeprefix("--").replace("-", "_")
         for text in ELSEWHERE.values()
