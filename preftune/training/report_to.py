@@ -47,6 +47,11 @@ def check_ready(names: Sequence[str]) -> None:
     if "wandb" in chosen(names) and lock.is_main_process():
         import wandb
 
+        if wandb.setup().settings.mode not in (
+            "online",
+            "shared",
+        ):  # WANDB_MODE, or what `wandb offline` noted
+            return
         try:
             wandb.login()
         except Exception as error:

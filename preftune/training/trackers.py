@@ -131,7 +131,7 @@ class Tracker:
         try:
             made = LOGGER_TYPE_TO_CLASS[self.name]
             where = (str(folder),) if made.requires_logging_directory else ()
-            tracker = made(project, *where, **_arguments(self.name, folder, self.run))
+            tracker = made(project, *where, **_arguments(self.name, folder, self.run, _plain(flags)))
             tracker.start()
             if self.run is None:
                 tracker.store_init_configuration(_plain(flags))
@@ -225,18 +225,20 @@ def _text(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _arguments(name: str, folder: Path, run: str | None) -> dict[str, Any]:
+def _arguments(name: str, folder: Path, run: str | None, flags: Mapping[str, Any]) -> dict[str, Any]:
     """What a tracker needs to begin a run with the name of the folder, or to go on with one."""
     title = folder.resolve().name or "run"
     again: dict[str, Any]
     match name:
         case "wandb":
-            new = {} if "WANDB_NAME" in os.environ else {"name": title}
-            again = {"id": run, "resume": "allow"} if run else new
-            return {"dir": os.environ.get("WANDB_DIR", str(folder)), "reinit": "finish_previous", **again}
-        case "trackio":  # it knows runs by their names
-            fresh = {"name": f"{title}-{secrets.token_hex(3)}", "resume": "never"}
-            return {"name": run, "resume": "allow"} if run else fresh
+            own = {} if "WANDB_NAME" in os.environ else {"name": title}
+            again = {"id": run, "resume": "allow"} if run else {}
+            place = os.environ.get("WANDB_DIR", str(folder))
+            return {"dir": place, "reinit": "finish_previous", **own, **again}
+        case "trackio":  # it knows runs by their names, and takes flags at the start only
+            new = {"name": f"{title}-{secrets.token_hex(3)}", "resume": "never"}
+            again = {"name": run, "resume": "allow"} if run else new
+            return {"config": dict(flags), **again}
         case "mlflow":
             return {"run_id": run} if run else {"run_name": title}
         case "dvclive":
