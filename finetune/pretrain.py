@@ -153,8 +153,10 @@ def validate_at(family: Family, prompts: Sequence[str], sampling: Sampling, run:
     """Sample the validation images after the update of a step, and log their scores."""
     with run.ema_weights(), run.autocast():  # the denoiser is not the prepared module here
         found = validate(family, None, prompts, sampling, run, f"step_{step + 1:06d}")
-    if found is not None and (means := found.means()):
-        run.log(step, **means)
+    if found is not None:
+        run.log_images(step, "validation", found.captions())
+        if means := found.means():
+            run.log(step, **means)
 
 
 def captions(

@@ -37,7 +37,7 @@ _NAMES = {
     **dict.fromkeys(("validation_steps",), "sampling"),
     **dict.fromkeys(
         ("output", "output_dir", "overwrite_output_dir", "checkpointing_steps", "checkpoints_total_limit",
-         "resume_from_checkpoint", "report_to"), "output",
+         "resume_from_checkpoint", "report_to", "tracker_project_name"), "output",
     ),
 }  # fmt: skip
 """Flag -> group, whatever holds it."""

@@ -426,7 +426,7 @@ def test_flags_pasted_from_diffusers_scripts_work() -> None:
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--report_to=wandb", "unknown flag --report_to (here: metrics go to metrics.jsonl and tensorboard/"),
+        ("--logging_dir=logs", "unknown flag --logging_dir (here: tensorboard/ lies in --output-dir"),
         ("--rank=4", "unknown flag --rank (here: --lora.rank); see --help"),
         ("--num_train_epochs=3", "(here: --max-train-steps)"),
         ("--random_flip", "(here: images are not mirrored"),

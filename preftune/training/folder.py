@@ -14,7 +14,7 @@ from rewards import embedded
 _RESULTS = (
     "lora", "lora_kohya.safetensors", "unet", "pipeline", "scorer", "vae", "before_after.png", "reconstructions.png", "accuracy.png",
 )  # fmt: skip
-_OTHERS = ("config.yaml", "metrics.jsonl", "skipped.jsonl")
+_OTHERS = ("config.yaml", "metrics.jsonl", "skipped.jsonl", "trackers.json")
 _CHECKPOINT = re.compile(r"step_(\d{6,})(\.damaged)?")
 _SAMPLES = re.compile(r"step_(\d{6,})(_\w+)?(\.png)?")
 
@@ -91,6 +91,12 @@ def _remove_later(folder: Path, pattern: re.Pattern[str], kept: int) -> None:
         match = pattern.fullmatch(path.name)
         if match and int(match[1]) > kept:
             files.remove(path)
+
+
+def write_config(output: Path, text: str, driver: str, circumstances: str) -> None:
+    """Write the YAML that replays a configuration as config.yaml, below a line that says what made the run."""
+    made_by = f"driver {driver}, commit {commit()}, {circumstances}"
+    files.write_text(output / "config.yaml", f"# {made_by}\n{text}", durable=True)
 
 
 def commit() -> str:

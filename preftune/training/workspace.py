@@ -81,6 +81,7 @@ class Workspace:
                 )
             if found is None:
                 return {}
+            self.run.log_images(step - 1, f"validation{ending}", found.captions())
             means |= {f"{score}{ending}": value for score, value in found.means().items()}
         return means
 
@@ -100,7 +101,8 @@ class Workspace:
     def finish(self) -> int:
         """Compare before and after, and return the exit code."""
         if not self.run.interrupted and self.run.is_main:
-            validation_images.write_comparison(self.run.folder, self.moments)
+            shown = validation_images.write_comparison(self.run.folder, self.moments)
+            self.run.log_images(self.run.config.max_train_steps - 1, "before_after", dict.fromkeys(shown, ""))
         return self.run.finish()
 
     @staticmethod
