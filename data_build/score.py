@@ -22,23 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from tqdm import tqdm
-
-from data_build import score_folder, scoring
-from data_build.decode import Entry
-from data_build.readers import DataSet, entries, find_data_set, survey
-from data_build.scoring import DTYPES, Batch, PrepareEntry, check_judge, digests
-from preftune import lock
 from preftune.cli import exit_on_user_error, parse
-from preftune.files import tidy_beside
-from preftune.image_folders import describe_passed_over
-from preftune.notes import say
-from preftune.one_writer import one_writer
-from preftune.printable import show
+from preftune.precision import check_precision
 from preftune.scorer_flags import Files, Measured
-from rewards import Scorer, check_all, find_card
-from rewards.shared_towers import load_all
 from rewards.terms import parse_files, parse_names
 
 
@@ -79,12 +65,31 @@ class Config:
         ):  # fmt: skip
             if value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
-        if self.precision == "fp16" and not torch.cuda.is_available():
-            raise ValueError("--precision fp16 needs a GPU; use fp32 or bf16")
+        check_precision(self.precision)
 
     def names(self) -> tuple[str, ...]:
         """Return the scorers, a column each."""
         return parse_names(self.rewards)
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import torch
+from tqdm import tqdm
+
+from data_build import score_folder, scoring
+from data_build.decode import Entry
+from data_build.readers import DataSet, entries, find_data_set, survey
+from data_build.scoring import DTYPES, Batch, PrepareEntry, check_judge, digests
+from preftune import lock
+from preftune.files import tidy_beside
+from preftune.image_folders import describe_passed_over
+from preftune.notes import say
+from preftune.one_writer import one_writer
+from preftune.printable import show
+from rewards import Scorer, check_all, find_card
+from rewards.shared_towers import load_all
 
 
 def batches(data: DataSet, place: tuple[int, int], size: int, chunk: int) -> Iterator[Batch]:
@@ -174,4 +179,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    main(CONFIG)

@@ -19,30 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
-from torch import Generator, Tensor, nn
-from tqdm import tqdm
 
-from preftune import files
 from preftune.cli import dump, exit_on_user_error, parse
-from preftune.diffusion_loss import diffusion_loss
-from preftune.families import Family
 from preftune.image_folders import Columns
-from preftune.images import load_with_framing
-from preftune.one_writer import one_writer
-from preftune.order import items_at
-from preftune.printable import show
-from preftune.records import CaptionedImage
-from preftune.resolution import Framing, Resolution
-from preftune.sampling import Sampling
-from preftune.training import data
 from preftune.training.config import ModelConfig, ValidationConfig, check_dropout
 from preftune.training.defaults import learning_rate, of_model
-from preftune.training.run import Run
 from preftune.training.run_config import RunConfig, check
-from preftune.training.validation import missed, validate
-from preftune.training.workspace import export, load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +52,29 @@ class Config:
         check_dropout(self.caption_dropout)
         if self.train_text_encoder and self.model.train != "full":
             raise ValueError(f"--train-text-encoder goes with --train full, got --train {self.model.train}")
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import torch
+from torch import Generator, Tensor, nn
+from tqdm import tqdm
+
+from preftune import files
+from preftune.diffusion_loss import diffusion_loss
+from preftune.families import Family
+from preftune.images import load_with_framing
+from preftune.one_writer import one_writer
+from preftune.order import items_at
+from preftune.printable import show
+from preftune.records import CaptionedImage
+from preftune.resolution import Framing, Resolution
+from preftune.sampling_config import Sampling
+from preftune.training import data
+from preftune.training.run import Run
+from preftune.training.validation import missed, validate
+from preftune.training.workspace import export, load_model
 
 
 class TextToImage(nn.Module):
@@ -212,4 +218,4 @@ def save(family: Family, config: Config, run: Run, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config)))
+    sys.exit(main(CONFIG))

@@ -14,7 +14,6 @@ top-level YAML key.
 import contextlib
 import dataclasses
 import difflib
-import inspect
 import io
 import itertools
 import math
@@ -30,6 +29,7 @@ import yaml
 
 from preftune import disk
 from preftune.flags import ALIASES, ELSEWHERE, ONE_VALUE
+from preftune.help_text import help_text
 from preftune.printable import printable
 from rewards.input_files import read_text
 
@@ -325,11 +325,12 @@ def _is_null(node: yaml.Node) -> bool:
 
 def _tyro(config_class: type[Config], args: list[str], origins: dict[str, str]) -> Config:
     """Parse the flags; tyro's boxed complaint becomes a ValueError of one sentence that says where the flag came from."""
+    if {"-h", "--help"} & {*args}:
+        _show_help(config_class)
     box = io.StringIO()
-    description = f"{inspect.getdoc(config_class) or ''}\n\n{_HELP}"
     try:
         with contextlib.redirect_stderr(box):
-            config = tyro.cli(config_class, args=args, description=description)
+            config = tyro.cli(config_class, args=args)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -346,6 +347,17 @@ def _tyro(config_class: type[Config], args: list[str], origins: dict[str, str]) 
         raise ValueError(f"{origin}: {reason}" if origin else reason) from stop
     sys.stderr.write(box.getvalue())
     return config
+
+
+def _show_help(config_class: type) -> NoReturn:
+    """Print what the program does, its examples, and its flags in groups; exit code 0."""
+    fields = {
+        flag: leaf.attributes[-2] if len(leaf.attributes) > 1 else ""
+        for name, leaf in _leaves(config_class).items()
+        for flag in (_flag(name), _flag(name, negated=True))
+    }
+    sys.stdout.write(help_text(config_class, _HELP, fields))
+    raise SystemExit(0)
 
 
 def _unboxed(text: str) -> str:

@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Sequence
 
 from rewards import CARDS, Card
-from rewards.weights import local
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _row(card: Card) -> tuple[str, ...]:
+    from rewards.weights import local  # needs torch, which --help does not
+
     low, high = card.typical_range
     source = card.folder or (f"{card.repo or card.source}/{card.file}" if card.file else "none needed")
     here = not card.has_weights or local(card) is not None

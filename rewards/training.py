@@ -10,13 +10,13 @@ Shapes: B batch.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Protocol, cast, get_args
 
 from torch import Tensor, nn
 
 import rewards
 from rewards import blipscore
-from rewards.card import Card
+from rewards.card import Card, Head
 from rewards.clip import ClipScorer
 from rewards.imagereward import ImageReward
 from rewards.towers import Tower
@@ -26,10 +26,6 @@ _STARTS = {
     for name, card in rewards.CARDS.items()
     if card.module in ("rewards.clip", "rewards.imagereward", "rewards.blipscore")
 }
-
-
-Head = Literal["own", "mlp"]
-"""Head of the scorer to train: its own, or a new MLP of ImageReward's shape on a CLIP."""
 
 
 class Trainable(Protocol):

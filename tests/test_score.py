@@ -860,7 +860,7 @@ def test_other_archives_are_another_job(change: str, rendered: Path, tmp_path: P
 
 
 BAD = [
-    (["--rewards", "shape"], "unknown scorer 'shape'; one of brightness, shapes"),
+    (["--rewards", "shape"], "unknown scorer 'shape' (did you mean shapes?); one of brightness, shapes"),
     (["--rewards", "shapes", "shapes"], "repeats shapes; name each scorer once"),
     (["--rewards", "clipscore"], "the weights of clipscore are not here; run `hf download"),
     (["--reward-files", "clipscore=x"], "names clipscore, which --rewards does not use"),
