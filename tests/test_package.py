@@ -18,6 +18,7 @@ from eval.trainings import command_record, launch_words
 from finetune import refl
 from preftune import cli, embedded_check, programs
 from preftune.families import locate
+from preftune.training.folder import commit
 from rewards import embedded, find_card
 from rewards.mix import parse_weights
 
@@ -229,13 +230,13 @@ def test_embedded_files_are_found_from_anywhere(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_wheel_has_them_in_preftune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "preftune" / "assets" / "tiny"
-    folder.mkdir(parents=True)
-    (folder / "prompts.txt").touch()
+    assets = tmp_path / "preftune" / "assets" / "tiny"
+    assets.mkdir(parents=True)
+    (assets / "prompts.txt").touch()
     monkeypatch.setattr(embedded, "PLACES", (tmp_path / "preftune", tmp_path))
     monkeypatch.chdir("/")
-    assert embedded.find("assets/tiny/prompts.txt") == folder / "prompts.txt"
-    assert embedded.portable(folder / "prompts.txt") == Path("assets/tiny/prompts.txt")
+    assert embedded.find("assets/tiny/prompts.txt") == assets / "prompts.txt"
+    assert embedded.portable(assets / "prompts.txt") == Path("assets/tiny/prompts.txt")
 
 
 def test_flags_name_embedded_files_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,3 +356,13 @@ def test_the_wheel_works_in_an_empty_folder(tmp_path: Path) -> None:
     start("grid", "--columns", "base=", "tuned=runs/refl-tiny", "--count", "1", "--num-inference-steps", "2")
     assert (empty / "grid" / "index.html").is_file()
     assert sorted(path.name for path in empty.iterdir()) == ["five", "grid", "runs", "scored"]
+
+
+def test_a_wheel_in_a_repository_of_others_says_its_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commit of the repository around a virtual environment says nothing about this package."""
+    if (ROOT / ".git").exists():
+        assert "version" not in commit()
+    monkeypatch.setattr(embedded, "ROOT", tmp_path)
+    assert commit() == f"unknown (version {version('preftune')})"

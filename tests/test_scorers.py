@@ -201,7 +201,10 @@ def test_every_card_can_bring_its_scores_to_common_units() -> None:
         assert all(getattr(card, field.name) != "" for field in fields(card))
 
 
-def test_the_table_prints_every_scorer(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_prints_every_scorer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["rewards"])
     runpy.run_module("rewards", run_name="__main__")
     table = capsys.readouterr().out
     assert all(f"\n{name} " in table and f"\n{name}: " in table for name in CARDS)
