@@ -52,9 +52,9 @@ def digests(flags: Mapping[str, Any]) -> dict[str, str]:
     weights = parse_weights(flags["rewards"]) if flags.get("rewards") else {}
     files = parse_files(flags.get("reward_files") or (), weights)
     for name in weights:
-        paths = rewards.check(name, files.get(name))
+        read = rewards.check(name, files.get(name))
         given = own.is_given(name)  # a callable, which is in no file
-        found[f"scorer {name}"] = own.source_digest(name) if given else _digest(paths, with_names=False)
+        found[f"scorer {name}"] = own.source_digest(name) if given else _digest(read, with_names=False)
     return found
 
 
