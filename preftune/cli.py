@@ -12,6 +12,7 @@ top-level YAML key.
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import difflib
 import inspect
@@ -37,6 +38,7 @@ Config = TypeVar("Config")
 
 MAX_YAML = 1 << 18
 """Bytes of a config file; PyYAML reads 100 KB a second."""
+_RAISED = contextvars.ContextVar("errors are raised", default=False)
 _HELP = "--config FILE.yaml reads flags from a file, one `key: value` a line; it may be repeated, and the last value wins."
 
 
@@ -80,6 +82,26 @@ def exit_on_user_error() -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in disk.WORDS:
             raise  # a write that failed: preftune/one_writer.py says so
         _fail(str(error))
+
+
+@contextlib.contextmanager
+def errors_raised() -> Iterator[None]:
+    """Context of a call from Python: what ends a program raises instead, a ValueError where the user typed something wrongly."""
+    token = _RAISED.set(True)
+    try:
+        yield
+    finally:
+        _RAISED.reset(token)
+
+
+def are_errors_raised() -> bool:
+    """Return whether this is in the context of `errors_raised`."""
+    return _RAISED.get()
+
+
+def flag_types(config_class: type) -> dict[str, Any]:
+    """Return the YAML name of each flag of a Config, such as `lora.rank`, with its type."""
+    return {name: leaf.hint for name, leaf in _leaves(config_class).items()}
 
 
 def dump(config: Any) -> str:
@@ -369,6 +391,8 @@ def _missing(text: str) -> str:
 
 
 def _fail(reason: str) -> NoReturn:
-    """Print one line on stderr and leave with exit code 2."""
+    """Print one line on stderr and leave with exit code 2; ValueError in the context of `errors_raised`."""
+    if are_errors_raised():
+        raise ValueError(" ".join(reason.splitlines()))
     sys.stderr.write(printable(f"{Path(sys.argv[0]).name}: error: {' '.join(reason.splitlines())}") + "\n")
     raise SystemExit(2)

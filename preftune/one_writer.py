@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from preftune import disk, files, lock
-from preftune.cli import exit_on_user_error
+from preftune.cli import are_errors_raised, exit_on_user_error
 
 Config = TypeVar("Config")
 Code = TypeVar("Code")
@@ -47,6 +47,7 @@ def exit_on_failed_write(folder: Path) -> Iterator[None]:
     """Turn a failed write in the block into one sentence on stderr and exit code 1, and remove what was being written.
 
     Also a FloatingPointError, which is a loss, gradient or score that is not finite, on each process that raises it.
+    In the context of cli.errors_raised the error itself goes on, with the sentence as its note.
     """
     try:
         yield
@@ -60,6 +61,9 @@ def exit_on_failed_write(folder: Path) -> Iterator[None]:
                 files.tidy_beside(folder)
         for bar in list(getattr(tqdm, "_instances", ())):  # else it would be drawn again below the sentence
             bar.close()
+        if are_errors_raised():
+            error.add_note(reason)
+            raise
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {reason}\n")
         raise SystemExit(1) from error
 
