@@ -13,6 +13,7 @@ from preftune.families.configs import read_json
 from preftune.families.digest import digest as digest_of_pipeline
 from preftune.families.digest import digest_of_part
 from preftune.resolution import Resolution
+from rewards import embedded
 from rewards.shapes import check_judgeable
 
 TUNED = ("lora", "unet")
@@ -92,8 +93,8 @@ def check_column(term: str) -> None:
 def _split_weight(title: str, source: str) -> tuple[Path, str | None]:
     """Return the folder or file of a column, and what follows its @, None without one; ValueError where it is missing."""
     name, at, strength = source.rpartition("@")
-    weighted = bool(at) and not Path(source).exists()  # a folder may have an @ in its name
-    folder = Path(name if weighted else source)
+    weighted = bool(at) and not embedded.find(source).exists()  # a folder may have an @ in its name
+    folder = embedded.find(name if weighted else source)
     if not folder.exists():
         raise ValueError(
             f"column {title!r}: {folder} does not exist; name a run, LoRA or UNet folder, a LoRA file or a model, one of the hub"

@@ -29,9 +29,10 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import tyro
 import yaml
 
-from preftune import disk
+from preftune import disk, embedded_flags
 from preftune.flags import ALIASES, ELSEWHERE, ONE_VALUE
 from preftune.printable import printable
+from rewards import embedded
 from rewards.input_files import read_text
 
 Config = TypeVar("Config")
@@ -66,7 +67,7 @@ def parse(
                 origins[_flag(name)] = f"{file} line {line}"
         for token in typed:  # a value that the command line overrides cannot be an error of the file
             origins.pop(token.split("=")[0].replace("_", "-"), None)
-        return _tyro(config_class, flags + typed, origins)
+        return embedded_flags.found(_tyro(config_class, flags + typed, origins))
 
 
 @contextlib.contextmanager
@@ -123,7 +124,9 @@ def _plain(value: Any) -> Any:
     """A field's value in YAML's types."""
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
-    if isinstance(value, Path) or (isinstance(value, float) and not math.isfinite(value)):
+    if isinstance(value, Path):
+        return str(embedded.portable(value))
+    if isinstance(value, float) and not math.isfinite(value):
         return str(value)  # YAML writes infinity as `.inf`, which float() does not read
     assert value is None or isinstance(value, str | int | float), (
         f"a config field holds a {type(value).__name__}"
@@ -191,7 +194,7 @@ def _split_config(argv: list[str]) -> tuple[list[Path], list[str]]:
             file = token.partition("=")[2] if "=" in token else next(tokens, "")
             if not file or file.startswith("--"):
                 raise ValueError("--config needs a file: --config FILE.yaml")
-            files.append(Path(file))
+            files.append(embedded.find(file))
             at_start = True
             continue
         if at_start and not token.startswith("-"):

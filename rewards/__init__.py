@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rewards import embedded
 from rewards.atomic_folder import left_behind
 from rewards.card import Card, Clip, Preprocess, Scorer
 from rewards.trained_cards import card_of
@@ -227,7 +228,7 @@ def find_card(name: str) -> Card:
     """
     if name in CARDS:
         return CARDS[name]
-    if not name or not Path(name).is_dir():
+    if not name or not embedded.find(name).is_dir():
         if name and (previous := left_behind(Path(name))) is not None:
             raise ValueError(
                 f"{name} is missing, because a write of it was cut short; its last state is {previous}: rename it to {name}"

@@ -1,7 +1,9 @@
-"""`python -m rewards`: the table of scorers."""
+"""Print the table of scorers: what each measures, and whether its weights are here."""
 
 import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rewards import CARDS, Card
 from rewards.weights import local
@@ -9,8 +11,10 @@ from rewards.weights import local
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print one line a scorer and, below it, what it measures; argv defaults to that of the process, and takes nothing."""
+    name = Path(sys.argv[0]).name
     argparse.ArgumentParser(
-        prog="python -m rewards", description="Print the table of scorers.", allow_abbrev=False
+        prog="python -m rewards" if name == "__main__.py" else name,
+        description="Print the table of scorers.", allow_abbrev=False
     ).parse_args(argv)
     rows: list[tuple[str, ...]] = [
         ("name", "paper", "reads prompt", "gradient", "range", "licence", "input", "weights", "here")

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rewards import CARDS, find_card
+from rewards import CARDS, embedded, find_card
 from rewards.card import Card, Scorer
 from rewards.input_files import parse_json, read_text
 from rewards.shared_towers import score_all, share_towers
@@ -147,7 +147,7 @@ def parse_names(terms: Sequence[str]) -> tuple[str, ...]:
 
 def _split(term: str) -> tuple[str, float]:
     """Return name and weight of a term."""
-    if not term.rpartition("=")[1] or Path(term).is_dir():
+    if not term.rpartition("=")[1] or embedded.find(term).is_dir():
         return term, 1.0
     name, _, text = term.rpartition("=")
     try:
@@ -176,5 +176,5 @@ def parse_files(terms: Sequence[str], names: Collection[str]) -> dict[str, Path]
             )
         if name not in names:
             raise ValueError(f"--reward-files names {name}, which --rewards does not use")
-        files[name] = Path(path)
+        files[name] = embedded.find(path)
     return files

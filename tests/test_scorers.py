@@ -181,6 +181,8 @@ def test_unknown_names_and_needless_weights(tmp_path: Path) -> None:
 def test_missing_weights_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("rewards.weights.ROOT", tmp_path)
+    monkeypatch.setattr("rewards.embedded.PLACES", (tmp_path,))
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"hf download zai-org/ImageReward ImageReward\.pt"):
         rewards.check("imagereward")
     with pytest.raises(
