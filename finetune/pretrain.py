@@ -22,7 +22,7 @@ from typing import Annotated
 import torch
 import tyro
 from torch import Generator, Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from preftune import files
 from preftune.cli import dump, exit_on_user_error, parse

@@ -20,6 +20,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,10 +200,11 @@ def _configure(module: Any, given: dict[str, Any], types: Mapping[str, Any]) -> 
     config = cli.parse(module.Config, flags(given | named, types), default_config=default)
     if not contents:
         return config, None
-    folder = config.run.output_dir
-    placed = given | {name: folder / file for name, file in named.items()}
-    config = cli.parse(module.Config, flags(placed, types), default_config=default)
-    return config, Written(folder, contents)
+    places = {name: config.run.output_dir / file for name, file in named.items()}
+    validation = {name: place for name, place in places.items() if name == "validation_prompts"}
+    own = {name: place for name, place in places.items() if name not in validation}
+    config = replace(config, **own, validation=replace(config.validation, **validation))
+    return config, Written(config.run.output_dir, contents)
 
 
 def _given_functions(functions: Functions) -> contextlib.AbstractContextManager[None]:

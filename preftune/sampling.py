@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 from torch import Generator, Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from preftune import resolution as resolutions
 from preftune import solvers
