@@ -5,6 +5,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import rewards
 from preftune import families
 from preftune import lora_files as loras
@@ -13,7 +15,8 @@ from preftune.families.configs import read_json
 from preftune.families.digest import digest as digest_of_pipeline
 from preftune.families.digest import digest_of_part
 from preftune.resolution import Resolution
-from rewards import embedded
+from rewards import embedded, own
+from rewards.own_scorer import try_out
 from rewards.shapes import check_judgeable
 
 TUNED = ("lora", "unet")
@@ -147,7 +150,12 @@ def check_scorers(
     resolution: Resolution,
     source: Path,
 ) -> None:
-    """Raise ValueError for scorers whose weights are missing, or for a judge that cannot read such images of `source`."""
+    """Raise ValueError for scorers whose weights are missing, for a judge that cannot read such images of `source`, and for a
+    reward of the user's own that fails for random images.
+    """
     rewards.check_all(names, files, download=False)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    mine = [rewards.load(name, device=device) for name in names if own.is_own(name)]
+    try_out(mine, prompts, (resolution.width, resolution.height), gradient=False)
     if "shapes" in names:
         check_judgeable(prompts, (resolution.width, resolution.height), f"the images of {source}")

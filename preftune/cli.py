@@ -34,6 +34,7 @@ from preftune.flags import ALIASES, ELSEWHERE, ONE_VALUE
 from preftune.printable import printable
 from rewards import embedded
 from rewards.input_files import read_text
+from rewards.own import OwnRewardError
 
 Config = TypeVar("Config")
 
@@ -82,6 +83,8 @@ def exit_on_user_error() -> Iterator[None]:
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno in disk.WORDS:
             raise  # a write that failed: preftune/one_writer.py says so
+        if isinstance(error, OwnRewardError) and not are_errors_raised():
+            sys.stderr.write(printable(error.trace))
         _fail(str(error))
 
 

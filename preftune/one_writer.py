@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from preftune import disk, files, lock
 from preftune.cli import are_errors_raised, exit_on_user_error
+from preftune.printable import printable
+from rewards.own import OwnRewardError
 
 Config = TypeVar("Config")
 Code = TypeVar("Code")
@@ -46,8 +48,9 @@ def one_writer(main: Callable[[Config], Code]) -> Callable[[Config], Code]:
 def exit_on_failed_write(folder: Path) -> Iterator[None]:
     """Turn a failed write in the block into one sentence on stderr and exit code 1, and remove what was being written.
 
-    Also a FloatingPointError, which is a loss, gradient or score that is not finite, on each process that raises it.
-    In the context of cli.errors_raised the error itself goes on, with the sentence as its note.
+    Also a FloatingPointError, which is a loss, gradient or score that is not finite, and an error in a reward of the user's own,
+    below its traceback, on each process that raises it.
+    In the context of cli.errors_raised the error itself goes on; what its sentence says more is its note.
     """
     try:
         yield
@@ -62,17 +65,20 @@ def exit_on_failed_write(folder: Path) -> Iterator[None]:
         for bar in list(getattr(tqdm, "_instances", ())):  # else it would be drawn again below the sentence
             bar.close()
         if are_errors_raised():
-            error.add_note(reason)
+            if more := reason.removeprefix(str(error)).removeprefix("; "):
+                error.add_note(more)
             raise
+        if isinstance(error, OwnRewardError):
+            sys.stderr.write(printable(error.trace))
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {reason}\n")
         raise SystemExit(1) from error
 
 
 def _reason(error: Exception, folder: Path) -> str | None:
-    """What ended the program, and what to do; None for what is neither a failed write nor a number that is not finite."""
+    """What ended the program, and what to do; None for a fault of the program."""
     checkpoints = sorted(path.parent for path in folder.glob("step_*/manifest.json"))
     last = f"; the last complete checkpoint is {checkpoints[-1]}" if checkpoints else ""
-    if isinstance(error, FloatingPointError):
+    if isinstance(error, FloatingPointError | OwnRewardError):
         return f"{error}{last}"
     if (reason := disk.reason(error, folder)) is None:
         return None

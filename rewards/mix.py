@@ -9,9 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rewards import CARDS, embedded, find_card
+from rewards import CARDS, embedded, find_card, own
 from rewards.card import Card, Scorer
 from rewards.input_files import parse_json, read_text
+from rewards.own_scorer import OwnReward
+from rewards.pixels import one_each
 from rewards.shared_towers import score_all, share_towers
 
 Normalization = Literal["none", "card", "dataset"]
@@ -58,19 +60,25 @@ class Mix:
 
         FloatingPointError names the scorer whose score is not finite, with the prompt.
         """
+        prompts = one_each(prompts, len(pixels))
         columns = score_all(self.scorers, pixels, prompts)
         scores = torch.stack(columns, dim=1)
         finite = scores.detach().isfinite()
         if not finite.all():  # one synchronisation for all scorers
             row, column = (int(index) for index in (~finite).nonzero()[0])
             raise FloatingPointError(
-                f"{self.names[column]} gave {scores[row, column].item()} for {prompts[row]!r};"
-                " check the image for NaN values, and the precision of the scorer"
+                f"{self.names[column]} gave {scores[row, column].item()} for {prompts[row]!r}; check the image for NaN values,"
+                f" and {_suspect(self.scorers[column])}"
             )
         rewards = torch.zeros_like(columns[0])
         for weight, (mean, std), column_scores in zip(self.weights, self.units, columns, strict=True):
             rewards = rewards + weight * ((column_scores - mean) / std)
         return Mixed(scores=scores, rewards=rewards)
+
+
+def _suspect(scorer: Scorer) -> str:
+    """Return what else may be wrong where a score is not finite."""
+    return f"the function {scorer.place}" if isinstance(scorer, OwnReward) else "the precision of the scorer"
 
 
 def units(
@@ -89,6 +97,14 @@ def units(
         )
     if stats is not None:
         return _dataset_units([card.name for card in cards], stats)
+    if normalization == "card":
+        for card in cards:
+            if not math.isfinite(card.std):
+                raise ValueError(
+                    f"--reward-normalization card needs the mean and deviation of {card.name}, which is your own and has none"
+                    f" on record; measure them by `preftune score --rewards {card.name}` and give its summary.json to"
+                    " --reward-normalization dataset --reward-stats, or use --reward-normalization none"
+                )
     return [(card.mean, card.std) if normalization == "card" else (0.0, 1.0) for card in cards]
 
 
@@ -116,20 +132,22 @@ def _dataset_units(names: Sequence[str], stats: Path) -> list[tuple[float, float
 def parse_weights(terms: Sequence[str]) -> dict[str, float]:
     """Return {"imagereward": 0.5, "brightness": 1.0} for ["imagereward=0.5", "brightness"], in that order.
 
-    A term is NAME or NAME=WEIGHT; NAME is a scorer of the table or the folder of a trained one, which may have a = in its
-    path. ValueError names the term that is malformed, repeated, zero, not finite, or of an unknown scorer.
+    A term is NAME or NAME=WEIGHT; NAME is a scorer of the table, the folder of a trained one, which may have a = in its path,
+    or FILE.py:FUNCTION (rewards.own), which may run from now on. ValueError names the term that is malformed, repeated, zero,
+    not finite, or of an unknown scorer.
     """
     weights: dict[str, float] = {}
     for term in terms:
         name, weight = _split(term)
         find_card(name)
+        own.named_by_user(name)
         if name in weights:
             raise ValueError(f"--rewards {term!r} repeats {name}; name each scorer once")
         weights[name] = weight
     if not weights:
         raise ValueError(
-            f"--rewards is empty; name at least one scorer, as NAME or NAME=WEIGHT, of {', '.join(CARDS)}, or the folder of a"
-            " trained one"
+            f"--rewards is empty; name at least one scorer, as NAME or NAME=WEIGHT, of {', '.join(CARDS)}, the folder of a"
+            " trained one, or FILE.py:FUNCTION of your own"
         )
     return weights
 
@@ -147,7 +165,7 @@ def parse_names(terms: Sequence[str]) -> tuple[str, ...]:
 
 def _split(term: str) -> tuple[str, float]:
     """Return name and weight of a term."""
-    if not term.rpartition("=")[1] or embedded.find(term).is_dir():
+    if not term.rpartition("=")[1] or embedded.find(term).is_dir() or own.is_in_file(term):
         return term, 1.0
     name, _, text = term.rpartition("=")
     try:
