@@ -31,7 +31,9 @@ import yaml
 
 from preftune import disk, embedded_flags
 from preftune.flags import ALIASES, ELSEWHERE, ONE_VALUE
+from preftune.notes import say
 from preftune.printable import printable
+from preftune.typed_flags import undone
 from rewards import embedded
 from rewards.input_files import read_text
 from rewards.own import OwnRewardError
@@ -49,23 +51,34 @@ def parse(
 ) -> Config:
     """The configuration that the command line describes; argv defaults to that of the process.
 
-    `--config FILE` may be given several times. With an empty command line default_config is read instead. What the user
-    typed wrongly, a ValueError of a __post_init__ included, ends the process with one sentence on stderr and exit code 2.
+    `--config FILE` may be given several times. Where neither it nor --model is typed, default_config is read in its place, and a
+    line on stderr says so. What the user typed wrongly, a ValueError of a __post_init__ included, ends the process with one
+    sentence on stderr and exit code 2.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if not argv and default_config is not None:
-        argv = ["--config", str(default_config)]
     leaves = _leaves(config_class)
     with exit_on_user_error():
         files, typed = _split_config(argv)
         typed = _with_aliases(typed, leaves)
         _check_names(typed, leaves)
+        if default_config is not None and not files and not _names_model(typed):
+            files = [_shown(default_config)]
+            if "--help" not in typed:
+                say(
+                    f"without --model the embedded model is tuned, by {files[0]} and the flags that follow; name another with --model"
+                )
+        read = [_read_yaml(file, leaves) for file in files]
         flags: list[str] = []
         origins: dict[str, str] = {}
-        for file in files:
-            for name, (line, tokens) in _read_yaml(file, leaves).items():
-                flags += tokens
-                origins[_flag(name)] = f"{file} line {line}"
+        for at, (file, rows) in enumerate(zip(files, read, strict=True)):
+            later = [
+                *(token for after in read[at + 1 :] for _, own in after.values() for token in own),
+                *typed,
+            ]
+            for name, (line, tokens) in rows.items():
+                if not undone(tokens, later):
+                    flags += tokens
+                    origins[_flag(name)] = f"{file} line {line}"
         for token in typed:  # a value that the command line overrides cannot be an error of the file
             origins.pop(token.split("=")[0].replace("_", "-"), None)
         return embedded_flags.found(_tyro(config_class, flags + typed, origins))
@@ -205,6 +218,16 @@ def _split_config(argv: list[str]) -> tuple[list[Path], list[str]]:
         typed.append(token)
         at_start = False
     return files, typed
+
+
+def _names_model(typed: list[str]) -> bool:
+    """Whether the command line names a model, where a program has a default one."""
+    return any(token.partition("=")[0] == "--model" for token in typed)
+
+
+def _shown(file: Path) -> Path:
+    """The path of a file of this package, short where it lies below the working directory."""
+    return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
 
 
 def _check_names(typed: list[str], leaves: dict[str, _Leaf]) -> None:

@@ -96,3 +96,6 @@ ELSEWHERE = {
 _FILE = "it is a prompt file: write the prompts into a .txt file, one a line, and name that file"
 ONE_VALUE = {"prompts": _FILE, "validation_prompts": _FILE}
 """Flag of one value that other scripts give several -> what to do."""
+
+EXCLUSIVE = ("--overwrite-output-dir", "--resume-from-checkpoint=latest")
+"""Flags that exclude each other. Of those in different places (several files, the command line) the last one counts."""
