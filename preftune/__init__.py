@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 if TYPE_CHECKING:
-    from preftune.api import pretrain, raft, refl, reward_weighted, weird_lora
+    from preftune.api import pretrain, raft, refl, reward_weighted, score, weird_lora
 
-__all__ = ["pretrain", "raft", "refl", "reward_weighted", "weird_lora"]
+__all__ = ["pretrain", "raft", "refl", "reward_weighted", "score", "weird_lora"]
 
 
 def __getattr__(name: str) -> Any:

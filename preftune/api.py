@@ -5,8 +5,10 @@
     def red(pixels, prompts):  # (B, 3, H, W) in [0, 1] -> (B,)
         return (pixels[:, 0] - pixels[:, 1:].mean(1)).mean((1, 2))
 
-    pipe = refl(model="assets/tiny/pipeline", prompts=["a blue circle", "a green square"], rewards=red,
-                max_train_steps=2, num_inference_steps=4, window=(2, 3), pretraining="off", output_dir="runs/red")
+    pipe = refl(model="assets/tiny/pipeline", prompts=["a blue circle", "a green square"],
+                rewards={"red": red, "imagereward-tiny": 0.5}, output_dir="runs/red", pretraining="off",
+                max_train_steps=2, gradient_accumulation_steps=1, num_inference_steps=4, window=(2, 3),
+                sample_num_inference_steps=10)
     pipe("a blue circle", num_inference_steps=10).images[0].save("red.png")
 
 The run folder is that of the program, and either can go on with the other's. An error of the caller is a ValueError of one
@@ -147,6 +149,48 @@ def pretrain(
     return _tune(
         "pretrain", given | {"output_dir": output_dir, "max_train_steps": max_train_steps} | arguments
     )
+
+
+def score(images: Any, prompts: str | Iterable[str], rewards: Rewards, *, device: str | None = None) -> Any:
+    """Return the scores of images by each scorer, by its name: float32 tensors (B,) on the CPU, higher is better.
+
+    Args:
+        images: PIL images or paths of image files, one or a list, or pixels (B, 3, H, W) in [0, 1].
+        prompts: One for each image, or one for all.
+        rewards: As in `refl`, without weights: each scorer is reported by itself.
+        device: Where the scorers run; None = the GPU, or the CPU where there is none.
+
+    Raises:
+        ValueError: Something that was given is wrong.
+    """
+    with _errors_in_python({"rewards": str}, "score"):
+        import torch
+
+        from rewards.mix import parse_names
+        from rewards.shared_towers import load_all
+
+        terms, functions = scorers(rewards)
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        with _given_functions(functions), torch.no_grad():
+            names = parse_names(terms)
+            several = images.to(place) if isinstance(images, torch.Tensor) else _opened(images)
+            texts = prompts if isinstance(prompts, str) else list(prompts)
+            loaded = load_all(names, files={}, device=place, dtype=torch.float32)
+            return {scorer.card.name: scorer(several, texts).cpu() for scorer in loaded}
+
+
+def _opened(images: Any) -> list[Any]:
+    """Return images as PIL images, files among them read."""
+    from preftune.images import opened
+
+    found = []
+    for image in images if isinstance(images, list | tuple) else [images]:
+        if isinstance(image, str | Path):
+            with opened(Path(image)) as file:
+                found.append(file.copy())
+        else:
+            found.append(image)
+    return found
 
 
 def _tune(program: str, arguments: Mapping[str, Any]) -> Any:
