@@ -21,7 +21,7 @@ import importlib
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,8 @@ def score(images: Any, prompts: str | Iterable[str], rewards: Rewards, *, device
     Raises:
         ValueError: Something that was given is wrong.
     """
-    with _errors_in_python({"rewards": str}, "score"):
+
+    def work() -> Any:
         import torch
 
         from rewards.mix import parse_names
@@ -177,6 +178,8 @@ def score(images: Any, prompts: str | Iterable[str], rewards: Rewards, *, device
             texts = prompts if isinstance(prompts, str) else list(prompts)
             loaded = load_all(names, files={}, device=place, dtype=torch.float32)
             return {scorer.card.name: scorer(several, texts).cpu() for scorer in loaded}
+
+    return _call(work, {"rewards": str}, "score")
 
 
 def _opened(images: Any) -> list[Any]:
@@ -195,6 +198,7 @@ def _opened(images: Any) -> list[Any]:
 
 def _tune(program: str, arguments: Mapping[str, Any]) -> Any:
     """Run a program with these arguments, and return the pipeline of its result."""
+    __tracebackhide__ = True
     if not _UNDER_WAY.acquire(blocking=False):
         raise ValueError(
             "another call is under way in this process; wait for it, or start this one in a process of its own"
@@ -202,8 +206,7 @@ def _tune(program: str, arguments: Mapping[str, Any]) -> Any:
     try:
         module = importlib.import_module(PROGRAMS[program])
         types, call = cli.flag_types(module.Config), program.replace("-", "_")
-        with _errors_in_python(types, call):
-            return _run(module, arguments, types)
+        return _call(lambda: _run(module, arguments, types), types, call)
     finally:
         _UNDER_WAY.release()
 
@@ -260,21 +263,23 @@ def _given_functions(functions: Functions) -> contextlib.AbstractContextManager[
     return own.given(functions)
 
 
-@contextlib.contextmanager
-def _errors_in_python(types: Mapping[str, Any], call: str) -> Iterator[None]:
-    """Context in which nothing ends the process, and sentences name arguments instead of flags."""
+def _call(work: Callable[[], Any], types: Mapping[str, Any], name: str) -> Any:
+    """Return what `work` returns; nothing in it ends the process, and its sentences name arguments instead of flags."""
+    __tracebackhide__ = True  # a notebook shows the caller's line and the sentence
     try:
         with cli.errors_raised():
-            yield
+            return work()
     except ValueError as error:
-        cause = _cause(error)
-        sentence = in_python(str(error), types, call)
-        traceback.clear_frames(error.__traceback__)  # a notebook keeps the last one, and what its frames hold
-        raise ValueError(sentence) from cause
-    except BaseException as error:
+        cause, failure = _cause(error), ValueError(in_python(str(error), types, name))
+        for note in getattr(error, "__notes__", ()):
+            failure.add_note(in_python(note, types, name))
+        traceback.clear_frames(error.__traceback__)
+    except BaseException as error:  # a notebook keeps the last traceback, and so what its frames hold
         traceback.clear_frames(error.__traceback__)
         _free()
         raise
+    _free()
+    raise failure from cause
 
 
 def _cause(error: BaseException) -> BaseException | None:

@@ -172,7 +172,7 @@ def test_every_call_returns_a_pipeline(root: Path, given: dict[str, Any]) -> Non
         ({"rewards": {"mine": "red"}}, r"rewards has 'red' for mine; give a weight, .*"),
         ({"rewards": {"brightness": red}}, "brightness is a scorer of the table; .*"),
         ({"rewards": {"mine": lambda pixels, prompts: pixels.mean()}}, r"mine \(.*test_api.py:\d+\) returned .*"),
-        ({"train": "full", "lora_rank": 4}, 'lora settings do nothing with train="full"; .*'),
+        ({"train": "full", "lora_rank": 8}, 'lora settings do nothing with train="full"; .*'),
         ({"config": "nowhere.yaml"}, "cannot read the config file nowhere.yaml: .*"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
