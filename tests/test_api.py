@@ -88,11 +88,10 @@ def test_the_example_runs(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ("kind", "more"),
     [
         ("sd", {"ema_decay": 0.5}),
-        ("sd", {"train": "full"}),
-        ("sd", {"mixed_precision": "bf16"}),
+        ("sd", {"train": "full", "mixed_precision": "bf16"}),
         ("xl", {}),
     ],
-    ids=["lora with an average", "full", "bf16", "SDXL"],
+    ids=["LoRA with an average", "full in bf16", "SDXL"],
 )
 def test_the_pipeline_is_that_of_diffusers(
     kind: Literal["sd", "xl"], more: dict[str, Any], given: dict[str, Any], tmp_path: Path
@@ -100,7 +99,9 @@ def test_the_pipeline_is_that_of_diffusers(
     """The images are those of diffusers' own way to load the run's result, and differ from the model's before."""
     make = tiny.pipeline_folder if kind == "sd" else tiny.pipeline_xl_folder
     model, run = make(tmp_path / "model"), Path(given["output_dir"])
-    pipe = preftune.refl(**given | more | {"model": model, "max_train_steps": 2})
+    pipe = preftune.refl(
+        **given | more | {"model": model, "max_train_steps": 2 if "ema_decay" in more else 1}
+    )
     settings: dict[str, Any] = {"dtype": torch.bfloat16 if "mixed_precision" in more else torch.float32}
     if kind == "sd":
         settings["safety_checker"] = None
@@ -205,19 +206,6 @@ def test_a_failed_write_is_the_original_error(tmp_path: Path, capsys: pytest.Cap
     assert caught.value is full
     assert "there is no complete checkpoint yet" in caught.value.__notes__[0]
     assert not capsys.readouterr().err
-
-
-def test_a_loss_that_is_not_finite_is_the_original_error(given: dict[str, Any]) -> None:
-    calls = []
-
-    def late_nan(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        calls.append(len(pixels))
-        return red(pixels, prompts) * (float("nan") if pixels.grad_fn is not None else 1)
-
-    with pytest.raises(FloatingPointError, match=r"late_nan gave nan|nan on rank 0") as caught:
-        preftune.refl(**given | {"rewards": late_nan})
-    assert re.fullmatch("the last complete checkpoint is .*step_000000", caught.value.__notes__[0])
-    preftune.refl(**given | {"overwrite_output_dir": True})  # no lock is left
 
 
 def test_a_run_goes_on_and_config_yaml_replays_it(
@@ -331,7 +319,7 @@ def test_the_process_is_as_before(given: dict[str, Any]) -> None:
     assert now[1:] == expected[1:]
 
 
-def test_the_memory_of_a_call_is_free_after_it(given: dict[str, Any]) -> None:
+def test_the_memory_of_a_call_is_free_after_it_and_after_one_that_failed(given: dict[str, Any]) -> None:
     def models() -> int:
         gc.collect()
         return sum(isinstance(thing, UNet2DConditionModel) for thing in gc.get_objects())
@@ -342,13 +330,16 @@ def test_the_memory_of_a_call_is_free_after_it(given: dict[str, Any]) -> None:
     del pipe
     assert models() == before
 
-    def failing(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+    def late_nan(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         return red(pixels, prompts) * (float("nan") if pixels.grad_fn is not None else 1)
 
-    with pytest.raises(FloatingPointError) as caught:
-        preftune.refl(**given | {"rewards": failing, "overwrite_output_dir": True})
+    with pytest.raises(FloatingPointError, match="late_nan gave nan") as caught:
+        preftune.refl(**given | {"rewards": late_nan, "overwrite_output_dir": True})
+    assert re.fullmatch("the last complete checkpoint is .*step_000000", caught.value.__notes__[0])
     assert models() == before, "also while a notebook keeps the traceback"
     assert caught.value.__traceback__ is not None
+    lock = Path(given["output_dir"]).with_name(".run.lock")
+    assert not lock.exists()
 
 
 def test_arguments_are_flags(given: dict[str, Any]) -> None:
