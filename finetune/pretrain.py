@@ -59,7 +59,7 @@ if __name__ == "__main__":  # flags are read before torch is imported, which tak
 
 import torch
 from torch import Generator, Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from preftune import files
 from preftune.diffusion_loss import diffusion_loss

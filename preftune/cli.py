@@ -12,6 +12,7 @@ top-level YAML key.
 """
 
 import contextlib
+import contextvars
 import io
 import math
 import re
@@ -36,6 +37,7 @@ from rewards.own import OwnRewardError
 
 Config = TypeVar("Config")
 
+_RAISED = contextvars.ContextVar("errors are raised", default=False)
 _HELP = "--config FILE.yaml reads flags from a file, one `key: value` a line; it may be repeated, and the last value wins."
 
 
@@ -89,9 +91,29 @@ def exit_on_user_error() -> Iterator[None]:
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno in disk.WORDS:
             raise  # a write that failed: preftune/one_writer.py says so
-        if isinstance(error, OwnRewardError):
+        if isinstance(error, OwnRewardError) and not are_errors_raised():
             sys.stderr.write(printable(error.trace))
         _fail(str(error))
+
+
+@contextlib.contextmanager
+def errors_raised() -> Iterator[None]:
+    """Context of a call from Python: what ends a program raises instead, a ValueError where the user typed something wrongly."""
+    token = _RAISED.set(True)
+    try:
+        yield
+    finally:
+        _RAISED.reset(token)
+
+
+def are_errors_raised() -> bool:
+    """Return whether this is in the context of `errors_raised`."""
+    return _RAISED.get()
+
+
+def flag_types(config_class: type) -> dict[str, Any]:
+    """Return the YAML name of each flag of a Config, such as `lora.rank`, with its type."""
+    return {name: leaf.hint for name, leaf in leaves_of(config_class).items()}
 
 
 def dump(config: Any) -> str:
@@ -202,7 +224,9 @@ def _missing(text: str) -> str:
 
 
 def _fail(reason: str) -> NoReturn:
-    """Print one line on stderr and leave with exit code 2."""
+    """Print one line on stderr and leave with exit code 2; ValueError in the context of `errors_raised`."""
+    if are_errors_raised():
+        raise ValueError(" ".join(reason.splitlines()))
     sentence = printable(f"{Path(sys.argv[0]).name}: error: {' '.join(reason.splitlines())}") + "\n"
     sys.stderr.write(sentence)
     last_word(sentence, code=2)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from preftune import disk, files, lock
-from preftune.cli import exit_on_user_error
+from preftune.cli import are_errors_raised, exit_on_user_error
 from preftune.last_word import last_word
 from preftune.printable import printable
 from preftune.resume_command import resume_command
@@ -53,7 +53,7 @@ def one_writer(main: Callable[[Config], Code]) -> Callable[[Config], Code]:
             raise SystemExit(128 + signal.SIGINT) from None
         finally:
             lock.release(folder)
-        if code in _STOPPED:
+        if code in _STOPPED and not are_errors_raised():
             _say(_stopped(config), int(code))
         return code
 
@@ -66,6 +66,7 @@ def exit_on_failed_write(folder: Path, config: Any = None) -> Iterator[None]:
 
     Also a FloatingPointError, which is a loss, gradient or score that is not finite, and an error in a reward of the user's own,
     below its traceback, on each process that raises it.
+    In the context of cli.errors_raised the error itself goes on; what its sentence says more is its note.
     """
     try:
         yield
@@ -75,6 +76,11 @@ def exit_on_failed_write(folder: Path, config: Any = None) -> Iterator[None]:
             raise
         if lock.is_main_process():
             _tidy(folder)
+        _close_bars()
+        if are_errors_raised():
+            if more := reason.removeprefix(str(error)).removeprefix("; "):
+                error.add_note(more)
+            raise
         if isinstance(error, OwnRewardError):
             sys.stderr.write(printable(error.trace))
         _say(f"error: {reason}", code=1)
@@ -90,11 +96,16 @@ def _tidy(folder: Path) -> None:
 
 def _say(text: str, code: int) -> None:
     """Print what the program ends with: an exit code and its reason."""
-    for bar in list(getattr(tqdm, "_instances", ())):  # else it would be drawn again below the sentence
-        bar.close()
+    _close_bars()
     text = f"{Path(sys.argv[0]).name}: {text}\n"
     sys.stderr.write(text)
     last_word(text, code)
+
+
+def _close_bars() -> None:
+    """Else they would be drawn again below the sentence."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def _reason(error: Exception, folder: Path, config: Any) -> str | None:

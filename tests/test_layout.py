@@ -26,6 +26,7 @@ RUN = tuple(
         "inputs",
         "metrics",
         "optimizer",
+        "process_state",
         "report_to",
         "resume",
         "signals",
@@ -35,7 +36,11 @@ RUN = tuple(
 """The parts of Run, which programs leave to it."""
 
 HOMES = {
-    "accelerate": ("preftune/training/run.py", "preftune/training/trackers.py"),
+    "accelerate": (
+        "preftune/training/run.py",
+        "preftune/training/trackers.py",
+        "preftune/training/process_state.py",
+    ),
     "diffusers": ("preftune/families/", "preftune/solvers.py"),
     "peft": ("preftune/lora.py",),
     "open_clip": (),

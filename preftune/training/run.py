@@ -33,7 +33,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from preftune import lock, order, seeds
 from preftune.seeds import Stream
@@ -165,7 +165,7 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """Indices of the updates still to do; each begins with freshly seeded random number generators."""
-        interval = 0.5 if sys.stderr.isatty() else 30.0
+        interval = 0.5 if sys.stderr.isatty() or "ipykernel" in sys.modules else 30.0
         total = self.config.max_train_steps
         bar = tqdm(total=total, initial=self.start, disable=not self.is_main, mininterval=interval)
         self._write_row()
