@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 import record_trajectories as recorded
 import rewards
-from data_build import score
+from data_build import score, scoring
 from eval.models import check_scorers
 from preftune import cli
 from preftune.images import load_pixels
 from preftune.records import read_jsonl
 from preftune.resolution import Resolution
+from preftune.training import inputs
 from rewards import own
 from rewards.mix import parse_names, parse_weights, units
 from rewards.own import OwnRewardError
@@ -508,11 +509,12 @@ def test_the_source_of_a_given_callable_counts() -> None:
     def darkness(pixels: Tensor, prompts: list[str]) -> Tensor:
         return 1 - pixels.mean(dim=(1, 2, 3))
 
-    digests = set()
-    for function in (brightness, darkness):
+    runs, jobs = set(), set()
+    for function in (brightness, darkness, brightness):
         with own.given({"mine": function}):
-            digests.add(own.source_digest("mine"))
-    assert len(digests) == 2
+            runs.add(inputs.digests({"rewards": ["mine=2"]})["scorer mine"])
+            jobs.add(scoring.digests(["mine"], {})["mine"]["source"])
+    assert len(runs) == len(jobs) == 2
 
 
 def test_no_torch_for_the_names() -> None:
