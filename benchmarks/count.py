@@ -21,25 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from torch.utils.weak import WeakIdKeyDictionary
-
-from benchmarks import models, sdxl
-from finetune import refl
 from preftune.cli import parse
-from preftune.families import Family, Pretrained, tiny
-from preftune.families.sd import SD
-from preftune.families.sdxl import SDXL
-from preftune.lora import LoRA
-from preftune.resolution import Resolution
 from preftune.resolution import parse as parse_resolution
-from preftune.training.config import ModelConfig
-from rewards.imagereward import FULL_SIZE, VOCAB, ImageReward
 
 GIB = 2**30
 
@@ -60,6 +43,28 @@ class Config:
     """Recompute activations of UNet and decoder in the backward pass."""
     late: float = 34.5
     """Steps without gradient before the one with it; 34.5 is the mean of the published window 30..39."""
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.weak import WeakIdKeyDictionary
+
+from benchmarks import models, sdxl
+from finetune import refl
+from preftune.families import Family, Pretrained, tiny
+from preftune.families.sd import SD
+from preftune.families.sdxl import SDXL
+from preftune.lora import LoRA
+from preftune.resolution import Resolution
+from preftune.training.config import ModelConfig
+from rewards.imagereward import FULL_SIZE, VOCAB, ImageReward
 
 
 class Memory(TorchDispatchMode):
@@ -213,4 +218,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config)))
+    sys.exit(main(CONFIG))

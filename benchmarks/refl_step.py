@@ -28,34 +28,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from diffusers import DDPMScheduler
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-
-import rewards
-from benchmarks.hardware import fresh, name_of_machine, peak_mib, peak_tflops, seconds, write_json
-from benchmarks.models import PROMPTS, TINY, build_sd1
-from finetune import refl
-from preftune import families
 from preftune.cli import exit_on_user_error, parse
-from preftune.families import Pretrained
-from preftune.order import items_at
-from preftune.prompts import read_prompts
-from preftune.training.config import DTYPES, ModelConfig, RewardConfig
-from preftune.training.optimizer import adamw
-from preftune.training.run_config import RunConfig
-from preftune.training.workspace import load_parts
 
 WARMUP = 2
 """Warm-up updates before timing (kernel selection, compilation, optimizer state)."""
-
 Precision = Literal["no", "bf16", "fp16"]
 Switch = Literal["off", "on"]
 Train = Literal["lora", "full"]
-read_once = functools.cache(read_prompts)
-Update = Callable[[int], Tensor]
-"""Does update i and returns its loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +82,33 @@ class Config:
         for name in ("models", "precision", "train", "checkpointing", "compile", "train_batch_size"):
             if self.__dict__[name] == ():
                 raise ValueError(f"--{name} needs at least one value")
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import rewards
+from benchmarks.hardware import fresh, name_of_machine, peak_mib, peak_tflops, seconds, write_json
+from benchmarks.models import build_sd1
+from benchmarks.paths import PROMPTS, TINY
+from finetune import refl
+from preftune import families
+from preftune.families import Pretrained
+from preftune.order import items_at
+from preftune.prompts import read_prompts
+from preftune.training.config import ModelConfig, RewardConfig
+from preftune.training.optimizer import adamw
+from preftune.training.run_config import RunConfig
+from preftune.training.workspace import DTYPES, load_parts
+
+read_once = functools.cache(read_prompts)
+Update = Callable[[int], Tensor]
+"""Does update i and returns its loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -407,4 +413,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config)))
+    sys.exit(main(CONFIG))

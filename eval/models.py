@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import rewards
+from eval.flags import split_term
 from preftune import families
 from preftune import lora_files as loras
 from preftune.families import Source
@@ -48,14 +49,6 @@ class Column:
             return found
         tuned = loras.digest(self.tuned) if self.has_lora else digest_of_part(self.tuned)
         return f"{found} + {self.weight:g} x {tuned}"
-
-
-def split_term(term: str) -> tuple[str, str]:
-    """Return TITLE and WHAT of a column."""
-    title, equals, source = term.partition("=")
-    if not equals or not title.strip():
-        raise ValueError(f"column {term!r} is not TITLE=WHAT, as in base= or tuned=runs/refl")
-    return title, source
 
 
 def parse_column(term: str, model: Source) -> Column:

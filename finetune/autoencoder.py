@@ -18,21 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
-from torch import Tensor, nn
 
-from preftune import files
 from preftune.cli import dump, exit_on_user_error, parse
-from preftune.families.tiny import build_autoencoder
-from preftune.grid import captioned_grid
 from preftune.image_folders import Columns
-from preftune.images import load_pixels, save_image
-from preftune.one_writer import one_writer
-from preftune.order import items_at
-from preftune.printable import show
-from preftune.training import data
-from preftune.training.run import Run
 from preftune.training.run_config import RunConfig, check
 
 LEARNING_RATE = 1e-5
@@ -63,6 +52,23 @@ class Config:
             raise ValueError(f"--resolution must be a positive multiple of 8, got {self.resolution}")
         if len(self.widths) != 4 or any(width < 8 or width % 8 for width in self.widths):
             raise ValueError(f"--widths must be four multiples of 8, got {self.widths}")
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import torch
+from torch import Tensor, nn
+
+from preftune import files
+from preftune.families.tiny import build_autoencoder
+from preftune.grid import captioned_grid
+from preftune.images import load_pixels, save_image
+from preftune.one_writer import one_writer
+from preftune.order import items_at
+from preftune.printable import show
+from preftune.training import data
+from preftune.training.run import Run
 
 
 class Reconstruct(nn.Module):
@@ -120,6 +126,9 @@ def main(config: Config) -> int:
     if run.is_main and not run.interrupted:
         with run.ema_weights():
             finish(vae, load(paths[:256]), run.folder)
+        run.log_images(
+            run.config.max_train_steps - 1, "reconstructions", {run.folder / "reconstructions.png": ""}
+        )
         show(f"autoencoder, metrics and reconstructions: {run.folder}")
     return run.finish()
 
@@ -151,4 +160,4 @@ def finish(vae: Any, images: Tensor, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config)))
+    sys.exit(main(CONFIG))

@@ -21,23 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 
-from preftune import files, manifest, seeds
 from preftune.cli import dump, exit_on_user_error, parse
-from preftune.images import save_image
-from preftune.one_writer import one_writer
-from preftune.order import items_at
-from preftune.prompts import read_prompts
-from preftune.records import CaptionedImage, read_imagefolder, read_jsonl, write_jsonl
-from preftune.sampling import sample, sharded
-from preftune.seeds import Stream
-from preftune.training import workspace
 from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig, check_dropout
-from preftune.training.run import Run
 from preftune.training.run_config import RunConfig
-from preftune.training.workspace import Workspace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +66,24 @@ class Config:
                 f"--max-train-steps {self.run.max_train_steps} must be a multiple of --iterations {self.iterations}"
             )
         check_dropout(self.caption_dropout)
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import torch
+
+from preftune import files, manifest, seeds
+from preftune.images import save_image
+from preftune.one_writer import one_writer
+from preftune.order import items_at
+from preftune.prompts import read_prompts
+from preftune.records import CaptionedImage, read_imagefolder, read_jsonl, write_jsonl
+from preftune.sampling import sample, sharded
+from preftune.seeds import Stream
+from preftune.training import workspace
+from preftune.training.run import Run
+from preftune.training.workspace import Workspace
 
 
 def seed_of(seed: int, iteration: int, image: int) -> int:
@@ -223,4 +229,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config)))
+    sys.exit(main(CONFIG))

@@ -23,21 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
-from torch import Generator, Tensor
 
-from preftune.augment import shifted
 from preftune.cli import dump, exit_on_user_error, parse
-from preftune.families import Family
 from preftune.image_folders import Columns
-from preftune.one_writer import one_writer
-from preftune.order import items_at
-from preftune.prompts import read_prompts
-from preftune.records import CaptionedImage, Skipped
-from preftune.resolution import Resolution
-from preftune.sampling import initial_noise, step
-from preftune.training import data, workspace
 from preftune.training.config import (
     ModelConfig,
     RewardConfig,
@@ -46,8 +35,6 @@ from preftune.training.config import (
     check_guidance,
 )
 from preftune.training.run_config import RunConfig
-from preftune.training.workspace import Workspace
-from rewards.mix import Mix
 
 TINY = Path(__file__).parent / "configs" / "refl" / "tiny.yaml"
 
@@ -118,6 +105,25 @@ class Config:
                 raise ValueError(message)
         check_guidance(self.guidance_scale)
         check_dropout(self.caption_dropout)
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config, default_config=TINY)
+
+import torch
+from torch import Generator, Tensor
+
+from preftune.augment import shifted
+from preftune.families import Family
+from preftune.one_writer import one_writer
+from preftune.order import items_at
+from preftune.prompts import read_prompts
+from preftune.records import CaptionedImage, Skipped
+from preftune.resolution import Resolution
+from preftune.sampling import initial_noise, step
+from preftune.training import data, workspace
+from preftune.training.workspace import Workspace
+from rewards.mix import Mix
 
 
 def reward_loss(reward: Tensor, margin: float, scale: float) -> Tensor:
@@ -228,4 +234,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config, default_config=TINY)))
+    sys.exit(main(CONFIG))

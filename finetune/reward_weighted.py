@@ -22,21 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
-from torch import Tensor
 
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.image_folders import Columns
-from preftune.notes import counted, say
-from preftune.one_writer import one_writer
-from preftune.order import items_at
-from preftune.records import CaptionedImage, Skipped
-from preftune.training import data, workspace
 from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig, check_dropout
 from preftune.training.run_config import RunConfig
-
-FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +64,21 @@ class Config:
         if self.beta and self.pretraining_data is None:
             raise ValueError(f"--beta {self.beta:g} needs --pretraining-data IMAGEFOLDER; or choose --beta 0")
         check_dropout(self.caption_dropout)
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import torch
+from torch import Tensor
+
+from preftune.notes import counted, say
+from preftune.one_writer import one_writer
+from preftune.order import items_at
+from preftune.records import CaptionedImage, Skipped
+from preftune.training import data, workspace
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def reward_weights(scores: Tensor, weighting: Literal["minmax", "exp"], temperature: float) -> Tensor:
@@ -165,4 +171,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config)))
+    sys.exit(main(CONFIG))

@@ -27,19 +27,13 @@ import tyro
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.families import Pretrained
 from preftune.image_folders import Columns
-from preftune.lora import LoRA
-from preftune.one_writer import one_writer
-from preftune.order import items_at
-from preftune.records import CaptionedImage, Skipped
-from preftune.training import data, workspace
+from preftune.lora_config import LoRA
 from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig, check_dropout
 from preftune.training.run_config import RunConfig
 
 KINDS = ("preferred", "non_preferred", "regularisation")
 NEGATIVE = "_negative"
 """Suffix of the folder names of validation images with the negative prompt."""
-
-
 PUBLISHED = LoRA(rank=32)
 
 
@@ -90,6 +84,16 @@ class Config:
         if share is not None and self.regularisation is None:
             raise ValueError("--regularisation-share needs --regularisation IMAGEFOLDER")
         check_dropout(self.caption_dropout)
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+
+from preftune.one_writer import one_writer
+from preftune.order import items_at
+from preftune.records import CaptionedImage, Skipped
+from preftune.training import data, workspace
 
 
 def captions(samples: Sequence[CaptionedImage], prefix: str) -> tuple[list[str], list[str]]:
@@ -168,4 +172,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config)))
+    sys.exit(main(CONFIG))

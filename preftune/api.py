@@ -167,8 +167,8 @@ def score(images: Any, prompts: str | Iterable[str], rewards: Rewards, *, device
     def work() -> Any:
         import torch
 
-        from rewards.mix import parse_names
         from rewards.shared_towers import load_all
+        from rewards.terms import parse_names
 
         terms, functions = scorers(rewards)
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -271,10 +271,10 @@ def _call(work: Callable[[], Any], types: Mapping[str, Any], name: str) -> Any:
             return work()
     except ValueError as error:
         cause, failure = _cause(error), ValueError(in_python(str(error), types, name))
-        for note in getattr(error, "__notes__", ()):
-            failure.add_note(in_python(note, types, name))
+        failure.__notes__ = [in_python(note, types, name) for note in getattr(error, "__notes__", ())]
         traceback.clear_frames(error.__traceback__)
     except BaseException as error:  # a notebook keeps the last traceback, and so what its frames hold
+        error.__notes__ = [in_python(note, types, name) for note in getattr(error, "__notes__", ())]
         traceback.clear_frames(error.__traceback__)
         _free()
         raise
@@ -309,7 +309,7 @@ def _stopped(folder: Path, number: int) -> None:
 def _result(config: Any, device: Any) -> Any:
     """Return the model of a configuration as a pipeline, with what its run has saved."""
     from preftune.families import pipelines
-    from preftune.training.config import DTYPES
+    from preftune.training.workspace import DTYPES
 
     source, vae = config.model.pretrained.source(), config.model.vae
     return pipelines.tuned(source, config.run.output_dir, device, DTYPES[config.run.mixed_precision], vae=vae)

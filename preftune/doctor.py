@@ -78,7 +78,10 @@ def report(missing: list[str]) -> Iterator[tuple[str, list[str]]]:
     yield "scorers", [f"weights here: {', '.join(probe['here']) or 'none'}; not here: {', '.join(probe['absent']) or 'none'}"]  # fmt: skip
     faults = damaged()
     missing += faults
-    yield "embedded", ["assets/tiny is complete" if not faults else f"{len(faults)} files are missing or damaged"]
+    yield (
+        "embedded",
+        ["assets/tiny is complete" if not faults else f"{len(faults)} files are missing or damaged"],
+    )
 
 
 def _version(name: str) -> str | None:

@@ -37,7 +37,8 @@ def _cut(path: Path) -> str | None:
         start = file.read(64)
         if start.startswith(b"version https://git-lfs"):
             return f"{path} is a pointer of git LFS; run `git lfs pull`"
-        header = file.seek(0) or file.read(8 + min(int.from_bytes(start[:8], "little"), 1 << 20))[8:]
+        file.seek(8)
+        header = file.read(min(int.from_bytes(start[:8], "little"), 1 << 20))
     try:
         rows = json.loads(header)
         end = max(row["data_offsets"][1] for name, row in rows.items() if name != "__metadata__")

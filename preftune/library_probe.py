@@ -39,7 +39,11 @@ def main() -> int:
         try:
             importlib.import_module(name)
         except BaseException as error:
-            answer(faults=[f"{name} cannot be imported: {type(error).__name__}: {str(error).partition(chr(10))[0]}"])
+            answer(
+                faults=[
+                    f"{name} cannot be imported: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                ]
+            )
     answer(next="torch")
     try:
         answer(devices=devices())

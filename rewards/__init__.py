@@ -7,6 +7,7 @@ torch.
 tensor([1., 1.])
 """
 
+import difflib
 import importlib
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -238,9 +239,11 @@ def find_card(name: str) -> Card:
             raise ValueError(
                 f"{name} is missing, because a write of it was cut short; its last state is {previous}: rename it to {name}"
             )
+        near = difflib.get_close_matches(name, CARDS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(
-            f"unknown scorer {name!r}; one of {', '.join(CARDS)}, the folder of one that was trained here, or a function of your"
-            " own as FILE.py:FUNCTION"
+            f"unknown scorer {name!r}{hint}; one of {', '.join(CARDS)}, or the folder of one that was trained here, or"
+            " FILE.py:FUNCTION for a function of your own"
         )
     return card_of(name)
 

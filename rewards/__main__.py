@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rewards import CARDS, Card
-from rewards.weights import local
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -14,7 +13,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = Path(sys.argv[0]).name
     argparse.ArgumentParser(
         prog="python -m rewards" if name == "__main__.py" else name,
-        description="Print the table of scorers.", allow_abbrev=False
+        description="Print the table of scorers.",
+        allow_abbrev=False,
     ).parse_args(argv)
     rows: list[tuple[str, ...]] = [
         ("name", "paper", "reads prompt", "gradient", "range", "licence", "input", "weights", "here")
@@ -28,9 +28,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     print()
     for card in CARDS.values():
         print(f"{card.name}: {card.summary}")
+    print(
+        "FILE.py:FUNCTION: a function of your own, f(pixels, prompts) -> (B,), in a file that you name in --rewards"
+    )
 
 
 def _row(card: Card) -> tuple[str, ...]:
+    from rewards.weights import local  # needs torch, which --help does not
+
     low, high = card.typical_range
     source = card.folder or (f"{card.repo or card.source}/{card.file}" if card.file else "none needed")
     here = not card.has_weights or local(card) is not None

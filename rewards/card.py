@@ -18,6 +18,8 @@ HEAD_WIDTHS = (1024, 128, 64, 16)
 """Widths between the layers of ImageReward's head (rewards.head), as published."""
 HEAD_DROPOUT = (0.2, 0.2, 0.1)
 """Probabilities of dropout after its first three layers, as published."""
+Head = Literal["own", "mlp"]
+"""Head of a scorer that is trained: its own, or a new MLP of ImageReward's shape on a CLIP."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,11 @@ data set or the summary of a run, makes nothing run. `find_card` only parses the
 import ast
 import contextlib
 import difflib
+import hashlib
 import importlib.util
 import inspect
 import math
+import os
 import re
 import sys
 import traceback
@@ -33,7 +35,7 @@ NOT_RUN = (
 MAX_FILE = 1 << 22
 """Bytes of a file with rewards."""
 
-_FILE = re.compile(r"(.+\.py)(?::([^=:]*))?", re.DOTALL)
+_FILE = re.compile(r"(.+\.py)(?::([^=:/\\]*))?", re.DOTALL)
 _WORD = re.compile(r"[^\W\d][\w.-]*")
 _GIVEN: ContextVar[Mapping[str, Callable[..., Any]]] = ContextVar("given", default=MappingProxyType({}))
 _named: set[tuple[Path, str]] = set()
@@ -92,6 +94,16 @@ def path_of(name: str) -> Path | None:
     return None if is_given(name) else _parts(name)[0]
 
 
+def source_digest(name: str) -> str:
+    """Return the SHA-256 of the source text of a callable that was given; of no text where Python does not know it."""
+    function = _GIVEN.get()[name]
+    try:
+        text = inspect.getsource(function if inspect.isroutine(function) else type(function))
+    except (OSError, TypeError):
+        text = ""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def card_of(name: str) -> Card:
     """Return the card; ValueError, before anything runs, for a missing file, a syntax error, or a file without that function."""
     if not is_given(name):
@@ -135,7 +147,7 @@ def namespace_of(name: str) -> dict[str, Any]:
     path = _parts(name)[0].resolve()
     key = (path, sha256_now(path))
     if key not in _modules:
-        _modules[key] = _run(name, path, f"own_rewards_{path.stem}_{key[1][:12]}")
+        _modules[key] = _run(path, f"own_rewards_{path.stem}_{key[1][:12]}")
     return _modules[key]
 
 
@@ -152,7 +164,7 @@ def check_callable(name: str, value: object) -> None:
     if inspect.iscoroutinefunction(value):
         raise OwnRewardError(f"{name} is an async function; name a plain function of pixels and prompts")
     try:
-        signature = inspect.signature(value)
+        signature = inspect.signature(getattr(value, "forward", value))  # of a module, its forward
     except (ValueError, TypeError):  # of a function in C there may be none
         return
     try:
@@ -238,14 +250,17 @@ def _top_level(body: list[ast.stmt]) -> dict[str, str]:
 
 def _lacks(path: Path, function: str, names: list[str]) -> str:
     """Say that a file has no such function, and which it has."""
-    has = f"it has {', '.join(names)}" if names else "it has none; write def reward(pixels, prompts)"
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    has = (
+        f"it has {', '.join(names[:12])}{more}" if names else "it has none; write def reward(pixels, prompts)"
+    )
     if not function:
         return f"{path} needs the name of a function behind it, as {path}:{names[0] if names else 'reward'}; {has}"
     near = difflib.get_close_matches(function, names, n=1)
     return f"{path} has no function {function!r}{f', did you mean {near[0]}?' if near else ''}; {has}"
 
 
-def _run(name: str, path: Path, module_name: str) -> dict[str, Any]:
+def _run(path: Path, module_name: str) -> dict[str, Any]:
     """Run a file as a module; its folder is the last place where it finds modules of its own."""
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None, f"{path} is a Python file"
@@ -258,13 +273,13 @@ def _run(name: str, path: Path, module_name: str) -> dict[str, Any]:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[module_name]
-        raise failure(f"{name}: running the file", str(path), error) from error
+        raise failure(f"running {path.name}", str(path), error) from error
     return vars(module)
 
 
 def _after_ours(tb: TracebackType | None) -> TracebackType | None:
     """Leave out the first frames of a traceback: those of this package and of Python's import."""
-    ours, rest = str(Path(__file__).parent), tb
+    ours, rest = f"{Path(__file__).parent}{os.sep}", tb
     while rest is not None and (rest.tb_frame.f_code.co_filename.startswith((ours, "<frozen importlib"))):
         rest = rest.tb_next
     return rest or tb

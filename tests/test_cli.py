@@ -14,6 +14,7 @@ import tyro
 
 from finetune import refl, reward_weighted
 from preftune import cli
+from preftune.leaves import leaves_of
 from preftune.sampling import Sampling
 from preftune.training import run_config
 
@@ -425,7 +426,7 @@ def test_flags_pasted_from_diffusers_scripts_work() -> None:
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--report_to=wandb", "unknown flag --report_to (here: metrics go to metrics.jsonl and tensorboard/"),
+        ("--logging_dir=logs", "unknown flag --logging_dir (here: tensorboard/ lies in --output-dir"),
         ("--rank=4", "unknown flag --rank (here: --lora.rank); see --help"),
         ("--num_train_epochs=3", "(here: --max-train-steps)"),
         ("--random_flip", "(here: images are not mirrored"),
@@ -478,7 +479,7 @@ def test_every_flag_that_is_named_as_a_remedy_exists() -> None:
     from finetune import refl, reward_model
     from preftune.flags import ALIASES, ELSEWHERE
 
-    known = {name for driver in (refl, reward_model) for name in cli._leaves(driver.Config)}
+    known = {name for driver in (refl, reward_model) for name in leaves_of(driver.Config)}
     named = {
         word.removeprefix("--").replace("-", "_")
         for text in ELSEWHERE.values()

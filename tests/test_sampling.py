@@ -23,7 +23,7 @@ from preftune.families.base import Defaults, Family
 from preftune.noise import Prediction
 from preftune.resolution import Resolution
 from preftune.sampling import Sampling, initial_noise, sample, sharded, step, step_noise
-from preftune.solvers import SolverName
+from preftune.solver_names import SolverName
 
 PROMPTS = ["a red circle", "two cats", "a dog at sea"]
 SEEDS = [11, 5, 2**40]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from preftune.families import configs, known, single_file, weights
+from preftune.families import configs, known, weights
 from preftune.families.source import (
     INDEX,
     Source,
@@ -97,6 +97,8 @@ def names_a_model(text: str) -> bool:
     """
     path = embedded.find(Path(text).expanduser())
     if path.is_file():
+        from preftune.families import single_file  # needs torch, which the flags do not
+
         return single_file.is_checkpoint(path)
     if path.is_dir():
         return (path / INDEX).is_file()
@@ -188,6 +190,8 @@ def _from_file(model: str, path: Path, variant: str | None, commit: str | None =
         raise ValueError(
             f"--variant {variant} is for pipeline folders and hub ids, but {model} is one file; leave it out"
         )
+    from preftune.families import single_file  # needs torch, which the flags do not
+
     kind = single_file.detect(path)
     return Source(name=model, folder=kind.folder, file=path, commit=commit, noise=kind.noise)
 

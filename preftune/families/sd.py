@@ -23,9 +23,9 @@ from preftune.families import unet as unets
 from preftune.families.base import Cond, Defaults
 from preftune.families.source import Source
 from preftune.lora_names import Layers
-from preftune.noise import Prediction, PredictionType, predict_from
+from preftune.noise import Prediction, predict_from
 from preftune.resolution import Framing, Resolution
-from preftune.solvers import SolverName
+from preftune.solver_names import PredictionType, SolverName
 
 
 def check(source: Source, vae: Path | None = None) -> Defaults:

@@ -20,9 +20,9 @@ from preftune.families import unet as unets
 from preftune.families.base import Cond, Defaults
 from preftune.families.source import Source
 from preftune.lora_names import Layers
-from preftune.noise import Prediction, PredictionType, predict_from
+from preftune.noise import Prediction, predict_from
 from preftune.resolution import Framing, Resolution
-from preftune.solvers import SolverName
+from preftune.solver_names import PredictionType, SolverName
 
 _TIME_IDS = 6
 """Original height and width, top and left of the crop, target height and width."""

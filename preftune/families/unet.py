@@ -16,7 +16,7 @@ from preftune.families.base import Cond, Defaults
 from preftune.lora_files import Update
 from preftune.lora_names import Layers, layers_of
 from preftune.resolution import Resolution
-from preftune.solvers import SolverName
+from preftune.solver_names import SolverName
 
 Call = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """(x (N, C, h, w), t (N,), conditions by name (N, ...)) -> the network's output (N, C, h, w)."""

@@ -15,8 +15,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, Sche
 from torch import Generator, Tensor
 
 from preftune import solvers
-from preftune.noise import PredictionType
-from preftune.solvers import SolverName
+from preftune.solver_names import PredictionType, SolverName
 
 _KINDS = ("epsilon", "v_prediction", "sample")
 _EULER = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")

@@ -13,9 +13,9 @@ from preftune.families.digest import digest_of_part
 from preftune.families.locate import locate, locate_vae
 from preftune.families.source import Source
 from preftune.image_folders import CAPTION_FILES
-from rewards import embedded
+from rewards import embedded, own
 from rewards.digests import sampled_sha256_of
-from rewards.mix import parse_files, parse_weights
+from rewards.terms import parse_files, parse_weights
 
 FLAGS = (
     "model", "vae", "weights", "vocab", "data", "regularisation", "pretraining_data", "prompts", "validation_prompts",
@@ -52,7 +52,9 @@ def digests(flags: Mapping[str, Any]) -> dict[str, str]:
     weights = parse_weights(flags["rewards"]) if flags.get("rewards") else {}
     files = parse_files(flags.get("reward_files") or (), weights)
     for name in weights:
-        found[f"scorer {name}"] = _digest(rewards.check(name, files.get(name)), with_names=False)
+        read = rewards.check(name, files.get(name))
+        given = own.is_given(name)  # a callable, which is in no file
+        found[f"scorer {name}"] = own.source_digest(name) if given else _digest(read, with_names=False)
     return found
 
 

@@ -27,7 +27,7 @@ from preftune.records import CaptionedImage, Skipped
 from preftune.resolution import Resolution
 from preftune.training import data
 from preftune.training import validation as validation_images
-from preftune.training.config import DTYPES, ModelConfig, RewardConfig, ValidationConfig
+from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig
 from preftune.training.run import Run
 from preftune.training.run_config import RunConfig
 from preftune.training.run_config import check as check_run
@@ -35,6 +35,9 @@ from rewards.mix import Mix
 from rewards.own_scorer import try_out
 from rewards.shapes import check_judgeable
 from rewards.shared_towers import load_all
+
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Names of precisions in flags."""
 
 
 @dataclass(kw_only=True)
@@ -78,6 +81,7 @@ class Workspace:
                 )
             if found is None:
                 return {}
+            self.run.log_images(step - 1, f"validation{ending}", found.captions())
             means |= {f"{score}{ending}": value for score, value in found.means().items()}
         return means
 
@@ -97,7 +101,8 @@ class Workspace:
     def finish(self) -> int:
         """Compare before and after, and return the exit code."""
         if not self.run.interrupted and self.run.is_main:
-            validation_images.write_comparison(self.run.folder, self.moments)
+            shown = validation_images.write_comparison(self.run.folder, self.moments)
+            self.run.log_images(self.run.config.max_train_steps - 1, "before_after", dict.fromkeys(shown, ""))
         return self.run.finish()
 
     @staticmethod
