@@ -155,13 +155,15 @@ def update(config: Config, family: Family, scorer: ImageReward, optimizer: torch
     """Make the step with gradient of an update; those before it have the cost of a forward pass each."""
     settings = refl.Config(
         prompts=Path("-"),
+        num_inference_steps=40,
+        solver="ddpm",
         pretraining="off",
         model=ModelConfig(pretrained=Pretrained(model="-"), resolution=config.resolution),
     )
     texts = ["a red fox in the snow, digital art"] * config.train_batch_size
     noise = [torch.Generator().manual_seed(i) for i in range(len(texts))]
     pixels = refl.late_pixels(family, texts, noise, 0, parse_resolution(config.resolution), settings)
-    refl.reward_loss(scorer(pixels, texts), settings.margin, settings.reward_scale).backward()
+    refl.reward_loss(scorer(pixels, texts), settings.margin, scale=1.0).backward()
     optimizer.step()
     optimizer.zero_grad()
 

@@ -102,6 +102,7 @@ from preftune.families import Pretrained
 from preftune.order import items_at
 from preftune.prompts import read_prompts
 from preftune.training.config import ModelConfig, RewardConfig
+from preftune.training.defaults import learning_rate
 from preftune.training.optimizer import adamw
 from preftune.training.run_config import RunConfig
 from preftune.training.workspace import DTYPES, load_parts
@@ -138,6 +139,8 @@ class Trial:
             prompts=PROMPTS,
             num_inference_steps=self.num_inference_steps,
             window=(self.late, self.late),
+            solver="ddpm",
+            reward_scale=1e-3,
             pretraining="off",
             model=ModelConfig(
                 pretrained=Pretrained(model=str(self.pipeline)),
@@ -167,7 +170,7 @@ def optimised(trial: Trial, denoiser: nn.Module, loss: Update) -> Update:
     """
     config, model = trial.refl().run, trial.refl().model
     weights = [weight for weight in denoiser.parameters() if weight.requires_grad]
-    optimizer = adamw(config, weights, model.learning_rate(model.check()))
+    optimizer = adamw(config, weights, learning_rate("refl", model.check(), model.train))
     scaler = torch.amp.GradScaler(trial.device, enabled=trial.precision == "fp16")
 
     def update(index: int) -> Tensor:

@@ -22,10 +22,8 @@ import tyro
 
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.image_folders import Columns
+from preftune.training.defaults import FROM_SCRATCH, filled, of_run
 from preftune.training.run_config import RunConfig, check
-
-LEARNING_RATE = 1e-5
-"""Default of --learning-rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +89,13 @@ def main(config: Config) -> int:
     """Train, save, and write a grid of originals and reconstructions."""
     with exit_on_user_error():
         check(config.run)
+        rate = FROM_SCRATCH["autoencoder"]
+        config = filled(config, of_run(rate), "autoencoder")
         samples, skipped = data.read(config.data, config.columns, captioned=False)
         settings = data.as_setting(skipped)
         run = Run(config.run, driver="autoencoder", config_text=dump(config), settings=settings)
         vae = build_autoencoder(config.widths, config.resolution, seed=config.run.seed)
-        module = run.prepare(Reconstruct(vae), learning_rate=LEARNING_RATE)
+        module = run.prepare(Reconstruct(vae), learning_rate=rate)
     if run.is_main:
         data.write_report(run.folder, skipped)
     paths = [sample.path for sample in samples]

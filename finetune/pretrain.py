@@ -24,6 +24,7 @@ import tyro
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.image_folders import Columns
 from preftune.training.config import ModelConfig, ValidationConfig, check_dropout
+from preftune.training.defaults import learning_rate, of_model
 from preftune.training.run_config import RunConfig, check
 
 
@@ -100,6 +101,7 @@ def main(config: Config) -> int:
         named = config.validation.named()
         defaults = config.model.check()
         config.validation.check(defaults)
+        config = of_model(config, "pretrain", defaults)
         samples, skipped = data.read(config.data, config.columns)
         prompts = named or config.validation.first([sample.text for sample in samples])
         settings = config.model.lora_settings() | data.as_setting(skipped)
@@ -107,7 +109,9 @@ def main(config: Config) -> int:
         family, _ = load_model(
             config.model, config.run, run.device, train_text_encoders=config.train_text_encoder
         )
-        module = run.prepare(TextToImage(family), learning_rate=config.model.learning_rate(defaults))
+        module = run.prepare(
+            TextToImage(family), learning_rate=learning_rate("pretrain", defaults, config.model.train)
+        )
     if run.is_main:
         data.write_report(run.folder, skipped)
     resolution = config.model.size(defaults)

@@ -28,12 +28,11 @@ import tyro
 
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.image_folders import Columns
+from preftune.training.defaults import FROM_SCRATCH, filled, of_run
 from preftune.training.run_config import RunConfig, check
 
 EMBED = 64
 """Width of the space that images and captions are compared in."""
-LEARNING_RATE = 1e-5
-"""Default of --learning-rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +257,8 @@ def main(config: Config) -> int:
     """Train and save the scorer."""
     with exit_on_user_error():
         check(config.run)
+        rate = FROM_SCRATCH["pretrain_scorer"]
+        config = filled(config, of_run(rate), "pretrain_scorer")
         if not config.vocab.is_file():
             raise ValueError(
                 f"--vocab: there is no file {config.vocab}; python assets/tiny/vocab.py writes the tiny ImageReward's, and"
@@ -269,10 +270,10 @@ def main(config: Config) -> int:
         scorer: ImageReward | ClipScorer
         if config.architecture == "clip":
             scorer = build_clip(config)
-            module = run.prepare(Contrast(scorer), learning_rate=LEARNING_RATE)
+            module = run.prepare(Contrast(scorer), learning_rate=rate)
         else:
             scorer = build_imagereward(config)
-            module = run.prepare(Pretraining(scorer, config.temperature), learning_rate=LEARNING_RATE)
+            module = run.prepare(Pretraining(scorer, config.temperature), learning_rate=rate)
 
     if run.is_main:
         data.write_report(run.folder, skipped)

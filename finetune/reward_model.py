@@ -37,11 +37,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from preftune.cli import dump, exit_on_user_error, parse
+from preftune.training.defaults import SCORER_RATES, filled, of_run
 from preftune.training.run_config import RunConfig, check
 from rewards.card import Head
-
-LEARNING_RATE = 1e-5
-"""Default of --learning-rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +174,7 @@ from preftune.training.preference_losses import (
 )
 from preftune.training.rankings import Ranked, by_images, check_split, choices, load, split, untied, votes
 from preftune.training.run import Run
-from rewards import Preprocess
+from rewards import Preprocess, find_card
 from rewards.training import Trainable, check_trainable, freeze, load_trainable
 
 
@@ -302,6 +300,8 @@ def main(config: Config) -> int:
     with exit_on_user_error():
         check(config.run)
         check_trainable(config.model, config.weights, head=config.head, dropout=config.dropout)
+        rate = SCORER_RATES["imagereward" if find_card(config.model).clip is None else "clip"]
+        config = filled(config, of_run(rate), f"reward_model for {config.model}")
         read = [data.read_rankings(folder) for folder in config.data]
         rankings = [ranked for some, _ in read for ranked in by_images(some)]
         train, held = split(rankings, config.validation_share, config.run.seed)
@@ -314,7 +314,7 @@ def main(config: Config) -> int:
             raise ValueError(
                 "--stable.through-weights needs all pairs of an update in one process; start one, or leave it out"
             )
-        module = run.prepare(Ranker(scorer), learning_rate=LEARNING_RATE)
+        module = run.prepare(Ranker(scorer), learning_rate=rate)
     if run.is_main:
         data.write_report(run.folder, skipped)
     best, preprocess = float(run.resumed_state.get("best", 0.0)), preprocess_of(scorer)

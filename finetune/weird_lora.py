@@ -29,6 +29,7 @@ from preftune.families import Pretrained
 from preftune.image_folders import Columns
 from preftune.lora_config import LoRA
 from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig, check_dropout
+from preftune.training.defaults import of_model
 from preftune.training.run_config import RunConfig
 
 KINDS = ("preferred", "non_preferred", "regularisation")
@@ -63,7 +64,6 @@ class Config:
         default_factory=lambda: RunConfig(
             output_dir=Path("runs/weird_lora"),
             max_train_steps=10_000,
-            learning_rate=1e-5,
             train_batch_size=10,
             gradient_accumulation_steps=4,
             checkpointing_steps=500,
@@ -143,7 +143,8 @@ def main(config: Config) -> int:
         if config.regularisation is not None:
             data.check(config.regularisation, config.columns.where_any(config.regularisation))
         named = config.validation.named()
-        workspace.check(config.model, config.reward, config.validation, config.run, lora=PUBLISHED)
+        defaults = workspace.check(config.model, config.reward, config.validation, config.run, lora=PUBLISHED)
+        config = of_model(config, "weird_lora", defaults)
         samples, skipped = read(config)
         prompts = named or config.validation.first([sample.text for sample in samples])
     start, end = "step_000000", f"step_{config.run.max_train_steps:06d}"

@@ -65,8 +65,8 @@ def exit_on_failed_write(folder: Path, config: Any = None) -> Iterator[None]:
     """Turn a failed write in the block into one sentence on stderr and exit code 1, and remove what was being written.
 
     Also a FloatingPointError, which is a loss, gradient or score that is not finite, and an error in a reward of the user's own,
-    below its traceback, on each process that raises it. In the context of cli.errors_raised the error itself goes on; what its
-    sentence says more is its note.
+    below its traceback, on each process that raises it.
+    In the context of cli.errors_raised the error itself goes on; what its sentence says more is its note.
     """
     try:
         yield
@@ -76,8 +76,8 @@ def exit_on_failed_write(folder: Path, config: Any = None) -> Iterator[None]:
             raise
         if lock.is_main_process():
             _tidy(folder)
+        _close_bars()
         if are_errors_raised():
-            _close_bars()
             if more := reason.removeprefix(str(error)).removeprefix("; "):
                 error.add_note(more)
             raise

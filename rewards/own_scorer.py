@@ -30,6 +30,9 @@ class OwnReward:
         self.device = torch.device(device)
         self.function = own.function_of(card.name)
         self.file, self.line = own.place_of(self.function)
+        path = own.path_of(card.name)
+        if self.file is None and path is not None:  # functools.partial, say
+            self.file = str(path.resolve())
         for part in (self.function, *own.namespace_of(card.name).values()):
             if isinstance(part, nn.Module):
                 part.to(self.device).eval().requires_grad_(False)
@@ -39,14 +42,14 @@ class OwnReward:
     @property
     def place(self) -> str:
         """Return the name, with file and line where they are known."""
-        return self.card.name if self.file is None else f"{self.card.name} ({self.file}:{self.line})"
+        return self.card.name if self.line is None else f"{self.card.name} ({self.file}:{self.line})"
 
     @takes_images
     def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the function's scores (B,) float32 of pixels (B, 3, H, W)."""
         needed = torch.is_grad_enabled() and pixels.requires_grad
         try:
-            result = self.function(at_least_float32(pixels), list(prompts))
+            result = self.function(at_least_float32(pixels).clone(), list(prompts))  # it may write into them
         except Exception as error:
             raise own.failure(self.card.name, self.file, error) from error
         scores = self._scores(result, len(pixels)).to(pixels.device)

@@ -38,8 +38,8 @@ RUN = tuple(
 HOMES = {
     "accelerate": (
         "preftune/training/run.py",
-        "preftune/training/process_state.py",
         "preftune/training/trackers.py",
+        "preftune/training/process_state.py",
     ),
     "diffusers": ("preftune/families/", "preftune/solvers.py"),
     "peft": ("preftune/lora.py",),

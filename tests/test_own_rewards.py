@@ -340,6 +340,31 @@ def test_a_function_gets_float32_and_a_list_of_prompts() -> None:
     assert found == [torch.float32, ["a", "b"]]
 
 
+def test_a_function_may_write_into_its_pixels() -> None:
+    """Other scorers see the image as it was, and the gradient is that of what the function did."""
+
+    def clamped(pixels: Tensor, prompts: list[str]) -> Tensor:
+        return pixels.clamp_(0, 0.5).mean(dim=(1, 2, 3))
+
+    pixels = torch.tensor([0.25, 1.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4).contiguous().requires_grad_()
+    with own.given({"clamped": clamped}):
+        rewards.load("clamped")(pixels, "").sum().backward()
+    assert pixels.detach().amax(dim=(1, 2, 3)).tolist() == [0.25, 1.0]
+    assert pixels.grad is not None
+    torch.testing.assert_close(pixels.grad.sum(dim=(1, 2, 3)), torch.tensor([1.0, 0.0]))
+
+
+def test_a_callable_without_a_line(mine: Path) -> None:
+    """An object of functools: the sentence still says where in the user's file it failed."""
+    mine.write_text(CODE + "import functools\npartial = functools.partial(broken)\n")
+    with pytest.raises(OwnRewardError) as stop:
+        loaded(f"{mine}:partial")(torch.rand(2, 3, 4, 4), "")
+    assert str(stop.value).startswith(
+        f"{mine}:partial failed at {mine}:{line_of('pixels.reshape')} (return pixels"
+    )
+    assert str(mine) in stop.value.trace
+
+
 def test_modules_are_moved_frozen_and_in_eval_mode(mine: Path) -> None:
     """The one that is named, and those that the file holds."""
     for name in (f"{mine}:judge", f"{mine}:whole"):

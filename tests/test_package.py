@@ -18,7 +18,7 @@ from eval.trainings import command_record, launch_words
 from finetune import refl
 from preftune import cli, embedded_check, programs
 from preftune.families import locate
-from preftune.training import folder
+from preftune.training.folder import commit
 from rewards import embedded, find_card
 from rewards.terms import parse_weights
 
@@ -363,6 +363,6 @@ def test_a_wheel_in_a_repository_of_others_says_its_version(
 ) -> None:
     """The commit of the repository around a virtual environment says nothing about this package."""
     if (ROOT / ".git").exists():
-        assert "version" not in folder.commit()
+        assert "version" not in commit()
     monkeypatch.setattr(embedded, "ROOT", tmp_path)
-    assert folder.commit() == f"unknown (version {version('preftune')})"
+    assert commit() == f"unknown (version {version('preftune')})"

@@ -26,15 +26,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """Default settings of a family."""
+    """Default settings of a model; those of its training are in preftune/training/defaults.py."""
 
+    family: str
+    """Name of its module in preftune.families: sd, sdxl."""
+    distilled: bool
+    """Made for a few steps without guidance, as SD-Turbo and SDXL-Turbo."""
     resolution: Resolution
     num_inference_steps: int
     guidance_scale: float
     solver: SolverName
     lora_target_modules: tuple[str, ...]
-    lora_learning_rate: float
-    full_learning_rate: float
     prediction_type: PredictionType
     zero_snr: bool
     """The last timestep is pure noise, where some solvers cannot start."""

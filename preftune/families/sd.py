@@ -57,6 +57,7 @@ def _defaults(denoiser: Mapping[str, Any], autoencoder: Mapping[str, Any], noise
         denoiser,
         autoencoder,
         noise,
+        family="sd",
         latent_size=64,
         guidance_scale=7.5,
         solver="ddim" if noise.zero_snr else "pndm",

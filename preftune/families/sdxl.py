@@ -65,6 +65,7 @@ def _defaults(denoiser: Mapping[str, Any], autoencoder: Mapping[str, Any], noise
         denoiser,
         autoencoder,
         noise,
+        family="sdxl",
         latent_size=128,
         guidance_scale=5.0,
         solver="euler",

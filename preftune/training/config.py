@@ -93,10 +93,6 @@ class ModelConfig:
         """Return the resolution in training."""
         return defaults.resolution if self.resolution is None else resolutions.parse(self.resolution)
 
-    def learning_rate(self, defaults: Defaults) -> float:
-        """Return the peak learning rate that suits what is trained."""
-        return defaults.full_learning_rate if self.tuned() is None else defaults.lora_learning_rate
-
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:

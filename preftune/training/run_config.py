@@ -19,14 +19,16 @@ class RunConfig:
     """Folder of the run: config.yaml, metrics.jsonl, tensorboard/, step_000500/."""
     seed: int = 0
     """Seed of all random numbers."""
-    max_train_steps: int = 100
+    max_train_steps: int = 1000
     """Total number of optimizer updates, those before a resume included."""
     train_batch_size: int = 2
     """Images per process in one forward and backward pass."""
     gradient_accumulation_steps: int = 4
     """Passes per update; one update sees batch x accumulation x processes images."""
     learning_rate: float | None = None
-    """Peak learning rate; None = default: for Stable Diffusion 1e-4 for a LoRA, 1e-5 for all weights."""
+    """Peak learning rate; None = that of the program, the model and --train, as 1e-4 for a LoRA and 1e-5 for all weights of
+    Stable Diffusion: preftune/training/defaults.py.
+    """
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
     """Learning-rate schedule after the warmup; linear and cosine decay to 0 at the last update."""
     lr_warmup_steps: int = 0
@@ -45,8 +47,10 @@ class RunConfig:
     """Keep AdamW's moments in 8 bits; needs bitsandbytes."""
     max_grad_norm: float = 1.0
     """Gradients with a larger global norm are scaled down to it; inf never clips."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the forward pass; trained weights stay in float32. fp16 needs a GPU."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of the forward pass; trained weights stay in float32. fp16 needs a GPU. None = bf16 on a CUDA GPU, fp16 on one
+    before Ampere, no elsewhere.
+    """
     ema_decay: float = 0.0
     """Decay per update of an exponential moving average of the trained weights; 0 = none."""
     compile: bool = False

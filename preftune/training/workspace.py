@@ -28,6 +28,7 @@ from preftune.resolution import Resolution
 from preftune.training import data
 from preftune.training import validation as validation_images
 from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig
+from preftune.training.defaults import learning_rate
 from preftune.training.run import Run
 from preftune.training.run_config import RunConfig
 from preftune.training.run_config import check as check_run
@@ -171,7 +172,7 @@ def load_model(
         gradient_checkpointing=model.gradient_checkpointing,
         vae_checkpointing=model.vae_checkpointing,
     )
-    return family.to(device, DTYPES[run.mixed_precision]), denoiser
+    return family.to(device, DTYPES[run.mixed_precision or "no"]), denoiser
 
 
 def export(model: ModelConfig, family: Family, folder: Path) -> None:
@@ -246,7 +247,7 @@ def open(
             model.size(defaults),
             differentiable=differentiable,
         )
-        family.denoiser = run.prepare(denoiser, learning_rate=model.learning_rate(defaults))
+        family.denoiser = run.prepare(denoiser, learning_rate=learning_rate(driver, defaults, model.train))
     if run.is_main and skipped is not None:
         data.write_report(run.folder, skipped)
     steps = run_config.max_train_steps
