@@ -38,6 +38,11 @@ def red(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
     return (pixels[:, 0] - pixels[:, 1:].mean(1)).mean((1, 2))
 
 
+def in_training(pixels: Tensor) -> bool:
+    """Whether a reward is called by an update of `given`, not in the trial before, of two images, nor for validation."""
+    return pixels.requires_grad and len(pixels) == 1
+
+
 @pytest.fixture
 def given(root: Path, tmp_path: Path) -> dict[str, Any]:
     """Arguments of a run of a second."""
@@ -157,7 +162,7 @@ def test_every_call_returns_a_pipeline(root: Path, given: dict[str, Any]) -> Non
         ({"overwrite": True}, r"unknown argument overwrite \(here: overwrite_output_dir=True\).*"),
         ({"help": True}, r"unknown argument help; .*"),
         ({"max_train_steps": 0}, "max_train_steps is 0; it must be at least 1"),
-        ({"pretraining": "alternate"}, 'pretraining="alternate" needs data IMAGEFOLDER; or choose pretraining="off"'),
+        ({"pretraining": "alternate"}, 'pretraining="alternate" needs data IMAGEFOLDER; or .*'),
         ({"overwrite_output_dir": 1}, "overwrite_output_dir is 1; it must be True or False"),
         ({"decay_vectors": None, "no_decay_vectors": True}, r".*\(did you mean decay_vectors=False\?\)"),
         ({"lora": 4}, "lora is 4; it is a group of arguments, given as a dict with rank, .*"),
@@ -250,7 +255,7 @@ def test_a_stop_leaves_a_checkpoint_and_the_handlers(
     stops = [signal.SIGINT]
 
     def stopping(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        if pixels.grad_fn is not None and stops:
+        if in_training(pixels) and stops:
             signal.raise_signal(stops.pop())
         return red(pixels, prompts)
 
@@ -267,7 +272,7 @@ def test_a_second_interrupt_raises_at_once(given: dict[str, Any]) -> None:
     """In a program it kills the process, which would be that of the notebook."""
 
     def impatient(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        if pixels.grad_fn is not None:
+        if in_training(pixels):
             signal.raise_signal(signal.SIGINT)
             time.sleep(1.1)
             signal.raise_signal(signal.SIGINT)
@@ -335,7 +340,7 @@ def test_the_memory_of_a_call_is_free_after_it_and_after_one_that_failed(given: 
     assert models() == before
 
     def late_nan(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        return red(pixels, prompts) * (float("nan") if pixels.grad_fn is not None else 1)
+        return red(pixels, prompts) * (float("nan") if in_training(pixels) else 1)
 
     with pytest.raises(FloatingPointError, match="late_nan gave nan") as caught:
         preftune.refl(**given | {"rewards": late_nan, "overwrite_output_dir": True})
