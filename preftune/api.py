@@ -311,12 +311,10 @@ def _stopped(folder: Path, number: int) -> None:
 def _result(config: Any, device: Any) -> Any:
     """Return the model of a configuration as a pipeline, with what its run has saved."""
     from preftune.families import pipelines
-    from preftune.training.defaults import here
     from preftune.training.workspace import DTYPES
 
     source, vae = config.model.pretrained.source(), config.model.vae
-    dtype = DTYPES[config.run.mixed_precision or here()]
-    return pipelines.tuned(source, config.run.output_dir, device, dtype, vae=vae)
+    return pipelines.tuned(source, config.run.output_dir, device, DTYPES[config.run.mixed_precision], vae=vae)
 
 
 def _free() -> None:
