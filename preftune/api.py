@@ -5,10 +5,9 @@
     def red(pixels, prompts):  # (B, 3, H, W) in [0, 1] -> (B,)
         return (pixels[:, 0] - pixels[:, 1:].mean(1)).mean((1, 2))
 
-    pipe = refl(model="assets/tiny/pipeline", prompts=["a blue circle", "a green square"],
-                rewards={"red": red, "imagereward-tiny": 0.5}, output_dir="runs/red", pretraining="off",
-                max_train_steps=2, gradient_accumulation_steps=1, num_inference_steps=4, window=(2, 3),
-                sample_num_inference_steps=10)
+    pipe = refl(model="assets/tiny/pipeline", prompts=["a blue circle", "a green square"], output_dir="runs/red",
+                rewards={"red": red, "imagereward-tiny": 0.5}, max_train_steps=2, gradient_accumulation_steps=1,
+                num_inference_steps=4, sample_num_inference_steps=10)
     pipe("a blue circle", num_inference_steps=10).images[0].save("red.png")
 
 The run folder is that of the program, and either can go on with the other's. An error of the caller is a ValueError of one
@@ -230,10 +229,13 @@ def _run(module: Any, arguments: Mapping[str, Any], types: Mapping[str, Any]) ->
             if written is not None:
                 written.tidy()
         device = process_state.device()
+        done = cli.parse(
+            module.Config, ["--config", str(config.run.output_dir / "config.yaml")]
+        )  # with its defaults
     _free()
     if code:
         _stopped(config.run.output_dir, code - 128)
-    return _result(config, device)
+    return _result(done, device)
 
 
 def _configure(module: Any, given: dict[str, Any], types: Mapping[str, Any]) -> tuple[Any, Written | None]:
@@ -271,10 +273,10 @@ def _call(work: Callable[[], Any], types: Mapping[str, Any], name: str) -> Any:
             return work()
     except ValueError as error:
         cause, failure = _cause(error), ValueError(in_python(str(error), types, name))
-        for note in getattr(error, "__notes__", ()):
-            failure.add_note(in_python(note, types, name))
+        failure.__notes__ = [in_python(note, types, name) for note in getattr(error, "__notes__", ())]
         traceback.clear_frames(error.__traceback__)
     except BaseException as error:  # a notebook keeps the last traceback, and so what its frames hold
+        error.__notes__ = [in_python(note, types, name) for note in getattr(error, "__notes__", ())]
         traceback.clear_frames(error.__traceback__)
         _free()
         raise
@@ -309,12 +311,10 @@ def _stopped(folder: Path, number: int) -> None:
 def _result(config: Any, device: Any) -> Any:
     """Return the model of a configuration as a pipeline, with what its run has saved."""
     from preftune.families import pipelines
-    from preftune.training.defaults import here
     from preftune.training.workspace import DTYPES
 
     source, vae = config.model.pretrained.source(), config.model.vae
-    dtype = DTYPES[config.run.mixed_precision or here()]
-    return pipelines.tuned(source, config.run.output_dir, device, dtype, vae=vae)
+    return pipelines.tuned(source, config.run.output_dir, device, DTYPES[config.run.mixed_precision], vae=vae)
 
 
 def _free() -> None:

@@ -103,7 +103,7 @@ def _say(text: str, code: int) -> None:
 
 
 def _close_bars() -> None:
-    """Else they would be drawn again below the sentence."""
+    """End progress bars, which would be drawn again below what is printed."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
 
@@ -138,6 +138,8 @@ def _stopped(config: Any) -> str:
 def _go_on(config: Any) -> str:
     """How a run is resumed: the command stands alone on the last line."""
     by_itself = config.run.resume_from_checkpoint == "latest"
+    if are_errors_raised():
+        return f"go on with the same call{'' if by_itself else ' and --resume-from-checkpoint latest'}"
     return f"go on with:\n{resume_command(by_itself=by_itself)}"
 
 
