@@ -88,7 +88,7 @@ from preftune.image_folders import describe_passed_over
 from preftune.notes import say
 from preftune.one_writer import one_writer
 from preftune.printable import show
-from rewards import Scorer, check_all, find_card
+from rewards import Scorer, check_all, embedded, find_card
 from rewards.shared_towers import load_all
 
 
@@ -124,6 +124,10 @@ def check_inputs(config: Config) -> tuple[DataSet, int, dict[str, Path]]:
         raise ValueError(f"--output-dir {config.output_dir} lies in the data set; choose a folder beside it")
     if config.add_to_metadata and not data.sources[0].endswith("metadata.jsonl"):
         raise ValueError(f"--add-to-metadata needs a metadata.jsonl, and {config.data} has none")
+    if config.add_to_metadata and embedded.portable(config.data) != config.data:
+        raise ValueError(
+            f"--add-to-metadata would write into the package, {config.data}; copy that folder and name the copy"
+        )
     digest, total = survey(data)
     if not total:
         raise ValueError(f"{config.data} holds no images")

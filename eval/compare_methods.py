@@ -49,7 +49,7 @@ class Config:
     """Train methods from one model and judge them on the same prompts and seeds."""
 
     methods: tuple[str, ...]
-    """NAME=DRIVER FLAGS, where DRIVER is a file such as finetune/refl.py; --model, --seed and --output-dir
+    """NAME=DRIVER FLAGS, where DRIVER is a file such as finetune/refl.py or `preftune refl`; --model, --seed and --output-dir
     are added. Or NAME=OTHER@UPDATES: the checkpoint of another method after this many updates.
     """
     model: Annotated[Pretrained, tyro.conf.arg(name="")] = field(

@@ -65,7 +65,7 @@ class Config:
     """Train scorers by several objectives and measure them on the same held-out rankings."""
 
     methods: tuple[str, ...]
-    """NAME=DRIVER FLAGS with DRIVER finetune/reward_model.py; --seed and --output-dir are added. The others
+    """NAME=DRIVER FLAGS with DRIVER finetune/reward_model.py or `preftune reward-model`; --seed and --output-dir are added. The others
     are compared with the first.
     """
     data: tuple[Path, ...]

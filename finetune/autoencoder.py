@@ -126,6 +126,9 @@ def main(config: Config) -> int:
     if run.is_main and not run.interrupted:
         with run.ema_weights():
             finish(vae, load(paths[:256]), run.folder)
+        run.log_images(
+            run.config.max_train_steps - 1, "reconstructions", {run.folder / "reconstructions.png": ""}
+        )
         show(f"autoencoder, metrics and reconstructions: {run.folder}")
     return run.finish()
 

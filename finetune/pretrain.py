@@ -59,7 +59,7 @@ if __name__ == "__main__":  # flags are read before torch is imported, which tak
 
 import torch
 from torch import Generator, Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from preftune import files
 from preftune.diffusion_loss import diffusion_loss
@@ -157,8 +157,10 @@ def validate_at(family: Family, prompts: Sequence[str], sampling: Sampling, run:
     """Sample the validation images after the update of a step, and log their scores."""
     with run.ema_weights(), run.autocast():  # the denoiser is not the prepared module here
         found = validate(family, None, prompts, sampling, run, f"step_{step + 1:06d}")
-    if found is not None and (means := found.means()):
-        run.log(step, **means)
+    if found is not None:
+        run.log_images(step, "validation", found.captions())
+        if means := found.means():
+            run.log(step, **means)
 
 
 def captions(

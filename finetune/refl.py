@@ -240,7 +240,12 @@ def main(config: Config) -> int:
     assert config.reward_scale is not None, "filled"
     groups = config.model, config.reward, config.validation, config.run
     with workspace.open(
-        *groups, driver="refl", config_text=dump(config), prompts=validation_prompts, skipped=skipped
+        *groups,
+        driver="refl",
+        config_text=dump(config),
+        prompts=validation_prompts,
+        differentiable=True,
+        skipped=skipped,
     ) as w:
         run, mix = w.run, w.mix
         assert mix is not None, "the configuration has rewards"

@@ -50,7 +50,6 @@ ELSEWHERE = {
     "push_to_hub": "upload the folder of the run with `hf upload`",
     "random_flip": "images are not mirrored: it would make `left of` wrong",
     "rank": "--lora.rank",
-    "report_to": "metrics go to metrics.jsonl and tensorboard/ in --output-dir",
     "resume": "--resume-from-checkpoint latest",
     "save_model_as": "--export kohya",
     "save_every_n_steps": "--checkpointing-steps",
@@ -58,7 +57,6 @@ ELSEWHERE = {
     "snr_gamma": "the loss is not weighted by the signal-to-noise ratio",
     "text_encoder_lr": "text encoders stay as they are; finetune/pretrain.py has --train-text-encoder",
     "unet_lr": "--learning-rate",
-    "tracker_project_name": "tensorboard/ lies in --output-dir",
     "use_ema": "--ema-decay 0.999",
     "validation_epochs": "--validation-steps",
     "validation_prompt": "--validation-prompts FILE",
@@ -96,3 +94,6 @@ ELSEWHERE = {
 _FILE = "it is a prompt file: write the prompts into a .txt file, one a line, and name that file"
 ONE_VALUE = {"prompts": _FILE, "validation_prompts": _FILE}
 """Flag of one value that other scripts give several -> what to do."""
+
+EXCLUSIVE = ("--overwrite-output-dir", "--resume-from-checkpoint=latest")
+"""Flags that exclude each other. Of those in different places (several files, the command line) the last one counts."""

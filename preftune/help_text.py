@@ -12,9 +12,11 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import tyro
+
+from preftune.leaves import Leaf, flag_of, leaves_of
 
 OWN = "this program"
 _LAST = ("model", "rewards", "sampling", "training", "output")
@@ -35,7 +37,7 @@ _NAMES = {
     **dict.fromkeys(("validation_steps",), "sampling"),
     **dict.fromkeys(
         ("output", "output_dir", "overwrite_output_dir", "checkpointing_steps", "checkpoints_total_limit",
-         "resume_from_checkpoint", "report_to"), "output",
+         "resume_from_checkpoint", "report_to", "tracker_project_name"), "output",
     ),
 }  # fmt: skip
 """Flag -> group, whatever holds it."""
@@ -44,18 +46,16 @@ _WIDE = 10_000
 """Columns in which tyro does not break a line."""
 
 
-def help_text(config_class: type, note: str, fields: Mapping[str, str]) -> str:
-    """Return the help: the docstring of the Config, a note, the commands of the module's docstring, and the flags.
-
-    fields: flag as in `--lora.rank` -> the field whose settings it is one of, "" for one of the Config's own.
-    """
+def help_text(config_class: type, note: str) -> str:
+    """Return the help: the docstring of the Config, a note, the commands of the module's docstring, and the flags."""
     width = min(100, max(40, shutil.get_terminal_size().columns))
     groups: dict[str, list[str]] = {OWN: []}
     flags = _flags(_boxes(config_class))
+    groups_of = {flag_of(name): _group(name, leaf) for name, leaf in leaves_of(config_class).items()}
     for flag in sorted(
         flags, key=lambda flag: (flag != "--help", "(required)" not in flags[flag][1], flag != "--model")
     ):
-        group = _group(flag, fields[flag]) if flag in fields else OWN
+        group = groups_of.get(flag, OWN)
         groups.setdefault(group, []).append(_flag(*flags[flag], width))
     titles = [*(name for name in groups if name not in _LAST), *(name for name in _LAST if name in groups)]
     paragraphs = [*(inspect.getdoc(config_class) or "").split("\n\n"), note]
@@ -106,13 +106,12 @@ def _example(command: str, comment: str, width: int) -> str:
     return f"  # {comment}\n{text}" if comment else text
 
 
-def _group(flag: str, field: str) -> str:
-    """The group of a flag, such as --lora.rank, that a field of the Config holds."""
-    name = flag.removeprefix("--").replace("-", "_")
-    own = OWN if not field else _FIELDS.get(field, field)
-    if name.startswith("sample."):
-        return "sampling"
-    return _NAMES.get(name, own)
+def _group(name: str, leaf: Leaf) -> str:
+    """The group of a value, such as lora.rank: by its name, else by the field of the Config that holds its settings."""
+    if name in _NAMES:
+        return _NAMES[name]
+    field = leaf.attributes[-2] if len(leaf.attributes) > 1 else ""
+    return _FIELDS.get(field, field) if field else OWN
 
 
 def _boxes(config_class: type) -> str:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 from torch import Generator, Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from preftune import solvers
 from preftune.families.base import Cond, Family

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rewards import Preprocess, Scorer
+from rewards.own import OwnRewardError
 from rewards.pixels import from_pil
 from rewards.shared_towers import score_all
 
@@ -152,6 +153,8 @@ def _score(
         group = [scorer for scorer in group if is_first[row] or scorer.card.name not in first_view_only]
         try:
             scores = score_all(group, pixels, [prompts[row]])
+        except OwnRewardError:
+            raise  # it would fail for every image
         except ValueError as error:
             refused[row] = str(error)
             continue

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from rewards.card import Scorer
+from rewards.own_scorer import OwnReward
+from rewards.pixels import one_each
 from rewards.shared_towers import score_all, share_towers
 from rewards.terms import Normalization, units
 
@@ -52,16 +54,22 @@ class Mix:
 
         FloatingPointError names the scorer whose score is not finite, with the prompt.
         """
+        prompts = one_each(prompts, len(pixels))
         columns = score_all(self.scorers, pixels, prompts)
         scores = torch.stack(columns, dim=1)
         finite = scores.detach().isfinite()
         if not finite.all():  # one synchronisation for all scorers
             row, column = (int(index) for index in (~finite).nonzero()[0])
             raise FloatingPointError(
-                f"{self.names[column]} gave {scores[row, column].item()} for {prompts[row]!r};"
-                " check the image for NaN values, and the precision of the scorer"
+                f"{self.names[column]} gave {scores[row, column].item()} for {prompts[row]!r}; check the image for NaN values,"
+                f" and {_suspect(self.scorers[column])}"
             )
         rewards = torch.zeros_like(columns[0])
         for weight, (mean, std), column_scores in zip(self.weights, self.units, columns, strict=True):
             rewards = rewards + weight * ((column_scores - mean) / std)
         return Mixed(scores=scores, rewards=rewards)
+
+
+def _suspect(scorer: Scorer) -> str:
+    """Return what else may be wrong where a score is not finite."""
+    return f"the function {scorer.place}" if isinstance(scorer, OwnReward) else "the precision of the scorer"

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
-from rewards import CARDS, find_card
+from rewards import CARDS, embedded, find_card, own
 from rewards.card import Card
 from rewards.input_files import parse_json, read_text
 
@@ -29,6 +29,14 @@ def units(
         )
     if stats is not None:
         return _dataset_units([card.name for card in cards], stats)
+    if normalization == "card":
+        for card in cards:
+            if not math.isfinite(card.std):
+                raise ValueError(
+                    f"--reward-normalization card needs the mean and deviation of {card.name}, which is your own and has none"
+                    f" on record; measure them by `preftune score --rewards {card.name}` and give its summary.json to"
+                    " --reward-normalization dataset --reward-stats, or use --reward-normalization none"
+                )
     return [(card.mean, card.std) if normalization == "card" else (0.0, 1.0) for card in cards]
 
 
@@ -56,20 +64,22 @@ def _dataset_units(names: Sequence[str], stats: Path) -> list[tuple[float, float
 def parse_weights(terms: Sequence[str]) -> dict[str, float]:
     """Return {"imagereward": 0.5, "brightness": 1.0} for ["imagereward=0.5", "brightness"], in that order.
 
-    A term is NAME or NAME=WEIGHT; NAME is a scorer of the table or the folder of a trained one, which may have a = in its
-    path. ValueError names the term that is malformed, repeated, zero, not finite, or of an unknown scorer.
+    A term is NAME or NAME=WEIGHT; NAME is a scorer of the table, the folder of a trained one, which may have a = in its path,
+    or FILE.py:FUNCTION (rewards.own), which may run from now on. ValueError names the term that is malformed, repeated, zero,
+    not finite, or of an unknown scorer.
     """
     weights: dict[str, float] = {}
     for term in terms:
         name, weight = _split(term)
         find_card(name)
+        own.named_by_user(name)
         if name in weights:
             raise ValueError(f"--rewards {term!r} repeats {name}; name each scorer once")
         weights[name] = weight
     if not weights:
         raise ValueError(
             f"--rewards is empty; name at least one scorer, as NAME or NAME=WEIGHT, of {', '.join(CARDS)}, or the folder of a"
-            " trained one"
+            " trained one, or FILE.py:FUNCTION for a function of your own"
         )
     return weights
 
@@ -87,7 +97,7 @@ def parse_names(terms: Sequence[str]) -> tuple[str, ...]:
 
 def _split(term: str) -> tuple[str, float]:
     """Return name and weight of a term."""
-    if not term.rpartition("=")[1] or Path(term).is_dir():
+    if not term.rpartition("=")[1] or embedded.find(term).is_dir() or own.is_in_file(term):
         return term, 1.0
     name, _, text = term.rpartition("=")
     try:
@@ -116,5 +126,5 @@ def parse_files(terms: Sequence[str], names: Collection[str]) -> dict[str, Path]
             )
         if name not in names:
             raise ValueError(f"--reward-files names {name}, which --rewards does not use")
-        files[name] = Path(path)
+        files[name] = embedded.find(path)
     return files

@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast, get_args
 from torch import Tensor, nn
 
 import rewards
-from rewards import blipscore
+from rewards import blipscore, own
 from rewards.card import Card, Head
 from rewards.clip import ClipScorer
 from rewards.imagereward import ImageReward
@@ -72,7 +72,7 @@ def check_trainable(
     model: str, weights: Path | None = None, *, head: Head = "own", dropout: float | None = None
 ) -> None:
     """Raise ValueError where `load_trainable` would for a name, a setting or a missing file; reads no weights."""
-    if model in rewards.CARDS and model not in _STARTS:
+    if own.is_own(model) or (model in rewards.CARDS and model not in _STARTS):
         raise ValueError(
             f"{model} cannot be trained here; one of {', '.join(_STARTS)}, or a folder that training wrote"
         )

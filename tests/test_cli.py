@@ -14,7 +14,9 @@ import tyro
 
 from finetune import refl, reward_weighted
 from preftune import cli
+from preftune.leaves import leaves_of
 from preftune.sampling import Sampling
+from preftune.training import run_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,25 @@ class Required:
     prompts: Path
     """The prompt file."""
     batch: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """Has a model."""
+
+    model: str
+    """The model."""
+    prompts: Path
+    """The prompt file."""
+    batch: int = 1
+    lora: LoRA = field(default_factory=LoRA)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealRun:
+    """Has a run."""
+
+    run: Annotated[run_config.RunConfig, tyro.conf.arg(name="")] = field(default_factory=run_config.RunConfig)
 
 
 def write(tmp_path: Path, text: str, name: str = "c.yaml") -> str:
@@ -143,10 +164,60 @@ def test_empty_list(tmp_path: Path) -> None:
     assert cli.parse(Config, ["--config", file, "--demo"]).rewards == ()
 
 
-def test_default_config_only_on_an_empty_command_line(tmp_path: Path) -> None:
-    demo = Path(write(tmp_path, "batch_size: 9\n"))
-    assert cli.parse(Config, [], default_config=demo).batch_size == 9
-    assert cli.parse(Config, ["--lr", "1"], default_config=demo).batch_size == 2
+def test_the_default_config_is_read_where_no_model_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Flags follow it and win; it is said which file is read."""
+    demo = Path(write(tmp_path, "model: embedded\nprompts: p.txt\nbatch: 9\nlora.rank: 8\n"))
+
+    def parsed(*argv: str) -> tuple[str, int, int]:
+        config = cli.parse(Tuned, list(argv), default_config=demo)
+        return config.model, config.batch, config.lora.rank
+
+    assert parsed() == ("embedded", 9, 8)
+    assert capsys.readouterr().err == (
+        f"note: without --model the embedded model is tuned, by {demo} and the flags that follow; name another with --model\n"
+    )
+    assert parsed("--batch", "3", "--lora.rank=2") == ("embedded", 3, 2)
+    assert "by " in capsys.readouterr().err
+    for model in (["--model", "x"], ["--model=x"], ["--pretrained_model_name_or_path=x"]):
+        assert parsed(*model, "--prompts", "q.txt") == ("x", 1, 4)
+    other = write(tmp_path, "model: y\nprompts: q.txt\n", "other.yaml")
+    assert parsed("--config", other) == ("y", 1, 4)
+    with pytest.raises(SystemExit) as stop:
+        parsed("--model", "x")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith("error: --prompts is missing; see --help\n")
+    with pytest.raises(SystemExit):
+        parsed("--help")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("typed", [["--overwrite-output-dir"], ["--resume-from-checkpoint", "latest"], []])
+def test_of_overwriting_and_resuming_the_later_place_counts(
+    typed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resume = write(tmp_path, "resume_from_checkpoint: latest\n", "resume.yaml")
+    overwrite = write(tmp_path, "overwrite_output_dir: true\n", "overwrite.yaml")
+
+    def parsed(*argv: str) -> tuple[object, bool]:
+        config = cli.parse(RealRun, [*argv, *typed])
+        return config.run.resume_from_checkpoint, config.run.overwrite_output_dir
+
+    after = {"--overwrite-output-dir": (None, True), "--resume-from-checkpoint": ("latest", False)}
+    for files, last in (([resume], overwrite), ([overwrite], resume), ([], overwrite), ([], resume)):
+        flags = [word for file in [*files, last] for word in ("--config", file)]
+        assert parsed(*flags) == after.get(
+            typed[0] if typed else "", (None, True) if last == overwrite else ("latest", False)
+        )
+    assert parsed("--config", resume, "--no-overwrite-output-dir")[0] in ("latest", None)
+    both = write(tmp_path, "resume_from_checkpoint: latest\noverwrite_output_dir: true\n", "both.yaml")
+    if not typed:
+        assert "give one of them" in refused(capsys, ["--config", both], RealRun)
+        argv = ["--resume_from_checkpoint=latest", "--overwrite_output_dir"]
+        assert "give one of them" in refused(capsys, argv, RealRun)
+        step = "runs/x/step_000050"  # to go back to a checkpoint and remove what came after it
+        assert parsed("--config", overwrite, "--resume-from-checkpoint", step) == (Path(step), True)
 
 
 def test_argv_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,7 +426,7 @@ def test_flags_pasted_from_diffusers_scripts_work() -> None:
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--report_to=wandb", "unknown flag --report_to (here: metrics go to metrics.jsonl and tensorboard/"),
+        ("--logging_dir=logs", "unknown flag --logging_dir (here: tensorboard/ lies in --output-dir"),
         ("--rank=4", "unknown flag --rank (here: --lora.rank); see --help"),
         ("--num_train_epochs=3", "(here: --max-train-steps)"),
         ("--random_flip", "(here: images are not mirrored"),
@@ -408,7 +479,7 @@ def test_every_flag_that_is_named_as_a_remedy_exists() -> None:
     from finetune import refl, reward_model
     from preftune.flags import ALIASES, ELSEWHERE
 
-    known = {name for driver in (refl, reward_model) for name in cli._leaves(driver.Config)}
+    known = {name for driver in (refl, reward_model) for name in leaves_of(driver.Config)}
     named = {
         word.removeprefix("--").replace("-", "_")
         for text in ELSEWHERE.values()

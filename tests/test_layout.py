@@ -20,12 +20,27 @@ LIBRARIES = {"rewards": ("rewards",), "preftune": ("rewards", "preftune")}
 
 RUN = tuple(
     f"preftune.training.{name}"
-    for name in ("checkpoint", "folder", "inputs", "metrics", "optimizer", "resume", "signals")
+    for name in (
+        "checkpoint",
+        "folder",
+        "inputs",
+        "metrics",
+        "optimizer",
+        "process_state",
+        "report_to",
+        "resume",
+        "signals",
+        "trackers",
+    )
 )
 """The parts of Run, which programs leave to it."""
 
 HOMES = {
-    "accelerate": ("preftune/training/run.py",),
+    "accelerate": (
+        "preftune/training/run.py",
+        "preftune/training/trackers.py",
+        "preftune/training/process_state.py",
+    ),
     "diffusers": ("preftune/families/", "preftune/solvers.py"),
     "peft": ("preftune/lora.py",),
     "open_clip": (),

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from preftune import cli
 from preftune.help_text import commands
+from preftune.leaves import flag_of, leaves_of
 from test_layout import ROOT, is_program, short
 
 PROGRAMS = [
@@ -100,7 +100,7 @@ def test_help_has_every_flag_once_in_its_group(helps: dict[Path, str]) -> None:
     found = groups(helps[ROOT / "finetune/refl.py"])
     assert list(found) == ["examples", "this program", "model", "rewards", "sampling", "training", "output"]
     flags = [flag for group in found.values() for flag in group]
-    assert sorted(flags) == sorted(["--help", *map(cli._flag, cli._leaves(refl.Config))])
+    assert sorted(flags) == sorted(["--help", *map(flag_of, leaves_of(refl.Config))])
     for flag, group in {
         "--prompts": "this program",
         "--image-column": "this program",

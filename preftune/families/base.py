@@ -180,6 +180,10 @@ class Family(Protocol):
         """Write the whole pipeline in diffusers' folder format."""
         ...
 
+    def pipeline(self) -> Any:
+        """Return the model as a pipeline of diffusers that holds these very parts, with the scheduler that its folder names."""
+        ...
+
     def scheduler(self, solver: SolverName, num_inference_steps: int) -> Any:
         """Return diffusers' scheduler for a solver that is not ours (pndm, dpm++), set to its steps; it holds state."""
         ...

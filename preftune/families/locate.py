@@ -20,7 +20,7 @@ from preftune.families.source import (
     models_of,
     parts_of,
 )
-from rewards import hub
+from rewards import embedded, hub
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_PAGE = re.compile(
@@ -68,7 +68,7 @@ def locate(model: str, revision: str | None = None, variant: str | None = None) 
     ValueError, in one sentence with the next step, for a path that is missing, for a folder or file that is no
     model (such as a LoRA), and for a repository that is not to be had.
     """
-    path = Path(model).expanduser()
+    path = embedded.find(Path(model).expanduser())
     if page := _HUB_PAGE.fullmatch(model):
         repo, at, file = page.groups()
         if file is not None:
@@ -95,7 +95,7 @@ def names_a_model(text: str) -> bool:
 
     A hub id does where the hub's cache has it, else its page: a run whose folder is missing, runs/refl, looks like a hub id.
     """
-    path = Path(text).expanduser()
+    path = embedded.find(Path(text).expanduser())
     if path.is_file():
         from preftune.families import single_file  # needs torch, which the flags do not
 
@@ -144,7 +144,7 @@ def lora_in(names: Collection[str]) -> str | None:
 
 def vae_folder(vae: str) -> Path | None:
     """Return the folder of an autoencoder that is named by its path, None for a hub id; ValueError where there is none."""
-    path = Path(vae).expanduser()
+    path = embedded.find(Path(vae).expanduser())
     if not path.exists() and _HUB_ID.fullmatch(vae) and not path.parent.is_dir():
         return None
     if not path.is_dir():

@@ -13,6 +13,7 @@ from preftune.families.digest import digest_of_part
 from preftune.families.locate import locate, locate_vae
 from preftune.families.source import Source
 from preftune.image_folders import CAPTION_FILES
+from rewards import embedded, own
 from rewards.digests import sampled_sha256_of
 from rewards.terms import parse_files, parse_weights
 
@@ -37,7 +38,7 @@ def digests(flags: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for name in FLAGS:
         value = flags.get(name)
-        paths = [Path(one) for one in (value if isinstance(value, list) else [value]) if one]
+        paths = [embedded.find(one) for one in (value if isinstance(value, list) else [value]) if one]
         if name == "model" and value in rewards.CARDS:  # a scorer that is trained
             found[name] = _digest(rewards.check(str(value), _path(flags.get("weights"))), with_names=False)
         elif name == "model" and value and (source := _pipeline(flags)) is not None:
@@ -51,7 +52,9 @@ def digests(flags: Mapping[str, Any]) -> dict[str, str]:
     weights = parse_weights(flags["rewards"]) if flags.get("rewards") else {}
     files = parse_files(flags.get("reward_files") or (), weights)
     for name in weights:
-        found[f"scorer {name}"] = _digest(rewards.check(name, files.get(name)), with_names=False)
+        read = rewards.check(name, files.get(name))
+        given = own.is_given(name)  # a callable, which is in no file
+        found[f"scorer {name}"] = own.source_digest(name) if given else _digest(read, with_names=False)
     return found
 
 
@@ -64,7 +67,7 @@ def _pipeline(flags: Mapping[str, Any]) -> Source | None:
 
 
 def _path(value: str | None) -> Path | None:
-    return Path(value) if value else None
+    return embedded.find(value) if value else None
 
 
 def _digest(paths: Sequence[Path], *, with_names: bool) -> str:

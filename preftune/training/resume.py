@@ -35,6 +35,8 @@ MAY_DIFFER = frozenset(
         "validation_steps",
         "checkpoints_total_limit",
         "threads",
+        "report_to",
+        "tracker_project_name",
         "train_batch_size",
         "gradient_accumulation_steps",
         "gradient_checkpointing",
@@ -58,6 +60,18 @@ _SAY_NOTHING = frozenset(
     ]
 )
 """Flags that change nothing, or that something else in the comparison covers."""
+
+
+def settings(config: RunConfig, driver: str, images_per_update: int) -> dict[str, object]:
+    """Return what a resume must not change, beside the flags, the parameters and the driver's own settings."""
+    return {
+        "driver": driver,
+        "seed": config.seed,
+        "batch x accumulation x processes": images_per_update,
+        "use_8bit_adam": config.use_8bit_adam,
+        "use of ema_decay": config.ema_decay > 0,
+        "use of fp16": config.mixed_precision == "fp16",
+    }
 
 
 def identity(config_text: str, settings: Mapping[str, object], processes: int = 1) -> dict[str, Any]:
@@ -109,7 +123,7 @@ def find_start(config: RunConfig, now: Mapping[str, Any]) -> Start:
         if (done := notes["updates"]) > config.max_train_steps:
             raise ValueError(
                 f"--max-train-steps {config.max_train_steps} is less than the {done} updates that {source} has; give {done} or"
-                " more, or resume from an earlier checkpoint"
+                " more, start anew with --overwrite-output-dir or another --output-dir, or resume from an earlier checkpoint"
             )
         said = [
             f"warning: {fault}; set aside as {path.name}.damaged, going on from {source.name}"
@@ -117,6 +131,16 @@ def find_start(config: RunConfig, now: Mapping[str, Any]) -> Start:
         ]
         if changed:
             said.append(f"going on from {source} with {changed}")
+            if _schedule_moves(notes["run"], config):
+                said.append(
+                    f"warning: --lr-scheduler {config.lr_scheduler} falls to 0 at --max-train-steps, which is another number now:"
+                    " the learning rates are not those of one run of this length"
+                )
+        if done == config.max_train_steps:
+            said.append(
+                f"{output} is complete, with all {done} updates; to run anew, add --overwrite-output-dir or another --output-dir, to"
+                " train longer, a larger --max-train-steps"
+            )
         if source.resolve().parent == output.resolve():
             gone = metrics.check(output, notes["metrics"], source)
             said += [f"warning: {gone}"] if gone else []
@@ -158,6 +182,12 @@ def compare(source: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> st
     return ", ".join(sorted(allowed))
 
 
+def _schedule_moves(then: Mapping[str, Any], config: RunConfig) -> bool:
+    """Whether the learning rate now ends at another update than before."""
+    falls = config.lr_scheduler in ("linear", "cosine")
+    return falls and then["flags"].get("max_train_steps") != config.max_train_steps
+
+
 def refuse_mismatch(folder: Path, then: Mapping[str, object], now: Mapping[str, object]) -> None:
     """Compare settings, or shapes by parameter name, of a checkpoint with the present ones.
 
@@ -177,8 +207,8 @@ def refuse_mismatch(folder: Path, then: Mapping[str, object], now: Mapping[str, 
 def _refusal(folder: Path, differences: list[str]) -> ValueError:
     more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
     return ValueError(
-        f"cannot resume from {folder}: {'; '.join(differences[:3])}{more}; give the settings that wrote it, or start afresh with"
-        " another --output-dir"
+        f"cannot resume from {folder}: {'; '.join(differences[:3])}{more}; give the settings that wrote it, or start anew with"
+        " --overwrite-output-dir or another --output-dir"
     )
 
 

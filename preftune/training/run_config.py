@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from preftune import files, lock
+from preftune.training import report_to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,10 @@ class RunConfig:
     """latest = continue from the newest checkpoint in --output-dir, if any; or a checkpoint folder."""
     overwrite_output_dir: bool = False
     """Remove an earlier run from the output folder first."""
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """Trackers that get metrics and validation images: tensorboard, wandb, trackio, ...; none, or all that are installed."""
+    tracker_project_name: str | None = None
+    """Project in these trackers; None = what WANDB_PROJECT and the like say, else preftune."""
     threads: int = 0
     """CPU threads per process; 0 = all cores, divided by the processes on this machine."""
 
@@ -92,6 +97,7 @@ class RunConfig:
             _demand(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         _demand(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0; inf never clips")
         _demand(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1); 0 keeps no average")
+        report_to.check_names(self.report_to)
         if self.overwrite_output_dir and self.resume_from_checkpoint == "latest":
             raise ValueError(
                 "--resume-from-checkpoint latest continues the run that --overwrite-output-dir removes; give one of them"
@@ -109,7 +115,7 @@ def check(config: RunConfig) -> None:
     The main process becomes the folder's only writer here.
 
     Raises:
-        ValueError: fp16 without a GPU, 8-bit AdamW without bitsandbytes, an output folder that cannot be written, is
+        ValueError: fp16 without a GPU, 8-bit AdamW without bitsandbytes, a tracker without its package, an output folder that cannot be written, is
             being written by another process or already holds a run, a checkpoint to resume from that is not there.
     """
     import torch
@@ -123,6 +129,7 @@ def check(config: RunConfig) -> None:
         raise ValueError(
             "--use-8bit-adam needs bitsandbytes: pip install bitsandbytes, or leave the flag out"
         )
+    report_to.check_ready(config.report_to)
     if lock.is_main_process():
         lock.acquire(config.output_dir)  # until `Run.finish`, or the end of the process
     files.check_writable(config.output_dir)

@@ -1,0 +1,58 @@
+"""The values of a configuration, their names in YAML and their flags."""
+
+import dataclasses
+import typing
+from typing import Annotated, Any
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """A value of the configuration: the attributes that lead to it, and its type."""
+
+    attributes: tuple[str, ...]
+    hint: Any
+
+    @property
+    def optional(self) -> bool:
+        """Whether it may be None."""
+        return type(None) in typing.get_args(self.hint) or None in typing.get_args(self.hint)
+
+    @property
+    def is_list(self) -> bool:
+        """Whether it takes several values."""
+        return any(
+            typing.get_origin(hint) in (tuple, list) for hint in (self.hint, *typing.get_args(self.hint))
+        )
+
+
+def leaves_of(config_class: type) -> dict[str, Leaf]:
+    """The values of a Config under their YAML names, such as `lora.rank`."""
+    leaves: dict[str, Leaf] = {}
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    for field in (field for field in dataclasses.fields(config_class) if field.init):
+        hint, extras = hints[field.name], list[Any]()
+        if typing.get_origin(hint) is Annotated:
+            hint, *extras = typing.get_args(hint)
+        if dataclasses.is_dataclass(hint):
+            prefix = "" if tyro.conf.arg(name="") in extras else f"{field.name}."
+            inner = {
+                prefix + name: Leaf(attributes=(field.name, *leaf.attributes), hint=leaf.hint)
+                for name, leaf in leaves_of(typing.cast(type, hint)).items()
+            }
+        else:
+            inner = {field.name: Leaf(attributes=(field.name,), hint=hint)}
+        assert not inner.keys() & leaves.keys(), (
+            f"two fields of {config_class.__name__} share a flag: {field.name}"
+        )
+        assert all(name.count(".") <= 1 for name in inner), f"{field.name} nests too deep"
+        leaves |= inner
+    assert "config" not in leaves, "--config is taken"
+    return leaves
+
+
+def flag_of(name: str, negated: bool = False) -> str:
+    """The flag of a YAML name: `lora.use_bias` -> `--lora.use-bias`, negated `--lora.no-use-bias`."""
+    group, dot, leaf = name.rpartition(".")
+    return f"--{group}{dot}{'no-' if negated else ''}{leaf}".replace("_", "-")

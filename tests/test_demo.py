@@ -1,0 +1,142 @@
+"""The demo: interrupted and resumed by the command that it prints, started again when complete, extended; and the command itself."""
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from finetune import refl
+from preftune import resume_command
+from preftune.cli import parse
+from preftune.training.checkpoint import find_checkpoints
+
+ROOT = Path(__file__).parents[1]
+QUICK = [
+    *("--num-validation-prompts", "1", "--sample.num-inference-steps", "2", "--train-batch-size", "1"),
+    *("--jitter-copies", "1", "--threads", "1", "--mixed-precision", "no"),
+]
+
+
+def start(words: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def run_again(*argv: str) -> int:
+    """The exit code of the demo in this process."""
+    try:
+        return refl.main(parse(refl.Config, list(argv), default_config=refl.TINY))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def test_the_interrupted_demo_goes_on_by_the_command_that_it_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "a run"
+    flags = [*QUICK, "--max-train-steps=8", "--output-dir", str(output)]
+    demo = [sys.executable, "finetune/refl.py", *flags]
+    process = start([*demo, "--overwrite-output-dir"])
+    while process.poll() is None and not (output / "metrics.jsonl").exists():
+        time.sleep(0.02)
+    while process.poll() is None and not (output / "metrics.jsonl").read_text():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 128 + signal.SIGINT
+    *_, sentence, command = said.splitlines()
+    done = int(find_checkpoints(output)[-1].name.removeprefix("step_"))
+    assert 0 < done < 8
+    assert sentence == f"refl.py: stopped after {done} of 8 updates; go on with:"
+    assert shlex.split(command) == [*demo, "--resume-from-checkpoint", "latest"]
+
+    process = start(shlex.split(command))
+    out, said = process.communicate()
+    assert process.returncode == 0, said
+    assert "1 validation prompts; change" in out
+    assert "go on with" not in said
+    assert [json.loads(row)["step"] for row in (output / "metrics.jsonl").open()] == [*range(8)]
+
+    # Run twice, as README prints it: nothing is lost, and what the user can do is said.
+    files = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert run_again(*flags) == 0
+    out, said = capsys.readouterr()
+    assert f"{output} is complete, with all 8 updates; to run anew, add --overwrite-output-dir" in said
+    assert "1 validation prompts; change" in out
+    checkpoints = [path for path in files if path.parent.name.startswith("step_")]
+    assert len(checkpoints) > 4
+    assert all(path.stat().st_mtime_ns == files[path] for path in checkpoints)
+    assert files.keys() <= {*output.rglob("*")}
+
+    assert run_again(*flags, "--max-train-steps", "3") == 2
+    said = capsys.readouterr().err
+    assert "--max-train-steps 3 is less than the 8 updates that" in said
+    assert "start anew with --overwrite-output-dir or another --output-dir" in said
+    assert run_again(*flags, "--rewards", "brightness=1") == 2
+    assert "start anew with --overwrite-output-dir or another --output-dir" in capsys.readouterr().err
+    assert run_again(*flags, "--lr-scheduler", "cosine", "--max-train-steps", "9") == 0
+    said = capsys.readouterr().err
+    assert "--max-train-steps 9 (was 8)" in said
+    assert "warning: --lr-scheduler cosine falls to 0 at --max-train-steps" in said
+    assert find_checkpoints(output)[-1].name == "step_000009"
+
+
+PYTHON, SCRIPT = ["python", "finetune/refl.py", "--seed", "1"], ["finetune/refl.py", "--seed", "1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "parent", "processes", "command"),
+    [
+        (PYTHON, ["bash"], 1, PYTHON),
+        (["python3", "-u", *SCRIPT], ["bash", "-c", "python3 -u finetune/refl.py"], 1, ["python3", "-u", *SCRIPT]),
+        (PYTHON, ["timeout", "60", *PYTHON], 1, PYTHON),
+        (["/v/bin/python", "/v/bin/preftune", "refl"], [], 1, ["preftune", "refl"]),
+        (
+            ["/v/bin/python", "-u", *SCRIPT],
+            ["/v/bin/python", "/v/bin/accelerate", "launch", "--num_processes", "2", *SCRIPT],
+            2,
+            ["accelerate", "launch", "--num_processes", "2", *SCRIPT],
+        ),
+        (
+            ["/v/bin/python", "-m", "preftune", "refl"],
+            ["python", "-m", "accelerate.commands.launch", "-m", "preftune", "refl"],
+            1,
+            ["python", "-m", "accelerate.commands.launch", "-m", "preftune", "refl"],
+        ),
+        (
+            ["/v/bin/python", "-u", *SCRIPT],
+            ["/v/bin/python", "/v/bin/torchrun", "--nproc_per_node", "2", *SCRIPT],
+            2,
+            ["torchrun", "--nproc_per_node", "2", *SCRIPT],
+        ),
+        (["python", "-m", "finetune.refl"], ["unknown"], 4, shlex.split("accelerate launch --num_processes 4 -m finetune.refl")),
+    ],
+)  # fmt: skip
+def test_the_command_is_the_one_that_was_typed(
+    words: list[str], parent: list[str], processes: int, command: list[str]
+) -> None:
+    assert resume_command.typed(words, parent, processes) == command
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--resume-from-checkpoint", "runs/x/step_000050"],
+        ["--resume_from_checkpoint=latest"],
+        ["--overwrite_output_dir"],
+        ["--no-overwrite-output-dir"],
+        [],
+    ],
+)
+def test_flags_that_start_anew_are_left_out(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = ["python", "finetune/raft.py", "--prompts", "my prompts.txt", *flags, "--seed", "1"]
+    monkeypatch.setattr(sys, "orig_argv", typed)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    kept = "python finetune/raft.py --prompts 'my prompts.txt' --seed 1 --resume-from-checkpoint latest"
+    assert resume_command.resume_command(by_itself=False) == kept
+    assert resume_command.resume_command(by_itself=True) == shlex.join(typed)
