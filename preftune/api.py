@@ -6,8 +6,8 @@
         return (pixels[:, 0] - pixels[:, 1:].mean(1)).mean((1, 2))
 
     pipe = refl(model="assets/tiny/pipeline", prompts=["a blue circle", "a green square"],
-                rewards={"red": red, "imagereward-tiny": 0.5}, output_dir="runs/red", pretraining="off",
-                max_train_steps=2, gradient_accumulation_steps=1, num_inference_steps=4, window=(2, 3),
+                rewards={"red": red, "imagereward-tiny": 0.5}, output_dir="runs/red",
+                max_train_steps=2, gradient_accumulation_steps=1, num_inference_steps=4,
                 sample_num_inference_steps=10)
     pipe("a blue circle", num_inference_steps=10).images[0].save("red.png")
 
@@ -309,10 +309,14 @@ def _stopped(folder: Path, number: int) -> None:
 def _result(config: Any, device: Any) -> Any:
     """Return the model of a configuration as a pipeline, with what its run has saved."""
     from preftune.families import pipelines
+    from preftune.training.defaults import flags_of
     from preftune.training.workspace import DTYPES
 
-    source, vae = config.model.pretrained.source(), config.model.vae
-    return pipelines.tuned(source, config.run.output_dir, device, DTYPES[config.run.mixed_precision], vae=vae)
+    source, vae, folder = config.model.pretrained.source(), config.model.vae, config.run.output_dir
+    dtype = DTYPES[
+        flags_of(folder).get("mixed_precision") or "no"
+    ]  # the run's own, if the caller left it open
+    return pipelines.tuned(source, folder, device, dtype, vae=vae)
 
 
 def _free() -> None:

@@ -11,8 +11,9 @@ deviation 1 / rank. For 400 updates at 1e-4 and rank 4 that is 0.02, where the w
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, cast
 
 from preftune import manifest
@@ -165,19 +166,24 @@ def filled(config: C, values: Mapping[str, object], about: str) -> C:
 
 
 def earlier_flags(run: RunConfig) -> Mapping[str, Any]:
-    """Return the flags of the run that is resumed, as its newest checkpoint notes them; nothing where there is none.
-
-    A checkpoint that cannot be read is passed over: `Run` refuses it or sets it aside.
-    """
-    from preftune.training import checkpoint  # imports torch
-
+    """Return the flags of the run that is resumed, as its newest checkpoint notes them; nothing where there is none."""
     if run.resume_from_checkpoint is None:
         return {}
     if isinstance(run.resume_from_checkpoint, str):
-        folders = checkpoint.find_checkpoints(run.output_dir)
-    else:
-        folders = [run.resume_from_checkpoint]
-    for folder in reversed(folders):
+        return flags_of(run.output_dir)
+    return _noted([run.resume_from_checkpoint])
+
+
+def flags_of(folder: Path) -> Mapping[str, Any]:
+    """Return the flags of a run, defaults included, as the newest checkpoint in its folder notes them; nothing without one."""
+    from preftune.training import checkpoint  # imports torch
+
+    return _noted(checkpoint.find_checkpoints(folder))
+
+
+def _noted(checkpoints: Sequence[Path]) -> Mapping[str, Any]:
+    """The flags in the last checkpoint that can be read: `Run` refuses another or sets it aside."""
+    for folder in reversed(checkpoints):
         try:
             flags = json.loads((folder / manifest.FILE).read_text(encoding="utf-8"))["run"]["flags"]
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
