@@ -313,9 +313,8 @@ def _result(config: Any, device: Any) -> Any:
     from preftune.training.workspace import DTYPES
 
     source, vae, folder = config.model.pretrained.source(), config.model.vae, config.run.output_dir
-    dtype = DTYPES[
-        flags_of(folder).get("mixed_precision") or "no"
-    ]  # the run's own, if the caller left it open
+    precision = flags_of(folder).get("mixed_precision") or "no"  # the run's own, if the caller left it open
+    dtype = DTYPES[precision]
     return pipelines.tuned(source, folder, device, dtype, vae=vae)
 
 
