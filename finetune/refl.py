@@ -57,7 +57,7 @@ class Config:
     """Tune a diffusion model by ReFL. Without arguments: the embedded model and scorer."""
 
     prompts: Path
-    """Prompt file: txt, json, jsonl, csv, tsv or parquet."""
+    """Prompt file: txt, json, jsonl, csv, tsv or parquet; or prompts, each in quotes."""
     num_inference_steps: int = 40
     """T, denoising steps of a trajectory."""
     window: tuple[int, int] = (30, 39)
