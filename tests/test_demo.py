@@ -6,14 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from finetune import refl
-from preftune import resume_command
+from preftune import manifest, resume_command
 from preftune.cli import parse
+from preftune.one_writer import one_writer
+from preftune.training import resume
 from preftune.training.checkpoint import find_checkpoints
+from preftune.training.run_config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 QUICK = [
@@ -84,6 +89,50 @@ def test_the_interrupted_demo_goes_on_by_the_command_that_it_prints(
     assert "--max-train-steps 9 (was 8)" in said
     assert "warning: --lr-scheduler cosine falls to 0 at --max-train-steps" in said
     assert find_checkpoints(output)[-1].name == "step_000009"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A program's configuration that has no run."""
+
+    output_dir: Path
+
+
+def test_ctrl_c_before_a_checkpoint_ends_in_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "orig_argv", ["python", "finetune/raft.py", "--seed", "1"])
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def main(config: object) -> int:
+        (tmp_path / "x").mkdir(exist_ok=True)
+        (tmp_path / "x" / ".half.tmp-1").touch()
+        raise KeyboardInterrupt
+
+    run = SimpleNamespace(run=RunConfig(output_dir=tmp_path / "x"))
+    with pytest.raises(KeyboardInterrupt):  # a call from Python
+        one_writer(main)(run)
+    main.__module__ = "__main__"
+    for config, said in (
+        (run, "stopped before the first update; go on with:\npython finetune/raft.py --seed 1 --resume-from-checkpoint latest\n"),
+        (Folder(tmp_path / "x"), "stopped; start the same command again to go on\n"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            one_writer(main)(config)
+        assert stop.value.code == 128 + signal.SIGINT
+        assert capsys.readouterr().err.endswith(f": {said}")
+        assert not list((tmp_path / "x").iterdir())
+
+
+def test_a_run_of_an_earlier_version_is_refused_with_a_way_on(tmp_path: Path) -> None:
+    """Also where it is the demo's, whose command resumes by itself."""
+    old = tmp_path / "step_000085"
+    old.mkdir()
+    for write in (lambda: None, lambda: manifest.write(old, updates=85)):
+        write()
+        config = RunConfig(output_dir=tmp_path, resume_from_checkpoint="latest")
+        with pytest.raises(ValueError, match=r"earlier version.*; start anew with --overwrite-output-dir or"):
+            resume.find_start(config, {})
 
 
 PYTHON, SCRIPT = ["python", "finetune/refl.py", "--seed", "1"], ["finetune/refl.py", "--seed", "1"]

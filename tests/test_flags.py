@@ -493,7 +493,7 @@ def test_names_of_sampling_where_training_has_no_such() -> None:
         "--prompts",
         "p.txt",
         "--rewards",
-        "a=1",
+        "brightness=1",
         "--sample_num_steps=50",
         "--sample_guidance_scale=5.0",
     ]
