@@ -12,6 +12,7 @@ ALIASES = {
     "text_column": "caption_column",
     "train_data_dir": "data",
     "validation_prompt": "validation_prompts",
+    "proportion_empty_prompts": "caption_dropout",
     "rank": "lora.rank",
     "lora_alpha": "lora.alpha",
     # kohya's sd-scripts
@@ -191,7 +192,6 @@ ELSEWHERE = {
     "output_name": "--output-dir names the run",
     "pre_compute_text_embeddings": "captions are encoded in each update",
     "prediction_type": "it is read from the model's folder",
-    "proportion_empty_prompts": "--caption-dropout",
     "random_flip": "images are not mirrored: it would make `left of` wrong",
     "repeats": "--max-train-steps says how often all is seen",
     "report_to": "metrics go to metrics.jsonl and tensorboard/ in --output-dir",

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from preftune import disk, files, lock
 from preftune.cli import exit_on_user_error
-from preftune.resume_command import resume_command
+from preftune.resume_command import command_of_parent, resume_command
 
 Config = TypeVar("Config")
 Code = TypeVar("Code")
@@ -33,6 +33,7 @@ def one_writer(main: Callable[[Config], Code]) -> Callable[[Config], Code]:
     @functools.wraps(main)
     def locked(config: Config) -> Code:
         folder = _output_dir(config)
+        command_of_parent()  # the launcher, which may end before this process
         if not lock.is_main_process():
             with exit_on_failed_write(folder, config):
                 return main(config)
@@ -43,7 +44,7 @@ def one_writer(main: Callable[[Config], Code]) -> Callable[[Config], Code]:
                 files.tidy_beside(folder)
                 code = main(config)
         except KeyboardInterrupt:  # during what no checkpoint is written after, as the loading of a model
-            if main.__module__ != "__main__":
+            if not _is_program(config):
                 raise
             _tidy(folder)
             _say(_stopped(config))
@@ -116,9 +117,16 @@ def _stopped(config: Any) -> str:
 
 
 def _go_on(config: Any) -> str:
-    """How a run is resumed: the command stands alone on the last line."""
+    """How a run is resumed: the command stands alone on the last line. A call from Python has none."""
+    if not _is_program(config):
+        return "go on with --resume-from-checkpoint latest"
     by_itself = config.run.resume_from_checkpoint == "latest"
     return f"go on with:\n{resume_command(by_itself=by_itself)}"
+
+
+def _is_program(config: Any) -> bool:
+    """Whether this process was started as the program of a configuration, and not to call it from Python."""
+    return type(config).__module__ == "__main__"
 
 
 def _checkpoints(folder: Path) -> list[Path]:
