@@ -39,7 +39,7 @@ class Config:
 
     model: Annotated[Pretrained, tyro.conf.arg(name="")]
     prompts: Path
-    """Prompt file: txt, json, jsonl, csv, tsv or parquet."""
+    """Prompt file: txt, json, jsonl, csv, tsv or parquet; or prompts, each in quotes."""
     output_dir: Path
     """Folder of the parts; existing parts are kept if their settings are the same."""
     count: int = 1000

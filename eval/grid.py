@@ -59,7 +59,7 @@ class Config:
     """TITLE=WHAT, where WHAT is empty, a LoRA file, a LoRA, run or UNet folder, or a model (of the hub: https://huggingface.co/OWNER/NAME); LoRA and run may end in @WEIGHT.
     """
     prompts: Path = Path("assets/tiny/held_out.txt")
-    """Prompt file: txt, json, jsonl, csv, tsv or parquet."""
+    """Prompt file: txt, json, jsonl, csv, tsv or parquet; or prompts, each in quotes."""
     count: int = 8
     """Maximum number of prompts, from the start of the file."""
     num_images_per_prompt: int = 1

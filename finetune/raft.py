@@ -35,7 +35,7 @@ class Config:
     """Tune a model on its own best images, again and again (RAFT)."""
 
     prompts: Path
-    """Prompt file: txt, json, jsonl, csv, tsv or parquet."""
+    """Prompt file: txt, json, jsonl, csv, tsv or parquet; or prompts, each in quotes."""
     iterations: int = 3
     """Number of iterations; --max-train-steps must be a multiple of it."""
     prompts_per_iteration: int = 500

@@ -53,7 +53,7 @@ class Config:
     """Tune a diffusion model by ReFL. Without arguments: the embedded model and scorer."""
 
     prompts: Path
-    """Prompt file: txt, json, jsonl, csv, tsv or parquet."""
+    """Prompt file: txt, json, jsonl, csv, tsv or parquet; or prompts, each in quotes."""
     num_inference_steps: int | None = None
     """T, denoising steps of a trajectory; None = 40, for a distilled model 4."""
     window: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="INT INT")] = None

@@ -31,7 +31,7 @@ from preftune.last_word import last_word
 from preftune.leaves import flag_of, leaves_of
 from preftune.notes import say
 from preftune.printable import printable
-from preftune.typed_flags import check_names, undone, with_aliases
+from preftune.typed_flags import as_here, check_names, undone
 from rewards import embedded
 from rewards.own import OwnRewardError
 
@@ -54,7 +54,7 @@ def parse(
     leaves = leaves_of(config_class)
     with exit_on_user_error():
         files, typed = _split_config(argv)
-        typed = with_aliases(typed, leaves)
+        typed = as_here(typed, leaves)
         check_names(typed, leaves)
         if default_config is not None and not files and not _names_model(typed):
             files = [_shown(default_config)]

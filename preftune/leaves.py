@@ -26,6 +26,12 @@ class Leaf:
             typing.get_origin(hint) in (tuple, list) for hint in (self.hint, *typing.get_args(self.hint))
         )
 
+    @property
+    def is_numbers(self) -> bool:
+        """Whether it takes several numbers."""
+        members = typing.get_args(self.hint)
+        return typing.get_origin(self.hint) is tuple and {*members} <= {int, float, ...}
+
 
 def leaves_of(config_class: type) -> dict[str, Leaf]:
     """The values of a Config under their YAML names, such as `lora.rank`."""

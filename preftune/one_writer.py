@@ -14,7 +14,7 @@ from preftune import disk, files, lock
 from preftune.cli import are_errors_raised, exit_on_user_error
 from preftune.last_word import last_word
 from preftune.printable import printable
-from preftune.resume_command import resume_command
+from preftune.resume_command import command_of_parent, resume_command
 from rewards.own import OwnRewardError
 
 Config = TypeVar("Config")
@@ -36,6 +36,7 @@ def one_writer(main: Callable[[Config], Code]) -> Callable[[Config], Code]:
     @functools.wraps(main)
     def locked(config: Config) -> Code:
         folder = _output_dir(config)
+        command_of_parent()  # the launcher, which may end before this process
         if not lock.is_main_process():
             with exit_on_failed_write(folder, config):
                 return main(config)
@@ -46,7 +47,7 @@ def one_writer(main: Callable[[Config], Code]) -> Callable[[Config], Code]:
                 files.tidy_beside(folder)
                 code = main(config)
         except KeyboardInterrupt:  # during what no checkpoint is written after, as the loading of a model
-            if main.__module__ != "__main__":
+            if not _is_program(config):
                 raise
             _tidy(folder)
             _say(_stopped(config), 128 + signal.SIGINT)
@@ -136,11 +137,18 @@ def _stopped(config: Any) -> str:
 
 
 def _go_on(config: Any) -> str:
-    """How a run is resumed: the command stands alone on the last line."""
+    """How a run is resumed: the command stands alone on the last line. A call from Python has none."""
     by_itself = config.run.resume_from_checkpoint == "latest"
     if are_errors_raised():
         return f"go on with the same call{'' if by_itself else ' and --resume-from-checkpoint latest'}"
+    if not _is_program(config):
+        return "go on with --resume-from-checkpoint latest"
     return f"go on with:\n{resume_command(by_itself=by_itself)}"
+
+
+def _is_program(config: Any) -> bool:
+    """Whether this process was started as the program of a configuration, and not to call it from Python."""
+    return type(config).__module__ == "__main__"
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -30,14 +30,32 @@ LONG = 2_000
 """Characters of a prompt above which it is said that text encoders read its beginning only: 77 tokens in Stable Diffusion."""
 
 
+def is_text(path: Path) -> bool:
+    """Whether what was typed for a prompt file is a prompt, or several, one a line: words with spaces that name no such file."""
+    text = str(path)
+    looks_like_a_path = path.suffix.lower() in SUFFIXES or text.startswith(("/", "~", ".."))
+    if looks_like_a_path or not any(letter.isspace() for letter in text):
+        return False
+    try:
+        return not path.exists()
+    except OSError:  # too long for a name
+        return True
+
+
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, one or more, in the file's order and with the file's own spacing.
+    """The prompts of a file, one or more, in the file's order and with the file's own spacing; or those that `path` is itself.
 
     txt: one a line. json: a list of strings, or of objects with a field of FIELDS. jsonl: one such string
     or object a line. csv, tsv, parquet: a column of FIELDS; tsv is without quoting. Text is UTF-8. Blank
     prompts are left out; they, and what looks like a mistake, are said on stderr with their number. Raises ValueError that
     names the line or row, counted from 1.
     """
+    if is_text(path):
+        texts = [text for text in str(path).splitlines() if text.strip()]
+        say(
+            f"no prompt file has this name, it is taken as {counted(len(texts), 'prompt')}: {' / '.join(texts)[:200]}"
+        )
+        return texts
     rows = read_rows(path)
     prompts = [(place, text) for place, text in rows if text]
     if not prompts:
@@ -55,7 +73,7 @@ def read_rows(path: Path) -> list[tuple[str, str]]:
     if suffix not in SUFFIXES:
         raise ValueError(
             f"prompt file {path} ends in {suffix or 'nothing'}; it must end in {', '.join(SUFFIXES)}"
-            f"{'' if path.exists() else ' (prompts stand in a .txt file, one a line)'}"
+            f"{'' if path.exists() else ' (a prompt of its own has several words, in quotes)'}"
         )
     if not path.is_file():
         raise ValueError(f"prompt file {path} {'is no file' if path.exists() else 'does not exist'}")

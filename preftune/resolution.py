@@ -35,8 +35,8 @@ class Framing(NamedTuple):
 
 
 def parse(text: str) -> Resolution:
-    """Return the resolution that a user wrote: "512" is square, "768x512" is WIDTHxHEIGHT. ValueError for anything else."""
-    match = re.fullmatch(r"([0-9]{1,6})(?:x([0-9]{1,6}))?", text.strip().lower())
+    """Return the resolution that a user wrote: "512" is square, "768x512" is WIDTHxHEIGHT, as is "768,512". ValueError for anything else."""
+    match = re.fullmatch(r"([0-9]{1,6})(?:[x,]([0-9]{1,6}))?", text.strip().lower())
     if match is None:
         raise ValueError(
             f"resolution {text!r} is neither a number, as in 512, nor WIDTHxHEIGHT, as in 768x512"

@@ -1,6 +1,7 @@
 """The command that goes on with a run that was stopped, to be copied and pasted."""
 
 import contextlib
+import functools
 import os
 import shlex
 import sys
@@ -16,7 +17,7 @@ def resume_command(*, by_itself: bool) -> str:
 
     by_itself: the configuration says so already, and the same command goes on.
     """
-    words = typed(sys.orig_argv, _command_of_parent(), int(os.environ.get("WORLD_SIZE", "1")))
+    words = typed(sys.orig_argv, command_of_parent(), int(os.environ.get("WORLD_SIZE", "1")))
     return shlex.join(words if by_itself else [*_without_start(words), *_ADDED])
 
 
@@ -64,8 +65,12 @@ def _other_flags(words: Iterator[str]) -> Iterator[str]:
             yield word
 
 
-def _command_of_parent() -> list[str]:
-    """The command of the process that started this one; empty where the system does not tell."""
+@functools.cache
+def command_of_parent() -> list[str]:
+    """Return the command of the process that started this one; empty where the system does not tell.
+
+    It is asked for once, early: Ctrl-C ends a launcher, too, before the run has written its checkpoint.
+    """
     import psutil
 
     with contextlib.suppress(psutil.Error):

@@ -3,10 +3,12 @@
 import difflib
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
-from preftune.flags import ALIASES, ELSEWHERE, EXCLUSIVE, ONE_VALUE
+from preftune.flags import ALIASES, ELSEWHERE, EXCLUSIVE, ONE_VALUE, SAME, TEXTS
 from preftune.leaves import Leaf, flag_of
+from preftune.prompts import is_text
 
 
 def undone(tokens: Sequence[str], later: Sequence[str]) -> bool:
@@ -25,22 +27,65 @@ def _words(tokens: Sequence[str]) -> Iterator[str]:
             yield f"{flag}={value if equals else following}"
 
 
-def check_names(typed: list[str], leaves: dict[str, Leaf]) -> None:
-    """Refuse flags that do not exist, and values for flags that take none."""
-    for at, token in enumerate(typed):
-        if not token.startswith("--"):
-            continue
-        name, equals, _ = token.removeprefix("--").replace("-", "_").partition("=")
-        positive = re.sub(r"(^|\.)no_(?=[^.]*$)", r"\1", name)
-        known = name in leaves or (positive in leaves and leaves[positive].hint is bool) or name == "help"
-        if not known:
+def as_here(typed: Sequence[str], leaves: Mapping[str, Leaf]) -> list[str]:
+    """Return what was typed with flags and values of other scripts that mean the same written as here."""
+    written: list[str] = []
+    for token, values in _grouped(typed):
+        written += _as_here(token, values, leaves) if token.startswith("--") else [token, *values]
+    return written
+
+
+def _grouped(typed: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each flag with the words behind it."""
+    starts = [at for at, token in enumerate(typed) if at == 0 or token.startswith("--")]
+    for start, end in itertools.pairwise([*starts, len(typed)]):
+        yield typed[start], list(typed[start + 1 : end])
+
+
+def _as_here(token: str, values: list[str], leaves: Mapping[str, Leaf]) -> list[str]:
+    """One flag and its values, as `as_here`."""
+    name, equals, value = token.partition("=")
+    given = [value] * bool(equals) + values
+    name = name.removeprefix("--").replace("-", "_")
+    if name not in leaves:
+        same = SAME.get(f"{name}={given[0]}".lower() if given and given[0].lower() != "true" else name)
+        if same is not None and len(given) < 2 and (not same or _name(same) in leaves):
+            return [same] if same else []
+        if (alias := alias_of(name, leaves)) is None:
+            return [token, *values]
+        name, token = alias, f"{flag_of(alias)}{equals}{value}"
+    leaf = leaves[name]
+    if leaf.hint is bool and len(given) == 1 and given[0].lower() in ("true", "false"):
+        return [flag_of(name, negated=given[0].lower() == "false")]
+    if leaf.is_numbers and len(given) == 1:
+        return [flag_of(name), *given[0].split(",")]
+    if name in TEXTS and not leaf.is_list and len(given) > 1 and all(is_text(Path(one)) for one in given):
+        return [f"{flag_of(name)}={chr(10).join(given)}"]
+    return [token, *values]
+
+
+def _name(flag: str) -> str:
+    """The name of a flag: `--lora.use-bias=no` -> `lora.use_bias`."""
+    return flag.partition("=")[0].removeprefix("--").replace("-", "_")
+
+
+def check_names(typed: Sequence[str], leaves: Mapping[str, Leaf]) -> None:
+    """Refuse flags that do not exist, all of them in one sentence, and values for flags that take none."""
+    unknown: dict[str, list[str]] = {}  # answer -> flags
+    for token in dict.fromkeys(token.partition("=")[0] for token in typed if token.startswith("--")):
+        positive = re.sub(r"(^|\.)no_(?=[^.]*$)", r"\1", name := _name(token))
+        if not (name in leaves or (positive in leaves and leaves[positive].hint is bool) or name == "help"):
+            unknown.setdefault(instead(name, leaves, flag_of), []).append(token)
+    if unknown:
+        several = "s" * (len([*itertools.chain(*unknown.values())]) > 1)
+        answered = sorted(unknown.items(), key=lambda item: not item[0])  # those without an answer come last
+        named = [f"{', '.join(tokens)}{answer}" for answer, tokens in answered]
+        raise ValueError(f"unknown flag{several} {', '.join(named)}; see --help")
+    for token, values in _grouped(typed):
+        name, equals = _name(token), "=" in token
+        if name in leaves and not leaves[name].is_list and len(values) + equals > 1:
             raise ValueError(
-                f"unknown flag {token.partition('=')[0]}{instead(name, leaves, flag_of)}; see --help"
-            )
-        values = [*itertools.takewhile(lambda other: not other.startswith("--"), typed[at + 1 :])]
-        if name in leaves and not leaves[name].is_list and len(values) + bool(equals) > 1:
-            raise ValueError(
-                f"{flag_of(name)} takes one value, got {len(values) + bool(equals)}: {' '.join(map(repr, values))};"
+                f"{flag_of(name)} takes one value, got {len(values) + equals}: {' '.join(map(repr, values))};"
                 f" {ONE_VALUE.get(name, 'a value with spaces stands in quotes')}"
             )
         if equals and name in leaves and leaves[name].hint is bool:
@@ -49,34 +94,27 @@ def check_names(typed: list[str], leaves: dict[str, Leaf]) -> None:
             )
 
 
-def instead(name: str, leaves: dict[str, Leaf], write: Callable[[str], str] = str) -> str:
+def instead(name: str, leaves: Mapping[str, Leaf], write: Callable[[str], str] = str) -> str:
     """What there is in place of an unknown name, as the end of a sentence; nothing where nobody knows."""
-    other = ELSEWHERE.get(name, "")
-    first = other.split(maxsplit=1)[0].removeprefix("--").replace("-", "_") if other.startswith("--") else ""
-    if first in leaves or (other and not first):  # do not suggest a flag that this program lacks
+    other = ELSEWHERE.get(name) or (flag_of(ALIASES[name]) if name in ALIASES else "")
+    first = re.match(r"--[\w.-]*\w", other)
+    if other and (first is None or _name(first.group()) in (*leaves, "config")):
         return f" (here: {other})"
+    if first is not None:
+        return f" (this program has no {first.group()})"
     near = difflib.get_close_matches(name, leaves, n=1)
     return f" (did you mean {write(near[0])}?)" if near else ""
 
 
-def with_aliases(typed: list[str], leaves: dict[str, Leaf]) -> list[str]:
-    """The tokens with flags of other scripts that mean the same written as here."""
-    written = []
-    for token in typed:
-        name, equals, value = token.partition("=")
-        alias = alias_of(name.removeprefix("--").replace("-", "_"), leaves) if name.startswith("--") else None
-        written.append(f"{flag_of(alias)}{equals}{value}" if alias else token)
-    return written
-
-
-def alias_of(name: str, leaves: dict[str, Leaf]) -> str | None:
+def alias_of(name: str, leaves: Mapping[str, Leaf]) -> str | None:
     """The name here of another script's flag, or of one of --sample that is written without it; None for all others.
 
     --guidance-scale is --sample.guidance-scale where no other flag could be meant: none ends in these words.
     """
     if name in leaves:
         return None
-    if ALIASES.get(name) in leaves:
-        return ALIASES[name]
+    name = ALIASES.get(name, name)
+    if name in leaves:
+        return name
     ends = [leaf for leaf in leaves if leaf.replace(".", "_").endswith(f"_{name}")]
     return f"sample.{name}" if ends == [f"sample.{name}"] else None

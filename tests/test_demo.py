@@ -1,5 +1,6 @@
 """The demo: interrupted and resumed by the command that it prints, started again when complete, extended; and the command itself."""
 
+import errno
 import json
 import shlex
 import signal
@@ -7,13 +8,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from finetune import refl
-from preftune import resume_command
+from preftune import manifest, resume_command
 from preftune.cli import parse
+from preftune.one_writer import one_writer
+from preftune.training import resume
 from preftune.training.checkpoint import find_checkpoints
+from preftune.training.run_config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 QUICK = [
@@ -84,6 +89,62 @@ def test_the_interrupted_demo_goes_on_by_the_command_that_it_prints(
     assert "--max-train-steps 9 (was 8)" in said
     assert "warning: --lr-scheduler cosine falls to 0 at --max-train-steps" in said
     assert find_checkpoints(output)[-1].name == "step_000009"
+
+
+def test_ctrl_c_before_a_checkpoint_ends_in_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "orig_argv", ["python", "finetune/raft.py", "--seed", "1"])
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def main(config: object) -> int:
+        (tmp_path / "x").mkdir(exist_ok=True)
+        (tmp_path / "x" / ".half.tmp-1").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # a call from Python
+        one_writer(main)(SimpleNamespace(output_dir=tmp_path / "x"))
+    program = type("Config", (SimpleNamespace,), {"__module__": "__main__"})
+    for config, said in (
+        (program(run=RunConfig(output_dir=tmp_path / "x")), "stopped before the first update; go on with:\npython finetune/raft.py --seed 1 --resume-from-checkpoint latest\n"),
+        (program(output_dir=tmp_path / "x"), "stopped; start the same command again to go on\n"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            one_writer(main)(config)
+        assert stop.value.code == 128 + signal.SIGINT
+        assert capsys.readouterr().err.endswith(f": {said}")
+        assert not list((tmp_path / "x").iterdir())
+
+
+def test_a_full_disk_ends_in_the_command_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "orig_argv", ["python", "finetune/raft.py", "--overwrite-output-dir"])
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    (tmp_path / "config.yaml").touch()
+    program = type("Config", (SimpleNamespace,), {"__module__": "__main__"})
+
+    def main(config: object) -> int:
+        raise OSError(errno.ENOSPC, "full", str(tmp_path))
+
+    with pytest.raises(SystemExit) as stop:
+        one_writer(main)(program(run=RunConfig(output_dir=tmp_path)))
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.endswith(
+        f": error: no space left on {tmp_path}; there is no complete checkpoint yet: make room there or repair it, then go on with:\n"
+        "python finetune/raft.py --resume-from-checkpoint latest\n"
+    )
+
+
+def test_a_run_of_an_earlier_version_is_refused_with_a_way_on(tmp_path: Path) -> None:
+    """Also where it is the demo's, whose command resumes by itself."""
+    old = tmp_path / "step_000085"
+    old.mkdir()
+    for write in (lambda: None, lambda: manifest.write(old, updates=85)):
+        write()
+        config = RunConfig(output_dir=tmp_path, resume_from_checkpoint="latest")
+        with pytest.raises(ValueError, match=r"earlier version.*; start anew with --overwrite-output-dir or"):
+            resume.find_start(config, {})
 
 
 PYTHON, SCRIPT = ["python", "finetune/refl.py", "--seed", "1"], ["finetune/refl.py", "--seed", "1"]

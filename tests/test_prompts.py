@@ -171,6 +171,7 @@ def test_published_files() -> None:
 
 def test_a_prompt_in_place_of_a_file_says_where_prompts_stand() -> None:
     with pytest.raises(
-        ValueError, match=r"ends in nothing; it must end in .*\(prompts stand in a \.txt file, one a line\)"
+        ValueError,
+        match=r"ends in nothing; it must end in .*\(a prompt of its own has several words, in quotes\)",
     ):
-        read_prompts(Path("a red circle"))
+        read_prompts(Path("cat"))

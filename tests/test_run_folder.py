@@ -198,6 +198,7 @@ def test_a_run_that_cannot_write_says_so_and_goes_on_later(
             recorded.train("pretrain_scorer", resume)
         assert stop.value.code == 1
         said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert said.endswith("make room there or repair it, then go on with --resume-from-checkpoint latest")
         assert "error: a file would be larger than the system allows" in said
         assert f"the last complete checkpoint is {tmp_path / name / 'step_000001'}" in said
         new = names(tmp_path / name) - before

@@ -70,6 +70,8 @@ def prune(output: Path, keep: int) -> None:
 def verify(folder: Path) -> dict[str, Any]:
     """Return the notes of a checkpoint that is as it was written. ValueError, in one sentence, for another one."""
     notes = manifest.verify(folder)
+    if not {"updates", "metrics", "run"} <= notes.keys():
+        raise ValueError(f"{folder} was written by an earlier version")
     if notes["updates"] != updates_of(folder):
         raise ValueError(f"{folder} is the checkpoint of {notes['updates']} updates under another name")
     return notes

@@ -13,6 +13,7 @@ from preftune.families.digest import digest_of_part
 from preftune.families.locate import locate, locate_vae
 from preftune.families.source import Source
 from preftune.image_folders import CAPTION_FILES
+from preftune.prompts import is_text
 from rewards import embedded, own
 from rewards.digests import sampled_sha256_of
 from rewards.terms import parse_files, parse_weights
@@ -45,7 +46,7 @@ def digests(flags: Mapping[str, Any]) -> dict[str, str]:
             found[name] = digest_of_pipeline(source)
         elif name == "vae" and value:  # it may be a hub id
             found[name] = digest_of_part(locate_vae(str(value)))
-        elif paths and all(path.exists() for path in paths):
+        elif paths and all(not is_text(path) and path.exists() for path in paths):
             found[name] = _digest(paths, with_names=name in _NAMES_COUNT)
     if start := _path(flags.get("lora_start")):
         found["lora_start"] = lora_files.digest(start)

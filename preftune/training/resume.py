@@ -147,9 +147,9 @@ def find_start(config: RunConfig, now: Mapping[str, Any]) -> Start:
         return Start(source=source, damaged=tuple(damaged), said=tuple(said))
     if faults:
         earlier = [path for path in checkpoint.find_checkpoints(output, damaged=True) if path not in damaged]
-        offer = f"--resume-from-checkpoint {earlier[-1]}, or " if earlier else ""
+        offer = f"use --resume-from-checkpoint {earlier[-1]}, or " if earlier else ""
         raise ValueError(
-            f"cannot resume: {'; '.join(faults)}; use {offer}start anew with --overwrite-output-dir or another --output-dir"
+            f"cannot resume: {'; '.join(faults)}; {offer}start anew with --overwrite-output-dir or another --output-dir"
         )
     begun = (output / metrics.FILE).exists()
     return Start(said=(f"warning: {output} has no checkpoint: the run begins anew",) if begun else ())
