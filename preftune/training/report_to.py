@@ -36,8 +36,11 @@ def chosen(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(filter(_is_installed, TRACKERS)) if "all" in names else tuple(dict.fromkeys(names))
 
 
-def check_ready(names: Sequence[str]) -> None:
-    """Raise ValueError where a tracker's package is missing, or where wandb has no key; at a terminal wandb asks for it."""
+def check_ready(names: Sequence[str], *, resumes: bool = False) -> None:
+    """Raise ValueError where a tracker's package is missing, or where wandb cannot log in; at a terminal it asks for the key.
+
+    A run that resumes, perhaps at night while the network is away, goes on without wandb where it cannot log in.
+    """
     for name in chosen(names):
         if not _is_installed(name):
             others = [other for other in names if other != name] or ["none"]
@@ -55,6 +58,8 @@ def check_ready(names: Sequence[str]) -> None:
         try:
             wandb.login()
         except Exception as error:
+            if resumes:
+                return
             raise ValueError(
                 f"--report-to wandb cannot log in: {str(error).strip()}; run `wandb login`, set WANDB_API_KEY, or keep the"
                 " metrics on this machine by WANDB_MODE=offline"

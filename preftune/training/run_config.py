@@ -129,7 +129,7 @@ def check(config: RunConfig) -> None:
         raise ValueError(
             "--use-8bit-adam needs bitsandbytes: pip install bitsandbytes, or leave the flag out"
         )
-    report_to.check_ready(config.report_to)
+    report_to.check_ready(config.report_to, resumes=config.resume_from_checkpoint is not None)
     if lock.is_main_process():
         lock.acquire(config.output_dir)  # until `Run.finish`, or the end of the process
     files.check_writable(config.output_dir)
