@@ -15,8 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from preftune.programs import PROGRAMS
-
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 NEEDS = re.compile(r"gpu|network|hours|data \(.+\)")
@@ -118,6 +116,8 @@ def blocks(page: Path) -> list[Block]:
 
 def program(words: Sequence[str]) -> Command | None:
     """The program of this package that a command starts; None for another one, such as pip."""
+    from preftune.programs import PROGRAMS  # the pages can be read without it
+
     if words[0] == "preftune":
         return Command(name=words[1], module=PROGRAMS[words[1]], words=tuple(words[2:]))
     if words[0] not in ("python", "accelerate"):

@@ -1,7 +1,6 @@
 """Every command of README and docs/ runs, or has flags that exist and says what it needs (docs_pages.py)."""
 
 import importlib
-import importlib.util
 import runpy
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ import pytest
 
 from docs_pages import NEEDS, PAGES, ROOT, Block, Command, blocks, program
 from preftune.cli import parse
-from preftune.programs import PROGRAMS
+
+PROGRAMS: dict[str, str] = pytest.importorskip("preftune.programs").PROGRAMS
 
 BLOCKS = {block.place: block for page in PAGES for block in blocks(page)}
 STORIES = [page for page in PAGES if any(block.language in ("bash", "python") for block in blocks(page))]
