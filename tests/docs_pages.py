@@ -124,6 +124,8 @@ def program(words: Sequence[str]) -> Command | None:
         return None
     if "-m" in words:
         at = words.index("-m") + 1
+        if words[at] == "preftune":
+            return program(words[at:])
         module = "rewards.__main__" if words[at] == "rewards" else words[at]
     else:
         at = next(at for at, word in enumerate(words) if word.endswith(".py"))
