@@ -20,7 +20,10 @@ TOOLS = ("pip", "hf", "tensorboard", "mkdocs", "pytest", "git")
 
 def run(command: Command, block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a program in this process, as its file is run: no time goes into importing everything again."""
-    words = [*command.words, *block.extra(command.name)]
+    threads = ["--threads", "1"] * command.module.startswith(
+        "finetune."
+    )  # tests run in a process for each core
+    words = [*command.words, *block.extra(command.name), *threads]
     monkeypatch.setattr("sys.argv", [command.name, *words])
     code: Any = 0
     try:
