@@ -20,10 +20,7 @@ TOOLS = ("pip", "hf", "tensorboard", "mkdocs", "pytest", "git")
 
 def run(command: Command, block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a program in this process, as its file is run: no time goes into importing everything again."""
-    threads = ["--threads", "1"] * command.module.startswith(
-        "finetune."
-    )  # tests run in a process for each core
-    words = [*command.words, *block.extra(command.name), *threads]
+    words = [*command.words, *block.extra(command.name)]
     monkeypatch.setattr("sys.argv", [command.name, *words])
     code: Any = 0
     try:
@@ -36,6 +33,7 @@ def run(command: Command, block: Block, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("page", STORIES, ids=lambda page: page.stem)
 def test_what_a_page_says_works(page: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page run in their order in one folder, so that a page works from an empty one."""
+    monkeypatch.setattr("torch.set_num_threads", lambda _: None)  # tests run in a process for each core
     names: dict[str, Any] = {"__name__": "page"}
     for block in blocks(page):
         if block.needs or block.run_by_the_gate:
