@@ -16,7 +16,7 @@ from preftune import cli
 
 ROOT = Path(__file__).parents[1]
 METHODS = ["plain", "interference", "stable", "both", "both_equal", "both_smaller"]
-DATA = (  # as the README prints it
+DATA = (  # as docs/reward-models.md prints it
     "--output-dir data/rankings_single --count 1000 --seed 12",
     "--output-dir data/held_rendered --count 200 --seed 102",
     "--output-dir data/held_drawn --count 200 --seed 101 --model assets/tiny/pipeline",

@@ -15,7 +15,7 @@ from preftune import cli
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "eval/configs/compare_methods/tiny.yaml"
-PARTS = (  # as the README prints it
+PARTS = (  # as docs/methods.md and docs/shapes.md print it
     "--model assets/tiny/pipeline --prompts assets/tiny/prompts.txt --output-dir data/parts --sample.resolution 64"
     " --sample.guidance-scale 3 --sample.num-inference-steps 16 --sample.solver ddim --sample.batch-size 64"
 )
@@ -24,7 +24,7 @@ SCORED = "--data data/parts --rewards imagereward-tiny --rule threshold --high -
 
 
 def build(*flags: str) -> None:
-    """What the README builds for it: generated parts, the filtered set, and everything scored."""
+    """What the pages build for it: generated parts, the filtered set, and everything scored."""
     generate.main(cli.parse(generate.Config, [*PARTS.split(), *flags]))
     for words in (FILTERED, SCORED):
         diffusiondb.main(cli.parse(diffusiondb.Config, [*words.split(), "--workers", "0"]))
