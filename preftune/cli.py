@@ -209,7 +209,12 @@ def _unboxed(text: str) -> str:
     lines = [line for line in plain if line]
     rules = [at for at, line in enumerate(lines) if line[0] in "\u256d\u2570" or not line.strip("\u2500-")]
     section = lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines
-    return re.sub(r"^Error parsing (?=--)", "", " ".join(section))
+    text = re.sub(r"^Error parsing (?=--)", "", " ".join(section))
+    text = re.sub(
+        r" no type matching .* could be instantiated from .* - <class '\w+'>: ", " ", text
+    )  # None or a number
+    text = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number", text)
+    return re.sub(r"could not convert string to float: (.*)", r"\1 is not a number", text)
 
 
 def _missing(text: str) -> str:

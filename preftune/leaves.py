@@ -27,10 +27,13 @@ class Leaf:
         )
 
     @property
-    def is_numbers(self) -> bool:
-        """Whether it takes several numbers."""
-        members = typing.get_args(self.hint)
-        return typing.get_origin(self.hint) is tuple and {*members} <= {int, float, ...}
+    def numbers(self) -> tuple[Any, ...]:
+        """The types of the numbers that it takes, `...` for any more of them; nothing where it takes no list of numbers."""
+        for hint in (self.hint, *typing.get_args(self.hint)):
+            members = typing.get_args(hint)
+            if typing.get_origin(hint) is tuple and {*members} <= {int, float, ...}:
+                return members
+        return ()
 
 
 def leaves_of(config_class: type) -> dict[str, Leaf]:

@@ -57,7 +57,7 @@ def _as_here(token: str, values: list[str], leaves: Mapping[str, Leaf]) -> list[
     leaf = leaves[name]
     if leaf.hint is bool and len(given) == 1 and given[0].lower() in ("true", "false"):
         return [flag_of(name, negated=given[0].lower() == "false")]
-    if leaf.is_numbers and len(given) == 1:
+    if leaf.numbers and len(given) == 1:
         return [flag_of(name), *given[0].split(",")]
     if name in TEXTS and not leaf.is_list and len(given) > 1 and all(is_text(Path(one)) for one in given):
         return [f"{flag_of(name)}={chr(10).join(given)}"]
@@ -88,10 +88,23 @@ def check_names(typed: Sequence[str], leaves: Mapping[str, Leaf]) -> None:
                 f"{flag_of(name)} takes one value, got {len(values) + equals}: {' '.join(map(repr, values))};"
                 f" {ONE_VALUE.get(name, 'a value with spaces stands in quotes')}"
             )
+        if name in leaves and (wrong := _wrong_numbers(values, leaves[name])):
+            raise ValueError(f"{flag_of(name)} takes {wrong}, got {' '.join(values) or 'none'}")
         if equals and name in leaves and leaves[name].hint is bool:
             raise ValueError(
                 f"{flag_of(name)} takes no value: write {flag_of(name)} or {flag_of(name, negated=True)}"
             )
+
+
+def _wrong_numbers(values: Sequence[str], leaf: Leaf) -> str:
+    """How many numbers a flag takes, where these are not so many numbers; else nothing."""
+    kinds = leaf.numbers
+    if not kinds or ... in kinds or (leaf.optional and [*values] == ["None"]):
+        return ""
+    whole = "whole numbers" if {*kinds} == {int} else "numbers"
+    digits = r"[+-]?\d[\d_]*" if {*kinds} == {int} else r"[+-]?[\d._]+(e[+-]?\d+)?|[+-]?(inf|nan)"
+    fit = len(values) == len(kinds) and all(re.fullmatch(digits, value, re.IGNORECASE) for value in values)
+    return "" if fit else f"{len(kinds)} {whole}"
 
 
 def instead(name: str, leaves: Mapping[str, Leaf], write: Callable[[str], str] = str) -> str:

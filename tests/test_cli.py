@@ -232,10 +232,10 @@ def test_argv_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--batchsize", "3"], "--batchsize (did you mean --batch-size?)"),
         (["--zzzzzz"], "unknown flag --zzzzzz; see --help"),
         (["--no-mode"], "unknown flag --no-mode"),
-        (["--lr", "abc"], "--lr: could not convert string to float: 'abc'"),
-        (["--lora.rank", "1.5"], "--lora.rank: invalid literal for int() with base 10: '1.5'"),
+        (["--lr", "abc"], "--lr: 'abc' is not a number"),
+        (["--lora.rank", "1.5"], "--lora.rank: '1.5' is not a whole number"),
         (["--mode", "slow"], "invalid choice 'slow' for argument '--mode'. Expected one of ('no', 'fast')"),
-        (["--window", "1"], "Missing value for argument '--window'. Expected 2 values."),
+        (["--window", "1"], "--window takes 2 whole numbers, got none"),
         (["--lora.rank", "-1"], "error: lora.rank is -1; it must be 0 or more\n"),
         (["--margin", "0"], "wider\n"),
         (["--demo=maybe"], "--demo takes no value: write --demo or --no-demo"),
@@ -267,7 +267,7 @@ def test_a_wrong_command_line_is_one_sentence(
         ("rewards: [a, --demo]\n", "an element may not begin with -"),
         ("lr:\n", "lr has no value"),
         ("demo: maybe\n", "demo is 'maybe'; it must be true or false"),
-        ("lr: abc\n", "c.yaml line 1: --lr: could not convert string to float: 'abc'"),
+        ("lr: abc\n", "c.yaml line 1: --lr: 'abc' is not a number"),
         ("window: [1]\n", "c.yaml line 1: Missing value for argument '--window'"),
         ("lora.rank: -2\n", "lora.rank is -2; it must be 0 or more"),
         ("a: [\n", "is not YAML"),
@@ -381,7 +381,7 @@ def test_a_script_says_one_sentence_whatever_the_terminal(tmp_path: Path, encodi
         [sys.executable, script, "--lr", "abc"], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert done.stderr == "drive.py: error: --lr: could not convert string to float: 'abc'\n"
+    assert done.stderr == "drive.py: error: --lr: 'abc' is not a number\n"
 
 
 def test_exit_on_user_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -466,7 +466,7 @@ def test_no_answer_names_a_flag_that_the_program_lacks() -> None:
     [
         ("--rank=16 --lora_alpha 8", "--lora.rank 16 --lora.alpha 8"),
         ("--network_module=networks.lora --network_dim=16 --network_alpha=1", "--lora.rank 16 --lora.alpha 1"),
-        ("--optimizer_type AdamW8bit --mixed_precision no", "--use-8bit-adam"),
+        ("--optimizer_type AdamW8bit", "--use-8bit-adam"),
         ("--optimizer=AdamW --center_crop --network_train_unet_only", ""),
         ("--save_model_as=safetensors", "--export kohya"),
         ("--xformers", "--attention xformers"),
@@ -528,6 +528,10 @@ PASTED = {
         "invalid choice 'cosine_with_restarts' for argument '--lr-scheduler'",
         "'constant_with_warmup', 'linear', 'cosine'",
     ],
+    "--window 30": ["error: --window takes 2 whole numbers, got 30\n"],
+    "--window=30,x": ["error: --window takes 2 whole numbers, got 30 x\n"],
+    "--seed x --model x --prompts p.txt": ["error: --seed: 'x' is not a whole number\n"],
+    "--learning-rate fast --model x --prompts p.txt": ["error: --learning-rate: 'fast' is not a number\n"],
     "--truncated_backprop_rand=True --nonsense": ["--window FIRST LAST", ", --nonsense; see --help"],
 }
 
