@@ -33,21 +33,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from PIL import Image
-
-from benchmarks.hardware import fresh, name_of_machine, peak_mib, seconds, write_json
-from benchmarks.models import PROMPTS, TINY, fresh_scorer
-from data_build import diffusiondb as program
-from data_build import scoring
-from data_build.decode import Entry
-from data_build.filters import Filters
-from data_build.scoring import Batch
 from preftune.cli import exit_on_user_error, parse
-from preftune.images import opened
-from preftune.order import items_at
-from preftune.prompts import read_prompts
-from preftune.score_files import PreparedBatch, prepared_batches
 
 FULL_SIZE = "hpsv2.1"
 DIFFERENT = 64
@@ -91,6 +77,26 @@ class Config:
                 )
         if min(self.parts, default=0) < 1:
             raise ValueError(f"--parts must be at least 1, got {self.parts}")
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import torch
+from PIL import Image
+
+from benchmarks.hardware import fresh, name_of_machine, peak_mib, seconds, write_json
+from benchmarks.models import fresh_scorer
+from benchmarks.paths import PROMPTS, TINY
+from data_build import diffusiondb as program
+from data_build import scoring
+from data_build.decode import Entry
+from data_build.filters import Filters
+from data_build.scoring import Batch
+from preftune.images import opened
+from preftune.order import items_at
+from preftune.prompts import read_prompts
+from preftune.score_files import PreparedBatch, prepared_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,4 +302,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config)))
+    sys.exit(main(CONFIG))

@@ -21,25 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from torch.utils.weak import WeakIdKeyDictionary
-
-from benchmarks import models, sdxl
-from finetune import refl
 from preftune.cli import parse
-from preftune.families import Family, Pretrained, tiny
-from preftune.families.sd import SD
-from preftune.families.sdxl import SDXL
-from preftune.lora import LoRA
-from preftune.resolution import Resolution
 from preftune.resolution import parse as parse_resolution
-from preftune.training.config import ModelConfig
-from rewards.imagereward import FULL_SIZE, VOCAB, ImageReward
 
 GIB = 2**30
 
@@ -60,6 +43,28 @@ class Config:
     """Recompute activations of UNet and decoder in the backward pass."""
     late: float = 34.5
     """Steps without gradient before the one with it; 34.5 is the mean of the published window 30..39."""
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.weak import WeakIdKeyDictionary
+
+from benchmarks import models, sdxl
+from finetune import refl
+from preftune.families import Family, Pretrained, tiny
+from preftune.families.sd import SD
+from preftune.families.sdxl import SDXL
+from preftune.lora import LoRA
+from preftune.resolution import Resolution
+from preftune.training.config import ModelConfig
+from rewards.imagereward import FULL_SIZE, VOCAB, ImageReward
 
 
 class Memory(TorchDispatchMode):
@@ -150,13 +155,15 @@ def update(config: Config, family: Family, scorer: ImageReward, optimizer: torch
     """Make the step with gradient of an update; those before it have the cost of a forward pass each."""
     settings = refl.Config(
         prompts=Path("-"),
+        num_inference_steps=40,
+        solver="ddpm",
         pretraining="off",
         model=ModelConfig(pretrained=Pretrained(model="-"), resolution=config.resolution),
     )
     texts = ["a red fox in the snow, digital art"] * config.train_batch_size
     noise = [torch.Generator().manual_seed(i) for i in range(len(texts))]
     pixels = refl.late_pixels(family, texts, noise, 0, parse_resolution(config.resolution), settings)
-    refl.reward_loss(scorer(pixels, texts), settings.margin, settings.reward_scale).backward()
+    refl.reward_loss(scorer(pixels, texts), settings.margin, scale=1.0).backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -213,4 +220,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config)))
+    sys.exit(main(CONFIG))

@@ -22,12 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
-import torch
-
-from benchmarks.models import PROMPTS, ROOT, build_sd1
+from benchmarks.paths import PROMPTS, ROOT
 from preftune.cli import exit_on_user_error, parse
-from preftune.records import read_jsonl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +46,16 @@ class Config:
     def __post_init__(self) -> None:
         if self.max_train_steps < 1:
             raise ValueError(f"--max-train-steps must be at least 1, got {self.max_train_steps}")
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import psutil
+import torch
+
+from benchmarks.models import build_sd1
+from preftune.records import read_jsonl
 
 
 def command(config: Config) -> list[str]:
@@ -167,4 +173,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config)))
+    sys.exit(main(CONFIG))

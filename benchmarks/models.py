@@ -17,9 +17,6 @@ from rewards.clip import ClipScorer
 from rewards.clip_tokenizer import MERGES, read_vocab
 from rewards.imagereward import FULL_SIZE, VOCAB, ImageReward, to_authors
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY = ROOT / "assets" / "tiny"
-PROMPTS = TINY / "prompts.txt"
 CLIP_TOKENS = 49408
 """Vocabulary of CLIP's text encoder: 512 bytes, 48,894 merges, start and end."""
 

@@ -28,34 +28,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from diffusers import DDPMScheduler
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-
-import rewards
-from benchmarks.hardware import fresh, name_of_machine, peak_mib, peak_tflops, seconds, write_json
-from benchmarks.models import PROMPTS, TINY, build_sd1
-from finetune import refl
-from preftune import families
 from preftune.cli import exit_on_user_error, parse
-from preftune.families import Pretrained
-from preftune.order import items_at
-from preftune.prompts import read_prompts
-from preftune.training.config import DTYPES, ModelConfig, RewardConfig
-from preftune.training.optimizer import adamw
-from preftune.training.run_config import RunConfig
-from preftune.training.workspace import load_parts
 
 WARMUP = 2
 """Warm-up updates before timing (kernel selection, compilation, optimizer state)."""
-
 Precision = Literal["no", "bf16", "fp16"]
 Switch = Literal["off", "on"]
 Train = Literal["lora", "full"]
-read_once = functools.cache(read_prompts)
-Update = Callable[[int], Tensor]
-"""Does update i and returns its loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +84,34 @@ class Config:
                 raise ValueError(f"--{name} needs at least one value")
 
 
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import rewards
+from benchmarks.hardware import fresh, name_of_machine, peak_mib, peak_tflops, seconds, write_json
+from benchmarks.models import build_sd1
+from benchmarks.paths import PROMPTS, TINY
+from finetune import refl
+from preftune import families
+from preftune.families import Pretrained
+from preftune.order import items_at
+from preftune.prompts import read_prompts
+from preftune.training.config import ModelConfig, RewardConfig
+from preftune.training.defaults import learning_rate
+from preftune.training.optimizer import adamw
+from preftune.training.run_config import RunConfig
+from preftune.training.workspace import DTYPES, load_parts
+
+read_once = functools.cache(read_prompts)
+Update = Callable[[int], Tensor]
+"""Does update i and returns its loss."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trial:
     """One setting; `loop` says whose update it is."""
@@ -132,6 +139,8 @@ class Trial:
             prompts=PROMPTS,
             num_inference_steps=self.num_inference_steps,
             window=(self.late, self.late),
+            solver="ddpm",
+            reward_scale=1e-3,
             pretraining="off",
             model=ModelConfig(
                 pretrained=Pretrained(model=str(self.pipeline)),
@@ -161,7 +170,7 @@ def optimised(trial: Trial, denoiser: nn.Module, loss: Update) -> Update:
     """
     config, model = trial.refl().run, trial.refl().model
     weights = [weight for weight in denoiser.parameters() if weight.requires_grad]
-    optimizer = adamw(config, weights, model.learning_rate(model.check()))
+    optimizer = adamw(config, weights, learning_rate("refl", model.check(), model.train))
     scaler = torch.amp.GradScaler(trial.device, enabled=trial.precision == "fp16")
 
     def update(index: int) -> Tensor:
@@ -407,4 +416,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config)))
+    sys.exit(main(CONFIG))

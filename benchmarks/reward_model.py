@@ -24,14 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from benchmarks.hardware import fresh, name_of_machine, peak_mib, write_json
-from benchmarks.models import fresh_scorer
-from benchmarks.score import write_images
-from finetune import reward_model
 from preftune.cli import exit_on_user_error, parse
-from preftune.records import read_jsonl, write_jsonl
 from rewards import CARDS
 
 
@@ -79,6 +72,18 @@ class Config:
         for name in self.scorers:
             if name not in usable:
                 raise ValueError(f"--scorers {name} cannot be measured here; one of {', '.join(usable)}")
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import torch
+
+from benchmarks.hardware import fresh, name_of_machine, peak_mib, write_json
+from benchmarks.models import fresh_scorer
+from benchmarks.score import write_images
+from finetune import reward_model
+from preftune.records import read_jsonl, write_jsonl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,4 +245,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config)))
+    sys.exit(main(CONFIG))

@@ -24,20 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
-
-import rewards
-from benchmarks.hardware import fresh, name_of_machine, peak_mib, peak_tflops, seconds, write_json
-from benchmarks.models import PROMPTS, TINY, fresh_scorer
-from data_build import score as program
 from preftune.cli import exit_on_user_error, parse
-from preftune.images import opened
-from preftune.order import items_at
-from preftune.prompts import read_prompts
-from preftune.records import write_jsonl
-from rewards.pixels import from_pil
 
 SIDE = 512
 """Pixels of an image file's side."""
@@ -84,6 +71,25 @@ class Config:
                 )
         if min(self.batch_size, default=0) < 1:
             raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import rewards
+from benchmarks.hardware import fresh, name_of_machine, peak_mib, peak_tflops, seconds, write_json
+from benchmarks.models import fresh_scorer
+from benchmarks.paths import PROMPTS, TINY
+from data_build import score as program
+from preftune.images import opened
+from preftune.order import items_at
+from preftune.prompts import read_prompts
+from preftune.records import write_jsonl
+from rewards.pixels import from_pil
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,4 +279,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config)))
+    sys.exit(main(CONFIG))

@@ -34,24 +34,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
-from tqdm import tqdm
 
-from data_build import cluster, score_folder, scoring, selected_folder
 from data_build.filters import Filters, Nsfw
-from data_build.readers import DataSet, entries, survey
-from data_build.scoring import DTYPES, Batch, PrepareEntry
 from data_build.selection import Selection
 from preftune.cli import exit_on_user_error, parse
-from preftune.files import remove
-from preftune.one_writer import one_writer
-from preftune.printable import show
+from preftune.precision import check_precision
 from preftune.scorer_flags import Files
 from rewards import CARDS, Scorer, check_all, find_card
-from rewards.digests import sha256_of
-from rewards.mix import parse_files, parse_names
-from rewards.shared_towers import load_all
+from rewards.terms import parse_files, parse_names
 
 COSINES = ("hpsv1", "hpsv2", "hpsv2.1", "clipscore", "blipscore")
 """Scorers that give plain cosines, of which the published rule takes 100 times as many."""
@@ -96,8 +87,7 @@ class Config:
         ):  # fmt: skip
             if value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
-        if self.precision == "fp16" and not torch.cuda.is_available():
-            raise ValueError("--precision fp16 needs a GPU; use fp32 or bf16")
+        check_precision(self.precision)
 
     @property
     def scorer(self) -> str:
@@ -110,6 +100,22 @@ class Config:
         clip = find_card(self.scorer).clip if self.scorer not in CARDS else None  # one that was trained
         published = 100.0 if self.scorer in COSINES or (clip and not clip.scaled) else 1.0
         return published if self.selection.scale is None else self.selection.scale
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import torch
+from tqdm import tqdm
+
+from data_build import cluster, score_folder, scoring, selected_folder
+from data_build.readers import DataSet, entries, survey
+from data_build.scoring import DTYPES, Batch, PrepareEntry
+from preftune.files import remove
+from preftune.one_writer import one_writer
+from preftune.printable import show
+from rewards.digests import sha256_of
+from rewards.shared_towers import load_all
 
 
 def find_parts(terms: tuple[str, ...]) -> DataSet:
@@ -274,4 +280,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    main(CONFIG)

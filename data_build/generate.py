@@ -23,23 +23,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
-from tqdm import tqdm
 
-from preftune import families, seeds
 from preftune.cli import exit_on_user_error, parse
 from preftune.families import Pretrained
-from preftune.families.base import Family
-from preftune.families.digest import digest
-from preftune.files import is_leftover, replacing, tidy
-from preftune.images import to_pil
-from preftune.lock import is_lock
-from preftune.one_writer import one_writer
-from preftune.printable import show
-from preftune.prompts import read_prompts
-from preftune.records import write_lines
-from preftune.sampling import Resolved, Sampling, sample
+from preftune.sampling_config import Resolved, Sampling
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 """Time of all members, so that equal images make equal archives."""
@@ -70,6 +58,25 @@ class Config:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed must lie in [0, 2**32), got {self.seed}")
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import torch
+from tqdm import tqdm
+
+from preftune import families, seeds
+from preftune.families.base import Family
+from preftune.families.digest import digest
+from preftune.files import is_leftover, replacing, tidy
+from preftune.images import to_pil
+from preftune.lock import is_lock
+from preftune.one_writer import one_writer
+from preftune.printable import show
+from preftune.prompts import read_prompts
+from preftune.records import write_lines
+from preftune.sampling import sample
 
 
 def seed_of(seed: int, prompt: int, image: int) -> int:
@@ -174,4 +181,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    main(CONFIG)

@@ -33,9 +33,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from tqdm import tqdm
-
-from data_build.decode import ImageEntry, UnusableError, decode, open_zip, or_unusable
 from data_build.published import (
     Aspect,
     Layout,
@@ -45,13 +42,7 @@ from data_build.published import (
     SetAside,
     read_published,
 )
-from data_build.readers import DataSet, read_bytes
 from preftune.cli import exit_on_user_error, parse
-from preftune.files import replacing
-from preftune.images import MAX_BYTES
-from preftune.one_writer import one_writer
-from preftune.printable import show
-from preftune.records import check_name, inside, write_jsonl, write_lines
 
 IMAGES = "images"
 
@@ -83,6 +74,20 @@ class Config:
             raise ValueError(f"--aspect is for --layout aspects; {self.layout} has one ranking")
         if self.repeated_ratings != "last" and self.layout != "ratings":
             raise ValueError(f"--repeated-ratings is for --layout ratings; {self.layout} has none")
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+from tqdm import tqdm
+
+from data_build.decode import ImageEntry, UnusableError, decode, open_zip, or_unusable
+from data_build.readers import DataSet, read_bytes
+from preftune.files import replacing
+from preftune.images import MAX_BYTES
+from preftune.one_writer import one_writer
+from preftune.printable import show
+from preftune.records import check_name, inside, write_jsonl, write_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,4 +290,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    main(CONFIG)

@@ -22,24 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from tqdm import tqdm
-
-from data_build import score_folder, scoring
-from data_build.decode import Entry
-from data_build.readers import DataSet, entries, find_data_set, survey
-from data_build.scoring import DTYPES, Batch, PrepareEntry, check_judge, digests
-from preftune import lock
 from preftune.cli import exit_on_user_error, parse
-from preftune.files import tidy_beside
-from preftune.image_folders import describe_passed_over
-from preftune.notes import say
-from preftune.one_writer import one_writer
-from preftune.printable import show
+from preftune.precision import check_precision
 from preftune.scorer_flags import Files, Measured
-from rewards import Scorer, check_all, find_card
-from rewards.mix import parse_files, parse_names
-from rewards.shared_towers import load_all
+from rewards.terms import parse_files, parse_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +65,31 @@ class Config:
         ):  # fmt: skip
             if value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
-        if self.precision == "fp16" and not torch.cuda.is_available():
-            raise ValueError("--precision fp16 needs a GPU; use fp32 or bf16")
+        check_precision(self.precision)
 
     def names(self) -> tuple[str, ...]:
         """Return the scorers, a column each."""
         return parse_names(self.rewards)
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import torch
+from tqdm import tqdm
+
+from data_build import score_folder, scoring
+from data_build.decode import Entry
+from data_build.readers import DataSet, entries, find_data_set, survey
+from data_build.scoring import DTYPES, Batch, PrepareEntry, check_judge, digests
+from preftune import lock
+from preftune.files import tidy_beside
+from preftune.image_folders import describe_passed_over
+from preftune.notes import say
+from preftune.one_writer import one_writer
+from preftune.printable import show
+from rewards import Scorer, check_all, embedded, find_card
+from rewards.shared_towers import load_all
 
 
 def batches(data: DataSet, place: tuple[int, int], size: int, chunk: int) -> Iterator[Batch]:
@@ -119,6 +124,10 @@ def check_inputs(config: Config) -> tuple[DataSet, int, dict[str, Path]]:
         raise ValueError(f"--output-dir {config.output_dir} lies in the data set; choose a folder beside it")
     if config.add_to_metadata and not data.sources[0].endswith("metadata.jsonl"):
         raise ValueError(f"--add-to-metadata needs a metadata.jsonl, and {config.data} has none")
+    if config.add_to_metadata and embedded.portable(config.data) != config.data:
+        raise ValueError(
+            f"--add-to-metadata would write into the package, {config.data}; copy that folder and name the copy"
+        )
     digest, total = survey(data)
     if not total:
         raise ValueError(f"{config.data} holds no images")
@@ -174,4 +183,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    main(CONFIG)

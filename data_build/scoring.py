@@ -20,7 +20,7 @@ from data_build.decode import Entry, Filtered, ImageEntry, UnusableError, decode
 from data_build.readers import DataSet, entries, read_bytes
 from data_build.score_folder import ScoreRow
 from preftune.score_files import ScoredItem, View, prepared_view, score_files
-from rewards import Preprocess, Scorer
+from rewards import Preprocess, Scorer, own
 from rewards.digests import sha256_of
 from rewards.shapes import check_judgeable
 
@@ -35,7 +35,8 @@ Unwanted = Callable[[Image.Image], str | None]
 def digests(names: Sequence[str], files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
     """Return the digests of the weights of scorers, which tell a job from others; ValueError where some are neither here nor on the hub."""
     found = rewards.check_all(names, files)
-    return {name: {path.name: sha256_of(path) for path in paths} for name, paths in found.items()}
+    weights = {name: {path.name: sha256_of(path) for path in paths} for name, paths in found.items()}
+    return weights | {name: {"source": own.source_digest(name)} for name in names if own.is_given(name)}
 
 
 def check_judge(names: Sequence[str], data: DataSet) -> None:

@@ -34,22 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import pyarrow.parquet
-import scipy.sparse.linalg
-import torch
-from numpy.typing import NDArray
-from scipy.sparse import csr_array
-from tqdm import tqdm
-
-from data_build.fragments import is_fragment
-from preftune import seeds
 from preftune.cli import exit_on_user_error, parse
-from preftune.files import replacing
-from preftune.one_writer import one_writer
-from preftune.printable import show
-from preftune.prompts import read_rows
-from preftune.records import write_jsonl, write_lines
 
 RHO = 10
 """What a vote loses by with each chosen neighbour."""
@@ -100,6 +85,25 @@ class Config:
         if self.model is not None and self.embedding == "tfidf":
             raise ValueError("--model is for --embedding sentence-transformers; tfidf has none")
 
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import numpy as np
+import pyarrow.parquet
+import scipy.sparse.linalg
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+from tqdm import tqdm
+
+from data_build.fragments import is_fragment
+from preftune import seeds
+from preftune.files import replacing
+from preftune.one_writer import one_writer
+from preftune.printable import show
+from preftune.prompts import read_rows
+from preftune.records import write_jsonl, write_lines
 
 # ---------------------------------------------------------------- prompts
 
@@ -287,4 +291,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    main(CONFIG)

@@ -20,29 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.random import Generator
-from numpy.typing import NDArray
-from PIL import Image
-from tqdm import tqdm
-
-from preftune import seeds
 from preftune.cli import exit_on_user_error, parse
-from preftune.files import replacing
-from preftune.one_writer import one_writer
-from preftune.records import write_jsonl
-from rewards.shapes import Scene
-from rewards.shapes_rendering import (
-    DEFECTS,
-    change_one_word,
-    place,
-    random_defects,
-    random_scene,
-    render,
-    to_bytes,
-)
-
-DEFECT_WORDS = dict(zip(DEFECTS, DEFECTS, strict=True)) | {"off_palette": "tint"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +46,33 @@ class Config:
         for name, share in (("wrong-share", self.wrong_share), ("weird-share", self.weird_share)):
             if not 0 <= share <= 1:
                 raise ValueError(f"--{name} must lie in [0, 1], got {share}")
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from preftune import seeds
+from preftune.files import replacing
+from preftune.one_writer import one_writer
+from preftune.records import write_jsonl
+from rewards.shapes import Scene
+from rewards.shapes_rendering import (
+    DEFECTS,
+    change_one_word,
+    place,
+    random_defects,
+    random_scene,
+    render,
+    to_bytes,
+)
+
+DEFECT_WORDS = dict(zip(DEFECTS, DEFECTS, strict=True)) | {"off_palette": "tint"}
 
 
 def render_image(index: int, config: Config) -> tuple[NDArray[np.uint8], dict[str, object]]:
@@ -136,4 +141,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    main(CONFIG)

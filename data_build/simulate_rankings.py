@@ -23,24 +23,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from numpy.random import Generator
-from numpy.typing import NDArray
-from torch import Tensor
-from tqdm import tqdm
-
-from preftune import families, seeds
+from preftune import families
 from preftune.cli import exit_on_user_error, parse
 from preftune.families import Source
-from preftune.files import replacing, write_text
-from preftune.images import load_pixels, to_pil
-from preftune.one_writer import one_writer
-from preftune.printable import show
-from preftune.records import write_jsonl
-from preftune.sampling import Sampling, sample
-from rewards.shapes import SIZE, Scene, judge
-from rewards.shapes_rendering import change_one_word, place, random_defects, random_scene, render, to_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +79,28 @@ class Config:
     def source(self) -> Source | None:
         """Return where the model is, None without one; ValueError as `families.locate`."""
         return None if self.model is None else families.locate(self.model, self.revision, self.variant)
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from preftune import seeds
+from preftune.files import replacing, write_text
+from preftune.images import load_pixels, to_pil
+from preftune.one_writer import one_writer
+from preftune.printable import show
+from preftune.records import write_jsonl
+from preftune.sampling import sample
+from preftune.sampling_config import Sampling
+from rewards.shapes import SIZE, Scene, judge
+from rewards.shapes_rendering import change_one_word, place, random_defects, random_scene, render, to_bytes
 
 
 def scene_of(index: int, config: Config) -> tuple[Scene, Generator]:
@@ -228,4 +235,4 @@ def agreement(golds: NDArray[np.float32], noise: float) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    main(CONFIG)

@@ -23,15 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from data_build.decode import Entry, ImageEntry, Rejected, UnusableError, decode
-from data_build.readers import DataSet, entries, find_data_set, read_bytes, survey
 from preftune.cli import exit_on_user_error, parse
-from preftune.files import replacing
-from preftune.one_writer import one_writer
-from preftune.printable import show
-from preftune.records import write_jsonl
 
 SUFFIX_OF = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}
 """Format of PIL -> suffix, where it is not the format's name."""
@@ -51,6 +43,19 @@ class Config:
     """Column of a table with the images; None = the usual names."""
     caption_column: str | None = None
     """Column of a table, or field of a .json in an archive, with the prompts; None = text, prompt or caption."""
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+from tqdm import tqdm
+
+from data_build.decode import Entry, ImageEntry, Rejected, UnusableError, decode
+from data_build.readers import DataSet, entries, find_data_set, read_bytes, survey
+from preftune.files import replacing
+from preftune.one_writer import one_writer
+from preftune.printable import show
+from preftune.records import write_jsonl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,4 +146,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    main(CONFIG)

@@ -28,33 +28,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import torch
 import tyro
-from numpy.typing import NDArray
-from PIL import Image
 
-from eval.generated import Request, generate, missing_columns, score_generated, settings_of
-from eval.models import Column, check_scorers, parse_column
-from eval.pages import base64_of, render
-from eval.report_folder import check_report, write_record
+from eval.flags import BASE
 from eval.trainings import check_commands, check_seeds, command_record, split_named, train
-from eval.win_rates import BASE, MethodResult, heat_maps, method_table, scores_csv, to_csv, to_text
-from preftune import families
-from preftune.bootstrap import interval
 from preftune.cli import exit_on_user_error, parse
 from preftune.families import Pretrained
-from preftune.files import check_writable, tidy, write_text
-from preftune.grid import captioned_grid
-from preftune.images import save_image
-from preftune.one_writer import one_writer
-from preftune.printable import show
-from preftune.prompts import read_prompts
-from preftune.records import read_jsonl
-from preftune.sampling import Resolved, Sampling
+from preftune.sampling_config import Resolved, Sampling
 from preftune.scorer_flags import Files, Measured
-from rewards.mix import parse_files, parse_names
-from rewards.shared_towers import load_all
+from rewards.terms import parse_files, parse_names
 
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
 REPORT, RECORD = ("report.html", "table.csv", "scores.csv", "wins.png", "grid.png"), "comparison.json"
@@ -67,7 +49,7 @@ class Config:
     """Train methods from one model and judge them on the same prompts and seeds."""
 
     methods: tuple[str, ...]
-    """NAME=DRIVER FLAGS, where DRIVER is a file such as finetune/refl.py; --model, --seed and --output-dir
+    """NAME=DRIVER FLAGS, where DRIVER is a file such as finetune/refl.py or `preftune refl`; --model, --seed and --output-dir
     are added. Or NAME=OTHER@UPDATES: the checkpoint of another method after this many updates.
     """
     model: Annotated[Pretrained, tyro.conf.arg(name="")] = field(
@@ -144,6 +126,31 @@ class Config:
     def names(self) -> list[str]:
         """Return the names of all methods, in their order."""
         return [name for name, _ in map(split_named, self.methods)]
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from eval.generated import Request, generate, missing_columns, score_generated, settings_of
+from eval.models import Column, check_scorers, parse_column
+from eval.pages import base64_of, render
+from eval.report_folder import check_report, write_record
+from eval.win_rates import MethodResult, heat_maps, method_table, scores_csv, to_csv, to_text
+from preftune import families
+from preftune.bootstrap import interval
+from preftune.files import check_writable, tidy, write_text
+from preftune.grid import captioned_grid
+from preftune.images import save_image
+from preftune.one_writer import one_writer
+from preftune.printable import show
+from preftune.prompts import read_prompts
+from preftune.records import read_jsonl
+from rewards.shared_towers import load_all
 
 
 def check_inputs(config: Config) -> tuple[list[str], Resolved]:
@@ -308,4 +315,4 @@ def grid_of(
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config)))
+    sys.exit(main(CONFIG))

@@ -28,11 +28,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
-
-import rewards
 from eval.agreement import (
     ACCURACY,
     ANNOTATORS,
@@ -50,28 +45,9 @@ from eval.agreement import (
     of_scorer,
     references,
 )
-from eval.agreement_table import Measurement, Sums, by_annotator, measurements, reached, robustness
-from eval.rankings import (
-    RankedImages,
-    check_folders,
-    read_ranked_images,
-    rejected_rows,
-    sound_sets,
-    summary,
-    without_rejected,
-)
-from eval.report_folder import check_report, write_record
+from eval.flags import check_crops, check_folders
 from eval.trainings import check_commands, check_seeds, command_record, split_named, train
-from eval.view_scores import check_crops, score_views, view_names
-from eval.win_rates import csv_text
-from preftune.bootstrap import interval
 from preftune.cli import exit_on_user_error, parse
-from preftune.files import check_writable, tidy, write_text
-from preftune.images import save_figure
-from preftune.one_writer import one_writer
-from preftune.printable import show
-from preftune.records import write_jsonl
-from rewards.shapes import in_world
 
 REPORT, RECORD = ("table.csv", "seeds.csv", "accuracy.png"), "comparison.json"
 """Files of a report, and the one that says what it is of."""
@@ -89,7 +65,7 @@ class Config:
     """Train scorers by several objectives and measure them on the same held-out rankings."""
 
     methods: tuple[str, ...]
-    """NAME=DRIVER FLAGS with DRIVER finetune/reward_model.py; --seed and --output-dir are added. The others
+    """NAME=DRIVER FLAGS with DRIVER finetune/reward_model.py or `preftune reward-model`; --seed and --output-dir are added. The others
     are compared with the first.
     """
     data: tuple[Path, ...]
@@ -135,6 +111,35 @@ class Config:
     def commands(self) -> dict[str, list[str]]:
         """Return name -> driver and flags."""
         return {name: shlex.split(text) for name, text in map(split_named, self.methods)}
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+import rewards
+from eval.agreement_table import Measurement, Sums, by_annotator, measurements, reached, robustness
+from eval.rankings import (
+    RankedImages,
+    read_ranked_images,
+    rejected_rows,
+    sound_sets,
+    summary,
+    without_rejected,
+)
+from eval.report_folder import check_report, write_record
+from eval.view_scores import score_views, view_names
+from eval.win_rates import csv_text
+from preftune.bootstrap import interval
+from preftune.files import check_writable, tidy, write_text
+from preftune.images import save_figure
+from preftune.one_writer import one_writer
+from preftune.printable import show
+from preftune.records import write_jsonl
+from rewards.shapes import in_world
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -392,4 +397,4 @@ def write_report(
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config)))
+    sys.exit(main(CONFIG))

@@ -33,7 +33,8 @@ from preftune.families.locate import locate_vae
 from preftune.files import replacing, tidy, write_text
 from preftune.images import to_pil
 from preftune.records import write_jsonl
-from preftune.sampling import Resolved, sample
+from preftune.sampling import sample
+from preftune.sampling_config import Resolved
 from rewards import Scorer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -28,29 +28,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
-import torch
 import tyro
-from numpy.typing import NDArray
-from PIL import Image
 
-from eval.generated import Request, generate, missing_columns, score_generated
-from eval.models import Column, check_column, check_scorers, parse_column, split_term
-from eval.pages import render
-from eval.report_folder import check_report, write_record
-from preftune import families
+from eval.flags import split_term
 from preftune.cli import exit_on_user_error, parse
 from preftune.families import Pretrained
-from preftune.files import check_writable, replacing, tidy, write_text
-from preftune.grid import captioned_grid
-from preftune.images import opened, save_image, thumbnail
-from preftune.one_writer import one_writer
-from preftune.printable import show
-from preftune.prompts import read_prompts
-from preftune.sampling import Resolved, Sampling
+from preftune.precision import check_precision
+from preftune.sampling_config import Resolved, Sampling
 from preftune.scorer_flags import Files, Weighted
-from rewards.mix import parse_files, parse_weights
-from rewards.shared_towers import load_all
+from rewards.terms import parse_files, parse_weights
 
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
 IMAGES, THUMBNAILS = "images", "thumbnails"
@@ -119,8 +105,7 @@ class Config:
             raise ValueError(
                 f"--negative-columns names {min(unknown)}; it takes titles of --columns, and needs --negative"
             )
-        if self.precision == "fp16" and not torch.cuda.is_available():
-            raise ValueError("--precision fp16 needs a GPU; use fp32 or bf16")
+        check_precision(self.precision)
         self.weights()
 
     def weights(self) -> dict[str, float]:
@@ -130,6 +115,28 @@ class Config:
     def files(self) -> dict[str, Path]:
         """Return scorer name -> weights on disk."""
         return parse_files(self.reward_files, self.weights())
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from eval.generated import Request, generate, missing_columns, score_generated
+from eval.models import Column, check_column, check_scorers, parse_column
+from eval.pages import render
+from eval.report_folder import check_report, write_record
+from preftune import families
+from preftune.files import check_writable, replacing, tidy, write_text
+from preftune.grid import captioned_grid
+from preftune.images import opened, save_image, thumbnail
+from preftune.one_writer import one_writer
+from preftune.printable import show
+from preftune.prompts import read_prompts
+from rewards.shared_towers import load_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,4 +307,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config)))
+    sys.exit(main(CONFIG))

@@ -5,7 +5,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import rewards
+from eval.flags import split_term
 from preftune import families
 from preftune import lora_files as loras
 from preftune.families import Source
@@ -13,6 +16,8 @@ from preftune.families.configs import read_json
 from preftune.families.digest import digest as digest_of_pipeline
 from preftune.families.digest import digest_of_part
 from preftune.resolution import Resolution
+from rewards import embedded, own
+from rewards.own_scorer import try_out
 from rewards.shapes import check_judgeable
 
 TUNED = ("lora", "unet")
@@ -44,14 +49,6 @@ class Column:
             return found
         tuned = loras.digest(self.tuned) if self.has_lora else digest_of_part(self.tuned)
         return f"{found} + {self.weight:g} x {tuned}"
-
-
-def split_term(term: str) -> tuple[str, str]:
-    """Return TITLE and WHAT of a column."""
-    title, equals, source = term.partition("=")
-    if not equals or not title.strip():
-        raise ValueError(f"column {term!r} is not TITLE=WHAT, as in base= or tuned=runs/refl")
-    return title, source
 
 
 def parse_column(term: str, model: Source) -> Column:
@@ -92,8 +89,8 @@ def check_column(term: str) -> None:
 def _split_weight(title: str, source: str) -> tuple[Path, str | None]:
     """Return the folder or file of a column, and what follows its @, None without one; ValueError where it is missing."""
     name, at, strength = source.rpartition("@")
-    weighted = bool(at) and not Path(source).exists()  # a folder may have an @ in its name
-    folder = Path(name if weighted else source)
+    weighted = bool(at) and not embedded.find(source).exists()  # a folder may have an @ in its name
+    folder = embedded.find(name if weighted else source)
     if not folder.exists():
         raise ValueError(
             f"column {title!r}: {folder} does not exist; name a run, LoRA or UNet folder, a LoRA file or a model, one of the hub"
@@ -146,7 +143,12 @@ def check_scorers(
     resolution: Resolution,
     source: Path,
 ) -> None:
-    """Raise ValueError for scorers whose weights are missing, or for a judge that cannot read such images of `source`."""
+    """Raise ValueError for scorers whose weights are missing, for a judge that cannot read such images of `source`, and for a
+    reward of the user's own that fails for random images.
+    """
     rewards.check_all(names, files, download=False)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    mine = [rewards.load(name, device=device) for name in names if own.is_own(name)]
+    try_out(mine, prompts, (resolution.width, resolution.height), gradient=False)
     if "shapes" in names:
         check_judgeable(prompts, (resolution.width, resolution.height), f"the images of {source}")

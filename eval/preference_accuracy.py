@@ -31,27 +31,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import rewards
-from eval import preference_plots as plots
-from eval.agreement import GOLD, Floats, RankedSet
-from eval.agreement_table import Measurement, agreement_table
-from eval.pages import base64_of, render
-from eval.rankings import RankedImages, check_folders, read_ranked_images, rejected_rows, sound_sets, summary
-from eval.report_folder import check_report, write_record
-from eval.view_scores import PromptedImage, check_crops, score_views, view_names
-from eval.win_rates import csv_text
+from eval.flags import check_crops, check_folders
 from preftune.cli import exit_on_user_error, parse
-from preftune.files import check_writable, tidy, write_text
-from preftune.images import opened
-from preftune.one_writer import one_writer
-from preftune.printable import show
-from preftune.records import write_jsonl
 from preftune.scorer_flags import Files, Measured
-from rewards.mix import parse_files, parse_names
-from rewards.shapes import SIZE, check_judgeable
-from rewards.shared_towers import load_all
+from rewards.terms import parse_files, parse_names
 
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
 REPORT, RECORD = ("report.html", "table.csv", "scores.csv"), "report.json"
@@ -92,6 +75,29 @@ class Config:
     def files(self) -> dict[str, Path]:
         """Return scorer name -> weights on disk."""
         return parse_files(self.reward_files, parse_names(self.rewards))
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import torch
+
+import rewards
+from eval import preference_plots as plots
+from eval.agreement import GOLD, Floats, RankedSet
+from eval.agreement_table import Measurement, agreement_table
+from eval.pages import base64_of, render
+from eval.rankings import RankedImages, read_ranked_images, rejected_rows, sound_sets, summary
+from eval.report_folder import check_report, write_record
+from eval.view_scores import PromptedImage, score_views, view_names
+from eval.win_rates import csv_text
+from preftune.files import check_writable, tidy, write_text
+from preftune.images import opened
+from preftune.one_writer import one_writer
+from preftune.printable import show
+from preftune.records import write_jsonl
+from rewards.shapes import SIZE, check_judgeable
+from rewards.shared_towers import load_all
 
 
 def check_inputs(config: Config) -> RankedImages:
@@ -188,4 +194,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config)))
+    sys.exit(main(CONFIG))

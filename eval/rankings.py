@@ -25,20 +25,6 @@ class RankedImages:
     """Rankings that were skipped, since the same source had ranked the same images before."""
 
 
-def check_folders(folders: Sequence[Path]) -> None:
-    """Raise ValueError unless there are folders, each once, by whatever path."""
-    if not folders:
-        raise ValueError("--data needs at least one folder with rankings.jsonl")
-    resolved = [folder.resolve() for folder in folders]
-    for number, folder in enumerate(folders):
-        if resolved[number] in resolved[:number]:
-            first = folders[resolved.index(resolved[number])]
-            raise ValueError(
-                f"--data names {folder} twice{'' if first == folder else f', first as {first}'}; its annotators would be"
-                " compared with themselves"
-            )
-
-
 def read_ranked_images(folders: Sequence[Path], count: int | None) -> RankedImages:
     """Return the rankings of the folders, at most `count` prompts of each; ValueError for what is wrong with them.
 

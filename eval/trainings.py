@@ -1,7 +1,8 @@
 """Training runs that a comparison starts: each method with each seed in its own folder, each once.
 
-A method is NAME=DRIVER FLAGS, as typed on the command line. Programs of eval/ do not import drivers: they
-start them with `accelerate launch`, and read the folder of the run.
+A method is NAME=DRIVER FLAGS, as typed on the command line: `finetune/refl.py --config a.yaml`, also from where there is no
+finetune/, or `preftune refl --config a.yaml`. Programs of eval/ do not import drivers: they start them with
+`accelerate launch`, and read the folder of the run.
 
 Next to the folder NAME-SEED are NAME-SEED.log, NAME-SEED.command (the record of its command, written before
 it starts) and NAME-SEED.done (written when it has finished). A folder is never used for another command
@@ -18,6 +19,8 @@ from pathlib import Path
 
 from preftune.files import write_text
 from preftune.printable import show
+from preftune.programs import PROGRAMS
+from rewards import embedded
 
 ROOT = Path(__file__).resolve().parents[1]
 SET_HERE = ("--seed", "--output-dir", "--overwrite-output-dir", "--resume-from-checkpoint")
@@ -43,16 +46,40 @@ def check_commands(commands: Mapping[str, Sequence[str]], taken: Sequence[str] =
     --config.
     """
     for name, command in commands.items():
-        if not command[0].endswith(".py") or not Path(command[0]).is_file():
-            raise ValueError(
-                f"method {name}: {command[0]} is no driver; give a file such as finetune/refl.py"
-            )
+        try:
+            launch_words(command)
+        except ValueError as error:
+            raise ValueError(f"method {name}: {error}") from error
         if both := {*SET_HERE, *taken} & {flag.partition("=")[0] for flag in command}:
             raise ValueError(f"method {name}: {min(both)} is set by the comparison; leave it out")
         try:
             command_record(command)
         except ValueError as error:
             raise ValueError(f"method {name}: {error}") from error
+
+
+def launch_words(command: Sequence[str]) -> list[str]:
+    """Return the words that start a driver after `accelerate launch`; ValueError for what is no driver.
+
+    A file is started as it is. `preftune NAME`, and the file of a driver that is not in the working directory, become the
+    command of the installed package.
+    """
+    drivers = {name: module for name, module in PROGRAMS.items() if module.startswith("finetune.")}
+    first, *others = command
+    if first == "preftune":
+        if not others or others[0] not in drivers:
+            raise ValueError(
+                f"{shlex.join(command[:2])} is no driver; give preftune and one of {', '.join(drivers)}"
+            )
+        return ["-m", "preftune", *others]
+    if first.endswith(".py") and Path(first).is_file():
+        return list(command)
+    names = [name for name, module in drivers.items() if first == f"{module.replace('.', '/')}.py"]
+    if not names:
+        raise ValueError(
+            f"{first} is no driver; give a file such as finetune/refl.py, or a command such as `preftune refl`"
+        )
+    return ["-m", "preftune", *names, *others]
 
 
 def command_record(command: Sequence[str]) -> str:
@@ -68,7 +95,7 @@ def command_record(command: Sequence[str]) -> str:
             continue
         file = file if equals else next(tokens, "")
         try:
-            content = Path(file).read_bytes()
+            content = embedded.find(file).read_bytes()
         except OSError as error:
             raise ValueError(f"cannot read the config file {file}: {error.strerror}") from error
         parts.append(f"{file} with SHA-256 {hashlib.sha256(content).hexdigest()}")
@@ -98,7 +125,7 @@ def train(name: str, command: Sequence[str], seed: int, output: Path) -> Path:
         "--resume-from-checkpoint",
         "latest",
     ]
-    launched = [sys.executable, "-m", "accelerate.commands.launch", *command, *added]
+    launched = [sys.executable, "-m", "accelerate.commands.launch", *launch_words(command), *added]
     show(f"{name}, seed {seed}: {shlex.join(launched[3:])}")
     with log.open("w") as file:
         paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -41,12 +41,6 @@ def mirrored(prompt: str) -> str:
     return replace(scene, relation=other.get(scene.relation or "", scene.relation)).caption()
 
 
-def check_crops(crops: Sequence[float]) -> None:
-    """Raise ValueError unless all are different shares of an image's side."""
-    if len(set(crops)) != len(crops) or not all(0 < crop <= 1 for crop in crops):
-        raise ValueError(f"--crops must be different shares in (0, 1], got {tuple(crops)}")
-
-
 def view_names(crops: Sequence[float]) -> list[str]:
     """Return the names of the views, V of them."""
     return [AS_IS, *(f"flip + crop {crop:g}" for crop in crops)]

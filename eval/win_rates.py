@@ -15,12 +15,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.flags import BASE
 from preftune import bootstrap
 from preftune.bootstrap import interval
 from preftune.images import save_figure
-
-BASE = "base"
-"""Name of what all methods start from and are compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,25 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
-from torch import Tensor, nn
 
-from preftune import files
 from preftune.cli import dump, exit_on_user_error, parse
-from preftune.families.tiny import build_autoencoder
-from preftune.grid import captioned_grid
 from preftune.image_folders import Columns
-from preftune.images import load_pixels, save_image
-from preftune.one_writer import one_writer
-from preftune.order import items_at
-from preftune.printable import show
-from preftune.training import data
-from preftune.training.run import Run
+from preftune.training.defaults import FROM_SCRATCH, filled, of_run
 from preftune.training.run_config import RunConfig, check
-
-LEARNING_RATE = 1e-5
-"""Default of --learning-rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +52,23 @@ class Config:
             raise ValueError(f"--widths must be four multiples of 8, got {self.widths}")
 
 
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import torch
+from torch import Tensor, nn
+
+from preftune import files
+from preftune.families.tiny import build_autoencoder
+from preftune.grid import captioned_grid
+from preftune.images import load_pixels, save_image
+from preftune.one_writer import one_writer
+from preftune.order import items_at
+from preftune.printable import show
+from preftune.training import data
+from preftune.training.run import Run
+
+
 class Reconstruct(nn.Module):
     """The autoencoder's training pass as one forward, so that several processes share its gradients."""
 
@@ -85,11 +89,13 @@ def main(config: Config) -> int:
     """Train, save, and write a grid of originals and reconstructions."""
     with exit_on_user_error():
         check(config.run)
+        rate = FROM_SCRATCH["autoencoder"]
+        config = filled(config, of_run(rate), "autoencoder")
         samples, skipped = data.read(config.data, config.columns, captioned=False)
         settings = data.as_setting(skipped)
         run = Run(config.run, driver="autoencoder", config_text=dump(config), settings=settings)
         vae = build_autoencoder(config.widths, config.resolution, seed=config.run.seed)
-        module = run.prepare(Reconstruct(vae), learning_rate=LEARNING_RATE)
+        module = run.prepare(Reconstruct(vae), learning_rate=rate)
     if run.is_main:
         data.write_report(run.folder, skipped)
     paths = [sample.path for sample in samples]
@@ -120,6 +126,9 @@ def main(config: Config) -> int:
     if run.is_main and not run.interrupted:
         with run.ema_weights():
             finish(vae, load(paths[:256]), run.folder)
+        run.log_images(
+            run.config.max_train_steps - 1, "reconstructions", {run.folder / "reconstructions.png": ""}
+        )
         show(f"autoencoder, metrics and reconstructions: {run.folder}")
     return run.finish()
 
@@ -151,4 +160,4 @@ def finish(vae: Any, images: Tensor, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config)))
+    sys.exit(main(CONFIG))

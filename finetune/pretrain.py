@@ -19,29 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
-from torch import Generator, Tensor, nn
-from tqdm import tqdm
 
-from preftune import files
 from preftune.cli import dump, exit_on_user_error, parse
-from preftune.diffusion_loss import diffusion_loss
-from preftune.families import Family
 from preftune.image_folders import Columns
-from preftune.images import load_with_framing
-from preftune.one_writer import one_writer
-from preftune.order import items_at
-from preftune.printable import show
-from preftune.records import CaptionedImage
-from preftune.resolution import Framing, Resolution
-from preftune.sampling import Sampling
-from preftune.training import data
 from preftune.training.config import ModelConfig, ValidationConfig, check_dropout
-from preftune.training.run import Run
+from preftune.training.defaults import learning_rate, of_model
 from preftune.training.run_config import RunConfig, check
-from preftune.training.validation import missed, validate
-from preftune.training.workspace import export, load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +54,29 @@ class Config:
             raise ValueError(f"--train-text-encoder goes with --train full, got --train {self.model.train}")
 
 
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import torch
+from torch import Generator, Tensor, nn
+from tqdm.auto import tqdm
+
+from preftune import files
+from preftune.diffusion_loss import diffusion_loss
+from preftune.families import Family
+from preftune.images import load_with_framing
+from preftune.one_writer import one_writer
+from preftune.order import items_at
+from preftune.printable import show
+from preftune.records import CaptionedImage
+from preftune.resolution import Framing, Resolution
+from preftune.sampling_config import Sampling
+from preftune.training import data
+from preftune.training.run import Run
+from preftune.training.validation import missed, validate
+from preftune.training.workspace import export, load_model
+
+
 class TextToImage(nn.Module):
     """Prompts and noisy latents to the network's output, as one forward, so that processes share its gradients."""
 
@@ -94,6 +101,7 @@ def main(config: Config) -> int:
         named = config.validation.named()
         defaults = config.model.check()
         config.validation.check(defaults)
+        config = of_model(config, "pretrain", defaults)
         samples, skipped = data.read(config.data, config.columns)
         prompts = named or config.validation.first([sample.text for sample in samples])
         settings = config.model.lora_settings() | data.as_setting(skipped)
@@ -101,7 +109,9 @@ def main(config: Config) -> int:
         family, _ = load_model(
             config.model, config.run, run.device, train_text_encoders=config.train_text_encoder
         )
-        module = run.prepare(TextToImage(family), learning_rate=config.model.learning_rate(defaults))
+        module = run.prepare(
+            TextToImage(family), learning_rate=learning_rate("pretrain", defaults, config.model.train)
+        )
     if run.is_main:
         data.write_report(run.folder, skipped)
     resolution = config.model.size(defaults)
@@ -147,8 +157,10 @@ def validate_at(family: Family, prompts: Sequence[str], sampling: Sampling, run:
     """Sample the validation images after the update of a step, and log their scores."""
     with run.ema_weights(), run.autocast():  # the denoiser is not the prepared module here
         found = validate(family, None, prompts, sampling, run, f"step_{step + 1:06d}")
-    if found is not None and (means := found.means()):
-        run.log(step, **means)
+    if found is not None:
+        run.log_images(step, "validation", found.captions())
+        if means := found.means():
+            run.log(step, **means)
 
 
 def captions(
@@ -208,4 +220,4 @@ def save(family: Family, config: Config, run: Run, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config)))
+    sys.exit(main(CONFIG))

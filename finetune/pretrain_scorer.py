@@ -24,36 +24,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
-import torch.nn.functional as F
 import tyro
-from torch import Tensor, nn
 
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.image_folders import Columns
-from preftune.images import load_pixels
-from preftune.one_writer import one_writer
-from preftune.order import items_at
-from preftune.printable import show
-from preftune.records import CaptionedImage
-from preftune.training import data
-from preftune.training.preference_losses import clamp_scale
-from preftune.training.run import Run
+from preftune.training.defaults import FROM_SCRATCH, filled, of_run
 from preftune.training.run_config import RunConfig, check
-from rewards import Clip, Preprocess
-from rewards.card import ImageRewardConfig
-from rewards.clip import ClipScorer
-from rewards.clip_tokenizer import vocab_size
-from rewards.head import apply_head
-from rewards.imagereward import ImageReward
-from rewards.trained_cards import clip_card
 
 EMBED = 64
 """Width of the space that images and captions are compared in."""
-
-
-LEARNING_RATE = 1e-5
-"""Default of --learning-rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +92,30 @@ class Config:
             raise ValueError(
                 f"--train-batch-size must be at least 2, for captions to be told apart, got {self.run.train_batch_size}"
             )
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from preftune.images import load_pixels
+from preftune.one_writer import one_writer
+from preftune.order import items_at
+from preftune.printable import show
+from preftune.records import CaptionedImage
+from preftune.training import data
+from preftune.training.preference_losses import clamp_scale
+from preftune.training.run import Run
+from rewards import Clip, Preprocess
+from rewards.card import ImageRewardConfig
+from rewards.clip import ClipScorer
+from rewards.clip_tokenizer import vocab_size
+from rewards.head import apply_head
+from rewards.imagereward import ImageReward
+from rewards.trained_cards import clip_card
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, temperature: float) -> Tensor:
@@ -254,6 +257,8 @@ def main(config: Config) -> int:
     """Train and save the scorer."""
     with exit_on_user_error():
         check(config.run)
+        rate = FROM_SCRATCH["pretrain_scorer"]
+        config = filled(config, of_run(rate), "pretrain_scorer")
         if not config.vocab.is_file():
             raise ValueError(
                 f"--vocab: there is no file {config.vocab}; python assets/tiny/vocab.py writes the tiny ImageReward's, and"
@@ -265,10 +270,10 @@ def main(config: Config) -> int:
         scorer: ImageReward | ClipScorer
         if config.architecture == "clip":
             scorer = build_clip(config)
-            module = run.prepare(Contrast(scorer), learning_rate=LEARNING_RATE)
+            module = run.prepare(Contrast(scorer), learning_rate=rate)
         else:
             scorer = build_imagereward(config)
-            module = run.prepare(Pretraining(scorer, config.temperature), learning_rate=LEARNING_RATE)
+            module = run.prepare(Pretraining(scorer, config.temperature), learning_rate=rate)
 
     if run.is_main:
         data.write_report(run.folder, skipped)
@@ -310,4 +315,4 @@ def near_miss(row: CaptionedImage, generator: torch.Generator) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config)))
+    sys.exit(main(CONFIG))

@@ -7,8 +7,9 @@ model is fine-tuned on the kept images with the plain noise-prediction loss.
 
     accelerate launch finetune/raft.py --model SD_FOLDER --prompts diffusiondb.txt --rewards imagereward=1
 
-Defaults: 10 images per prompt (ImageReward); learning rate 1e-4 for a LoRA, 1e-5 for all weights as in
-the paper; the best image of every prompt is kept (LMFlow's notebook also drops prompts: `--keep-share`). `--max-train-steps` counts the updates of all
+Defaults: 3 iterations with 10 images per prompt, the best image of every prompt is kept (ImageReward; LMFlow's
+notebook also drops prompts: `--keep-share`). The paper's 10,000 prompts an iteration are days on one GPU: the
+default is 500, and 100 updates of 8 images an iteration. `--max-train-steps` counts the updates of all
 iterations together. The images are generated with the `--sample` settings, like the validation images. The
 data set of an iteration is kept in RUN/iteration_01: an imagefolder with the reward of each image. Left
 out: the paper's second generator as a regulariser. Hardware: Stable Diffusion 1.x at 512 px needs a GPU;
@@ -21,23 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 
-from preftune import files, manifest, seeds
 from preftune.cli import dump, exit_on_user_error, parse
-from preftune.images import save_image
-from preftune.one_writer import one_writer
-from preftune.order import items_at
-from preftune.prompts import read_prompts
-from preftune.records import CaptionedImage, read_imagefolder, read_jsonl, write_jsonl
-from preftune.sampling import sample, sharded
-from preftune.seeds import Stream
-from preftune.training import workspace
 from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig, check_dropout
-from preftune.training.run import Run
+from preftune.training.defaults import of_model
 from preftune.training.run_config import RunConfig
-from preftune.training.workspace import Workspace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +38,7 @@ class Config:
     """Prompt file: txt, json, jsonl, csv, tsv or parquet; or prompts, each in quotes."""
     iterations: int = 3
     """Number of iterations; --max-train-steps must be a multiple of it."""
-    prompts_per_iteration: int = 10_000
+    prompts_per_iteration: int = 500
     """Prompts to sample in each iteration."""
     images_per_prompt: int = 10
     """Images generated for each prompt, of which the best is kept; 2 or more."""
@@ -60,7 +50,7 @@ class Config:
     reward: Annotated[RewardConfig, tyro.conf.arg(name="")] = field(default_factory=RewardConfig)
     validation: Annotated[ValidationConfig, tyro.conf.arg(name="")] = field(default_factory=ValidationConfig)
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: RunConfig(output_dir=Path("runs/raft"), max_train_steps=3000)
+        default_factory=lambda: RunConfig(output_dir=Path("runs/raft"), max_train_steps=300)
     )
 
     def __post_init__(self) -> None:
@@ -78,6 +68,24 @@ class Config:
                 f"--max-train-steps {self.run.max_train_steps} must be a multiple of --iterations {self.iterations}"
             )
         check_dropout(self.caption_dropout)
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import torch
+
+from preftune import files, manifest, seeds
+from preftune.images import save_image
+from preftune.one_writer import one_writer
+from preftune.order import items_at
+from preftune.prompts import read_prompts
+from preftune.records import CaptionedImage, read_imagefolder, read_jsonl, write_jsonl
+from preftune.sampling import sample, sharded
+from preftune.seeds import Stream
+from preftune.training import workspace
+from preftune.training.run import Run
+from preftune.training.workspace import Workspace
 
 
 def seed_of(seed: int, iteration: int, image: int) -> int:
@@ -189,7 +197,8 @@ def main(config: Config) -> int:
     with exit_on_user_error():
         prompts = read_prompts(config.prompts)
         validation_prompts = config.validation.prompts(prompts)
-        workspace.check(config.model, config.reward, config.validation, config.run)
+        defaults = workspace.check(config.model, config.reward, config.validation, config.run)
+        config = of_model(config, "raft", defaults)
     steps = config.run.max_train_steps // config.iterations
     between = {f"iteration {i}": f"step_{i * steps:06d}" for i in range(1, config.iterations)}
     settings = ("iterations", "prompts_per_iteration", "images_per_prompt", "keep_share")
@@ -223,4 +232,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config)))
+    sys.exit(main(CONFIG))

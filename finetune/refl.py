@@ -5,11 +5,19 @@ Algorithm 1, with its choices as flags: denoise without gradient from x_T to a r
 step with gradient, predict x_0, decode it, and minimise eq. 2, lambda phi(r(y, x_0)) with phi = relu(margin
 - r). The loss of eq. 3, plain noise prediction on captioned images, keeps the model from drifting:
 `--pretraining alternate` does an update with it before each reward update (Algorithm 1), `sum` adds the two
-losses (the text's "final loss"), `off` omits it (the released script). Defaults are the paper's where it
-gives them (T = 40, steps 30..39, lambda 1e-3, learning rate 1e-5 for all weights).
+losses (the text's "final loss"), `off` omits it (the released script). Without `--data` it is off.
+
+| | paper | released script | here |
+|---|---|---|---|
+| T, window, solver | 40, 30..39, - | 40, 30..39, DDPM | the same; a model distilled to few steps: its 4, 2..3, Euler |
+| lambda | 1e-3 | 1e-3 | 1e-3; without pre-training loss 1, which AdamW divides out |
+| pre-training loss | alternate | off | alternate with --data, else off |
+| weights, learning rate | all, 1e-5 | all, 1e-5; SDXL also LoRA, 1e-4 | LoRA, 1e-4; `--train full` 1e-5 |
+| images an update, updates | 64, about 312 | 64, 100 | 8 a process, 400 |
+| checkpointing | - | UNet | UNet and decoder |
 
     accelerate launch finetune/refl.py                                     # the embedded model: three minutes on a laptop
-    accelerate launch finetune/refl.py --model SD_FOLDER --prompts refl_data.json --rewards imagereward=1 --pretraining off
+    accelerate launch finetune/refl.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts my_prompts.txt
 
 Differences from the released code: x_0 and pixels are not clamped (the clamp has no gradient for pixels out
 of range), and scorers resize with antialiasing. Left out: image-column checks, random flips, noise offset.
@@ -23,21 +31,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
-from torch import Generator, Tensor
 
-from preftune.augment import shifted
 from preftune.cli import dump, exit_on_user_error, parse
-from preftune.families import Family
+from preftune.families import Pretrained
 from preftune.image_folders import Columns
-from preftune.one_writer import one_writer
-from preftune.order import items_at
-from preftune.prompts import read_prompts
-from preftune.records import CaptionedImage, Skipped
-from preftune.resolution import Resolution
-from preftune.sampling import initial_noise, step
-from preftune.training import data, workspace
 from preftune.training.config import (
     ModelConfig,
     RewardConfig,
@@ -46,8 +44,6 @@ from preftune.training.config import (
     check_guidance,
 )
 from preftune.training.run_config import RunConfig
-from preftune.training.workspace import Workspace
-from rewards.mix import Mix
 
 TINY = Path(__file__).parent / "configs" / "refl" / "tiny.yaml"
 
@@ -58,12 +54,14 @@ class Config:
 
     prompts: Path
     """Prompt file: txt, json, jsonl, csv, tsv or parquet; or prompts, each in quotes."""
-    num_inference_steps: int = 40
-    """T, denoising steps of a trajectory."""
-    window: tuple[int, int] = (30, 39)
-    """First and last index of the step with gradient, both included; indices count denoising steps from 0."""
-    solver: Literal["ddpm", "ddim", "euler"] = "ddpm"
-    """Solver of the trajectory; ddpm is what the released script uses."""
+    num_inference_steps: int | None = None
+    """T, denoising steps of a trajectory; None = 40, for a distilled model 4."""
+    window: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="INT INT")] = None
+    """First and last index of the step with gradient, both included; indices count denoising steps from 0. None = the last
+    quarter, two at least: 30 39 of 40.
+    """
+    solver: Literal["ddpm", "ddim", "euler"] | None = None
+    """Solver of the trajectory; None = ddpm as in the released script, for a distilled model euler."""
     guidance_scale: float = 1.0
     """Guidance scale during training; 1 = no guidance, as published."""
     jitter: int = 0
@@ -75,39 +73,46 @@ class Config:
     """Number of shifted copies of each image; the reward is their mean."""
     margin: float = 2.0
     """phi(r) = relu(margin - r): images with a reward above the margin give no gradient."""
-    reward_scale: float = 1e-3
-    """lambda, the weight of the reward loss."""
-    pretraining: Literal["alternate", "sum", "off"] = "alternate"
-    """How the pre-training loss on --data is combined with the reward loss."""
+    reward_scale: float | None = None
+    """lambda, the weight of the reward loss; None = 1e-3 beside the pre-training loss, 1 without it."""
+    pretraining: Literal["alternate", "sum", "off"] | None = None
+    """How the pre-training loss on --data is combined with the reward loss; None = alternate with --data, else off."""
     data: Path | None = None
     """Folder of captioned images for the pre-training loss: metadata.jsonl, .csv or .parquet, or a .txt or .caption file beside each image."""
     columns: Annotated[Columns, tyro.conf.arg(name="")] = field(default_factory=Columns)
     caption_dropout: float = 0.0
     """Share of captions left empty in the pre-training loss, in [0, 1)."""
-    model: Annotated[ModelConfig, tyro.conf.arg(name="")]
+    model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: ModelConfig(
+            pretrained=Pretrained(model=tyro.MISSING), gradient_checkpointing=True, vae_checkpointing=True
+        )
+    )
     reward: Annotated[RewardConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: RewardConfig(rewards=("imagereward=1.0",))
     )
     validation: Annotated[ValidationConfig, tyro.conf.arg(name="")] = field(default_factory=ValidationConfig)
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: RunConfig(output_dir=Path("runs/refl"))
+        default_factory=lambda: RunConfig(
+            output_dir=Path("runs/refl"), max_train_steps=400, validation_steps=100
+        )
     )
 
     def __post_init__(self) -> None:
-        first, last = self.window
+        steps = 40 if self.num_inference_steps is None else self.num_inference_steps
+        first, last = self.window or (0, 0)
         demands = {
-            f"--num-inference-steps must be at least 1, got {self.num_inference_steps}": self.num_inference_steps
-            >= 1,
-            f"--window {first} {last} must lie in 0..{self.num_inference_steps - 1}, first no later than last": (
-                0 <= first <= last < self.num_inference_steps
+            f"--num-inference-steps must be at least 1, got {steps}": steps >= 1,
+            f"--window {first} {last} must lie in 0..{steps - 1}, first no later than last": (
+                0 <= first <= last < steps
             ),
             f"--jitter must be 0 or more, got {self.jitter}": self.jitter >= 0,
             f"--jitter-copies must be 1, or more with a --jitter, got {self.jitter_copies}": (
                 self.jitter_copies == 1 or (self.jitter_copies > 1 and self.jitter > 0)
             ),
-            f"--reward-scale must be positive, got {self.reward_scale}": self.reward_scale > 0,
-            f"--pretraining {self.pretraining} needs --data IMAGEFOLDER; or choose --pretraining off": (
-                self.pretraining == "off" or self.data is not None
+            f"--reward-scale must be positive, got {self.reward_scale}": self.reward_scale is None
+            or self.reward_scale > 0,
+            f"--pretraining {self.pretraining} needs --data IMAGEFOLDER; or leave it out": (
+                self.pretraining in (None, "off") or self.data is not None
             ),
             "--rewards is empty; name a scorer whose gradient is followed, as imagereward=1.0": bool(
                 self.reward.rewards
@@ -118,6 +123,26 @@ class Config:
                 raise ValueError(message)
         check_guidance(self.guidance_scale)
         check_dropout(self.caption_dropout)
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config, default_config=TINY)
+
+import torch
+from torch import Generator, Tensor
+
+from preftune.augment import shifted
+from preftune.families import Defaults, Family
+from preftune.one_writer import one_writer
+from preftune.order import items_at
+from preftune.prompts import read_prompts
+from preftune.records import CaptionedImage, Skipped
+from preftune.resolution import Resolution
+from preftune.sampling import initial_noise, step
+from preftune.training import data, workspace
+from preftune.training import defaults as training_defaults
+from preftune.training.workspace import Workspace
+from rewards.mix import Mix
 
 
 def reward_loss(reward: Tensor, margin: float, scale: float) -> Tensor:
@@ -146,6 +171,8 @@ def late_pixels(
 
     Algorithm 1, lines 9 to 15.
     """
+    assert config.num_inference_steps is not None, "filled"
+    assert config.solver is not None, "filled"
     cond = family.encode(prompts)
     grid = family.timesteps(config.num_inference_steps, config.solver, resolution)
     x = initial_noise(family.latent_shape(resolution), generators, family.device)
@@ -168,9 +195,11 @@ def pretraining_loss(
     return w.losses(chosen, captions, indices, caption_dropout=dropout, stream=1).mean()
 
 
-def check_inputs(config: Config) -> tuple[list[str], list[str], list[CaptionedImage], list[Skipped]]:
-    """Return prompts, validation prompts, pre-training samples and what of them was set aside; ValueError for whatever is
-    wrong, before weights load.
+def check_inputs(
+    config: Config,
+) -> tuple[Config, list[str], list[str], list[CaptionedImage], list[Skipped]]:
+    """Return the configuration with its defaults, prompts, validation prompts, pre-training samples and what of them was set
+    aside; ValueError for whatever is wrong, before weights load.
     """
     groups = config.model, config.reward, config.validation, config.run
     prompts = read_prompts(config.prompts)
@@ -179,23 +208,44 @@ def check_inputs(config: Config) -> tuple[list[str], list[str], list[CaptionedIm
     if pretraining_data is not None:
         data.check(pretraining_data, config.columns)
     defaults = workspace.check(*groups, differentiable=True)
+    config = with_defaults(config, defaults)
+    assert config.num_inference_steps is not None, "filled"
+    assert config.solver is not None, "filled"
     defaults.check_solver(config.solver, config.num_inference_steps)
     size = config.model.size(defaults)
     if config.jitter >= min(size):
         raise ValueError(f"--jitter {config.jitter} must be less than the image's side, {min(size)} pixels")
     if pretraining_data is None:
-        return prompts, validation_prompts, [], []
-    return prompts, validation_prompts, *data.read(pretraining_data, config.columns)
+        return config, prompts, validation_prompts, [], []
+    return config, prompts, validation_prompts, *data.read(pretraining_data, config.columns)
+
+
+def with_defaults(config: Config, defaults: Defaults) -> Config:
+    """Return the configuration with the defaults of the model in place of None."""
+    own = training_defaults.refl(
+        defaults,
+        num_inference_steps=config.num_inference_steps,
+        pretraining=config.pretraining,
+        data=config.data is not None,
+    )
+    return training_defaults.of_model(config, "refl", defaults, own)
 
 
 @one_writer
 def main(config: Config) -> int:
     """Tune, validate and save."""
     with exit_on_user_error():
-        prompts, validation_prompts, samples, skipped = check_inputs(config)
+        config, prompts, validation_prompts, samples, skipped = check_inputs(config)
+    assert config.window is not None, "filled"
+    assert config.reward_scale is not None, "filled"
     groups = config.model, config.reward, config.validation, config.run
     with workspace.open(
-        *groups, driver="refl", config_text=dump(config), prompts=validation_prompts, skipped=skipped
+        *groups,
+        driver="refl",
+        config_text=dump(config),
+        prompts=validation_prompts,
+        differentiable=True,
+        skipped=skipped,
     ) as w:
         run, mix = w.run, w.mix
         assert mix is not None, "the configuration has rewards"
@@ -223,4 +273,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config, default_config=TINY)))
+    sys.exit(main(CONFIG))

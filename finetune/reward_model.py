@@ -34,38 +34,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from preftune import files
-from preftune.augment import shifted, weak_view
 from preftune.cli import dump, exit_on_user_error, parse
-from preftune.one_writer import one_writer
-from preftune.order import items_at
-from preftune.printable import show
-from preftune.training import data
-from preftune.training.accuracy_plot import plot
-from preftune.training.preference_losses import (
-    Favour,
-    anti_interference_losses,
-    choice_losses,
-    clamp_scale,
-    first_stage_weights,
-    pair_losses,
-    second_stage_logits,
-    soft_losses,
-    weighted_mean,
-)
-from preftune.training.rankings import Ranked, by_images, check_split, choices, load, split, untied, votes
-from preftune.training.run import Run
+from preftune.training.defaults import SCORER_RATES, filled, of_run
 from preftune.training.run_config import RunConfig, check
-from rewards import Preprocess
-from rewards.training import Head, Trainable, check_trainable, freeze, load_trainable
-
-LEARNING_RATE = 1e-5
-"""Default of --learning-rate."""
+from rewards.card import Head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +60,7 @@ class Stable:
     """Eq. 7: the margin at which the weight is 1/2, in units of raw scores."""
     tau: float = 0.2
     """Eq. 7: how fast the weight falls around b, in units of raw scores."""
-    favour: Favour = "larger"
+    favour: Literal["larger", "equal", "smaller"] = "larger"
     """Eq. 8: larger weights for larger margins (published), equal weights, or for smaller margins (Table 3).
     """
     through_weights: bool = False
@@ -172,6 +146,36 @@ class Config:
             raise ValueError(
                 "--stable.through-weights needs all pairs of an update in one pass; give --gradient-accumulation-steps 1"
             )
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from preftune import files
+from preftune.augment import shifted, weak_view
+from preftune.one_writer import one_writer
+from preftune.order import items_at
+from preftune.printable import show
+from preftune.training import data
+from preftune.training.accuracy_plot import plot
+from preftune.training.preference_losses import (
+    anti_interference_losses,
+    choice_losses,
+    clamp_scale,
+    first_stage_weights,
+    pair_losses,
+    second_stage_logits,
+    soft_losses,
+    weighted_mean,
+)
+from preftune.training.rankings import Ranked, by_images, check_split, choices, load, split, untied, votes
+from preftune.training.run import Run
+from rewards import Preprocess, find_card
+from rewards.training import Trainable, check_trainable, freeze, load_trainable
 
 
 class Ranker(nn.Module):
@@ -296,6 +300,8 @@ def main(config: Config) -> int:
     with exit_on_user_error():
         check(config.run)
         check_trainable(config.model, config.weights, head=config.head, dropout=config.dropout)
+        rate = SCORER_RATES["imagereward" if find_card(config.model).clip is None else "clip"]
+        config = filled(config, of_run(rate), f"reward_model for {config.model}")
         read = [data.read_rankings(folder) for folder in config.data]
         rankings = [ranked for some, _ in read for ranked in by_images(some)]
         train, held = split(rankings, config.validation_share, config.run.seed)
@@ -308,7 +314,7 @@ def main(config: Config) -> int:
             raise ValueError(
                 "--stable.through-weights needs all pairs of an update in one process; start one, or leave it out"
             )
-        module = run.prepare(Ranker(scorer), learning_rate=LEARNING_RATE)
+        module = run.prepare(Ranker(scorer), learning_rate=rate)
     if run.is_main:
         data.write_report(run.folder, skipped)
     best, preprocess = float(run.resumed_state.get("best", 0.0)), preprocess_of(scorer)
@@ -388,4 +394,4 @@ def validate(scorer: Trainable, held: list[Ranked], device: torch.device) -> flo
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config)))
+    sys.exit(main(CONFIG))

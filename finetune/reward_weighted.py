@@ -11,8 +11,8 @@ plain error over pre-training images. There are two weightings:
     python data_build/score.py --data data/generated --rewards imagereward --add-to-metadata --output-dir data/generated_scores
     accelerate launch finetune/reward_weighted.py --model SD_FOLDER --data data/generated --score imagereward --pretraining-data data/laion
 
-Scores are read from metadata.jsonl, where the first command writes them. Defaults: beta 0.5
-(ImageReward); learning rate 1e-4 for a LoRA, 1e-5 for all weights as in the paper. Hardware: Stable Diffusion 1.x at 512 px needs a GPU; tiny models run on a CPU.
+Scores are read from metadata.jsonl, where the first command writes them. Default: beta 0.5
+(ImageReward) with pre-training data, else 0. Hardware: Stable Diffusion 1.x at 512 px needs a GPU; tiny models run on a CPU.
 """
 
 import math
@@ -22,21 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
-from torch import Tensor
 
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.image_folders import Columns
-from preftune.notes import counted, say
-from preftune.one_writer import one_writer
-from preftune.order import items_at
-from preftune.records import CaptionedImage, Skipped
-from preftune.training import data, workspace
 from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig, check_dropout
+from preftune.training.defaults import of_model
 from preftune.training.run_config import RunConfig
-
-FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +45,8 @@ class Config:
     """Temperature of --weighting exp, in units of the score."""
     pretraining_data: Path | None = None
     """Imagefolder of captioned images for the pre-training loss with weight --beta."""
-    beta: float = 0.5
-    """Weight of the plain loss on --pretraining-data; 0 leaves it out."""
+    beta: float | None = None
+    """Weight of the plain loss on --pretraining-data; 0 leaves it out. None = 0.5 with --pretraining-data, else 0."""
     caption_dropout: float = 0.0
     """Share of captions left empty, in [0, 1)."""
     columns: Annotated[Columns, tyro.conf.arg(name="")] = field(default_factory=Columns)
@@ -68,11 +60,26 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"--temperature must be above 0 and finite, got {self.temperature}")
-        if not 0 <= self.beta < math.inf:
+        if self.beta is not None and not 0 <= self.beta < math.inf:
             raise ValueError(f"--beta must be 0 or more and finite, got {self.beta}")
         if self.beta and self.pretraining_data is None:
-            raise ValueError(f"--beta {self.beta:g} needs --pretraining-data IMAGEFOLDER; or choose --beta 0")
+            raise ValueError(f"--beta {self.beta:g} needs --pretraining-data IMAGEFOLDER; or leave it out")
         check_dropout(self.caption_dropout)
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import torch
+from torch import Tensor
+
+from preftune.notes import counted, say
+from preftune.one_writer import one_writer
+from preftune.order import items_at
+from preftune.records import CaptionedImage, Skipped
+from preftune.training import data, workspace
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def reward_weights(scores: Tensor, weighting: Literal["minmax", "exp"], temperature: float) -> Tensor:
@@ -127,11 +134,14 @@ def main(config: Config) -> int:
     groups = config.model, config.reward, config.validation, config.run
     with exit_on_user_error():
         data.check(config.data, config.columns)
-        pretraining_data = config.pretraining_data if config.beta else None
+        beta = (0.5 if config.pretraining_data else 0.0) if config.beta is None else config.beta
+        pretraining_data = config.pretraining_data if beta else None
         if pretraining_data is not None:
             data.check(pretraining_data, config.columns.where_any(pretraining_data))
         named = config.validation.named()
-        workspace.check(*groups)
+        defaults = workspace.check(*groups)
+        config = of_model(config, "reward_weighted", defaults, {"beta": beta})
+        groups = config.model, config.reward, config.validation, config.run
         read, skipped = data.read(config.data, config.columns)
         samples, scores, unscored = with_scores(read, config.score)
         weights = reward_weights(scores, config.weighting, config.temperature)
@@ -158,11 +168,11 @@ def main(config: Config) -> int:
                     loss = weighted_loss(own, weights[rows].to(own.device))
                     if others:
                         plain = losses(items_at(others, indices, config.run.seed), indices, stream=1).mean()
-                        loss = loss + config.beta * plain
+                        loss = loss + beta * plain
                     run.update(loss, diffusion_loss=own.mean())
             w.after(step)
         return w.finish()
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config)))
+    sys.exit(main(CONFIG))

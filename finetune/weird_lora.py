@@ -27,19 +27,14 @@ import tyro
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.families import Pretrained
 from preftune.image_folders import Columns
-from preftune.lora import LoRA
-from preftune.one_writer import one_writer
-from preftune.order import items_at
-from preftune.records import CaptionedImage, Skipped
-from preftune.training import data, workspace
+from preftune.lora_config import LoRA
 from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig, check_dropout
+from preftune.training.defaults import of_model
 from preftune.training.run_config import RunConfig
 
 KINDS = ("preferred", "non_preferred", "regularisation")
 NEGATIVE = "_negative"
 """Suffix of the folder names of validation images with the negative prompt."""
-
-
 PUBLISHED = LoRA(rank=32)
 
 
@@ -69,7 +64,6 @@ class Config:
         default_factory=lambda: RunConfig(
             output_dir=Path("runs/weird_lora"),
             max_train_steps=10_000,
-            learning_rate=1e-5,
             train_batch_size=10,
             gradient_accumulation_steps=4,
             checkpointing_steps=500,
@@ -90,6 +84,16 @@ class Config:
         if share is not None and self.regularisation is None:
             raise ValueError("--regularisation-share needs --regularisation IMAGEFOLDER")
         check_dropout(self.caption_dropout)
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+
+from preftune.one_writer import one_writer
+from preftune.order import items_at
+from preftune.records import CaptionedImage, Skipped
+from preftune.training import data, workspace
 
 
 def captions(samples: Sequence[CaptionedImage], prefix: str) -> tuple[list[str], list[str]]:
@@ -139,7 +143,8 @@ def main(config: Config) -> int:
         if config.regularisation is not None:
             data.check(config.regularisation, config.columns.where_any(config.regularisation))
         named = config.validation.named()
-        workspace.check(config.model, config.reward, config.validation, config.run, lora=PUBLISHED)
+        defaults = workspace.check(config.model, config.reward, config.validation, config.run, lora=PUBLISHED)
+        config = of_model(config, "weird_lora", defaults)
         samples, skipped = read(config)
         prompts = named or config.validation.first([sample.text for sample in samples])
     start, end = "step_000000", f"step_{config.run.max_train_steps:06d}"
@@ -168,4 +173,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config)))
+    sys.exit(main(CONFIG))

@@ -1,6 +1,30 @@
-"""preftune: the shared library of the drivers (families, noise, sampling, LoRA, prompts, records, images, cli)."""
+"""preftune: reward-guided tuning of text-to-image diffusion models; the shared library of the programs, and their Python calls.
 
+>>> from preftune import refl
+>>> pipe = refl(model="stable-diffusion-v1-5/stable-diffusion-v1-5", prompts=["a red car"], rewards="imagereward=1")
+
+The calls are in preftune/api.py. `import preftune` alone takes milliseconds.
+"""
+
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
 
 # Unless asked otherwise: transformers would tell everybody, on each start, of a torchvision that nothing here needs.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+if TYPE_CHECKING:
+    from preftune.api import pretrain, raft, refl, reward_weighted, score, weird_lora
+
+__all__ = ["pretrain", "raft", "refl", "reward_weighted", "score", "weird_lora"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the calls when they are asked for (PEP 562)."""
+    if name in __all__:
+        return getattr(importlib.import_module("preftune.api"), name)
+    raise AttributeError(f"module 'preftune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

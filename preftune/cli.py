@@ -12,7 +12,7 @@ top-level YAML key.
 """
 
 import contextlib
-import inspect
+import contextvars
 import io
 import math
 import re
@@ -24,15 +24,20 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 import yaml
 
-from preftune import disk
+from preftune import disk, embedded_flags
 from preftune.config_files import read_yaml
+from preftune.help_text import help_text
+from preftune.last_word import last_word
 from preftune.leaves import flag_of, leaves_of
 from preftune.notes import say
 from preftune.printable import printable
 from preftune.typed_flags import as_here, check_names, undone
+from rewards import embedded
+from rewards.own import OwnRewardError
 
 Config = TypeVar("Config")
 
+_RAISED = contextvars.ContextVar("errors are raised", default=False)
 _HELP = "--config FILE.yaml reads flags from a file, one `key: value` a line; it may be repeated, and the last value wins."
 
 
@@ -71,7 +76,7 @@ def parse(
                     origins[flag_of(name)] = f"{file} line {line}"
         for token in typed:  # a value that the command line overrides cannot be an error of the file
             origins.pop(token.split("=")[0].replace("_", "-"), None)
-        return _tyro(config_class, flags + typed, origins)
+        return embedded_flags.found(_tyro(config_class, flags + typed, origins))
 
 
 @contextlib.contextmanager
@@ -86,7 +91,29 @@ def exit_on_user_error() -> Iterator[None]:
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno in disk.WORDS:
             raise  # a write that failed: preftune/one_writer.py says so
+        if isinstance(error, OwnRewardError) and not are_errors_raised():
+            sys.stderr.write(printable(error.trace))
         _fail(str(error))
+
+
+@contextlib.contextmanager
+def errors_raised() -> Iterator[None]:
+    """Context of a call from Python: what ends a program raises instead, a ValueError where the user typed something wrongly."""
+    token = _RAISED.set(True)
+    try:
+        yield
+    finally:
+        _RAISED.reset(token)
+
+
+def are_errors_raised() -> bool:
+    """Return whether this is in the context of `errors_raised`."""
+    return _RAISED.get()
+
+
+def flag_types(config_class: type) -> dict[str, Any]:
+    """Return the YAML name of each flag of a Config, such as `lora.rank`, with its type."""
+    return {name: leaf.hint for name, leaf in leaves_of(config_class).items()}
 
 
 def dump(config: Any) -> str:
@@ -108,7 +135,9 @@ def _plain(value: Any) -> Any:
     """A field's value in YAML's types."""
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
-    if isinstance(value, Path) or (isinstance(value, float) and not math.isfinite(value)):
+    if isinstance(value, Path):
+        return str(embedded.portable(value))
+    if isinstance(value, float) and not math.isfinite(value):
         return str(value)  # YAML writes infinity as `.inf`, which float() does not read
     assert value is None or isinstance(value, str | int | float), (
         f"a config field holds a {type(value).__name__}"
@@ -127,7 +156,7 @@ def _split_config(argv: list[str]) -> tuple[list[Path], list[str]]:
             file = token.partition("=")[2] if "=" in token else next(tokens, "")
             if not file or file.startswith("--"):
                 raise ValueError("--config needs a file: --config FILE.yaml")
-            files.append(Path(file))
+            files.append(embedded.find(file))
             at_start = True
             continue
         if at_start and not token.startswith("-"):
@@ -149,11 +178,13 @@ def _shown(file: Path) -> Path:
 
 def _tyro(config_class: type[Config], args: list[str], origins: dict[str, str]) -> Config:
     """Parse the flags; tyro's boxed complaint becomes a ValueError of one sentence that says where the flag came from."""
+    if {"-h", "--help"} & {*args}:
+        sys.stdout.write(help_text(config_class, _HELP))
+        raise SystemExit(0)
     box = io.StringIO()
-    description = f"{inspect.getdoc(config_class) or ''}\n\n{_HELP}"
     try:
         with contextlib.redirect_stderr(box):
-            config = tyro.cli(config_class, args=args, description=description)
+            config = tyro.cli(config_class, args=args)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -193,6 +224,10 @@ def _missing(text: str) -> str:
 
 
 def _fail(reason: str) -> NoReturn:
-    """Print one line on stderr and leave with exit code 2."""
-    sys.stderr.write(printable(f"{Path(sys.argv[0]).name}: error: {' '.join(reason.splitlines())}") + "\n")
+    """Print one line on stderr and leave with exit code 2; ValueError in the context of `errors_raised`."""
+    if are_errors_raised():
+        raise ValueError(" ".join(reason.splitlines()))
+    sentence = printable(f"{Path(sys.argv[0]).name}: error: {' '.join(reason.splitlines())}") + "\n"
+    sys.stderr.write(sentence)
+    last_word(sentence, code=2)
     raise SystemExit(2)

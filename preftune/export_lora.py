@@ -13,18 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
-from preftune import families, lora_files
 from preftune.cli import exit_on_user_error, parse
 from preftune.families import Pretrained
-from preftune.files import replacing
-from preftune.lora_write import Layout, write_diffusers, write_kohya, write_peft
-from preftune.one_writer import exit_on_failed_write
-from preftune.printable import show
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+from preftune.lora_names import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +42,20 @@ class Config:
             raise ValueError(f"--output {self.output} must end in .safetensors for --layout kohya")
 
 
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+import torch
+
+from preftune import families, lora_files
+from preftune.files import replacing
+from preftune.lora_write import write_diffusers, write_kohya, write_peft
+from preftune.one_writer import exit_on_failed_write
+from preftune.printable import show
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
 def main(config: Config) -> int:
     """Read, check and write."""
     with exit_on_user_error():
@@ -69,4 +76,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Config)))
+    sys.exit(main(CONFIG))

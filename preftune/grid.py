@@ -1,5 +1,7 @@
 """Image grids: rows of images with captions, drawn as one image."""
 
+from __future__ import annotations
+
 import math
 from bisect import bisect_right
 from collections.abc import Sequence

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock
 from PIL import ExifTags, Image, ImageOps, __version__
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from preftune.files import write_text
 from preftune.images import FORMATS, opened

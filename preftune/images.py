@@ -3,6 +3,8 @@
 Files of a data set are untrusted: only this module opens them, and it enforces the size limits.
 """
 
+from __future__ import annotations  # torch is named in annotations alone, so that flags are read without it
+
 import io
 import struct
 import warnings
@@ -10,10 +12,9 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from preftune.files import replacing
@@ -21,9 +22,10 @@ from preftune.resolution import Framing, Resolution
 from rewards.input_files import read_bytes
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.figure import Figure
 
-AnyImage = Image.Image | torch.Tensor
+AnyImage: TypeAlias = "Image.Image | torch.Tensor"
 """A PIL image, or a float tensor (3, H, W) in [0, 1]."""
 
 _AVIF = features.check("avif")  # an optional part of PIL
@@ -151,11 +153,15 @@ def _fitted(image: Image.Image, resolution: Resolution) -> Image.Image:
 
 
 def _to_tensor(image: Image.Image) -> torch.Tensor:
+    import torch
+
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
 def to_pil(pixels: torch.Tensor) -> Image.Image:
     """A (3, H, W) float tensor as a PIL image: clamped to [0, 1] and rounded to the nearest of 256 levels."""
+    import torch
+
     assert pixels.ndim == 3, f"pixels have shape {tuple(pixels.shape)}, not (3, H, W)"
     assert pixels.shape[0] == 3, f"pixels have {pixels.shape[0]} channels, not 3"
     pixels = pixels.detach().float().cpu()
@@ -180,7 +186,7 @@ def save_image(image: AnyImage, path: Path) -> None:
         image.save(temporary, format="PNG")
 
 
-def save_figure(figure: "Figure", path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Write a matplotlib figure as a PNG in one piece, and close it."""
     from matplotlib.pyplot import close  # not for everybody who loads images
 

@@ -29,8 +29,11 @@ class Leaf:
     @property
     def is_numbers(self) -> bool:
         """Whether it takes several numbers."""
-        members = typing.get_args(self.hint)
-        return typing.get_origin(self.hint) is tuple and {*members} <= {int, float, ...}
+        hints = (self.hint, *typing.get_args(self.hint))
+        return any(
+            typing.get_origin(hint) is tuple and {*typing.get_args(hint)} <= {int, float, ...}
+            for hint in hints
+        )
 
 
 def leaves_of(config_class: type) -> dict[str, Leaf]:

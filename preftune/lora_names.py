@@ -19,8 +19,13 @@ What the programs that read kohya's layout look for, from their public sources:
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
+
+Layout = Literal["kohya", "diffusers", "peft"]
+"""kohya: one file for AUTOMATIC1111's web UI, ComfyUI and sd-scripts; diffusers: a folder; peft: a folder with one for each part."""
 
 PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
 """Part -> kohya's prefix; SDXL's first text encoder has lora_te1_."""
@@ -73,13 +78,15 @@ class Layers:
         return found
 
 
-def layers_of(parts: Mapping[str, nn.Module]) -> Layers:
+def layers_of(parts: Mapping[str, "nn.Module"]) -> Layers:
     """Return the layers of these modules by part, whether an update is on them or not."""
     return Layers({part: dict(_shapes(module)) for part, module in parts.items()})
 
 
-def _shapes(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _shapes(module: "nn.Module") -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every linear layer and convolution, under the name that it has without an update."""
+    from torch import nn
+
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d) and ".lora_" not in name:
             yield name.removesuffix(".base_layer"), tuple(layer.weight.shape)

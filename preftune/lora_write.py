@@ -9,7 +9,6 @@ import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import save, save_file
@@ -20,8 +19,6 @@ from preftune.files import replacing, write_text
 from preftune.lora_files import ADAPTER, ADAPTER_CONFIG, FILE, Update
 from preftune.lora_names import Layers, file_name
 
-Layout = Literal["kohya", "diffusers", "peft"]
-"""kohya: one file for AUTOMATIC1111's web UI, ComfyUI and sd-scripts; diffusers: a folder; peft: a folder with one for each part."""
 KOHYA_FILE = "lora_kohya.safetensors"
 """Name of kohya's file in a run."""
 

@@ -12,12 +12,12 @@ arXiv 2209.03003, section 2.1, with noise at sigma 1). The prediction types of a
 All latents are (B, C, h, w); alpha and sigma are (B,) or (), and are cast to the dtype of the latents.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
+from preftune.solver_names import PredictionType
 
 
 class Prediction(NamedTuple):

@@ -11,8 +11,11 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from preftune import disk, files, lock
-from preftune.cli import exit_on_user_error
+from preftune.cli import are_errors_raised, exit_on_user_error
+from preftune.last_word import last_word
+from preftune.printable import printable
 from preftune.resume_command import command_of_parent, resume_command
+from rewards.own import OwnRewardError
 
 Config = TypeVar("Config")
 Code = TypeVar("Code")
@@ -47,12 +50,12 @@ def one_writer(main: Callable[[Config], Code]) -> Callable[[Config], Code]:
             if not _is_program(config):
                 raise
             _tidy(folder)
-            _say(_stopped(config))
+            _say(_stopped(config), 128 + signal.SIGINT)
             raise SystemExit(128 + signal.SIGINT) from None
         finally:
             lock.release(folder)
-        if code in _STOPPED:
-            _say(_stopped(config))
+        if code in _STOPPED and not are_errors_raised():
+            _say(_stopped(config), int(code))
         return code
 
     return locked
@@ -62,7 +65,9 @@ def one_writer(main: Callable[[Config], Code]) -> Callable[[Config], Code]:
 def exit_on_failed_write(folder: Path, config: Any = None) -> Iterator[None]:
     """Turn a failed write in the block into one sentence on stderr and exit code 1, and remove what was being written.
 
-    Also a FloatingPointError, which is a loss, gradient or score that is not finite, on each process that raises it.
+    Also a FloatingPointError, which is a loss, gradient or score that is not finite, and an error in a reward of the user's own,
+    below its traceback, on each process that raises it.
+    In the context of cli.errors_raised the error itself goes on; what its sentence says more is its note.
     """
     try:
         yield
@@ -72,7 +77,14 @@ def exit_on_failed_write(folder: Path, config: Any = None) -> Iterator[None]:
             raise
         if lock.is_main_process():
             _tidy(folder)
-        _say(f"error: {reason}")
+        _close_bars()
+        if are_errors_raised():
+            if more := reason.removeprefix(str(error)).removeprefix("; "):
+                error.add_note(more)
+            raise
+        if isinstance(error, OwnRewardError):
+            sys.stderr.write(printable(error.trace))
+        _say(f"error: {reason}", code=1)
         raise SystemExit(1) from error
 
 
@@ -83,17 +95,25 @@ def _tidy(folder: Path) -> None:
         files.tidy_beside(folder)
 
 
-def _say(text: str) -> None:
-    for bar in list(getattr(tqdm, "_instances", ())):  # else it would be drawn again below the sentence
+def _say(text: str, code: int) -> None:
+    """Print what the program ends with: an exit code and its reason."""
+    _close_bars()
+    text = f"{Path(sys.argv[0]).name}: {text}\n"
+    sys.stderr.write(text)
+    last_word(text, code)
+
+
+def _close_bars() -> None:
+    """End progress bars, which would be drawn again below what is printed."""
+    for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: {text}\n")
 
 
 def _reason(error: Exception, folder: Path, config: Any) -> str | None:
-    """What ended the program, and what to do; None for what is neither a failed write nor a number that is not finite."""
+    """What ended the program, and what to do; None for a fault of the program."""
     checkpoints = _checkpoints(folder)
     last = f"; the last complete checkpoint is {checkpoints[-1]}" if checkpoints else ""
-    if isinstance(error, FloatingPointError):
+    if isinstance(error, FloatingPointError | OwnRewardError):
         return f"{error}{last}"
     if (reason := disk.reason(error, folder)) is None:
         return None
@@ -118,9 +138,11 @@ def _stopped(config: Any) -> str:
 
 def _go_on(config: Any) -> str:
     """How a run is resumed: the command stands alone on the last line. A call from Python has none."""
+    by_itself = config.run.resume_from_checkpoint == "latest"
+    if are_errors_raised():
+        return f"go on with the same call{'' if by_itself else ' and --resume-from-checkpoint latest'}"
     if not _is_program(config):
         return "go on with --resume-from-checkpoint latest"
-    by_itself = config.run.resume_from_checkpoint == "latest"
     return f"go on with:\n{resume_command(by_itself=by_itself)}"
 
 

@@ -18,7 +18,8 @@ from torch import Generator, Tensor
 from preftune.families.base import Cond, Family
 from preftune.resolution import Resolution
 from preftune.sampling import step_noise
-from preftune.solvers import SolverName, Step, Transition, stepper
+from preftune.solver_names import SolverName
+from preftune.solvers import Step, Transition, stepper
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,9 +30,9 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
 from torch import Tensor
 
-from preftune.noise import Prediction, PredictionType, like
+from preftune.noise import Prediction, like
+from preftune.solver_names import PredictionType, SolverName
 
-SolverName = Literal["ddpm", "ddim", "euler", "pndm", "dpm++"]
 Level = tuple[Tensor, Tensor]
 """(alpha, sigma), each () or (B,)."""
 Step = Callable[[Prediction, Level, Level], "Transition"]

@@ -7,12 +7,14 @@ torch.
 tensor([1., 1.])
 """
 
+import difflib
 import importlib
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rewards import embedded, own
 from rewards.atomic_folder import left_behind
 from rewards.card import Card, Clip, Preprocess, Scorer
 from rewards.trained_cards import card_of
@@ -221,19 +223,27 @@ CARDS: dict[str, Card] = {card.name: card for card in _CARDS}
 
 
 def find_card(name: str) -> Card:
-    """Return the card of a scorer of the table, or of one that was trained here and is called by its folder's path.
+    """Return the card of a scorer of the table, of one that was trained here and is called by its folder's path, or of a
+    reward of the user's own (rewards.own), whose file is not run.
 
-    ValueError for a name that is neither, and for a folder that is no scorer's.
+    ValueError for a name that is none of them, for a folder that is no scorer's, and for a file without that function.
     """
     if name in CARDS:
+        if own.is_given(name):
+            raise ValueError(f"{name} is a scorer of the table; give your own reward another name")
         return CARDS[name]
-    if not name or not Path(name).is_dir():
+    if own.is_own(name):
+        return own.card_of(name)
+    if not name or not embedded.find(name).is_dir():
         if name and (previous := left_behind(Path(name))) is not None:
             raise ValueError(
                 f"{name} is missing, because a write of it was cut short; its last state is {previous}: rename it to {name}"
             )
+        near = difflib.get_close_matches(name, CARDS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(
-            f"unknown scorer {name!r}; one of {', '.join(CARDS)}, or the folder of one that was trained here"
+            f"unknown scorer {name!r}{hint}; one of {', '.join(CARDS)}, or the folder of one that was trained here, or"
+            " FILE.py:FUNCTION for a function of your own"
         )
     return card_of(name)
 
@@ -277,7 +287,7 @@ def check_all(
     waiting = _obtain(cards.values(), files, download=download)
     return {
         name: importlib.import_module(card.module).find_files(card, files.get(name))
-        if card.has_weights
+        if card.has_weights or card.module == own.MODULE
         else ()
         for name, card in cards.items()
         if not waiting & {name, *card.needs}
@@ -311,6 +321,10 @@ def _needed(card: Card, weights: Path | None) -> list[Card]:
 
 def _card(name: str, weights: Path | None) -> Card:
     card = find_card(name)
+    if weights is not None and card.module == own.MODULE:
+        raise ValueError(
+            f"{name} is a function of your own, which loads its weights itself; leave {weights} out"
+        )
     if weights is not None and name not in CARDS:
         raise ValueError(
             f"{name} has weights of its own, but {weights} was given for it; leave the weights out"

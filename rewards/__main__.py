@@ -1,16 +1,20 @@
-"""`python -m rewards`: the table of scorers."""
+"""Print the table of scorers: what each measures, and whether its weights are here."""
 
 import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rewards import CARDS, Card
-from rewards.weights import local
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print one line a scorer and, below it, what it measures; argv defaults to that of the process, and takes nothing."""
+    name = Path(sys.argv[0]).name
     argparse.ArgumentParser(
-        prog="python -m rewards", description="Print the table of scorers.", allow_abbrev=False
+        prog="python -m rewards" if name == "__main__.py" else name,
+        description="Print the table of scorers.",
+        allow_abbrev=False,
     ).parse_args(argv)
     rows: list[tuple[str, ...]] = [
         ("name", "paper", "reads prompt", "gradient", "range", "licence", "input", "weights", "here")
@@ -24,9 +28,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     print()
     for card in CARDS.values():
         print(f"{card.name}: {card.summary}")
+    print(
+        "FILE.py:FUNCTION: a function of your own, f(pixels, prompts) -> (B,), in a file that you name in --rewards"
+    )
 
 
 def _row(card: Card) -> tuple[str, ...]:
+    from rewards.weights import local  # needs torch, which --help does not
+
     low, high = card.typical_range
     source = card.folder or (f"{card.repo or card.source}/{card.file}" if card.file else "none needed")
     here = not card.has_weights or local(card) is not None

@@ -17,7 +17,7 @@ from rewards import CARDS
 from rewards.card import Card
 from rewards.clip import ClipVision, fill, to_transformers
 from rewards.head import apply_head, new_head
-from rewards.pixels import check_prompts
+from rewards.pixels import takes_images
 from rewards.weights import check, find, find_file, read
 
 CLIP_CARD = CARDS["clipscore"]
@@ -34,9 +34,9 @@ class Aesthetic(nn.Module):
         self.vision = ClipVision(card.clip, card.preprocess)
         self.layers = new_head(card.clip.embed)  # its dropout does nothing in eval mode
 
+    @takes_images
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the scores (B,) float32 of B images; the B prompts are not read."""
-        check_prompts(pixels, prompts)
         return self.of_vectors(self.vision(pixels), prompts)
 
     def of_vectors(self, vectors: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rewards.blip_state_dict import to_transformers
 from rewards.card import Card, ImageRewardConfig
 from rewards.imagereward import FULL_SIZE, ImageReward, find_parts
-from rewards.pixels import check_prompts
+from rewards.pixels import takes_images
 from rewards.text_cache import TextCache
 from rewards.trained_cards import with_statistics
 from rewards.weights import check, find_file, read
@@ -47,9 +47,9 @@ class BlipScore(nn.Module):
         del self.blip.mlp  # what turns BLIP into ImageReward
         self.cache = TextCache(self.blip.text_embedding)
 
+    @takes_images
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the scores (B,) float32 of B images for B prompts; gradients reach pixels alone."""
-        check_prompts(pixels, prompts)
         texts = self.cache(prompts, self.blip.text_proj.weight.device)
         return (self.blip.image_embedding(pixels) * texts).sum(dim=1).float()
 

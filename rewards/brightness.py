@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rewards.card import Card
-from rewards.pixels import check_prompts
+from rewards.pixels import takes_images
 
 
 class Brightness:
@@ -16,9 +16,9 @@ class Brightness:
     def __init__(self, card: Card) -> None:
         self.card = card
 
+    @takes_images
     def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the means (B,) float32 of pixels (B, 3, H, W)."""
-        check_prompts(pixels, prompts)
         return pixels.float().mean(dim=(1, 2, 3))
 
 

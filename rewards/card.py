@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from rewards.input_files import parse_json
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
+
+    Images = Tensor | Image | Sequence[Image]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -15,6 +18,8 @@ HEAD_WIDTHS = (1024, 128, 64, 16)
 """Widths between the layers of ImageReward's head (rewards.head), as published."""
 HEAD_DROPOUT = (0.2, 0.2, 0.1)
 """Probabilities of dropout after its first three layers, as published."""
+Head = Literal["own", "mlp"]
+"""Head of a scorer that is trained: its own, or a new MLP of ImageReward's shape on a CLIP."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,9 +201,10 @@ class Scorer(Protocol):
         """Return the scorer's card."""
         ...
 
-    def __call__(self, pixels: "Tensor", prompts: Sequence[str]) -> "Tensor":
+    def __call__(self, images: "Images", prompts: str | Sequence[str], /) -> "Tensor":
         """Return scores (B,) float32 in the card's units, higher is better, of pixels (B, 3, H, W) in [0, 1].
 
-        There are B prompts. Gradients reach pixels when `card.differentiable` says so.
+        There are B prompts, or one for all images. Also taken are PIL images of any sizes, prepared as the authors do, which
+        pixels are not: see rewards.pixels.takes_images, also for what is refused. Gradients reach pixels when `card.differentiable` says so.
         """
         ...

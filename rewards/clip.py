@@ -37,7 +37,7 @@ from rewards.card import HEAD_DROPOUT, Card, Clip, Preprocess
 from rewards.clip_state_dict import to_authors, to_transformers
 from rewards.clip_tokenizer import MERGES, ClipTokenizer
 from rewards.head import apply_head, draw_head, new_head, set_dropout
-from rewards.pixels import at_least_float32, check_prompts, prepare
+from rewards.pixels import at_least_float32, one_each, prepare, takes_images
 from rewards.text_cache import TextCache
 from rewards.towers import Tower
 from rewards.trained_cards import to_json, with_statistics
@@ -132,9 +132,9 @@ class ClipScorer(nn.Module):
             nn.init.constant_(model.logit_scale, -math.log(temperature))
         return model
 
+    @takes_images
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the scores (B,) float32 of B images for B prompts; gradients reach pixels, and weights that are trained."""
-        check_prompts(pixels, prompts)
         return self.of_vectors(self.vision(pixels), prompts)
 
     def of_vectors(self, vectors: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -149,8 +149,7 @@ class ClipScorer(nn.Module):
 
         Gradients reach all weights, but logit_scale where there is a head.
         """
-        check_prompts(pixels, prompts)
-        return self.compare(self.vision(pixels), self.texts(prompts))
+        return self.compare(self.vision(pixels), self.texts(one_each(prompts, len(pixels))))
 
     def compare(self, images: Tensor, texts: Tensor) -> Tensor:
         """Return the raw scores (B,) float32 of the unit vectors (B, E) of images and of prompts."""

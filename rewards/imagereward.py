@@ -26,7 +26,7 @@ from rewards.blip_state_dict import to_authors, to_transformers
 from rewards.card import Card, ImageRewardConfig
 from rewards.head import apply_head, draw_head, initialise, new_head, set_dropout
 from rewards.input_files import read_text
-from rewards.pixels import at_least_float32, check_prompts, prepare
+from rewards.pixels import at_least_float32, one_each, prepare, takes_images
 from rewards.towers import Tower
 from rewards.trained_cards import CARD_FILE, card_of, facts_to_json, imagereward_card
 from rewards.weights import FOLDER_FILE, check, find, read, verify, write_folder
@@ -149,13 +149,13 @@ class ImageReward(nn.Module):
 
     def features(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the text tower's [CLS] state after cross-attention to the image, (B, D) float32."""
-        check_prompts(pixels, prompts)
-        return self.read(prompts, self.image_tokens(pixels), pixels.device)
+        return self.read(one_each(prompts, len(pixels)), self.image_tokens(pixels), pixels.device)
 
     def raw(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the head's output before mean and deviation, (B,) float32: what the ranking loss is computed on."""
         return apply_head(self.mlp, self.features(pixels, prompts))
 
+    @takes_images
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the scores (B,) float32 of B images for B prompts, in the paper's units."""
         return (self.raw(pixels, prompts).float() - self.config.mean) / self.config.std

@@ -1,21 +1,17 @@
 """A weighted sum of several scorers: scores (B, n), optionally normalized, then weighted."""
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rewards import CARDS, find_card
-from rewards.card import Card, Scorer
-from rewards.input_files import parse_json, read_text
+from rewards.card import Scorer
+from rewards.own_scorer import OwnReward
+from rewards.pixels import one_each
 from rewards.shared_towers import score_all, share_towers
-
-Normalization = Literal["none", "card", "dataset"]
-"""Normalization of scores before they are weighted."""
+from rewards.terms import Normalization, units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +54,15 @@ class Mix:
 
         FloatingPointError names the scorer whose score is not finite, with the prompt.
         """
+        prompts = one_each(prompts, len(pixels))
         columns = score_all(self.scorers, pixels, prompts)
         scores = torch.stack(columns, dim=1)
         finite = scores.detach().isfinite()
         if not finite.all():  # one synchronisation for all scorers
             row, column = (int(index) for index in (~finite).nonzero()[0])
             raise FloatingPointError(
-                f"{self.names[column]} gave {scores[row, column].item()} for {prompts[row]!r};"
-                " check the image for NaN values, and the precision of the scorer"
+                f"{self.names[column]} gave {scores[row, column].item()} for {prompts[row]!r}; check the image for NaN values,"
+                f" and {_suspect(self.scorers[column])}"
             )
         rewards = torch.zeros_like(columns[0])
         for weight, (mean, std), column_scores in zip(self.weights, self.units, columns, strict=True):
@@ -73,108 +70,6 @@ class Mix:
         return Mixed(scores=scores, rewards=rewards)
 
 
-def units(
-    cards: Sequence[Card], normalization: Normalization, stats: Path | None
-) -> list[tuple[float, float]]:
-    """Return what to subtract and to divide by for each scorer; a driver calls it before it loads weights.
-
-    ValueError for an unknown normalization, and for statistics that are missing, not needed, or without usable numbers.
-    """
-    if normalization not in ("none", "card", "dataset"):
-        raise ValueError(f"unknown reward normalization {normalization!r}; one of none, card, dataset")
-    if (normalization == "dataset") != (stats is not None):
-        raise ValueError(
-            f"reward normalization {normalization} with {'no file of statistics' if stats is None else stats}; dataset, and"
-            " dataset alone, needs --reward-stats, a summary.json of data_build/score.py"
-        )
-    if stats is not None:
-        return _dataset_units([card.name for card in cards], stats)
-    return [(card.mean, card.std) if normalization == "card" else (0.0, 1.0) for card in cards]
-
-
-def _dataset_units(names: Sequence[str], stats: Path) -> list[tuple[float, float]]:
-    """Return (mean, std) of each scorer from a summary.json."""
-    text = read_text(stats, what="the file of statistics ")
-    try:
-        scores = parse_json(text, str(stats))["scores"]
-        found = {name: (float(row["mean"]), float(row["std"])) for name, row in scores.items()}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{stats} is no summary.json of data_build/score.py ({type(error).__name__}: {error})"
-        ) from error
-    for name in names:
-        if name not in found:
-            raise ValueError(f"{stats} has no {name}; it has {', '.join(found) or 'no scores'}")
-        if not (all(map(math.isfinite, found[name])) and found[name][1] > 0):
-            raise ValueError(
-                f"{stats} gives {name} mean {found[name][0]:g} and std {found[name][1]:g}; scores that do not differ"
-                " cannot be normalized"
-            )
-    return [found[name] for name in names]
-
-
-def parse_weights(terms: Sequence[str]) -> dict[str, float]:
-    """Return {"imagereward": 0.5, "brightness": 1.0} for ["imagereward=0.5", "brightness"], in that order.
-
-    A term is NAME or NAME=WEIGHT; NAME is a scorer of the table or the folder of a trained one, which may have a = in its
-    path. ValueError names the term that is malformed, repeated, zero, not finite, or of an unknown scorer.
-    """
-    weights: dict[str, float] = {}
-    for term in terms:
-        name, weight = _split(term)
-        find_card(name)
-        if name in weights:
-            raise ValueError(f"--rewards {term!r} repeats {name}; name each scorer once")
-        weights[name] = weight
-    if not weights:
-        raise ValueError(
-            f"--rewards is empty; name at least one scorer, as NAME or NAME=WEIGHT, of {', '.join(CARDS)}, or the folder of a"
-            " trained one"
-        )
-    return weights
-
-
-def parse_names(terms: Sequence[str]) -> tuple[str, ...]:
-    """Return the scorers of a program that reports each by itself; ValueError as `parse_weights`, and for a weight but 1."""
-    weights = parse_weights(terms)
-    for name, weight in weights.items():
-        if weight != 1:
-            raise ValueError(
-                f"--rewards {name}={weight:g} has a weight, but here each scorer is reported by itself; write {name}"
-            )
-    return tuple(weights)
-
-
-def _split(term: str) -> tuple[str, float]:
-    """Return name and weight of a term."""
-    if not term.rpartition("=")[1] or Path(term).is_dir():
-        return term, 1.0
-    name, _, text = term.rpartition("=")
-    try:
-        weight = float(text)
-    except ValueError:
-        weight = math.nan
-    if not name or not math.isfinite(weight) or weight == 0:
-        raise ValueError(
-            f"--rewards {term!r} is not NAME or NAME=WEIGHT with a finite weight other than 0, as in shapes or shapes=0.5"
-            " (a file of weights is given as --reward-files NAME=PATH)"
-        )
-    return name, weight
-
-
-def parse_files(terms: Sequence[str], names: Collection[str]) -> dict[str, Path]:
-    """Return {"imagereward": Path("x.pt")} for ["imagereward=x.pt"]: weights on disk of some of these scorers.
-
-    ValueError names the term that is malformed or repeated, or of a scorer that is not used.
-    """
-    files: dict[str, Path] = {}
-    for term in terms:
-        name, _, path = term.partition("=")
-        if not name or not path or name in files:
-            raise ValueError(
-                f"--reward-files {term!r} is not scorer=path, once a scorer, as in imagereward=x.pt"
-            )
-        if name not in names:
-            raise ValueError(f"--reward-files names {name}, which --rewards does not use")
-        files[name] = Path(path)
-    return files
+def _suspect(scorer: Scorer) -> str:
+    """Return what else may be wrong where a score is not finite."""
+    return f"the function {scorer.place}" if isinstance(scorer, OwnReward) else "the precision of the scorer"

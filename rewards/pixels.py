@@ -3,15 +3,100 @@
 Shapes: B batch, H W pixels of any size, S = preprocess.size. Pixels are float, (B, 3, H, W), in [0, 1].
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from rewards.card import Preprocess
+
+Images = Tensor | Image.Image | Sequence[Image.Image]
+"""What a scorer is called with: pixels (B, 3, H, W) in [0, 1], an image, or images of any sizes."""
+OUTSIDE = 0.5
+"""How far values may lie outside [0, 1]: one bicubic resize makes at most 0.45 of black and white pixels."""
+
+_Scorer = TypeVar("_Scorer")
+
+
+def takes_images(
+    score: Callable[[_Scorer, Tensor, Sequence[str]], Tensor],
+) -> Callable[[_Scorer, Images, str | Sequence[str]], Tensor]:
+    """Let a scorer's call on pixels (B, 3, H, W) and B prompts also take PIL images, and one prompt for all images.
+
+    Images are prepared as the authors do (`from_pil`), each by itself where their sizes differ. ValueError for another number
+    of prompts, and for pixels that are no float tensor of RGB images or far outside [0, 1]. The range is not checked for
+    pixels that need a gradient: a decoder that is being trained may overshoot, and reading the values would make a GPU wait in
+    each update. Else it is, with room for what a bicubic resize overshoots: -1..1 and 0..255 are found, and a
+    diffusion model's images, clamped or not, pass.
+    """
+
+    @functools.wraps(score)
+    def call(self: _Scorer, images: Images, prompts: str | Sequence[str]) -> Tensor:
+        if isinstance(images, Tensor):
+            check_batch(images)
+            check_range(images)
+            return score(self, images, one_each(prompts, len(images)))
+        batch = _from_images(images, self)
+        texts = one_each(prompts, len(batch))
+        if len({image.shape for image in batch}) == 1:
+            return score(self, torch.stack(batch), texts)
+        return torch.cat([score(self, image[None], [text]) for image, text in zip(batch, texts, strict=True)])
+
+    return call
+
+
+def one_each(prompts: str | Sequence[str], count: int) -> Sequence[str]:
+    """Return a prompt for each of so many images: those given, or the one given, repeated; ValueError for another number."""
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    if len(texts) not in (1, count):
+        raise ValueError(f"{count} images need as many prompts, got {len(texts)}; one for all is taken, too")
+    return texts if len(texts) == count else [*texts] * count
+
+
+def check_batch(pixels: Tensor) -> None:
+    """Raise ValueError unless pixels are a float batch of RGB images."""
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
+        remedy = "divide 0..255 by 255" if pixels.dtype == torch.uint8 else "a scorer also takes PIL images"
+        raise ValueError(
+            f"pixels must be a float tensor (B, 3, H, W) in [0, 1], got {pixels.dtype} {tuple(pixels.shape)}; {remedy}"
+        )
+
+
+def check_range(pixels: Tensor) -> None:
+    """Raise ValueError for values far outside [0, 1] in pixels that need no gradient; the others are not read."""
+    if pixels.requires_grad or not pixels.numel():
+        return
+    low, high = (float(value) for value in torch.aminmax(pixels.detach()))
+    if low < -OUTSIDE or high > 1 + OUTSIDE:
+        remedy = (
+            "divide values in 0..255 by 255" if high > 2 else "bring values in -1..1 there by (x + 1) / 2"
+        )
+        raise ValueError(f"pixels must lie in [0, 1], got {low:g} to {high:g}; {remedy}")
+
+
+def _from_images(images: Any, scorer: object) -> list[Tensor]:
+    """Return each image as pixels (3, H, W) for a scorer, on its device; ValueError for what is no list of PIL images."""
+    several = [images] if isinstance(images, Image.Image) else images
+    if not isinstance(several, list | tuple) or not several:
+        raise ValueError(
+            f"a scorer takes pixels (B, 3, H, W) in [0, 1] or a list of PIL images, got {images!r:.60}"
+        )
+    for image in several:
+        if not isinstance(image, Image.Image):
+            raise ValueError(
+                f"a scorer takes a list of PIL images or a tensor (B, 3, H, W), got a list with {type(image).__name__}"
+                f" {image!r:.60}; open a file by PIL.Image.open, and stack tensors by torch.stack"
+            )
+    device = getattr(scorer, "device", "cpu")
+    if isinstance(scorer, nn.Module):
+        device = next(scorer.parameters()).device
+    preprocess = getattr(scorer, "card").preprocess  # noqa: B009
+    return [from_pil(image, preprocess).to(device) for image in several]
 
 
 def prepare(pixels: Tensor, preprocess: Preprocess) -> Tensor:
@@ -21,20 +106,10 @@ def prepare(pixels: Tensor, preprocess: Preprocess) -> Tensor:
     white or black. ValueError when pixels are not a float batch of RGB images, or end up in another size
     than S x S.
     """
-    if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
-        raise ValueError(
-            f"pixels must be a float tensor (B, 3, H, W) in [0, 1], got {pixels.dtype} {tuple(pixels.shape)};"
-            " rewards.pixels.from_pil makes one from an image"
-        )
+    check_batch(pixels)
     fitted = _fit(_resize(at_least_float32(pixels), preprocess), preprocess)
     mean, std = (fitted.new_tensor(values).view(1, 3, 1, 1) for values in (preprocess.mean, preprocess.std))
     return (fitted - mean) / std
-
-
-def check_prompts(pixels: Tensor, prompts: Sequence[str]) -> None:
-    """Raise ValueError unless there are as many prompts as images."""
-    if len(prompts) != len(pixels):
-        raise ValueError(f"{len(pixels)} images need as many prompts, got {len(prompts)}")
 
 
 def at_least_float32(values: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from rewards.card import Card
+from rewards.pixels import takes_images
 
 SIZE = 64
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -379,6 +380,7 @@ class ShapesJudge:
 
     card: Card
 
+    @takes_images
     def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return gold scores (B,); see `judge`."""
         return judge(pixels, prompts).gold.to(pixels.device)

@@ -16,7 +16,7 @@ from rewards import check_all, load
 from rewards.aesthetic import Aesthetic
 from rewards.card import Scorer
 from rewards.clip import ClipScorer, ClipVision
-from rewards.pixels import check_prompts
+from rewards.pixels import one_each
 
 
 def load_all(
@@ -46,7 +46,7 @@ def share_towers(scorers: Sequence[Scorer]) -> None:
 
 def score_all(scorers: Sequence[Scorer], pixels: Tensor, prompts: Sequence[str]) -> list[Tensor]:
     """Return each scorer's scores (B,) of pixels (B, 3, H, W): what calling it gives, but a shared tower runs once."""
-    check_prompts(pixels, prompts)
+    prompts = one_each(prompts, len(pixels))
     vectors: dict[ClipVision, Tensor] = {}
     columns = []
     for scorer in scorers:

@@ -10,6 +10,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from rewards import embedded
 from rewards.card import Card, Clip, ImageRewardConfig, Preprocess
 from rewards.input_files import read_object
 
@@ -84,7 +85,7 @@ def facts_to_json(card: Card) -> str:
 
 def card_of(name: str) -> Card:
     """Return the card of a folder; ValueError names what is missing or wrong in it."""
-    folder = Path(name)
+    folder = embedded.find(name)
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} lacks config.json; the folder of a trained scorer has it, in a run it is called scorer"

@@ -10,13 +10,13 @@ Shapes: B batch.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Protocol, cast, get_args
 
 from torch import Tensor, nn
 
 import rewards
-from rewards import blipscore
-from rewards.card import Card
+from rewards import blipscore, own
+from rewards.card import Card, Head
 from rewards.clip import ClipScorer
 from rewards.imagereward import ImageReward
 from rewards.towers import Tower
@@ -26,10 +26,6 @@ _STARTS = {
     for name, card in rewards.CARDS.items()
     if card.module in ("rewards.clip", "rewards.imagereward", "rewards.blipscore")
 }
-
-
-Head = Literal["own", "mlp"]
-"""Head of the scorer to train: its own, or a new MLP of ImageReward's shape on a CLIP."""
 
 
 class Trainable(Protocol):
@@ -76,7 +72,7 @@ def check_trainable(
     model: str, weights: Path | None = None, *, head: Head = "own", dropout: float | None = None
 ) -> None:
     """Raise ValueError where `load_trainable` would for a name, a setting or a missing file; reads no weights."""
-    if model in rewards.CARDS and model not in _STARTS:
+    if own.is_own(model) or (model in rewards.CARDS and model not in _STARTS):
         raise ValueError(
             f"{model} cannot be trained here; one of {', '.join(_STARTS)}, or a folder that training wrote"
         )

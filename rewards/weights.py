@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rewards import embedded
 from rewards.atomic_folder import replace_folder
 from rewards.card import Card
 from rewards.digests import sha256_of
@@ -16,11 +17,11 @@ from rewards.hub import cached_file
 from rewards.input_files import check_pointer
 
 ROOT = Path(__file__).resolve().parents[1]
-"""The repository root, to which the folders of embedded weights are relative."""
+"""The repository root, where weights/ may be, too."""
 FOLDER_FILE = "model.safetensors"
 """The weights in an embedded folder."""
 LOOSE = "weights"
-"""The folder below the root for published files that are on no hub; git ignores it."""
+"""The folder for published files that are on no hub, below the working directory or the repository root; git ignores it."""
 
 
 def find(card: Card, weights: Path | None) -> Path:
@@ -60,16 +61,15 @@ def find_file(card: Card, weights: Path | None) -> Path:
 def local(card: Card) -> Path | None:
     """Return weights that are on the disk, unverified: the embedded folder, or the published file."""
     if card.folder is not None:
-        folder = ROOT / card.folder
+        folder = embedded.own(card.folder) or ROOT / card.folder
         return folder if (folder / FOLDER_FILE).is_file() else None
     assert card.file is not None, f"{card.name} has no weights to find"
     return loose(card.file) if card.repo is None else cached_file(card.repo, card.file, card.revision)
 
 
 def loose(file: str) -> Path | None:
-    """Return a file of the folder weights/ below the repository root, or None."""
-    path = ROOT / LOOSE / file
-    return path if path.is_file() else None
+    """Return a file of the folder weights/, below the working directory or the repository root, or None."""
+    return next((path for path in (Path(LOOSE, file), ROOT / LOOSE / file) if path.is_file()), None)
 
 
 def verify(path: Path, *, num_bytes: int | None, sha256: str | None) -> None:

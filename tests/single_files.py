@@ -20,7 +20,8 @@ from preftune.families import Family
 from preftune.families.single_file import PUBLISHED
 from preftune.resolution import Resolution
 from preftune.sampling import step
-from preftune.solvers import SOLVERS, SolverName
+from preftune.solver_names import SolverName
+from preftune.solvers import SOLVERS
 
 PROMPTS = ["a red circle", "two cats"]
 State = dict[str, Tensor]

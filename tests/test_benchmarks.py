@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import rewards
 import tiny
-from benchmarks import build, full_size, hardware, models, refl_step, score
+from benchmarks import build, full_size, hardware, models, paths, refl_step, score
 from benchmarks import reward_model as training
 from data_build import diffusiondb
 from finetune import refl, reward_model
@@ -229,7 +229,7 @@ def test_wrong_flags(flags: list[str], words: str, capsys: pytest.CaptureFixture
 
 
 def test_full_size_command_is_one_the_driver_takes(tmp_path: Path) -> None:
-    config = full_size.Config(workdir=tmp_path, prompts=models.PROMPTS, mixed_precision="bf16")
+    config = full_size.Config(workdir=tmp_path, prompts=paths.PROMPTS, mixed_precision="bf16")
     argv = full_size.command(config)
     driver = next(i for i, word in enumerate(argv) if word.endswith("finetune/refl.py"))
     parsed = cli.parse(refl.Config, argv[driver + 1 :])
@@ -455,7 +455,7 @@ def test_the_recipe_is_that_of_the_configuration(tmp_path: Path) -> None:
     config = training.Config(workdir=tmp_path)
     (row,) = training.trials(config, {"clipscore": tmp_path}, "cpu")
     timed = cli.parse(reward_model.Config, training.command(row, tmp_path, tmp_path / "run"))
-    yaml = models.ROOT / "finetune/configs/reward_model/stable_preference_clip_l.yaml"
+    yaml = paths.ROOT / "finetune/configs/reward_model/stable_preference_clip_l.yaml"
     published = cli.parse(reward_model.Config, ["--config", str(yaml)])
     assert replace(timed.stable, first_stage_steps=3000) == published.stable
     for name in ("model", "objective", "last_layers", "frozen_share", "jitter", "gradient_checkpointing"):

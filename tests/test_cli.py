@@ -427,9 +427,9 @@ def test_flags_pasted_from_diffusers_scripts_work() -> None:
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--report_to=wandb", "unknown flag --report_to (here: metrics go to metrics.jsonl and tensorboard/"),
         ("--network_dropout=0", "unknown flag --network_dropout (here: the LoRA has no dropout); see --help"),
         ("--num_train_epochs=3", "(here: --max-train-steps, a number of updates)"),
+        ("--logging_dir=logs", "unknown flag --logging_dir (here: tensorboard/ lies in --output-dir"),
         ("--random_flip", "(here: images are not mirrored"),
         ("--updates=3", "(here: --max-train-steps)"),
     ],

@@ -610,7 +610,7 @@ def test_what_is_scored_is_not_scored_again(
 
 
 BAD = [
-    (["--rewards", "shape"], "unknown scorer 'shape'; one of brightness, shapes"),
+    (["--rewards", "shape"], "unknown scorer 'shape' (did you mean shapes?); one of brightness, shapes"),
     (["--rewards", "hpsv1"], "hpsv1"),
     (["--reward-files", "hpsv1=x"], "names hpsv1, which --rewards does not use"),
     (["--data", "TMP/gone"], "there is no data at "),

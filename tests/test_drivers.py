@@ -177,7 +177,7 @@ ONE: dict[str, list[tuple[list[str], str]]] = {
         (["--score", "kind"], "line 1: --score kind is 'preferred', not a finite number"),
         (["--temperature", "0"], "--temperature must be above 0 and finite, got 0"),
         (["--beta", "-1"], "--beta must be 0 or more and finite, got -1"),
-        (["--pretraining-data", "None"], "--beta 0.5 needs --pretraining-data IMAGEFOLDER"),
+        (["--pretraining-data", "None", "--beta", "0.5"], "--beta 0.5 needs --pretraining-data IMAGEFOLDER"),
         (["--reward-files", "imagereward=x"], "imagereward, which --rewards does not use"),
     ],
     "weird_lora": [

@@ -185,7 +185,8 @@ def test_the_other_defaults(originals: dict[str, Path], tmp_path: Path) -> None:
     for defaults in (sd, sdxl):
         assert defaults.resolution == Resolution(64, 64)
         assert defaults.lora_target_modules == ("to_q", "to_k", "to_v", "to_out.0")
-        assert (defaults.lora_learning_rate, defaults.full_learning_rate) == (1e-4, 1e-5)
+        assert not defaults.distilled
+    assert (sd.family, sdxl.family) == ("sd", "sdxl")
     zero = tiny.pipeline_folder(tmp_path / "zero", "v_prediction", zero_snr=True)
     assert families.check(zero).solver == "ddim"
     assert families.load(originals["sd"]).defaults == sd

@@ -29,16 +29,22 @@ import torch
 from PIL import EpsImagePlugin, Image, ImageFont
 from transformers import CLIPTokenizer
 
-from data_build import decode, readers
+import rewards
+from data_build import decode, readers, scoring
 from data_build.published import read_published
 from data_build.scoring import PrepareEntry
 from eval import pages
+from eval.models import check_scorers
 from preftune import cli, families, grid, images, prompts
 from preftune.printable import printable, show
 from preftune.prompts import read_prompts
 from preftune.records import read_imagefolder, read_rankings, write_jsonl
+from preftune.resolution import Resolution
 from rewards import input_files, weights
 from rewards.clip_tokenizer import MERGES, ClipTokenizer, read_merges
+from rewards.shared_towers import load_all
+from rewards.terms import parse_weights, units
+from rewards.training import check_trainable, load_trainable
 
 DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n/showpage {} def\n%%EOF\n"
@@ -628,6 +634,45 @@ def test_terminals_are_not_commanded(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert seen.out.count("\n") == 2
     assert printable("a\tb\nc") == "a\tb\nc"
     assert len(printable("x" * 10**6)) < 5000
+
+
+def test_a_name_in_data_runs_no_file(tmp_path: Path) -> None:
+    """FILE.py:FUNCTION runs where the user wrote it in --rewards, and nowhere else: a name in data, a summary or a card does not."""
+    ran, evil = tmp_path / "ran", tmp_path / "evil.py"
+    evil.write_text(
+        f"open({str(ran)!r}, 'w')\ndef f(pixels, prompts):\n    return pixels.mean(dim=(1, 2, 3))\n"
+    )
+    name = f"{evil}:f"
+    assert rewards.find_card(name).module == "rewards.own_scorer", "it is only read"
+    calls: list[Callable[[], object]] = [
+        lambda: rewards.load(name),
+        lambda: rewards.check(name),
+        lambda: rewards.check_all([name], {}),
+        lambda: load_all([name], files={}, device="cpu", dtype=torch.float32),
+        lambda: check_scorers([name], {}, ["a"], Resolution(64, 64), tmp_path),
+        lambda: scoring.digests([name], {}),
+        lambda: check_trainable(name),
+        lambda: load_trainable(name),
+    ]
+    for call in calls:
+        with pytest.raises(
+            ValueError, match=r"runs only where --rewards names it; in Python|cannot be trained here"
+        ):
+            call()
+    stats = tmp_path / "summary.json"
+    stats.write_text(
+        json.dumps({"scores": {name: {"mean": 0, "std": 1}, "brightness": {"mean": 0, "std": 1}}})
+    )
+    units([rewards.find_card("brightness")], "dataset", stats)
+    shutil.copytree(Path(__file__).parents[1] / "assets" / "tiny" / "imagereward", tmp_path / "scorer")
+    facts = {"started_from": name, "licence": name, "typical_range": [0, 1]}
+    (tmp_path / "scorer" / "card.json").write_text(json.dumps(facts))
+    rewards.check(str(tmp_path / "scorer"))
+    assert not ran.exists()
+    parse_weights([f"{name}=0.5"])
+    assert not ran.exists(), "not before all flags are right"
+    rewards.load(name)
+    assert ran.exists()
 
 
 def test_pages_escape(tmp_path: Path) -> None:

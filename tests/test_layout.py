@@ -20,12 +20,27 @@ LIBRARIES = {"rewards": ("rewards",), "preftune": ("rewards", "preftune")}
 
 RUN = tuple(
     f"preftune.training.{name}"
-    for name in ("checkpoint", "folder", "inputs", "metrics", "optimizer", "resume", "signals")
+    for name in (
+        "checkpoint",
+        "folder",
+        "inputs",
+        "metrics",
+        "optimizer",
+        "process_state",
+        "report_to",
+        "resume",
+        "signals",
+        "trackers",
+    )
 )
 """The parts of Run, which programs leave to it."""
 
 HOMES = {
-    "accelerate": ("preftune/training/run.py",),
+    "accelerate": (
+        "preftune/training/run.py",
+        "preftune/training/trackers.py",
+        "preftune/training/process_state.py",
+    ),
     "diffusers": ("preftune/families/", "preftune/solvers.py"),
     "peft": ("preftune/lora.py",),
     "open_clip": (),
@@ -237,9 +252,12 @@ def test_every_shipped_yaml_parses(config: Path, tmp_path: Path) -> None:
     assert cli.parse(driver.Config, ["--config", str(tmp_path / "replay.yaml")]) == parsed
 
 
-@pytest.mark.parametrize("module", ["rewards", "preftune.cli"])
+@pytest.mark.parametrize(
+    "module",
+    ["rewards", "rewards.terms", "preftune.cli", "preftune.training.config", "preftune.training.run_config"],
+)
 def test_importable_without_torch(module: str) -> None:
-    """--help and the scorer table must not wait for torch."""
+    """Flags, --help and the scorer table must not wait for torch."""
     code = f"import sys; sys.modules['torch'] = None; import {module}"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(

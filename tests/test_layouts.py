@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import single_files
 from preftune import families
-from preftune.solvers import SolverName
+from preftune.solver_names import SolverName
 
 SOLVERS: dict[str, SolverName] = {
     "PNDMScheduler": "pndm", "DDIMScheduler": "ddim", "EulerDiscreteScheduler": "euler",

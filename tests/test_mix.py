@@ -17,7 +17,8 @@ from eval import compare_methods, grid, preference_accuracy
 from finetune import refl
 from preftune import cli
 from rewards import CARDS, Card
-from rewards.mix import Mix, parse_files, parse_names, parse_weights, units
+from rewards.mix import Mix
+from rewards.terms import parse_files, parse_names, parse_weights, units
 
 
 class Fixed:
@@ -136,7 +137,10 @@ def test_parse_weights_keeps_the_order() -> None:
         (["brightness=much"], "not NAME or NAME=WEIGHT .* --reward-files NAME=PATH"),
         (["brightness=nan"], "finite"),
         (["brightness=0"], "other than 0"),
-        (["brightnes=1"], "unknown scorer 'brightnes'; one of brightness, shapes"),
+        (
+            ["brightnes=1"],
+            r"unknown scorer 'brightnes' \(did you mean brightness\?\); one of brightness, shapes",
+        ),
         (["brightness=1", "brightness=2"], "repeats brightness"),
         (["brightness", "brightness=1"], "repeats brightness"),
         ([], "--rewards is empty; name at least one scorer, as NAME or NAME=WEIGHT, of brightness"),
@@ -172,7 +176,7 @@ def test_all_programs_read_scorers_alike(program: str, capsys: pytest.CaptureFix
     for term in ("brightness", "brightness=1", "brightness=1.0"):
         assert cli.parse(config, [*flags, "--rewards", term])
     for term, words in (
-        ("brightnes", "unknown scorer 'brightnes'; one of brightness, shapes"),
+        ("brightnes", "unknown scorer 'brightnes' (did you mean brightness?); one of brightness, shapes"),
         ("brightness=x.pt", "'brightness=x.pt' is not NAME or NAME=WEIGHT"),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -5,7 +5,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
-from preftune.noise import PredictionType, add_noise, predict_from, target
+from preftune.noise import add_noise, predict_from, target
+from preftune.solver_names import PredictionType
 
 BETAS = {
     "num_train_timesteps": 1000,

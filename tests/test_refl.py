@@ -61,6 +61,7 @@ def config(root: Path, output: Path, *, run: dict[str, Any] | None = None, **cha
         "reward_scale": 1.0,
         "num_inference_steps": STEPS,
         "window": (1, 3),
+        "solver": "ddpm",
         "pretraining": "off",
         "data": root / "images",
         "model": model_config(root),

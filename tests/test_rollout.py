@@ -14,7 +14,8 @@ from preftune.families.base import Cond, Family
 from preftune.resolution import Resolution
 from preftune.rollout import Trajectory, replay, rollout
 from preftune.sampling import Sampling, initial_noise, sample
-from preftune.solvers import SolverName, Step, cps, ddim
+from preftune.solver_names import SolverName
+from preftune.solvers import Step, cps, ddim
 
 PROMPTS = ["a red circle", "two cats", "a dog at sea"]
 STEPS: dict[str, tuple[SolverName, Step | None]] = {

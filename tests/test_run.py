@@ -23,8 +23,8 @@ from torch import nn
 
 from drivers import toy
 from preftune.training import checkpoint
-from preftune.training.optimizer import lr_factor
-from preftune.training.run import MAX_SKIPPED, Run, RunConfig, check
+from preftune.training.optimizer import MAX_SKIPPED, lr_factor
+from preftune.training.run import Run, RunConfig, check
 
 ROOT = Path(__file__).parent.parent
 TOY = str(ROOT / "tests" / "drivers" / "toy.py")

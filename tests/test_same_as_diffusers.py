@@ -29,7 +29,8 @@ from preftune import families
 from preftune.families import Family
 from preftune.resolution import Resolution
 from preftune.sampling import step
-from preftune.solvers import SOLVERS, SolverName
+from preftune.solver_names import SolverName
+from preftune.solvers import SOLVERS
 
 PROMPTS = ["a red circle", "two cats"]
 STEPS = 5

@@ -23,7 +23,7 @@ from preftune.families.base import Defaults, Family
 from preftune.noise import Prediction
 from preftune.resolution import Resolution
 from preftune.sampling import Sampling, initial_noise, sample, sharded, step, step_noise
-from preftune.solvers import SolverName
+from preftune.solver_names import SolverName
 
 PROMPTS = ["a red circle", "two cats", "a dog at sea"]
 SEEDS = [11, 5, 2**40]
@@ -259,13 +259,13 @@ def test_steps_without_noise_move_no_generator(family: Family) -> None:
 
 def test_defaults_stand_in_for_none() -> None:
     defaults = Defaults(
+        family="sd",
+        distilled=False,
         resolution=Resolution(512, 768),
         num_inference_steps=50,
         guidance_scale=7.5,
         solver="pndm",
         lora_target_modules=("to_q",),
-        lora_learning_rate=1e-4,
-        full_learning_rate=1e-5,
         prediction_type="epsilon",
         zero_snr=False,
         num_train_timesteps=1000,

@@ -37,8 +37,8 @@ from preftune.cli import parse
 from preftune.records import read_imagefolder, read_jsonl, write_jsonl
 from rewards import CARDS
 from rewards.clip import ClipVision
-from rewards.mix import units
 from rewards.pixels import from_pil
+from rewards.terms import units
 
 ROOT = Path(__file__).parents[1]
 COUNT = 7
@@ -860,7 +860,7 @@ def test_other_archives_are_another_job(change: str, rendered: Path, tmp_path: P
 
 
 BAD = [
-    (["--rewards", "shape"], "unknown scorer 'shape'; one of brightness, shapes"),
+    (["--rewards", "shape"], "unknown scorer 'shape' (did you mean shapes?); one of brightness, shapes"),
     (["--rewards", "shapes", "shapes"], "repeats shapes; name each scorer once"),
     (["--rewards", "clipscore"], "the weights of clipscore are not here; run `hf download"),
     (["--reward-files", "clipscore=x"], "names clipscore, which --rewards does not use"),

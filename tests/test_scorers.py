@@ -9,18 +9,20 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
 import rewards
 from golden_weights import CLIP_NAMES, tiny_card
+from preftune.images import to_pil
 from rewards import CARDS, Preprocess, Scorer
 from rewards.aesthetic import load_scorer
 from rewards.blipscore import BlipScore
 from rewards.card import ImageRewardConfig
 from rewards.imagereward import ImageReward, to_transformers
-from rewards.pixels import from_pil, prepare
+from rewards.pixels import OUTSIDE, from_pil, prepare
 from rewards.weights import local
 
 PROMPTS = [
@@ -137,8 +139,58 @@ def test_any_prompt_and_size_but_for_the_judge(scorer: Scorer) -> None:
 
 
 def test_as_many_prompts_as_images(scorer: Scorer, pixels: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="3 images"):
+    with pytest.raises(ValueError, match="3 images need as many prompts, got 2"):
         scorer(pixels, PROMPTS[:2])
+    with pytest.raises(ValueError, match="3 images need as many prompts, got 0"):
+        scorer(pixels, [])
+
+
+def test_one_prompt_for_several_images(scorer: Scorer, pixels: torch.Tensor) -> None:
+    scores = scorer(pixels, [PROMPTS[1]] * 3)
+    assert torch.equal(scorer(pixels, PROMPTS[1]), scores)
+    assert torch.equal(scorer(pixels, PROMPTS[1:2]), scores)
+
+
+def test_pil_images_are_prepared_as_the_authors_do(scorer: Scorer, pixels: torch.Tensor) -> None:
+    """Of one size or of several, or one by itself; the judge reads one size alone."""
+    sizes = [(64, 64)] * 3 if scorer.card.name == "shapes" else [(64, 64), (100, 40), (31, 64)]
+    images = [to_pil(image).resize(size) for image, size in zip(pixels, sizes, strict=True)]
+    images[0] = images[0].convert("P")  # which the authors resize before they make it RGB
+    singles = [
+        scorer(from_pil(image, scorer.card.preprocess)[None], [prompt])
+        for image, prompt in zip(images, PROMPTS, strict=True)
+    ]
+    torch.testing.assert_close(scorer(images, PROMPTS), torch.cat(singles), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scorer(images[1], PROMPTS[1]), singles[1])
+    same = scorer([images[1]] * 2, PROMPTS[1])
+    torch.testing.assert_close(same, torch.cat([singles[1]] * 2), atol=1e-5, rtol=1e-5)
+
+
+def test_pixels_outside_their_range_are_refused(scorer: Scorer, pixels: torch.Tensor) -> None:
+    for wrong, words in (
+        (pixels * 255, r"pixels must lie in \[0, 1\], got .* to 25\d\.\d*; divide values in 0\.\.255 by 255"),
+        (
+            pixels * 2 - 1,
+            r"pixels must lie in \[0, 1\], got -0\.99\d* to 0\.99\d*; bring values in -1\.\.1 there by",
+        ),
+        (
+            (pixels * 255).byte(),
+            r"pixels must be a float tensor .* got torch\.uint8 \(3, 3, 64, 64\); divide 0\.\.255",
+        ),
+        (pixels[0], "pixels must be a float tensor"),
+        (list(pixels), "a list of PIL images or a tensor .*, got a list with Tensor"),
+        (["image.png"] * 3, "got a list with str 'image.png'; open a file by PIL.Image.open"),
+        (pixels.numpy(), "takes pixels .* or a list of PIL images, got array"),
+        ([], r"got \[\]"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            scorer(wrong, PROMPTS)  # type: ignore[arg-type]
+
+
+def test_what_a_decoder_overshoots_passes(scorer: Scorer, pixels: torch.Tensor) -> None:
+    """A little without a gradient, and anything with one, whose values are not read: on a GPU that would be a wait an update."""
+    assert scorer(pixels * 1.4 - 0.2, PROMPTS).isfinite().all()
+    assert scorer((pixels * 8 - 4).requires_grad_(), PROMPTS).isfinite().all()
 
 
 def test_half_precision_towers_still_give_float32(untrained: Path, pixels: torch.Tensor) -> None:
@@ -181,6 +233,8 @@ def test_unknown_names_and_needless_weights(tmp_path: Path) -> None:
 def test_missing_weights_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("rewards.weights.ROOT", tmp_path)
+    monkeypatch.setattr("rewards.embedded.PLACES", (tmp_path,))
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"hf download zai-org/ImageReward ImageReward\.pt"):
         rewards.check("imagereward")
     with pytest.raises(
@@ -199,7 +253,10 @@ def test_every_card_can_bring_its_scores_to_common_units() -> None:
         assert all(getattr(card, field.name) != "" for field in fields(card))
 
 
-def test_the_table_prints_every_scorer(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_prints_every_scorer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["rewards"])
     runpy.run_module("rewards", run_name="__main__")
     table = capsys.readouterr().out
     assert all(f"\n{name} " in table and f"\n{name}: " in table for name in CARDS)
@@ -315,6 +372,16 @@ def test_a_rotation_in_the_exif_data_is_not_applied(tmp_path: Path) -> None:
     image.save(tmp_path / "turned.png", exif=exif)
     assert Image.open(tmp_path / "turned.png").getexif()[0x0112] == 6
     assert from_pil(Image.open(tmp_path / "turned.png")).shape == (3, 90, 60)
+
+
+def test_a_bicubic_resize_stays_within_what_is_taken() -> None:
+    """Also of the worst image, black and white pixels by chance, with the kernel that overshoots most."""
+    noise = (torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    for antialias in (True, False):
+        found = F.interpolate(noise, (509, 509), mode="bicubic", antialias=antialias)
+        assert found.min() < -0.1
+        assert found.min() > -OUTSIDE
+        assert found.max() < 1 + OUTSIDE
 
 
 @pytest.mark.parametrize(

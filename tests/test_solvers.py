@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from preftune import solvers
-from preftune.noise import Prediction, PredictionType, predict_from
-from preftune.solvers import SOLVERS, Level, SolverName, Step, Transition
+from preftune.noise import Prediction, predict_from
+from preftune.solver_names import PredictionType, SolverName
+from preftune.solvers import SOLVERS, Level, Step, Transition
 from test_noise import BETAS, VP
 
 PLAIN = {"clip_sample": False, "thresholding": False}

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, PNDMScheduler
 import tiny
 from preftune import families
 from preftune.families import Family
-from preftune.solvers import SolverName
+from preftune.solver_names import SolverName
 
 FOLDERS: dict[str, Callable[[Path], Path]] = {"sd": tiny.pipeline_folder, "sdxl": tiny.pipeline_xl_folder}
 

@@ -26,8 +26,9 @@ from rewards import CARDS, Clip, Preprocess, blipscore
 from rewards.atomic_folder import left_behind
 from rewards.clip import ClipScorer
 from rewards.imagereward import FULL_SIZE, ImageReward
-from rewards.mix import Mix, parse_weights
+from rewards.mix import Mix
 from rewards.shared_towers import load_all
+from rewards.terms import parse_weights
 from rewards.trained_cards import clip_card
 from rewards.training import check_trainable, freeze, load_trainable
 

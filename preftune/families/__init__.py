@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from preftune.families import guard, known, weights
 from preftune.families.base import Cond, Defaults, Family
 from preftune.families.known import FAMILIES
@@ -13,6 +11,8 @@ from preftune.families.source import Source
 from preftune.lora_names import Layers
 
 if TYPE_CHECKING:
+    import torch
+
     from preftune.families.sd import SD
     from preftune.families.sdxl import SDXL
 
@@ -52,16 +52,20 @@ def check(model: Source | Path | str, vae: Path | None = None) -> Defaults:
 
 def load(
     model: Source | Path | str,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    device: "torch.device | str" = "cpu",
+    dtype: "torch.dtype | None" = None,
     vae: Path | None = None,
 ) -> Family:
-    """Return a model as its family, frozen; ValueError as `check`, before any weight is read."""
+    """Return a model as its family, frozen, in dtype (None is float32); ValueError as `check`, before any weight is read."""
+    import torch
+
     source = as_source(model)
     check(source, vae)
     vae = None if vae is None else locate_vae(str(vae))
     with guard.loading(source):
-        family: Family = known.module_of(source).load(source, device, dtype, vae)
+        family: Family = known.module_of(source).load(
+            source, device, torch.float32 if dtype is None else dtype, vae
+        )
     return family
 
 

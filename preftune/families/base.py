@@ -4,34 +4,39 @@ B batch, C h w latents, H W pixels, L tokens, D width of the text states. A time
 1000); 0 is the lowest noise level, and t = -1 means no noise.
 """
 
+from __future__ import annotations  # torch is named in annotations alone, so that flags are read without it
+
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-import torch
-from torch import Generator, Tensor, nn
-
-from preftune import solvers
-from preftune.lora import LoRA
+from preftune.lora_config import LoRA
 from preftune.lora_names import Layers
-from preftune.noise import Prediction, PredictionType
 from preftune.resolution import Framing, Resolution
-from preftune.solvers import SolverName
+from preftune.solver_names import PredictionType, SolverName
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Generator, Tensor, nn
+
+    from preftune.noise import Prediction
 
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """Default settings of a family."""
+    """Default settings of a model; those of its training are in preftune/training/defaults.py."""
 
+    family: str
+    """Name of its module in preftune.families: sd, sdxl."""
+    distilled: bool
+    """Made for a few steps without guidance, as SD-Turbo and SDXL-Turbo."""
     resolution: Resolution
     num_inference_steps: int
     guidance_scale: float
     solver: SolverName
     lora_target_modules: tuple[str, ...]
-    lora_learning_rate: float
-    full_learning_rate: float
     prediction_type: PredictionType
     zero_snr: bool
     """The last timestep is pure noise, where some solvers cannot start."""
@@ -39,6 +44,8 @@ class Defaults:
 
     def check_solver(self, name: SolverName, num_inference_steps: int) -> None:
         """Raise ValueError, before any weight loads, for a solver or a number of steps that the model cannot be sampled with."""
+        from preftune import solvers
+
         solvers.check(
             name, num_inference_steps, self.prediction_type, self.zero_snr, self.num_train_timesteps
         )
@@ -59,7 +66,7 @@ class Cond:
         """Return B."""
         return len(next(iter(self.positive.values())))
 
-    def rows(self, index: slice | Sequence[int]) -> "Cond":
+    def rows(self, index: slice | Sequence[int]) -> Cond:
         """Return some of the prompts, in this order, with the same negative."""
         chosen = index if isinstance(index, slice) else list(index)
         return Cond(
@@ -67,8 +74,10 @@ class Cond:
         )
 
     @staticmethod
-    def cat(conds: Sequence["Cond"]) -> "Cond":
+    def cat(conds: Sequence[Cond]) -> Cond:
         """Return all prompts in one. ValueError unless they have the same names and the same negative."""
+        import torch
+
         first = conds[0]
         for other in conds[1:]:
             if other.positive.keys() != first.positive.keys():
@@ -169,6 +178,10 @@ class Family(Protocol):
 
     def save_pipeline(self, folder: Path) -> None:
         """Write the whole pipeline in diffusers' folder format."""
+        ...
+
+    def pipeline(self) -> Any:
+        """Return the model as a pipeline of diffusers that holds these very parts, with the scheduler that its folder names."""
         ...
 
     def scheduler(self, solver: SolverName, num_inference_steps: int) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from preftune.families import configs, known, single_file, weights
+from preftune.families import configs, known, weights
 from preftune.families.source import (
     INDEX,
     Source,
@@ -20,7 +20,7 @@ from preftune.families.source import (
     models_of,
     parts_of,
 )
-from rewards import hub
+from rewards import embedded, hub
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_PAGE = re.compile(
@@ -68,7 +68,7 @@ def locate(model: str, revision: str | None = None, variant: str | None = None) 
     ValueError, in one sentence with the next step, for a path that is missing, for a folder or file that is no
     model (such as a LoRA), and for a repository that is not to be had.
     """
-    path = Path(model).expanduser()
+    path = embedded.find(Path(model).expanduser())
     if page := _HUB_PAGE.fullmatch(model):
         repo, at, file = page.groups()
         if file is not None:
@@ -95,8 +95,10 @@ def names_a_model(text: str) -> bool:
 
     A hub id does where the hub's cache has it, else its page: a run whose folder is missing, runs/refl, looks like a hub id.
     """
-    path = Path(text).expanduser()
+    path = embedded.find(Path(text).expanduser())
     if path.is_file():
+        from preftune.families import single_file  # needs torch, which the flags do not
+
         return single_file.is_checkpoint(path)
     if path.is_dir():
         return (path / INDEX).is_file()
@@ -142,7 +144,7 @@ def lora_in(names: Collection[str]) -> str | None:
 
 def vae_folder(vae: str) -> Path | None:
     """Return the folder of an autoencoder that is named by its path, None for a hub id; ValueError where there is none."""
-    path = Path(vae).expanduser()
+    path = embedded.find(Path(vae).expanduser())
     if not path.exists() and _HUB_ID.fullmatch(vae) and not path.parent.is_dir():
         return None
     if not path.is_dir():
@@ -188,6 +190,8 @@ def _from_file(model: str, path: Path, variant: str | None, commit: str | None =
         raise ValueError(
             f"--variant {variant} is for pipeline folders and hub ids, but {model} is one file; leave it out"
         )
+    from preftune.families import single_file  # needs torch, which the flags do not
+
     kind = single_file.detect(path)
     return Source(name=model, folder=kind.folder, file=path, commit=commit, noise=kind.noise)
 

@@ -23,9 +23,9 @@ from preftune.families import unet as unets
 from preftune.families.base import Cond, Defaults
 from preftune.families.source import Source
 from preftune.lora_names import Layers
-from preftune.noise import Prediction, PredictionType, predict_from
+from preftune.noise import Prediction, predict_from
 from preftune.resolution import Framing, Resolution
-from preftune.solvers import SolverName
+from preftune.solver_names import PredictionType, SolverName
 
 
 def check(source: Source, vae: Path | None = None) -> Defaults:
@@ -57,6 +57,7 @@ def _defaults(denoiser: Mapping[str, Any], autoencoder: Mapping[str, Any], noise
         denoiser,
         autoencoder,
         noise,
+        family="sd",
         latent_size=64,
         guidance_scale=7.5,
         solver="ddim" if noise.zero_snr else "pndm",
@@ -84,6 +85,7 @@ class SD:
         self.text_encoders: Sequence[nn.Module] = (text_encoder,)
         self.denoiser: nn.Module = unet
         self.device: torch.device = vae.device
+        self._scheduler_config = scheduler_config
         self.noise = vp.read(scheduler_config, "scheduler_config")
         self.prediction_type: PredictionType = self.noise.prediction_type
         self.defaults: Defaults = _defaults(unet.config, vae.config, self.noise)
@@ -190,33 +192,44 @@ class SD:
         """Return the layers of the UNet and of the text encoders."""
         return self._tuned.layers()
 
+    def pipeline(self) -> Any:
+        """Return a StableDiffusionPipeline, without a safety checker."""
+        return self._pipeline(vp.own_scheduler(self._scheduler_config) or self._sampler())
+
     def save_pipeline(self, folder: Path) -> None:
         """Write the whole pipeline in diffusers' folder format, with Stable Diffusion's own sampler (DDIM at zero SNR)."""
+        text.to_save(self.tokenizer)
+        self._pipeline(self._sampler()).save_pretrained(folder)
+
+    def _sampler(self) -> Any:
+        """Stable Diffusion's own sampler with this model's noise."""
+        if self.noise.trailing and not self.noise.zero_snr:
+            return vp.trailing_scheduler(self.noise)
         settings = {
             **self.noise.betas,
             "prediction_type": self.prediction_type,
             "set_alpha_to_one": False,
             "steps_offset": 1,
         }
-        scheduler = (
+        return (
             DDIMScheduler(
                 **settings, clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing"
             )
             if self.noise.zero_snr
             else PNDMScheduler(**settings, skip_prk_steps=True)
         )
-        if self.noise.trailing and not self.noise.zero_snr:
-            scheduler = vp.trailing_scheduler(self.noise)
-        StableDiffusionPipeline(
+
+    def _pipeline(self, scheduler: Any) -> Any:
+        return StableDiffusionPipeline(
             unet=self.unet,
             vae=self.vae,
             text_encoder=self.text_encoder,
-            tokenizer=text.to_save(self.tokenizer),
+            tokenizer=self.tokenizer,
             scheduler=scheduler,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
-        ).save_pretrained(folder)
+        )
 
 
 def load(

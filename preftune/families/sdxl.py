@@ -20,9 +20,9 @@ from preftune.families import unet as unets
 from preftune.families.base import Cond, Defaults
 from preftune.families.source import Source
 from preftune.lora_names import Layers
-from preftune.noise import Prediction, PredictionType, predict_from
+from preftune.noise import Prediction, predict_from
 from preftune.resolution import Framing, Resolution
-from preftune.solvers import SolverName
+from preftune.solver_names import PredictionType, SolverName
 
 _TIME_IDS = 6
 """Original height and width, top and left of the crop, target height and width."""
@@ -65,6 +65,7 @@ def _defaults(denoiser: Mapping[str, Any], autoencoder: Mapping[str, Any], noise
         denoiser,
         autoencoder,
         noise,
+        family="sdxl",
         latent_size=128,
         guidance_scale=5.0,
         solver="euler",
@@ -99,6 +100,7 @@ class SDXL:
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
         self.denoiser: nn.Module = unet
         self.device: torch.device = vae.device
+        self._scheduler_config = scheduler_config
         self.noise = vp.read(scheduler_config, "scheduler_config")
         self.prediction_type: PredictionType = self.noise.prediction_type
         self.defaults: Defaults = _defaults(unet.config, vae.config, self.noise)
@@ -261,28 +263,41 @@ class SDXL:
         """Return the layers of the UNet and of the text encoders."""
         return self._tuned.layers()
 
+    def pipeline(self) -> Any:
+        """Return a StableDiffusionXLPipeline, without a watermark in its images; it casts its autoencoder up itself, to decode."""
+        unets.cast(self.vae, self.device, self.unet.dtype)
+        return self._pipeline(vp.own_scheduler(self._scheduler_config) or self._sampler())
+
     def save_pipeline(self, folder: Path) -> None:
         """Write the whole pipeline in diffusers' folder format, with SDXL's own sampler (Euler)."""
-        scheduler = EulerDiscreteScheduler(
+        for tokenizer in self.tokenizers:
+            text.to_save(tokenizer)
+        self._pipeline(self._sampler()).save_pretrained(folder)
+
+    def _sampler(self) -> Any:
+        """SDXL's own sampler with this model's noise."""
+        if self.noise.trailing and not self.noise.zero_snr:
+            return vp.trailing_scheduler(self.noise)
+        return EulerDiscreteScheduler(
             **self.noise.betas,
             prediction_type=self.prediction_type,
             rescale_betas_zero_snr=self.noise.zero_snr,
             timestep_spacing="trailing" if self.noise.zero_snr else "leading",
             steps_offset=1,
         )
-        if self.noise.trailing and not self.noise.zero_snr:
-            scheduler = vp.trailing_scheduler(self.noise)
-        StableDiffusionXLPipeline(
+
+    def _pipeline(self, scheduler: Any) -> Any:
+        return StableDiffusionXLPipeline(
             unet=self.unet,
             vae=self.vae,
             text_encoder=self.text_encoders[0],
             text_encoder_2=self.text_encoders[1],
-            tokenizer=text.to_save(self.tokenizers[0]),
-            tokenizer_2=text.to_save(self.tokenizers[1]),
+            tokenizer=self.tokenizers[0],
+            tokenizer_2=self.tokenizers[1],
             scheduler=scheduler,
             force_zeros_for_empty_prompt=self.force_zeros_for_empty_prompt,
             add_watermarker=False,
-        ).save_pretrained(folder)
+        )
 
 
 def vae_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:

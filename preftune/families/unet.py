@@ -16,7 +16,7 @@ from preftune.families.base import Cond, Defaults
 from preftune.lora_files import Update
 from preftune.lora_names import Layers, layers_of
 from preftune.resolution import Resolution
-from preftune.solvers import SolverName
+from preftune.solver_names import SolverName
 
 Call = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """(x (N, C, h, w), t (N,), conditions by name (N, ...)) -> the network's output (N, C, h, w)."""
@@ -27,6 +27,7 @@ def defaults(
     autoencoder: Mapping[str, Any],
     noise: vp.VP,
     *,
+    family: str,
     latent_size: int,
     guidance_scale: float,
     solver: SolverName,
@@ -36,6 +37,8 @@ def defaults(
     A distilled model has 4 steps of Euler without guidance instead.
     """
     return Defaults(
+        family=family,
+        distilled=noise.distilled,
         resolution=configs.trained_resolution(denoiser, autoencoder, latent_size),
         num_inference_steps=4 if noise.distilled else 50,
         guidance_scale=1.0 if noise.distilled else guidance_scale,
@@ -44,8 +47,6 @@ def defaults(
         zero_snr=noise.zero_snr,
         num_train_timesteps=int(noise.betas["num_train_timesteps"]),
         lora_target_modules=loras.LoRA().target_modules,
-        lora_learning_rate=1e-4,
-        full_learning_rate=1e-5,
     )
 
 

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import diffusers
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, SchedulerMixin
 from torch import Generator, Tensor
 
 from preftune import solvers
-from preftune.noise import PredictionType
-from preftune.solvers import SolverName
+from preftune.solver_names import PredictionType, SolverName
 
 _KINDS = ("epsilon", "v_prediction", "sample")
 _EULER = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
@@ -132,6 +132,14 @@ def scheduler(vp: VP, solver: SolverName, num_inference_steps: int) -> Any:
         zero_snr=vp.zero_snr,
         trailing=vp.trailing,
     )
+
+
+def own_scheduler(config: Mapping[str, Any]) -> Any:
+    """Return the scheduler of a scheduler_config.json, as diffusers loads it with its pipeline; None where it names none of diffusers'."""
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if not isinstance(kind, type) or not issubclass(kind, SchedulerMixin):
+        return None
+    return cast(Any, kind).from_config(dict(config))
 
 
 def trailing_scheduler(vp: VP) -> Any:

@@ -6,22 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
 import rewards
-from preftune import lora_files
 from preftune import resolution as resolutions
 from preftune.families import Defaults, Pretrained, check, lora_layers, vae_folder
-from preftune.lora import LoRA
+from preftune.lora_config import LoRA
 from preftune.prompts import read_prompts
 from preftune.resolution import Resolution
-from preftune.sampling import Sampling
+from preftune.sampling_config import Sampling
 from preftune.scorer_flags import Files, Weighted
-from rewards.mix import Normalization, parse_files, parse_weights, units
-
-DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""Names of precisions in flags."""
+from rewards.terms import Normalization, parse_files, parse_weights, units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +65,8 @@ class ModelConfig:
 
         ValueError, too, for settings of a LoRA where all weights are trained; `lora` is the program's own default.
         """
+        from preftune import lora_files  # needs torch, which the flags do not
+
         if self.train == "full" and self.lora not in (LoRA(), lora):
             raise ValueError(
                 "--lora settings do nothing with --train full; leave them out, or choose --train lora"
@@ -95,10 +92,6 @@ class ModelConfig:
     def size(self, defaults: Defaults) -> Resolution:
         """Return the resolution in training."""
         return defaults.resolution if self.resolution is None else resolutions.parse(self.resolution)
-
-    def learning_rate(self, defaults: Defaults) -> float:
-        """Return the peak learning rate that suits what is trained."""
-        return defaults.full_learning_rate if self.tuned() is None else defaults.lora_learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)

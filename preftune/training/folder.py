@@ -1,5 +1,6 @@
 """The output folder of a run: what in it belongs to a run, and what goes when another run takes its place."""
 
+import importlib.metadata
 import re
 import subprocess
 from collections.abc import Sequence
@@ -8,11 +9,12 @@ from pathlib import Path
 
 from preftune import files
 from preftune.training import checkpoint
+from rewards import embedded
 
 _RESULTS = (
     "lora", "lora_kohya.safetensors", "unet", "pipeline", "scorer", "vae", "before_after.png", "reconstructions.png", "accuracy.png",
 )  # fmt: skip
-_OTHERS = ("config.yaml", "metrics.jsonl", "skipped.jsonl")
+_OTHERS = ("config.yaml", "metrics.jsonl", "skipped.jsonl", "trackers.json")
 _CHECKPOINT = re.compile(r"step_(\d{6,})(\.damaged)?")
 _SAMPLES = re.compile(r"step_(\d{6,})(_\w+)?(\.png)?")
 
@@ -91,8 +93,22 @@ def _remove_later(folder: Path, pattern: re.Pattern[str], kept: int) -> None:
             files.remove(path)
 
 
+def write_config(output: Path, text: str, driver: str, circumstances: str) -> None:
+    """Write the YAML that replays a configuration as config.yaml, below a line that says what made the run."""
+    made_by = f"driver {driver}, commit {commit()}, {circumstances}"
+    files.write_text(output / "config.yaml", f"# {made_by}\n{text}", durable=True)
+
+
 def commit() -> str:
-    """Commit of this checkout, with `+` where files differ from it; `unknown` outside git."""
+    """Commit of this checkout, with `+` where files differ from it; outside git, as of a wheel, the version.
+
+    A wheel may lie in a folder of another project's repository, whose commit says nothing.
+    """
+    if not (embedded.ROOT / ".git").exists():
+        try:
+            return f"unknown (version {importlib.metadata.version('preftune')})"
+        except importlib.metadata.PackageNotFoundError:
+            return "unknown"
     where = ["git", "-C", str(Path(__file__).parent)]
     command = [*where, "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:

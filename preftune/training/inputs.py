@@ -14,8 +14,9 @@ from preftune.families.locate import locate, locate_vae
 from preftune.families.source import Source
 from preftune.image_folders import CAPTION_FILES
 from preftune.prompts import is_text
+from rewards import embedded, own
 from rewards.digests import sampled_sha256_of
-from rewards.mix import parse_files, parse_weights
+from rewards.terms import parse_files, parse_weights
 
 FLAGS = (
     "model", "vae", "weights", "vocab", "data", "regularisation", "pretraining_data", "prompts", "validation_prompts",
@@ -38,7 +39,7 @@ def digests(flags: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for name in FLAGS:
         value = flags.get(name)
-        paths = [Path(one) for one in (value if isinstance(value, list) else [value]) if one]
+        paths = [embedded.find(one) for one in (value if isinstance(value, list) else [value]) if one]
         if name == "model" and value in rewards.CARDS:  # a scorer that is trained
             found[name] = _digest(rewards.check(str(value), _path(flags.get("weights"))), with_names=False)
         elif name == "model" and value and (source := _pipeline(flags)) is not None:
@@ -52,7 +53,9 @@ def digests(flags: Mapping[str, Any]) -> dict[str, str]:
     weights = parse_weights(flags["rewards"]) if flags.get("rewards") else {}
     files = parse_files(flags.get("reward_files") or (), weights)
     for name in weights:
-        found[f"scorer {name}"] = _digest(rewards.check(name, files.get(name)), with_names=False)
+        read = rewards.check(name, files.get(name))
+        given = own.is_given(name)  # a callable, which is in no file
+        found[f"scorer {name}"] = own.source_digest(name) if given else _digest(read, with_names=False)
     return found
 
 
@@ -65,7 +68,7 @@ def _pipeline(flags: Mapping[str, Any]) -> Source | None:
 
 
 def _path(value: str | None) -> Path | None:
-    return Path(value) if value else None
+    return embedded.find(value) if value else None
 
 
 def _digest(paths: Sequence[Path], *, with_names: bool) -> str:

@@ -47,6 +47,22 @@ def lr_factor(config: RunConfig, step: int) -> float:
     return 1 - progress if config.lr_scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
 
+MAX_SKIPPED = 50  # fp16 updates skipped in a row: a loss scale that has halved so often will not recover
+
+
+class SkippedUpdates:
+    """How many updates the loss scaler of fp16 has skipped: all in all, and in a row until now."""
+
+    total = in_a_row = 0
+
+    def note(self, skipped: bool, where: str) -> None:
+        """Count an update. Raises FloatingPointError after 50 in a row."""
+        self.total += skipped
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        if self.in_a_row >= MAX_SKIPPED:
+            raise FloatingPointError(f"{MAX_SKIPPED} gradients overflowed fp16, up to {where}: use bf16")
+
+
 class EMA:
     """Exponential moving average of trained parameters; with ema_decay 0 it holds none and does nothing.
 

@@ -16,7 +16,7 @@ import yaml
 from preftune.training import checkpoint, inputs, metrics
 from preftune.training.folder import Start
 from preftune.training.run_config import RunConfig
-from rewards.mix import parse_weights
+from rewards.terms import parse_weights
 
 MAY_DIFFER = frozenset(
     [
@@ -35,6 +35,8 @@ MAY_DIFFER = frozenset(
         "validation_steps",
         "checkpoints_total_limit",
         "threads",
+        "report_to",
+        "tracker_project_name",
         "train_batch_size",
         "gradient_accumulation_steps",
         "gradient_checkpointing",
@@ -58,6 +60,18 @@ _SAY_NOTHING = frozenset(
     ]
 )
 """Flags that change nothing, or that something else in the comparison covers."""
+
+
+def settings(config: RunConfig, driver: str, images_per_update: int) -> dict[str, object]:
+    """Return what a resume must not change, beside the flags, the parameters and the driver's own settings."""
+    return {
+        "driver": driver,
+        "seed": config.seed,
+        "batch x accumulation x processes": images_per_update,
+        "use_8bit_adam": config.use_8bit_adam,
+        "use of ema_decay": config.ema_decay > 0,
+        "use of fp16": config.mixed_precision == "fp16",
+    }
 
 
 def identity(config_text: str, settings: Mapping[str, object], processes: int = 1) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A training run, for drivers with an explicit training loop. Only this file imports accelerate.
+"""A training run, for drivers with an explicit training loop. Only this file and trackers.py import accelerate.
 
     check(config.run)                      # first of all: fails in milliseconds, not after loading a model
     run = Run(config.run, driver="refl", config_text=dump(config))  # compares a resumed run, before a model loads
@@ -33,18 +33,16 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from preftune import files, lock, order, seeds
+from preftune import lock, order, seeds
 from preftune.seeds import Stream
-from preftune.training import checkpoint, folder, resume, signals
-from preftune.training.metrics import Metrics
-from preftune.training.optimizer import EMA, adamw, lr_factor
+from preftune.training import checkpoint, folder, metrics, resume, signals
+from preftune.training.optimizer import EMA, SkippedUpdates, adamw, lr_factor
 from preftune.training.run_config import RunConfig, check, cpu_threads
 
 __all__ = ["Run", "RunConfig", "check"]
 
-MAX_SKIPPED = 50  # fp16 updates skipped in a row: a loss scale that has halved so often will not recover
 _REMEDY = "lower --learning-rate, or find what this step's images have in common"
 
 
@@ -102,13 +100,13 @@ class Run:
         self.source = self._begin.source
         self.start = (checkpoint.updates_of(self.source) or 0) if self.source else 0
         self.resumed = self.source is not None
-        self._metrics: Metrics | None = None
+        self._metrics: metrics.Metrics | None = None
         self.row: dict[str, float] = {}  # empty once written
         self._scalars: list[dict[str, Tensor]] = []  # of each backward pass since the last optimizer step
         self._received = signals.Received()  # by this process
         self._agreed_signal = 0  # received by any process, as all of them learnt in the last update
         self._postfix: dict[str, str] = {}  # beside the progress bar
-        self._skipped = self._skipped_in_a_row = 0
+        self._skipped = SkippedUpdates()
 
     def prepare(self, module: nn.Module, *, learning_rate: float) -> nn.Module:
         """Make `module` ready to train; where the run resumes, with the weights, moments and EMA of the checkpoint.
@@ -141,7 +139,10 @@ class Run:
         """Where the run begins, as the main process finds it, and what differs from before, which it says."""
         start = folder.Start()
         if self.is_main:
-            self._identity = resume.identity(self._config_text, self._settings(), self.world)
+            settings = (
+                resume.settings(self.config, self.driver, self.images_per_update) | self._driver_settings
+            )
+            self._identity = resume.identity(self._config_text, settings, self.world)
             start = resume.find_start(self.config, self._identity)
             sys.stderr.writelines(f"{line}\n" for line in start.said)
         if self.world > 1:
@@ -153,17 +154,18 @@ class Run:
         self.wait()
         if self.is_main:
             overwrite, patterns = self.config.overwrite_output_dir, self._driver_files
+            trackers = metrics.start_trackers(self.config, self._identity["flags"], self.source, self.row)
             folder.clear(self.folder, self._begin, overwrite=overwrite, driver_files=patterns)
             checkpoint.prune(self.folder, self.config.checkpoints_total_limit)
-            self._metrics = Metrics(self.folder, start=self.start - bool(self.row))
-            made_by = f"driver {self.driver}, commit {folder.commit()}, torch {torch.__version__}"
-            text = f"# {made_by}, processes {self.world}\n{self._config_text}"
-            files.write_text(self.folder / "config.yaml", text, durable=True)
+            trackers.remember()
+            self._metrics = metrics.Metrics(self.config, trackers, start=self.start - bool(self.row))
+            circumstances = f"torch {torch.__version__}, processes {self.world}"
+            folder.write_config(self.folder, self._config_text, self.driver, circumstances)
         self.wait()
 
     def steps(self) -> Iterator[int]:
         """Indices of the updates still to do; each begins with freshly seeded random number generators."""
-        interval = 0.5 if sys.stderr.isatty() else 30.0
+        interval = 0.5 if sys.stderr.isatty() or "ipykernel" in sys.modules else 30.0
         total = self.config.max_train_steps
         bar = tqdm(total=total, initial=self.start, disable=not self.is_main, mininterval=interval)
         self._write_row()
@@ -246,16 +248,11 @@ class Run:
             raise FloatingPointError(f"gradient norm at {where} is {norm}: {_REMEDY}")
         self._optimizer.step()
         self._optimizer.zero_grad()
-        if self._accelerator.optimizer_step_was_skipped:
-            self._skipped += 1
-            self._skipped_in_a_row += 1
-            if self._skipped_in_a_row >= MAX_SKIPPED:
-                raise FloatingPointError(f"{MAX_SKIPPED} gradients overflowed fp16, up to {where}: use bf16")
-        else:
-            self._skipped_in_a_row = 0
+        self._skipped.note(self._accelerator.optimizer_step_was_skipped, where)
+        if not self._accelerator.optimizer_step_was_skipped:
             self._ema.update()
         if self.config.mixed_precision == "fp16":
-            self.row["skipped_updates"] = self._skipped
+            self.row["skipped_updates"] = self._skipped.total
         self.row["images_per_s"] = self.images_per_update / (time.perf_counter() - self._began)
 
     def _averaged(self, loss: str, where: str) -> dict[str, float]:
@@ -302,9 +299,14 @@ class Run:
         elif self._metrics is not None:
             self._metrics.write({"step": step, **scalars})
 
-    def _write_row(self) -> None:
+    def log_images(self, step: int, key: str, images: Mapping[Path, str]) -> None:
+        """Show image files with captions in the trackers, of a step or, before the first, of -1; before the metrics of a later one."""
+        if self._metrics is not None:
+            self._metrics.images(key, images, step)
+
+    def _write_row(self, *, complete: bool = True) -> None:
         if self.row and self._metrics is not None:
-            self._metrics.write(self.row)
+            self._metrics.write(self.row, complete=complete)
             self._postfix = {name: f"{value:.3g}" for name, value in self.row.items() if name != "step"}
         self.row = {}
 
@@ -343,25 +345,13 @@ class Run:
             contents = self._state() | {"driver": dict(state or {}), "row": row}
             keep = self.config.checkpoints_total_limit
             checkpoint.write(self.folder, step + 1, contents, write, keep, notes)
-        self._write_row()  # the one that the checkpoint has itself
+        self._write_row(complete=False)  # the one that the checkpoint has itself
         self.wait()
-
-    def _settings(self) -> dict[str, object]:
-        """What a resume must not change, beside the parameters."""
-        return {
-            "driver": self.driver,
-            "seed": self.config.seed,
-            "batch x accumulation x processes": self.images_per_update,
-            "use_8bit_adam": self.config.use_8bit_adam,
-            "use of ema_decay": self.config.ema_decay > 0,
-            "use of fp16": self.config.mixed_precision == "fp16",
-            **self._driver_settings,
-        }
 
     def _state(self) -> dict[str, Any]:
         scaler = self._accelerator.scaler
         return {
-            "skipped": (self._skipped, self._skipped_in_a_row),
+            "skipped": (self._skipped.total, self._skipped.in_a_row),
             "parameters": {name: p.detach().cpu() for name, p in self._named.items()},
             "optimizer": self._optimizer.state_dict()["state"],
             "average": [weight.cpu() for weight in self._ema.weights],
@@ -377,13 +367,13 @@ class Run:
         for name, parameter in self._named.items():
             parameter.copy_(state["parameters"][name])
         self._ema.load(state["average"], state["averaged"])
-        self._skipped, self._skipped_in_a_row = state["skipped"]
+        self._skipped.total, self._skipped.in_a_row = state["skipped"]
         self.resumed_state, self.row = state["driver"], state["row"]
         # Learning rate, betas and so on are the configuration's; only the moments come from the checkpoint.
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
-        if self._accelerator.scaler is not None:
-            self._accelerator.scaler.load_state_dict(state["scaler"])
+        if (scaler := self._accelerator.scaler) is not None:
+            scaler.load_state_dict(state["scaler"])
 
     @property
     def interrupted(self) -> bool:
@@ -394,7 +384,7 @@ class Run:
         """Close files and processes. Returns the exit code: 0, or 128 + signal when interrupted."""
         self.wait()
         if self._metrics is not None:
-            self._metrics.close()
+            self._metrics.close(hurry=self.interrupted)
             lock.release(self.folder)
         self._accelerator.end_training()
         return 128 + self._agreed_signal if self.interrupted else 0

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from preftune import files, lock
-from preftune.training import checkpoint, folder
+from preftune.training import report_to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,14 +19,16 @@ class RunConfig:
     """Folder of the run: config.yaml, metrics.jsonl, tensorboard/, step_000500/."""
     seed: int = 0
     """Seed of all random numbers."""
-    max_train_steps: int = 100
+    max_train_steps: int = 1000
     """Total number of optimizer updates, those before a resume included."""
     train_batch_size: int = 2
     """Images per process in one forward and backward pass."""
     gradient_accumulation_steps: int = 4
     """Passes per update; one update sees batch x accumulation x processes images."""
     learning_rate: float | None = None
-    """Peak learning rate; None = default: for Stable Diffusion 1e-4 for a LoRA, 1e-5 for all weights."""
+    """Peak learning rate; None = that of the program, the model and --train, as 1e-4 for a LoRA and 1e-5 for all weights of
+    Stable Diffusion: preftune/training/defaults.py.
+    """
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
     """Learning-rate schedule after the warmup; linear and cosine decay to 0 at the last update."""
     lr_warmup_steps: int = 0
@@ -47,8 +47,10 @@ class RunConfig:
     """Keep AdamW's moments in 8 bits; needs bitsandbytes."""
     max_grad_norm: float = 1.0
     """Gradients with a larger global norm are scaled down to it; inf never clips."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the forward pass; trained weights stay in float32. fp16 needs a GPU."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of the forward pass; trained weights stay in float32. fp16 needs a GPU. None = bf16 on a CUDA GPU, fp16 on one
+    before Ampere, no elsewhere.
+    """
     ema_decay: float = 0.0
     """Decay per update of an exponential moving average of the trained weights; 0 = none."""
     compile: bool = False
@@ -63,6 +65,10 @@ class RunConfig:
     """latest = continue from the newest checkpoint in --output-dir, if any; or a checkpoint folder."""
     overwrite_output_dir: bool = False
     """Remove an earlier run from the output folder first."""
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """Trackers that get metrics and validation images: tensorboard, wandb, trackio, ...; none, or all that are installed."""
+    tracker_project_name: str | None = None
+    """Project in these trackers; None = what WANDB_PROJECT and the like say, else preftune."""
     threads: int = 0
     """CPU threads per process; 0 = all cores, divided by the processes on this machine."""
 
@@ -91,6 +97,7 @@ class RunConfig:
             _demand(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         _demand(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0; inf never clips")
         _demand(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1); 0 keeps no average")
+        report_to.check_names(self.report_to)
         if self.overwrite_output_dir and self.resume_from_checkpoint == "latest":
             raise ValueError(
                 "--resume-from-checkpoint latest continues the run that --overwrite-output-dir removes; give one of them"
@@ -108,9 +115,13 @@ def check(config: RunConfig) -> None:
     The main process becomes the folder's only writer here.
 
     Raises:
-        ValueError: fp16 without a GPU, 8-bit AdamW without bitsandbytes, an output folder that cannot be written, is
+        ValueError: fp16 without a GPU, 8-bit AdamW without bitsandbytes, a tracker without its package, an output folder that cannot be written, is
             being written by another process or already holds a run, a checkpoint to resume from that is not there.
     """
+    import torch
+
+    from preftune.training import checkpoint, folder  # these need torch, which the flags do not
+
     forced_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")  # accelerate launch --cpu
     if config.mixed_precision == "fp16" and (forced_cpu or not torch.accelerator.is_available()):
         raise ValueError("--mixed-precision fp16 needs a GPU and there is none; use no or bf16")
@@ -118,6 +129,7 @@ def check(config: RunConfig) -> None:
         raise ValueError(
             "--use-8bit-adam needs bitsandbytes: pip install bitsandbytes, or leave the flag out"
         )
+    report_to.check_ready(config.report_to)
     if lock.is_main_process():
         lock.acquire(config.output_dir)  # until `Run.finish`, or the end of the process
     files.check_writable(config.output_dir)

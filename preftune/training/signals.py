@@ -14,6 +14,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from preftune.cli import are_errors_raised
+
 Batch = TypeVar("Batch")
 
 
@@ -51,13 +53,14 @@ def caught() -> Iterator[Received]:
     """Context in which SIGINT and SIGTERM are noted; yields what was received.
 
     A second one, a second later or more, has its usual effect: sooner, it is the same request, sent by both the launcher and the
-    cluster. Outside the main thread nothing is caught, since Python allows it there alone.
+    cluster. That effect is the end of the process; in a call from Python it is that of the handler before, KeyboardInterrupt.
+    Outside the main thread nothing is caught, since Python allows it there alone.
     """
     received = Received()
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    first = 0.0
+    first, from_python = 0.0, are_errors_raised()
 
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal first
@@ -65,11 +68,12 @@ def caught() -> Iterator[Received]:
         if not received.number:
             received.number, first = number, now
             name = signal.Signals(number).name
-            tqdm.write(f"{name}: stopping after this update; once more kills at once", file=sys.stderr)
+            then = "stops" if from_python else "kills"
+            tqdm.write(f"{name}: stopping after this update; once more {then} at once", file=sys.stderr)
             if received.raises:
                 raise StoppedError
         elif now > first + 1:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, before[signal.Signals(number)] if from_python else signal.SIG_DFL)
             signal.raise_signal(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

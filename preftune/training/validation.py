@@ -59,6 +59,11 @@ class Validation:
         """Return the scores of one image in words."""
         return ", ".join(f"{name} {values[index]:.2f}" for name, values in self.scores().items())
 
+    def captions(self) -> dict[Path, str]:
+        """Return image file -> prompt, and below it the scores."""
+        paths = sorted(self.folder.glob("*.png"))
+        return {path: f"{self.prompts[i]}\n{self.caption(i)}".strip() for i, path in enumerate(paths)}
+
 
 def validate(
     family: Family,
@@ -174,7 +179,7 @@ def _read(folder: Path) -> Validation | None:
 def _grid(found: Validation) -> Image.Image:
     """The images of one moment, four in a row."""
     images = found.images()
-    captions = [f"{found.prompts[i]}\n{found.caption(i)}" for i in range(len(images))]
+    captions = list(found.captions().values())
     starts = range(0, len(images), 4)
     return captioned_grid(
         [images[i : i + 4] for i in starts], cell_captions=[captions[i : i + 4] for i in starts]
@@ -213,15 +218,21 @@ def summary(moments: Mapping[str, Validation]) -> str:
     return "\n".join(lines)
 
 
-def write_comparison(run: Path, names: Mapping[str, str]) -> None:
-    """Write `RUN/before_after.png` of moments that were validated, {title: name}, and print what changed since the first."""
+def write_comparison(run: Path, names: Mapping[str, str]) -> list[Path]:
+    """Write `RUN/before_after.png` of moments that were validated, {title: name}, and print what changed since the first.
+
+    Returns the file, where it could be written.
+    """
     moments = {title: found for title, name in names.items() if (found := read(run, name)) is not None}
+    written: list[Path] = []
     lost = [f"samples/{name}" for title, name in names.items() if title not in moments]
     if lost:
         show(f"no comparison of before and after: {', '.join(lost)} is not there or damaged")
     elif len({found.run for found in moments.values()}) > 1:
         show("no comparison of before and after: the settings, inputs or scorers differ between them")
     else:
-        save_image(comparison(moments), run / "before_after.png")
+        written = [run / "before_after.png"]
+        save_image(comparison(moments), *written)
         show(summary(moments))
     show(f"tuned weights, metrics and images: {run}")
+    return written

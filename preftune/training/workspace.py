@@ -22,17 +22,23 @@ from preftune.diffusion_loss import captioned_loss
 from preftune.families import Defaults, Family
 from preftune.lora import LoRA
 from preftune.lora_write import KOHYA_FILE, write_kohya
+from preftune.notes import say
 from preftune.records import CaptionedImage, Skipped
 from preftune.resolution import Resolution
 from preftune.training import data
 from preftune.training import validation as validation_images
-from preftune.training.config import DTYPES, ModelConfig, RewardConfig, ValidationConfig
+from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig
+from preftune.training.defaults import learning_rate
 from preftune.training.run import Run
 from preftune.training.run_config import RunConfig
 from preftune.training.run_config import check as check_run
 from rewards.mix import Mix
+from rewards.own_scorer import try_out
 from rewards.shapes import check_judgeable
 from rewards.shared_towers import load_all
+
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Names of precisions in flags."""
 
 
 @dataclass(kw_only=True)
@@ -76,6 +82,7 @@ class Workspace:
                 )
             if found is None:
                 return {}
+            self.run.log_images(step - 1, f"validation{ending}", found.captions())
             means |= {f"{score}{ending}": value for score, value in found.means().items()}
         return means
 
@@ -95,7 +102,8 @@ class Workspace:
     def finish(self) -> int:
         """Compare before and after, and return the exit code."""
         if not self.run.interrupted and self.run.is_main:
-            validation_images.write_comparison(self.run.folder, self.moments)
+            shown = validation_images.write_comparison(self.run.folder, self.moments)
+            self.run.log_images(self.run.config.max_train_steps - 1, "before_after", dict.fromkeys(shown, ""))
         return self.run.finish()
 
     @staticmethod
@@ -164,7 +172,7 @@ def load_model(
         gradient_checkpointing=model.gradient_checkpointing,
         vae_checkpointing=model.vae_checkpointing,
     )
-    return family.to(device, DTYPES[run.mixed_precision]), denoiser
+    return family.to(device, DTYPES[run.mixed_precision or "no"]), denoiser
 
 
 def export(model: ModelConfig, family: Family, folder: Path) -> None:
@@ -177,11 +185,23 @@ def export(model: ModelConfig, family: Family, folder: Path) -> None:
 
 
 def load_parts(
-    model: ModelConfig, reward: RewardConfig, run: RunConfig, device: torch.device
+    model: ModelConfig,
+    reward: RewardConfig,
+    run: RunConfig,
+    device: torch.device,
+    prompts: Sequence[str],
+    size: Resolution,
+    *,
+    differentiable: bool,
 ) -> tuple[Family, nn.Module, Mix | None]:
-    """Return what `load_model` does, and the scorers, None without --rewards."""
+    """Return what `load_model` does, and the scorers, None without --rewards.
+
+    Before the model loads, rewards of the user's own are tried out with random images of this size; `differentiable` as in `check`.
+    """
     weights, precision = reward.weights(), DTYPES[reward.reward_precision]
     scorers = load_all(list(weights), files=reward.files(), device=device, dtype=precision)
+    for warning in try_out(scorers, prompts, (size.width, size.height), gradient=differentiable):
+        say(warning)
     mix = Mix(scorers, weights, reward.reward_normalization, reward.reward_stats) if scorers else None
     return *load_model(model, run, device), mix
 
@@ -196,6 +216,7 @@ def open(
     driver: str,
     config_text: str,
     prompts: Sequence[str],
+    differentiable: bool = False,
     skipped: Sequence[Skipped] | None = None,
     settings: Mapping[str, object] | None = None,
     driver_files: tuple[str, ...] = (),
@@ -205,7 +226,7 @@ def open(
     """Load scorers and model, open the run, and where it is new show and save the model as it is.
 
     Errors that the user can fix end the program here, before training, with one sentence and exit code 2.
-    `settings` and `driver_files` are Run's; `prompts` those of validation; `skipped` is what of the data was set aside; `negatives` and `moments` see
+    `settings` and `driver_files` are Run's; `prompts` those of validation; `differentiable` as in `check`; `skipped` is what of the data was set aside; `negatives` and `moments` see
     Workspace.
     """
     with exit_on_user_error():
@@ -217,8 +238,16 @@ def open(
         run = Run(
             run_config, driver=driver, config_text=config_text, settings=same, driver_files=driver_files
         )
-        family, denoiser, mix = load_parts(model, reward, run_config, run.device)
-        family.denoiser = run.prepare(denoiser, learning_rate=model.learning_rate(defaults))
+        family, denoiser, mix = load_parts(
+            model,
+            reward,
+            run_config,
+            run.device,
+            prompts,
+            model.size(defaults),
+            differentiable=differentiable,
+        )
+        family.denoiser = run.prepare(denoiser, learning_rate=learning_rate(driver, defaults, model.train))
     if run.is_main and skipped is not None:
         data.write_report(run.folder, skipped)
     steps = run_config.max_train_steps

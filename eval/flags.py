@@ -1,0 +1,35 @@
+"""Values of flags that several programs of eval/ have, and their checks; needs no torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+BASE = "base"
+"""Name of what all methods start from and are compared with."""
+
+
+def split_term(term: str) -> tuple[str, str]:
+    """Return TITLE and WHAT of a column."""
+    title, equals, source = term.partition("=")
+    if not equals or not title.strip():
+        raise ValueError(f"column {term!r} is not TITLE=WHAT, as in base= or tuned=runs/refl")
+    return title, source
+
+
+def check_folders(folders: Sequence[Path]) -> None:
+    """Raise ValueError unless there are folders, each once, by whatever path."""
+    if not folders:
+        raise ValueError("--data needs at least one folder with rankings.jsonl")
+    resolved = [folder.resolve() for folder in folders]
+    for number, folder in enumerate(folders):
+        if resolved[number] in resolved[:number]:
+            first = folders[resolved.index(resolved[number])]
+            raise ValueError(
+                f"--data names {folder} twice{'' if first == folder else f', first as {first}'}; its annotators would be"
+                " compared with themselves"
+            )
+
+
+def check_crops(crops: Sequence[float]) -> None:
+    """Raise ValueError unless all are different shares of an image's side."""
+    if len(set(crops)) != len(crops) or not all(0 < crop <= 1 for crop in crops):
+        raise ValueError(f"--crops must be different shares in (0, 1], got {tuple(crops)}")

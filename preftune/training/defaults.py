@@ -1,0 +1,204 @@
+"""Defaults that depend on the program, the model and what is trained, in one table, each with its source.
+
+A flag that is left out is None in the configuration until the model is known; `filled` then puts the value of this table there. The
+program says in one line which values these are, and config.yaml has them as if they had been typed. A run that resumes takes
+what is left out from the run itself, so that it does not change where this table has.
+
+A LoRA moves by about lr x updates / sqrt(rank) in each weight, if all updates agree: AdamW moves each element of B by about lr, and A
+has standard deviation 1 / rank. 400 updates at 1e-4 and rank 4 are 0.02, weights of Stable Diffusion's attention about 0.03. Half of
+that or less is seen where gradients are noisy; 100 updates at 1e-5 are 0.0005: nothing.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, TypeVar, cast
+
+from preftune import manifest
+from preftune.families.base import Defaults
+from preftune.notes import say
+from preftune.training.config import ModelConfig
+from preftune.training.run_config import RunConfig
+
+Precision = Literal["no", "fp16", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Peak learning rates of AdamW."""
+
+    lora: float
+    full: float
+
+
+RATES: Mapping[str, Mapping[str, Rates]] = {
+    # LoRA: ImageReward's ReFL_SDXL_LoRA.py (1e-4, rank 4); TRL's and AlignProp's LoRA of the same kind have 1e-3 for some 25 updates of
+    # 128 images, DDPO's 3e-4. Full: the paper, section 4.2, and train_refl.sh (1e-5); train_refl_sdxl.sh (1e-5).
+    "refl": {"sd": Rates(lora=1e-4, full=1e-5), "sdxl": Rates(lora=1e-4, full=1e-5)},
+    # diffusers' examples/text_to_image: README.md (LoRA 1e-4, full 1e-5), README_sdxl.md (LoRA 1e-4, full 1e-6).
+    "pretrain": {"sd": Rates(lora=1e-4, full=1e-5), "sdxl": Rates(lora=1e-4, full=1e-6)},
+    # Full: ImageReward, appendix E (1e-5). LoRA, and SDXL: the loss is that of pretrain, so are the rates. LMFlow's notebook has 9e-6 for
+    # a LoRA and 80 updates an iteration, which is next to nothing.
+    "raft": {"sd": Rates(lora=1e-4, full=1e-5), "sdxl": Rates(lora=1e-4, full=1e-6)},
+    # Full: ImageReward, appendix E, and reward-weighted regression of ddpo (1e-5). LoRA, and SDXL: as pretrain.
+    "reward_weighted": {"sd": Rates(lora=1e-4, full=1e-5), "sdxl": Rates(lora=1e-4, full=1e-6)},
+    # LoRA: HPS, section 6, and train_lora.sh (1e-5), for 10,000 updates of 40 images. Full: ours, as pretrain.
+    "weird_lora": {"sd": Rates(lora=1e-5, full=1e-5), "sdxl": Rates(lora=1e-5, full=1e-6)},
+}
+"""Program -> family -> rates. Models distilled to a few steps have those of their family."""
+
+SCORER_RATES = {
+    "imagereward": 1e-5,  # ImageReward, section 4.1, and its config.yaml
+    "clip": 3e-6,  # PickScore (3e-6), HPS v2 (3.3e-6); Stable Preference has 2e-6, HPS v1 1.7e-5 for a single epoch
+}
+"""Architecture of a scorer that is trained on preferences -> rate."""
+
+FROM_SCRATCH = {
+    "autoencoder": 2e-3,  # ours: configs/autoencoder/tiny.yaml, the only size that was trained
+    "pretrain_scorer": 1e-3,  # ours: configs/pretrain_scorer/tiny.yaml; CLIP has 5e-4 and BLIP 3e-4 for models 100 times larger
+}
+"""Program that trains a new network -> rate."""
+
+
+def learning_rate(program: str, model: Defaults, train: Literal["lora", "full"]) -> float:
+    """Return the peak learning rate of a program on a model."""
+    rates = RATES[program][model.family]
+    return rates.lora if train == "lora" else rates.full
+
+
+def refl(
+    model: Defaults, *, num_inference_steps: int | None, pretraining: str | None, data: bool
+) -> dict[str, object]:
+    """Return the defaults of ReFL's own flags: the trajectory, and how the losses are weighed.
+
+    T = 40 and DDPM's solver are the paper's and the released script's; a distilled model has its own few steps. The window is the last
+    quarter of the steps, two at least: 30..39 of 40, as published. lambda is published as 1e-3. It weighs the reward against the
+    pre-training loss; without that loss AdamW divides it out, and all that it does is to bring gradients near to AdamW's epsilon (the
+    860 M weights of Stable Diffusion have a mean square gradient of about 3e-8 at norm 1e-3) and to keep them from being clipped. So it
+    is 1 there. The released script has no pre-training loss, the paper has; here it depends on whether there are data for it.
+    """
+    steps = num_inference_steps or (model.num_inference_steps if model.distilled else 40)
+    mode = pretraining or ("alternate" if data else "off")
+    return {
+        "num_inference_steps": steps,
+        "window": (max(0, min(3 * steps // 4, steps - 2)), steps - 1),
+        "solver": "euler" if model.distilled else "ddpm",
+        "pretraining": mode,
+        "reward_scale": 1.0 if mode == "off" else 1e-3,
+    }
+
+
+def precision(capability: tuple[int, int] | None) -> Precision:
+    """Return the precision that suits a CUDA device of this compute capability, None = another device or a CPU.
+
+    bf16 since Ampere (8.0), where it has tensor cores; fp16 with a loss scale before. SDXL's autoencoder stays in float32 in fp16.
+    """
+    if capability is None:
+        return "no"
+    return "bf16" if capability >= (8, 0) else "fp16"
+
+
+def here() -> Precision:
+    """Return the precision that suits this machine; on a GPU the one that `accelerate launch` or its configuration names, if any."""
+    import torch
+
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    if on_cpu or not torch.cuda.is_available():
+        return "no"
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # "no" is also what it says when nobody chose
+    if launched in ("fp16", "bf16"):
+        return cast(Precision, launched)
+    return precision(torch.cuda.get_device_capability())
+
+
+class _HasRun(Protocol):
+    @property
+    def run(self) -> RunConfig: ...
+
+
+class _HasModel(_HasRun, Protocol):
+    @property
+    def model(self) -> ModelConfig: ...
+
+
+C = TypeVar("C", bound=_HasRun)
+M = TypeVar("M", bound=_HasModel)
+
+
+def of_model(config: M, program: str, model: Defaults, own: Mapping[str, object] | None = None) -> M:
+    """Return the configuration of a program that tunes this model, with its defaults in place of None; `own` are of its own flags."""
+    train = config.model.train
+    values = of_run(learning_rate(program, model, train)) | dict(own or {})
+    weights = "all weights" if train == "full" else "a LoRA"
+    return filled(
+        config, values, f"{program} for {weights} of {model.family}{' (distilled)' * model.distilled}"
+    )
+
+
+def of_run(rate: float) -> dict[str, object]:
+    """Return the defaults of the flags that all programs share."""
+    return {"run.learning_rate": rate, "run.mixed_precision": here()}
+
+
+def filled(config: C, values: Mapping[str, object], about: str) -> C:
+    """Return the configuration with these values, by attribute as `run.learning_rate`, where it has None; say which in one line.
+
+    A run that resumes has its own values instead, as far as its checkpoint notes them. `about`: whose defaults they are.
+    """
+    earlier = earlier_flags(config.run)
+    taken: dict[str, str] = {}
+    again: dict[str, str] = {}
+    for path, value in values.items():
+        if _value(config, path) is not None:
+            continue
+        name = path.removeprefix("run.")
+        own = earlier.get(name)
+        kept = tuple(own) if isinstance(own, list) else own
+        config = _with(config, path, value if kept is None else kept)
+        (taken if kept is None else again)[name] = _words(_value(config, path))
+    for words, flags in ((f"defaults of {about}", taken), ("as the run that goes on", again)):
+        if flags:
+            listed = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())
+            say(f"{words}: {listed}")
+    return config
+
+
+def earlier_flags(run: RunConfig) -> Mapping[str, Any]:
+    """Return the flags of the run that is resumed, as its newest checkpoint notes them; nothing where there is none.
+
+    A checkpoint that cannot be read is passed over: `Run` refuses it or sets it aside.
+    """
+    from preftune.training import checkpoint  # imports torch
+
+    if run.resume_from_checkpoint is None:
+        return {}
+    if isinstance(run.resume_from_checkpoint, str):
+        folders = checkpoint.find_checkpoints(run.output_dir)
+    else:
+        folders = [run.resume_from_checkpoint]
+    for folder in reversed(folders):
+        try:
+            flags = json.loads((folder / manifest.FILE).read_text(encoding="utf-8"))["run"]["flags"]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            continue
+        if isinstance(flags, dict):
+            return flags
+    return {}
+
+
+def _value(config: Any, path: str) -> Any:
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _with(config: Any, path: str, value: object) -> Any:
+    first, _, rest = path.partition(".")
+    return replace(config, **{first: _with(getattr(config, first), rest, value) if rest else value})
+
+
+def _words(value: object) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
