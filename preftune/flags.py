@@ -172,7 +172,7 @@ ELSEWHERE = {
     "initial_epoch": "--resume-from-checkpoint latest",
     "initial_step": "--resume-from-checkpoint latest",
     "log_image_freq": "--validation-steps",
-    "log_with": "metrics go to metrics.jsonl and tensorboard/ in --output-dir",
+    "log_with": "--report-to",
     "logging_steps": "metrics of each update go to metrics.jsonl",
     "lora_bias": "the LoRA has no biases",
     "lora_dropout": "the LoRA has no dropout",

@@ -235,7 +235,7 @@ def test_argv_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--lr", "abc"], "--lr: 'abc' is not a number"),
         (["--lora.rank", "1.5"], "--lora.rank: '1.5' is not a whole number"),
         (["--mode", "slow"], "invalid choice 'slow' for argument '--mode'. Expected one of ('no', 'fast')"),
-        (["--window", "1"], "--window takes 2 whole numbers, got none"),
+        (["--window", "1"], "--window takes 2 whole numbers, got 1"),
         (["--lora.rank", "-1"], "error: lora.rank is -1; it must be 0 or more\n"),
         (["--margin", "0"], "wider\n"),
         (["--demo=maybe"], "--demo takes no value: write --demo or --no-demo"),
