@@ -33,7 +33,7 @@ _OPTIONAL = ("ray", "xformers", "bitsandbytes", "wandb", "trackio", "torchvision
 _VARIABLES = ("CUDA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "OMP_NUM_THREADS", "PYTHONPATH")  # fmt: skip
 _SECONDS = 2.0
 """For counting a cache."""
-_PATIENCE = 180.0
+_PATIENCE = 300.0
 """Seconds for importing the libraries from a slow disk."""
 
 
