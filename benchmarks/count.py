@@ -37,6 +37,8 @@ class Config:
     """Pixels: 1024, or WIDTHxHEIGHT."""
     train_batch_size: int = 1
     """Images in an update."""
+    train: Literal["lora", "full"] = "lora"
+    """Trained weights."""
     rank: int = 4
     """Of the LoRA."""
     checkpointing: bool = True
@@ -135,7 +137,7 @@ def counted(config: Config) -> Iterator[dict[str, Any]]:
     family: Any = build(config.family)
     with torch.device("meta"):
         scorer = ImageReward(FULL_SIZE, VOCAB.read_text(encoding="utf-8"))
-    family.trainable(LoRA(rank=config.rank), 0)
+    family.trainable(LoRA(rank=config.rank) if config.train == "lora" else None, 0)
     family.set_speed(
         "sdpa", gradient_checkpointing=config.checkpointing, vae_checkpointing=config.checkpointing
     )
@@ -209,8 +211,9 @@ def main(config: Config) -> int:
             update(config, **parts)
         once = float(flops.get_total_flops()) / 1e12 / config.train_batch_size
         single = forward_pass(config, parts["family"], parse_resolution(config.resolution))
+    trained = f"LoRA rank {config.rank}" if config.train == "lora" else "all weights"
     print(
-        f"{config.family} at {config.resolution} px, batch {config.train_batch_size}, LoRA rank {config.rank}, bf16,"
+        f"{config.family} at {config.resolution} px, batch {config.train_batch_size}, {trained}, bf16,"
         f" checkpointing {'on' if config.checkpointing else 'off'} (counted, not measured)\n"
         f"weights and moments {weights / GIB:.1f} GiB, peak {memory.peak / GIB:.1f} GiB\n"
         f"a call of the denoiser {single:.2f} TFLOP an image; the step with gradient {once:.1f};"

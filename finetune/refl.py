@@ -111,7 +111,7 @@ class Config:
             ),
             f"--reward-scale must be positive, got {self.reward_scale}": self.reward_scale is None
             or self.reward_scale > 0,
-            f"--pretraining {self.pretraining} needs --data IMAGEFOLDER; or leave it out": (
+            f"--pretraining {self.pretraining} needs --data IMAGEFOLDER; or choose --pretraining off": (
                 self.pretraining in (None, "off") or self.data is not None
             ),
             "--rewards is empty; name a scorer whose gradient is followed, as imagereward=1.0": bool(

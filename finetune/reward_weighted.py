@@ -63,7 +63,7 @@ class Config:
         if self.beta is not None and not 0 <= self.beta < math.inf:
             raise ValueError(f"--beta must be 0 or more and finite, got {self.beta}")
         if self.beta and self.pretraining_data is None:
-            raise ValueError(f"--beta {self.beta:g} needs --pretraining-data IMAGEFOLDER; or leave it out")
+            raise ValueError(f"--beta {self.beta:g} needs --pretraining-data IMAGEFOLDER; or choose --beta 0")
         check_dropout(self.caption_dropout)
 
 

@@ -5,9 +5,10 @@
     def red(pixels, prompts):  # (B, 3, H, W) in [0, 1] -> (B,)
         return (pixels[:, 0] - pixels[:, 1:].mean(1)).mean((1, 2))
 
-    pipe = refl(model="assets/tiny/pipeline", prompts=["a blue circle", "a green square"], output_dir="runs/red",
-                rewards={"red": red, "imagereward-tiny": 0.5}, max_train_steps=2, gradient_accumulation_steps=1,
-                num_inference_steps=4, sample_num_inference_steps=10)
+    pipe = refl(model="assets/tiny/pipeline", prompts=["a blue circle", "a green square"],
+                rewards={"red": red, "imagereward-tiny": 0.5}, output_dir="runs/red",
+                max_train_steps=2, gradient_accumulation_steps=1, num_inference_steps=4,
+                sample_num_inference_steps=10)
     pipe("a blue circle", num_inference_steps=10).images[0].save("red.png")
 
 The run folder is that of the program, and either can go on with the other's. An error of the caller is a ValueError of one
@@ -311,10 +312,13 @@ def _stopped(folder: Path, number: int) -> None:
 def _result(config: Any, device: Any) -> Any:
     """Return the model of a configuration as a pipeline, with what its run has saved."""
     from preftune.families import pipelines
+    from preftune.training.defaults import flags_of
     from preftune.training.workspace import DTYPES
 
-    source, vae = config.model.pretrained.source(), config.model.vae
-    return pipelines.tuned(source, config.run.output_dir, device, DTYPES[config.run.mixed_precision], vae=vae)
+    source, vae, folder = config.model.pretrained.source(), config.model.vae, config.run.output_dir
+    precision = flags_of(folder).get("mixed_precision") or "no"  # the run's own, if the caller left it open
+    dtype = DTYPES[precision]
+    return pipelines.tuned(source, folder, device, dtype, vae=vae)
 
 
 def _free() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rewards import Preprocess, Scorer
-from rewards.own import OwnRewardError
+from rewards.own_scorer import OwnReward
 from rewards.pixels import from_pil
 from rewards.shared_towers import score_all
 
@@ -146,15 +146,17 @@ def _score(
         group = [scorer for scorer in scorers if scorer.card.preprocess == rule]
         for scorer, found in zip(group, score_all(group, inputs.to(device), prompts), strict=True):
             table[:, columns[scorer.card.name]] = found.double().cpu().numpy()
+    mine = [scorer for scorer in scorers if isinstance(scorer, OwnReward)]
+    for places, group_scores in _score_by_size(prepared.natives, prompts, mine, device):
+        for scorer, found in zip(mine, group_scores, strict=True):
+            table[places, columns[scorer.card.name]] = found.double().cpu().numpy()
     refused: dict[int, str] = {}
     for row, native in enumerate(prepared.natives):
         pixels = torch.from_numpy(native)[None].to(device)  # each of its own size
-        group = [scorer for scorer in scorers if scorer.card.preprocess is None]
+        group = [scorer for scorer in scorers if scorer.card.preprocess is None and scorer not in mine]
         group = [scorer for scorer in group if is_first[row] or scorer.card.name not in first_view_only]
         try:
             scores = score_all(group, pixels, [prompts[row]])
-        except OwnRewardError:
-            raise  # it would fail for every image
         except ValueError as error:
             refused[row] = str(error)
             continue
@@ -167,6 +169,21 @@ def _score(
         scored.append(ScoredItem(item=item, scores=table[rows.start : rows.stop], refused=why))
         start = rows.stop
     return scored
+
+
+def _score_by_size(
+    natives: Sequence[NDArray[np.float32]],
+    prompts: Sequence[str],
+    scorers: Sequence[OwnReward],
+    device: torch.device,
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """Yield places of images of one size, which go through functions of the user's own together, with their scores."""
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for place, native in enumerate(natives if scorers else ()):
+        by_size.setdefault(native.shape, []).append(place)
+    for places in by_size.values():
+        pixels = torch.from_numpy(np.stack([natives[place] for place in places])).to(device)
+        yield places, score_all(scorers, pixels, [prompts[place] for place in places])
 
 
 def _end_with_parent(_: int) -> None:

@@ -282,9 +282,11 @@ def test_a_report_of_other_settings_is_not_overwritten(
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The commands that were launched, without what is added. --stop leaves work and fails, --wrong fails before any."""
     found: list[list[str]] = []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.py").touch()
 
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         folder = Path(command[command.index("--output-dir") + 1])

@@ -6,19 +6,23 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import record_trajectories as recorded
 import rewards
-from data_build import score
+from data_build import score, scoring
 from eval.models import check_scorers
+from eval.view_scores import PromptedImage, score_views
 from preftune import cli
 from preftune.images import load_pixels
 from preftune.records import read_jsonl
 from preftune.resolution import Resolution
+from preftune.training import inputs
 from rewards import own
 from rewards.own import OwnRewardError
 from rewards.own_scorer import OwnReward, try_out
@@ -504,15 +508,38 @@ def test_score_reads_it_and_knows_its_content(
     run("column", "other")  # nothing was scored, so that the folder may become this job's
 
 
+def test_files_of_several_sizes_are_scored_by_size(tmp_path: Path) -> None:
+    """In batches, each score with its image; the views of an image are its own."""
+    seen: list[tuple[int, ...]] = []
+
+    def width(pixels: Tensor, prompts: list[str]) -> list[float]:
+        seen.append(tuple(pixels.shape))
+        return [pixels.shape[3] + len(prompt) / 10 for prompt in prompts]
+
+    sizes = [(8, 8), (12, 8), (8, 8), (8, 8)]
+    for index, size in enumerate(sizes):
+        Image.new("RGB", size).save(tmp_path / f"{index}.png")
+    images = [PromptedImage(path=tmp_path / f"{index}.png", prompt="x" * index) for index in range(4)]
+    with own.given({"width": width}):
+        scorers = [rewards.load("width"), rewards.load("brightness")]
+        scores, rejected = score_views(images, scorers, (0.5,), torch.device("cpu"), batch_size=4, workers=0)
+    assert not rejected
+    expected = [[8.0, 12.1, 8.2, 8.3], [4.0, 6.1, 4.2, 4.3]]
+    np.testing.assert_allclose(scores["width"], expected, rtol=1e-6)
+    assert scores["brightness"].tolist() == [[0.0] * 4] * 2
+    assert sorted(seen) == [(1, 3, 4, 6), (1, 3, 8, 12), (3, 3, 4, 4), (3, 3, 8, 8)]
+
+
 def test_the_source_of_a_given_callable_counts() -> None:
     def darkness(pixels: Tensor, prompts: list[str]) -> Tensor:
         return 1 - pixels.mean(dim=(1, 2, 3))
 
-    digests = set()
-    for function in (brightness, darkness):
+    runs, jobs = set(), set()
+    for function in (brightness, darkness, brightness):
         with own.given({"mine": function}):
-            digests.add(own.source_digest("mine"))
-    assert len(digests) == 2
+            runs.add(inputs.digests({"rewards": ["mine=2"]})["scorer mine"])
+            jobs.add(scoring.digests(["mine"], {})["mine"]["source"])
+    assert len(runs) == len(jobs) == 2
 
 
 def test_no_torch_for_the_names() -> None:

@@ -22,6 +22,7 @@ from preftune.records import CaptionedImage, read_imagefolder, read_jsonl, write
 from preftune.resolution import Resolution
 from preftune.training import validation
 from preftune.training.checkpoint import find_checkpoints, read
+from preftune.training.defaults import of_model
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -78,7 +79,8 @@ def test_published_settings_are_the_defaults(root: Path, tmp_path: Path) -> None
     assert lora is not None
     assert (lora.rank, lora.target_modules) == (32, ("to_q", "to_k", "to_v", "to_out.0"))
     images = run.train_batch_size * run.gradient_accumulation_steps
-    assert (run.learning_rate, run.lr_scheduler) == (1e-5, "constant")
+    filled = of_model(config, "weird_lora", families.check(root / "pipeline")).run
+    assert (filled.learning_rate, run.lr_scheduler) == (1e-5, "constant")
     assert (images, run.max_train_steps) == (40, 10_000)
     assert (run.adam_weight_decay, run.max_grad_norm, config.caption_dropout) == (1e-2, 1.0, 0.0)
     assert config.prefix == "Weird image. "
