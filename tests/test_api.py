@@ -263,7 +263,7 @@ def test_a_stop_leaves_a_checkpoint_and_the_handlers(
     with pytest.raises(KeyboardInterrupt, match=r'step_000001; go on .* resume_from_checkpoint="latest"'):
         preftune.refl(**given | {"rewards": {"mine": stopping}, "max_train_steps": 3})
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    assert "go on with:" not in capsys.readouterr().err, "no command, which nobody has typed"
+    assert "go on" not in capsys.readouterr().err, "the error says it"
     again = {"rewards": {"mine": stopping}, "max_train_steps": 3, "resume_from_checkpoint": "latest"}
     assert preftune.refl(**given | again).get_list_adapters()
 
