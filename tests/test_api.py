@@ -181,7 +181,7 @@ def test_every_call_returns_a_pipeline(root: Path, given: dict[str, Any]) -> Non
         ({"train": "full", "lora_rank": 8}, 'lora settings do nothing with train="full"; .*'),
         ({"config": "nowhere.yaml"}, "cannot read the config file nowhere.yaml: .*"),
     ],
-    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+    ids=lambda value: re.sub(r" at 0x[0-9a-f]+", "", str(value))[:40] if isinstance(value, dict) else "",
 )  # fmt: skip
 def test_errors_are_sentences_about_arguments(
     wrong: dict[str, Any], sentence: str, given: dict[str, Any], capsys: pytest.CaptureFixture[str]
