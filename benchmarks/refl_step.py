@@ -105,7 +105,7 @@ from preftune.training.config import ModelConfig, RewardConfig
 from preftune.training.defaults import learning_rate
 from preftune.training.optimizer import adamw
 from preftune.training.run_config import RunConfig
-from preftune.training.workspace import DTYPES, load_parts
+from preftune.training.workspace import DTYPES, load_mix, load_model
 
 read_once = functools.cache(read_prompts)
 Update = Callable[[int], Tensor]
@@ -198,7 +198,8 @@ def autocast(trial: Trial, denoiser: nn.Module) -> None:
 def ours(trial: Trial) -> Update:
     """Return the update of finetune/refl.py: its own functions, without the plumbing."""
     config = trial.refl()
-    family, denoiser, mix = load_parts(config.model, config.reward, config.run, torch.device(trial.device))
+    device = torch.device(trial.device)
+    mix, (family, denoiser) = load_mix(config.reward, device), load_model(config.model, config.run, device)
     assert mix is not None, "a trial has a scorer"
     resolution = config.model.size(family.defaults)
     if trial.compile == "on":

@@ -427,7 +427,14 @@ def grey(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu: None) -> Brightne
 
 def train_grey(tmp_path: Path, flags: str) -> list[dict[str, float]]:
     """Train it with a learning rate so small that its weight stays 2, and return the metrics; one of four prompts is held out."""
-    argv = ["--model", "x", "--data", str(tmp_path / "rankings"), "--output-dir", str(tmp_path / "run")]
+    argv = [
+        "--model",
+        "imagereward-tiny",
+        "--data",
+        str(tmp_path / "rankings"),
+        "--output-dir",
+        str(tmp_path / "run"),
+    ]
     argv += "--validation-share 0.25 --max-train-steps 3 --learning-rate 1e-30 --threads 1 --validation-steps 1 --checkpointing-steps 3".split()  # noqa: SIM905
     config = cli.parse(Config, [*argv, *flags.split()])
     assert reward_model.main(config) == 0

@@ -222,7 +222,8 @@ def test_brightness_by_hand() -> None:
 def test_unknown_names_and_needless_weights(tmp_path: Path) -> None:
     for call in (rewards.load, rewards.check):
         with pytest.raises(
-            ValueError, match="'imagerewrd'; one of brightness, shapes, imagereward, imagereward-tiny"
+            ValueError,
+            match=r"'imagerewrd' \(did you mean imagereward\?\); one of brightness, shapes, imagereward, imagereward-tiny",
         ):
             call("imagerewrd")
         with pytest.raises(ValueError, match="brightness has no weights"):

@@ -184,26 +184,11 @@ def export(model: ModelConfig, family: Family, folder: Path) -> None:
         write_kohya(folder / KOHYA_FILE, lora_files.read(folder / "lora", layers), layers)
 
 
-def load_parts(
-    model: ModelConfig,
-    reward: RewardConfig,
-    run: RunConfig,
-    device: torch.device,
-    prompts: Sequence[str],
-    size: Resolution,
-    *,
-    differentiable: bool,
-) -> tuple[Family, nn.Module, Mix | None]:
-    """Return what `load_model` does, and the scorers, None without --rewards.
-
-    Before the model loads, rewards of the user's own are tried out with random images of this size; `differentiable` as in `check`.
-    """
+def load_mix(reward: RewardConfig, device: torch.device) -> Mix | None:
+    """Return the scorers on the device; None without --rewards."""
     weights, precision = reward.weights(), DTYPES[reward.reward_precision]
     scorers = load_all(list(weights), files=reward.files(), device=device, dtype=precision)
-    for warning in try_out(scorers, prompts, (size.width, size.height), gradient=differentiable):
-        say(warning)
-    mix = Mix(scorers, weights, reward.reward_normalization, reward.reward_stats) if scorers else None
-    return *load_model(model, run, device), mix
+    return Mix(scorers, weights, reward.reward_normalization, reward.reward_stats) if scorers else None
 
 
 @contextmanager
@@ -238,15 +223,12 @@ def open(
         run = Run(
             run_config, driver=driver, config_text=config_text, settings=same, driver_files=driver_files
         )
-        family, denoiser, mix = load_parts(
-            model,
-            reward,
-            run_config,
-            run.device,
-            prompts,
-            model.size(defaults),
-            differentiable=differentiable,
-        )
+        mix = load_mix(reward, run.device)
+        if mix is not None:  # rewards of the user's own are tried before the model loads
+            size = model.size(defaults)
+            for warning in try_out(mix.scorers, prompts, (size.width, size.height), gradient=differentiable):
+                say(warning)
+        family, denoiser = load_model(model, run_config, run.device)
         family.denoiser = run.prepare(denoiser, learning_rate=learning_rate(driver, defaults, model.train))
     if run.is_main and skipped is not None:
         data.write_report(run.folder, skipped)
