@@ -41,7 +41,7 @@ def test_what_a_page_says_works(
     for block in blocks(page):
         if block.needs or block.run_by_the_gate:
             continue
-        if block.language == "python" and block.title:
+        if block.title:
             (tmp_path / block.title).write_text(block.text + "\n")
         elif block.language == "python":
             exec(compile(block.text, block.place, "exec"), names)
