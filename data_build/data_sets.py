@@ -73,7 +73,7 @@ def find_data_set(
         if (path / "rankings.jsonl").is_file():
             raise ValueError(
                 f"{path} holds rankings (rankings.jsonl), not captioned images;"
-                f" `python eval/preference_accuracy.py --data {path}` scores them"
+                f" `preftune preference-accuracy --data {path}` scores them"
             )
         raise ValueError(
             f"{path} holds images without captions (no metadata.jsonl), and a scorer reads the prompt; give --prompt,"

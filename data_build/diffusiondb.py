@@ -131,7 +131,7 @@ def find_parts(terms: tuple[str, ...]) -> DataSet:
                 f"there is no data at {term}; --data names folders of part-NNNNNN.zip, or such files"
             )
         if wrong := [path for path in found if path.suffix.lower() != ".zip"]:
-            raise ValueError(f"{wrong[0]} is no zip file; for other data see data_build/score.py")
+            raise ValueError(f"{wrong[0]} is no zip file; for other data see preftune score")
         paths += [Path(os.path.abspath(path)) for path in found]
     root = Path(os.path.commonpath([path.parent for path in paths]))
     sources = sorted(path.relative_to(root).as_posix() for path in paths)

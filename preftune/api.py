@@ -185,11 +185,12 @@ def score(images: Any, prompts: str | Iterable[str], rewards: Rewards, *, device
 def _opened(images: Any) -> list[Any]:
     """Return images as PIL images, files among them read."""
     from preftune.images import opened
+    from rewards import embedded
 
     found = []
     for image in images if isinstance(images, list | tuple) else [images]:
         if isinstance(image, str | Path):
-            with opened(Path(image)) as file:
+            with opened(embedded.find(Path(image).expanduser())) as file:
                 found.append(file.copy())
         else:
             found.append(image)

@@ -70,7 +70,7 @@ _DREAMBOOTH = "DreamBooth is not here"
 _EMA = "--ema-decay 0.999"
 _EPOCHS = "--max-train-steps, a number of updates"
 _IMAGEFOLDER = "--data IMAGEFOLDER"
-_LATENTS = "finetune/pretrain.py has --cache-latents; the others encode images when they need them"
+_LATENTS = "preftune pretrain has --cache-latents; the others encode images when they need them"
 _LAUNCHER = "it goes before the file, as accelerate launch --num_processes 2 finetune/refl.py; see `accelerate launch --help`"
 _LOSS = "the loss is the plain one of the model's own prediction"
 _METADATA = "no such metadata is written"
@@ -80,7 +80,7 @@ _PRECISION = "trained weights stay in float32; --mixed-precision is that of the 
 _SCHEDULE = "there are constant, constant_with_warmup, linear and cosine in --lr-scheduler"
 _SPLIT = "--validation-prompts FILE; images are generated from prompts, no data are set aside"
 _STATE = "--checkpoints-total-limit; each checkpoint has the state, too"
-_TEXT_ENCODER = "text encoders stay as they are; finetune/pretrain.py has --train-text-encoder"
+_TEXT_ENCODER = "text encoders stay as they are; preftune pretrain has --train-text-encoder"
 _TIMESTEPS = "timesteps are chosen as the model was trained: uniformly"
 _TRACKER = "tensorboard/ lies in --output-dir"
 _WORKERS = "images are read in this process"
@@ -140,7 +140,7 @@ ELSEWHERE = {
     "accelerator_kwargs": _LAUNCHER,
     "allow_tf32": "it is torch's setting: torch.set_float32_matmul_precision",
     "base_weights": "--lora-start",
-    "beta_dpo": "preference optimisation of the model itself is not here; finetune/refl.py follows a reward",
+    "beta_dpo": "preference optimisation of the model itself is not here; preftune refl follows a reward",
     "run_validation": "--validation-steps",
     "dataset_split_name": "--data IMAGEFOLDER",
     "is_turbo": "it is read from the model's folder",

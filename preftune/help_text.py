@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import tyro
 
 from preftune.leaves import Leaf, flag_of, leaves_of
+from preftune.programs import PROGRAMS
 
 OWN = "this program"
 _LAST = ("model", "rewards", "sampling", "training", "output")
@@ -61,7 +62,7 @@ def help_text(config_class: type, note: str) -> str:
     paragraphs = [*(inspect.getdoc(config_class) or "").split("\n\n"), note]
     parts = [f"usage: {sys.argv[0]} [flags]", *(textwrap.fill(text, width) for text in paragraphs)]
     module = sys.modules[config_class.__module__].__doc__ or ""
-    if examples := [_example(*command, width) for command in commands(module)]:
+    if examples := [_example(_as_started(line), comment, width) for line, comment in commands(module)]:
         parts.append("\n".join(("examples:", *examples)))
     parts += ["\n".join((f"{name}:", *groups[name])) for name in titles]
     return "\n\n".join(parts) + "\n"
@@ -74,6 +75,18 @@ def commands(docstring: str) -> Iterator[tuple[str, str]]:
         if line.startswith("    ") and line.split(maxsplit=1)[:1] and line.split()[0] in _PROGRAMS:
             command, _, comment = line.strip().partition("  # ")
             yield command.rstrip(), comment.strip()
+
+
+def _as_started(command: str) -> str:
+    """A command that names a program's file, by its name where the program was started so: elsewhere there is no such file."""
+    if not sys.argv[0].startswith("preftune "):
+        return command
+    for name, module in PROGRAMS.items():
+        file = re.escape(f"{module.replace('.', '/')}.py")
+        command = re.sub(rf"\bpython {file}", f"preftune {name}", command)
+        command = re.sub(rf"(accelerate launch .*?){file}", rf"\1-m preftune {name}", command)
+        command = re.sub(rf"={file}", f"=preftune {name}", command)
+    return command
 
 
 def _flag(head: str, help_: str, width: int) -> str:

@@ -167,7 +167,7 @@ def no_captions(folder: Path) -> ValueError:
     if packed is not None:
         return ValueError(
             f"{folder} holds images in {packed}; write them as files:"
-            f" `python data_build/unpack.py --data {folder} --output-dir FOLDER`, and give FOLDER"
+            f" `preftune unpack --data {folder} --output-dir FOLDER`, and give FOLDER"
         )
     below = sorted(path.parent.name for name in TABLES for path in folder.glob(f"*/{name}"))
     if below:

@@ -225,8 +225,8 @@ def read_usable_rankings(folder: Path) -> tuple[list[Ranking], list[Skipped]]:
     path = folder / "rankings.jsonl"
     if not path.exists():
         raise ValueError(
-            f"{folder} {'has no rankings.jsonl' if folder.exists() else 'does not exist'}; data_build/preferences.py writes"
-            " rankings of published preferences, data_build/simulate_rankings.py of the shapes world"
+            f"{folder} {'has no rankings.jsonl' if folder.exists() else 'does not exist'}; `preftune preferences` writes"
+            " rankings of published preferences, `preftune simulate-rankings` of the shapes world"
         )
     for place, line in read_lines(path):
         if not line.strip():

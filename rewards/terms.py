@@ -25,7 +25,7 @@ def units(
     if (normalization == "dataset") != (stats is not None):
         raise ValueError(
             f"reward normalization {normalization} with {'no file of statistics' if stats is None else stats}; dataset, and"
-            " dataset alone, needs --reward-stats, a summary.json of data_build/score.py"
+            " dataset alone, needs --reward-stats, a summary.json of preftune score"
         )
     if stats is not None:
         return _dataset_units([card.name for card in cards], stats)
@@ -48,7 +48,7 @@ def _dataset_units(names: Sequence[str], stats: Path) -> list[tuple[float, float
         found = {name: (float(row["mean"]), float(row["std"])) for name, row in scores.items()}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{stats} is no summary.json of data_build/score.py ({type(error).__name__}: {error})"
+            f"{stats} is no summary.json of preftune score ({type(error).__name__}: {error})"
         ) from error
     for name in names:
         if name not in found:

@@ -385,7 +385,7 @@ def test_rewards_are_terms_and_functions() -> None:
     assert given_inputs.scorers("brightness") == (["brightness"], {})
 
 
-def test_scores_of_images(tmp_path: Path) -> None:
+def test_scores_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grey = Image.new("RGB", (8, 8), (51, 51, 51))
     grey.save(tmp_path / "grey.png")
     found = preftune.score([grey, str(tmp_path / "grey.png")], "grey", ["brightness", red])
@@ -393,6 +393,10 @@ def test_scores_of_images(tmp_path: Path) -> None:
         "brightness": pytest.approx([0.2, 0.2]),
         "red": pytest.approx([0.0, 0.0]),
     }
+    monkeypatch.chdir(tmp_path)  # the package's own files are found from any folder
+    assert preftune.score("assets/tiny/images/000/000000.png", "a red circle", "brightness")[
+        "brightness"
+    ].shape == (1,)
     assert preftune.score(torch.ones(1, 3, 8, 8), ["white"], "brightness")["brightness"].tolist() == [1]
     with pytest.raises(ValueError, match=r"^rewards brightness=2 has a weight"):
         preftune.score(grey, "grey", "brightness=2")

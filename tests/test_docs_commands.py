@@ -31,15 +31,18 @@ def run(command: Command, block: Block, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("page", STORIES, ids=lambda page: page.stem)
-def test_what_a_page_says_works(page: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of a page run in their order in one folder, so that a page works from an empty one."""
+def test_what_a_page_says_works(
+    page: Path, tmp_path: Path, cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks of a page run in their order in one folder, which is empty before: a page works without a checkout."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torch.set_num_threads", lambda _: None)  # tests run in a process for each core
     names: dict[str, Any] = {"__name__": "page"}
     for block in blocks(page):
         if block.needs or block.run_by_the_gate:
             continue
-        if block.language == "python" and block.title:
-            (checkout / block.title).write_text(block.text + "\n")
+        if block.title:
+            (tmp_path / block.title).write_text(block.text + "\n")
         elif block.language == "python":
             exec(compile(block.text, block.place, "exec"), names)
         elif block.language == "bash":

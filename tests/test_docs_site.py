@@ -3,12 +3,17 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from markdown.extensions.toc import slugify
+from torch import Tensor
 
+import rewards
 from docs_pages import PAGES, ROOT
+from rewards import own
+from rewards.own_scorer import try_out
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 TROUBLES = re.findall(r"^### `(.+)`$", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
@@ -73,3 +78,25 @@ def test_errors_are_quoted_as_they_are_said(words: str) -> None:
     folders = ("rewards", "preftune", "finetune", "data_build", "eval")
     files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
     assert any(words in file.read_text() for file in files), f"no program says {words!r}"
+
+
+def test_mistakes_of_own_rewards_are_quoted_as_they_are_said() -> None:
+    """Each quoted sentence of the table in own-reward.md is what such a mistake brings."""
+    page = (ROOT / "docs/own-reward.md").read_text()
+    table = [line for line in page.partition("## Mistakes")[2].splitlines() if line.startswith("| ")]
+    quotes = [quote for line in table for quote in re.findall(r"`([^`]+)`", line)]
+    mistakes: dict[str, Callable[..., Tensor]] = {
+        "shape": lambda pixels, prompts: pixels.mean((2, 3)),
+        "cut": lambda pixels, prompts: pixels.detach().mean((1, 2, 3)),
+        "nan": lambda pixels, prompts: pixels.mean((1, 2, 3)) * float("nan"),
+        "steep": lambda pixels, prompts: (pixels * 0).sqrt().mean((1, 2, 3)),
+        "one": lambda pixels: pixels.mean((1, 2, 3)),
+    }
+    said = ""
+    for name, function in mistakes.items():
+        with pytest.raises(own.OwnRewardError) as error, own.given({name: function}):
+            try_out([rewards.load(name)], ["a"], (8, 8), gradient=True)
+        said += f"{error.value}\n"
+    assert len(quotes) == len(mistakes)
+    for quote in quotes:
+        assert quote in said

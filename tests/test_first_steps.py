@@ -16,10 +16,10 @@ from rewards.__main__ import main as table
 
 def test_folders_without_rankings(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"has no rankings.jsonl; data_build/preferences.py writes .*simulate_rankings"
+        ValueError, match=r"has no rankings.jsonl; `preftune preferences` writes .*simulate-rankings"
     ):
         read_rankings(tmp_path)
-    with pytest.raises(ValueError, match=r"none does not exist; data_build/preferences.py writes"):
+    with pytest.raises(ValueError, match=r"none does not exist; `preftune preferences` writes"):
         read_rankings(tmp_path / "none")
 
 
@@ -28,7 +28,7 @@ def test_rankings_are_no_captioned_images(tmp_path: Path) -> None:
     (tmp_path / "rankings.jsonl").write_text("{}\n")
     options = {"prompt": "", "image_column": None, "text_column": None}
     with pytest.raises(
-        ValueError, match=rf"holds rankings .*`python eval/preference_accuracy.py --data {tmp_path}`"
+        ValueError, match=rf"holds rankings .*`preftune preference-accuracy --data {tmp_path}`"
     ):
         find_data_set(tmp_path, prompted=True, **options)  # type: ignore[arg-type]
     assert find_data_set(tmp_path, prompted=False, **options).kind == "images"  # type: ignore[arg-type]

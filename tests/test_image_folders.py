@@ -297,7 +297,7 @@ def test_a_snapshot_in_the_hubs_cache(tmp_path: Path) -> None:
     [
         (
             ["x.tar", "y.tar"],
-            r"holds images in x\.tar; .* `python data_build/unpack\.py --data .* --output-dir FOLDER`",
+            r"holds images in x\.tar; .* `preftune unpack --data .* --output-dir FOLDER`",
         ),
         (["x.parquet"], r"python data_build/unpack\.py --data"),
         (["test/metadata.jsonl"], r"has no metadata\.jsonl, but test/ has one; give .*/test"),

@@ -363,7 +363,7 @@ def test_four_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder:
     for lora in ("lora", "style.safetensors"):
         assert not families.names_a_model(lora)
         with pytest.raises(
-            ValueError, match=rf"{lora} is a LoRA.* not a model: .*as --model; eval/grid.py shows it"
+            ValueError, match=rf"{lora} is a LoRA.* not a model: .*as --model; preftune grid shows it"
         ):
             locate(lora)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))

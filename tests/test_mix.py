@@ -71,7 +71,7 @@ def test_statistics_that_cannot_be_used(tmp_path: Path) -> None:
         ({"mean": 0.5, "std": 0.0}, "gives a mean 0.5 and std 0; scores that do not differ"),
         ({"mean": math.inf, "std": 1.0}, "gives a mean inf"),
         ({"mean": None, "std": 1.0}, "is no summary.json"),
-        ({"mean": 0.5}, r"is no summary.json of data_build/score.py \(KeyError: 'std'\)"),
+        ({"mean": 0.5}, r"is no summary.json of preftune score \(KeyError: 'std'\)"),
         ("x", "is no summary.json"),
     ):
         with pytest.raises(ValueError, match=words):

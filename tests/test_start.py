@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from preftune import help_text
 from preftune.help_text import commands
 from preftune.leaves import flag_of, leaves_of
 from test_layout import ROOT, is_program, short
@@ -165,3 +166,24 @@ def test_a_misspelt_scorer_is_refused_without_torch() -> None:
         ((code, _, err),) = walk([path], *needed[path.stem]).values()
         assert code == 2, f"{short(path)}: {code} {err}"
         assert "unknown scorer 'imagerewrad' (did you mean imagereward?)" in err, f"{short(path)}: {err}"
+
+
+def test_examples_are_started_as_the_help_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the command `preftune` is used there may be no file; `python FILE --help` shows files."""
+    lines = (
+        ("python eval/grid.py --prompts a.txt", "preftune grid --prompts a.txt"),
+        ("accelerate launch finetune/refl.py", "accelerate launch -m preftune refl"),
+        (
+            "accelerate launch --num_processes 2 finetune/raft.py --seed 1",
+            "accelerate launch --num_processes 2 -m preftune raft --seed 1",
+        ),
+        (
+            'preftune compare-methods --methods "a=finetune/refl.py"',
+            'preftune compare-methods --methods "a=preftune refl"',
+        ),
+    )
+    for line, words in lines:
+        monkeypatch.setattr("sys.argv", ["preftune grid"])
+        assert help_text._as_started(line) == words
+        monkeypatch.setattr("sys.argv", ["eval/grid.py"])
+        assert help_text._as_started(line) == line

@@ -115,12 +115,12 @@ def check_pipeline_folder(folder: Path) -> None:
     names = sorted(path.name for path in folder.iterdir())
     if what := lora_in(names):
         raise ValueError(
-            f"{folder} is a LoRA ({what}), not a model: name the model that it was trained on as --model; eval/grid.py shows"
+            f"{folder} is a LoRA ({what}), not a model: name the model that it was trained on as --model; preftune grid shows"
             f" it with --columns tuned={folder}"
         )
     if "lora" in names or "metrics.jsonl" in names:
         raise ValueError(
-            f"{folder} is the folder of a run, not a model: name the run's --model, which its config.yaml has; eval/grid.py"
+            f"{folder} is the folder of a run, not a model: name the run's --model, which its config.yaml has; preftune grid"
             f" shows it with --columns tuned={folder}"
         )
     singles = [name for name in names if name.endswith((".safetensors", ".ckpt"))]

@@ -68,7 +68,7 @@ def detect(file: Path) -> Kind:
     shapes, metadata = read_shapes(file)
     if any("lora_" in name or ".lora" in name for name in shapes):
         raise ValueError(
-            f"{file} is a LoRA, not a model: name the model that it was trained on as --model; eval/grid.py shows it with"
+            f"{file} is a LoRA, not a model: name the model that it was trained on as --model; preftune grid shows it with"
             f" --columns tuned={file}"
         )
     missing = [part for part, prefixes in _PARTS.items() if not any(n.startswith(prefixes) for n in shapes)]
