@@ -525,8 +525,8 @@ PASTED = {
     ],
     "--optimizer_type=Lion --prompts p.txt": ["unknown flag --optimizer_type (here: AdamW it is"],
     "--model x --prompts p.txt --pretraining off --lr_scheduler=cosine_with_restarts": [
-        "invalid choice 'cosine_with_restarts' for argument '--lr-scheduler'",
-        "'constant_with_warmup', 'linear', 'cosine'",
+        "--lr-scheduler is 'cosine_with_restarts'; it must be constant, constant_with_warmup, linear or cosine",
+        "constant_with_warmup, linear or cosine",
     ],
     "--window 30": ["error: --window takes 2 whole numbers, got 30\n"],
     "--window=30,x": ["error: --window takes 2 whole numbers, got 30 x\n"],
