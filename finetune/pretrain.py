@@ -55,7 +55,10 @@ class Config:
 
 
 if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
-    CONFIG = parse(Config)
+    CONFIG = parse(
+        Config,
+        needs="`preftune pretrain --model assets/tiny/pipeline --data assets/tiny/images --max-train-steps 200` runs here",
+    )
 
 import torch
 from torch import Generator, Tensor, nn

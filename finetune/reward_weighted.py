@@ -68,7 +68,10 @@ class Config:
 
 
 if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
-    CONFIG = parse(Config)
+    CONFIG = parse(
+        Config,
+        needs="--data are images whose --score `preftune score --data IMAGES --rewards imagereward --add-to-metadata --output-dir scored` has written",
+    )
 
 import torch
 from torch import Tensor

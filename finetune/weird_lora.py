@@ -87,7 +87,10 @@ class Config:
 
 
 if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
-    CONFIG = parse(Config)
+    CONFIG = parse(
+        Config,
+        needs="--data is what `preftune diffusiondb --data IMAGES --rewards hpsv1 --output-dir data/filtered` makes of images and prompts",
+    )
 
 
 from preftune.one_writer import one_writer

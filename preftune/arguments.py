@@ -8,9 +8,10 @@ import math
 import numbers
 import os
 import re
-import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
+
+from preftune.leaves import words_of
 
 _NUMBER = r"-?\d[\d.]*(?:e-?\d+)?(?![\w.]*\w)"
 
@@ -41,7 +42,7 @@ def in_python(sentence: str, types: Mapping[str, Any], call: str) -> str:
             return f"{name}{value or ''}"
         if name not in types:
             return match[0]
-        python, choices = name.replace(".", "_"), _choices(types[name])
+        python, choices = name.replace(".", "_"), words_of(types[name])
         if types[name] is bool:
             return f"{python}={name == flag}{value or ''}"
         if value and value.strip() in choices:
@@ -55,12 +56,6 @@ def in_python(sentence: str, types: Mapping[str, Any], call: str) -> str:
     )
     sentence = re.sub(rf"--([a-z][\w.-]*\w)( (?:{_NUMBER}|\w+))?", argument, sentence)
     return sentence.replace("see --help", f"see help(preftune.{call})")
-
-
-def _choices(hint: Any) -> set[str]:
-    """The words that a flag takes."""
-    found = set(typing.get_args(hint)) if typing.get_origin(hint) is Literal else set()
-    return found.union(*(_choices(inner) for inner in typing.get_args(hint) if typing.get_origin(inner)))
 
 
 def _flat(

@@ -16,9 +16,11 @@ import contextvars
 import io
 import math
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 import tyro
@@ -28,7 +30,7 @@ from preftune import disk, embedded_flags
 from preftune.config_files import read_yaml
 from preftune.help_text import help_text
 from preftune.last_word import last_word
-from preftune.leaves import flag_of, leaves_of
+from preftune.leaves import flag_of, leaves_of, words_of
 from preftune.notes import say
 from preftune.printable import printable
 from preftune.typed_flags import as_here, check_names, undone
@@ -38,19 +40,26 @@ from rewards.own import OwnRewardError
 Config = TypeVar("Config")
 
 _RAISED = contextvars.ContextVar("errors are raised", default=False)
+_CHOICES = r"invalid choice (?P<value>.*) for argument '(?P<flag>--[\w.-]+)'\. Expected one of \(.*\)\."
 _HELP = "--config FILE.yaml reads flags from a file, one `key: value` a line; it may be repeated, and the last value wins."
 
 
 def parse(
-    config_class: type[Config], argv: list[str] | None = None, *, default_config: Path | None = None
+    config_class: type[Config],
+    argv: list[str] | None = None,
+    *,
+    default_config: Path | None = None,
+    needs: str = "",
 ) -> Config:
     """The configuration that the command line describes; argv defaults to that of the process.
 
     `--config FILE` may be given several times. Where neither it nor --model is typed, default_config is read in its place, and a
-    line on stderr says so. What the user typed wrongly, a ValueError of a __post_init__ included, ends the process with one
+    line on stderr says so. `needs` is said to a user who typed nothing, where flags are required: where their values come from. What the user typed wrongly, a ValueError of a __post_init__ included, ends the process with one
     sentence on stderr and exit code 2.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        sys.excepthook = _interrupted
+        argv = sys.argv[1:]
     leaves = leaves_of(config_class)
     with exit_on_user_error():
         files, typed = _split_config(argv)
@@ -76,6 +85,9 @@ def parse(
                     origins[flag_of(name)] = f"{file} line {line}"
         for token in typed:  # a value that the command line overrides cannot be an error of the file
             origins.pop(token.split("=")[0].replace("_", "-"), None)
+        if needs and not argv:
+            with _explained(needs):
+                return embedded_flags.found(_tyro(config_class, [], {}))
         return embedded_flags.found(_tyro(config_class, flags + typed, origins))
 
 
@@ -94,6 +106,25 @@ def exit_on_user_error() -> Iterator[None]:
         if isinstance(error, OwnRewardError) and not are_errors_raised():
             sys.stderr.write(printable(error.trace))
         _fail(str(error))
+
+
+@contextlib.contextmanager
+def _explained(more: str) -> Iterator[None]:
+    """Context in which the sentence of a ValueError goes on."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{str(error).removesuffix('; see --help')}; {more}; see --help") from error
+
+
+def _interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print one sentence for a Ctrl-C while libraries are imported, before anything has been done; else as Python does."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    sentence = f"{Path(sys.argv[0]).name}: stopped; start the same command again to go on\n"
+    sys.stderr.write(sentence)
+    last_word(sentence, code=128 + signal.SIGINT)
 
 
 @contextlib.contextmanager
@@ -196,11 +227,25 @@ def _tyro(config_class: type[Config], args: list[str], origins: dict[str, str]) 
             while cause is not None and not isinstance(cause, ValueError):
                 cause = cause.__context__
             reason = str(cause) if cause is not None else reason
+        reason = _plainly(reason, config_class)
         flag = re.search(r"--[\w.-]*\w", reason)
         origin = origins.get(flag.group()) if flag else None
         raise ValueError(f"{origin}: {reason}" if origin else reason) from stop
     sys.stderr.write(box.getvalue())
     return config
+
+
+def _plainly(reason: str, config_class: type) -> str:
+    """A sentence of tyro's about a choice or a missing value in the words of all others, choices in the order of the Config."""
+    if wrong := re.fullmatch(_CHOICES, reason):
+        hints = {flag_of(name): leaf.hint for name, leaf in leaves_of(config_class).items()}
+        *first, last = words_of(hints[wrong["flag"]])
+        return f"{wrong['flag']} is {wrong['value']}; it must be {', '.join(first)}{' or ' if first else ''}{last}"
+    return re.sub(
+        r"Missing value for argument '(--[\w.-]+)'\. Expected (\d+) values\.",
+        lambda match: f"{match[1]} needs {'a value' if match[2] == '1' else f'{match[2]} values'}",
+        reason,
+    )
 
 
 def _unboxed(text: str) -> str:

@@ -22,6 +22,11 @@ def read_yaml(file: Path, leaves: dict[str, Leaf]) -> dict[str, tuple[int, list[
     except RecursionError as error:
         raise ValueError(f"{file} is not YAML of a configuration: it is nested too deep") from error
     except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        if mark is not None and "'\\t'" in str(error):
+            raise ValueError(
+                f"{file} line {mark.line + 1}: there is a tab; write spaces in its place"
+            ) from error
         raise ValueError(f"{file} is not YAML: {error}") from error
     if root is None:
         return {}

@@ -167,8 +167,10 @@ ELSEWHERE = {
     "gradient_accumulation": "--gradient-accumulation-steps",
     "hf_hub_aesthetic_model_filename": "--rewards aesthetic=1",
     "hf_hub_aesthetic_model_id": "--rewards aesthetic=1",
+    "height": "--resolution WIDTHxHEIGHT",
     "highvram": "nothing is moved to save memory",
     "image_interpolation_mode": "images are resampled bicubically",
+    "image_dir": "--data IMAGEFOLDER",
     "initial_epoch": "--resume-from-checkpoint latest",
     "initial_step": "--resume-from-checkpoint latest",
     "log_image_freq": "--validation-steps",
@@ -180,6 +182,7 @@ ELSEWHERE = {
     "lowram": "--model is loaded once, part by part",
     "max_train_samples": "use a smaller data set",
     "mem_eff_attn": "--attention sdpa or xformers",
+    "negative_prompt": "--negative",
     "negative_prompts": "training is without negative prompts",
     "network_args": "--lora.rank, --lora.alpha and --lora.target-modules",
     "network_dropout": "the LoRA has no dropout",
@@ -187,10 +190,14 @@ ELSEWHERE = {
     "network_weights": "--lora-start",
     "no_half_vae": "--vae madebyollin/sdxl-vae-fp16-fix, an autoencoder that works in fp16",
     "non_ema_revision": "--variant non_ema",
+    "num_images_per_prompt": "--images",
     "num_validation_images": "--num-validation-prompts: each prompt has one image",
     "output_config": "config.yaml in --output-dir is written by each run",
     "output_name": "--output-dir names the run",
     "pre_compute_text_embeddings": "captions are encoded in each update",
+    "prompt_fn": "--prompts FILE",
+    "reward_fn": "--rewards FILE.py:FUNCTION",
+    "split_name": "--data IMAGEFOLDER",
     "prediction_type": "it is read from the model's folder",
     "random_flip": "images are not mirrored: it would make `left of` wrong",
     "repeats": "--max-train-steps says how often all is seen",
@@ -222,6 +229,7 @@ ELSEWHERE = {
     "use_safetensors": "files are safetensors where there are such",
     "v2": "it is read from the model's folder",
     "v_parameterization": "it is read from the model's folder",
+    "width": "--resolution WIDTHxHEIGHT",
     "validate_every_n_epochs": "--validation-steps",
     "validate_every_n_steps": "--validation-steps",
     "validation_epochs": "--validation-steps",
@@ -261,7 +269,9 @@ TEXTS = ("prompts", "validation_prompts")
 """Flags of a prompt file that take prompts, too."""
 ONE_VALUE = dict.fromkeys(
     TEXTS, "a prompt stands in quotes, and a file of many prompts, one a line, is named once"
-)
+) | {
+    "resolution": "write 512, or 768x512 for another width than height",
+}
 """Flag of one value that other scripts give several -> what to do."""
 
 EXCLUSIVE = ("--overwrite-output-dir", "--resume-from-checkpoint=latest")

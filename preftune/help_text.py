@@ -93,7 +93,7 @@ def _flag(head: str, help_: str, width: int) -> str:
     """A flag with its values, and its help below it; a default is not broken off from its word."""
     if len(head) + 2 > width:
         head = re.sub(r",(?=\S)", ", ", head)  # many values
-    help_ = help_.replace("(default: )", "(default: none)").replace("(default: ", "(default:\0")
+    help_ = in_words(help_).replace("(default: ", "(default:\0")
     lines = [
         textwrap.fill(
             text,
@@ -106,6 +106,16 @@ def _flag(head: str, help_: str, width: int) -> str:
         for text, first, others in ((head, " " * 2, " " * 10), (help_, " " * 6, " " * 6))
     ]
     return "\n".join(lines).replace("\0", " ")
+
+
+def in_words(text: str) -> str:
+    """A help whose default is said in words: `size; None = the model's own. (default: None)` has the default `the model's own`."""
+    if text.endswith("(default: None)"):
+        meaning = re.search(r"[;.]? ?\bNone = (.*?)\.(?=\s)", text)
+        if meaning:
+            rest = f"{text[: meaning.start()]}.{text[meaning.end() :]}"
+            return f"{rest.removesuffix('None)')}{meaning[1]})"
+    return re.sub(r"\(default: (None)?\)$", "(default: none)", text)
 
 
 def _example(command: str, comment: str, width: int) -> str:
@@ -150,7 +160,7 @@ def _flags(boxes: str) -> dict[str, tuple[str, str]]:
         if re.match(r"  --?[a-z]", line):
             head, _, text = line.strip().partition("  ")
             last = "--help" if head.startswith("-h") else re.split(r"[ ,]", head)[0]
-            flags[last] = (head.replace("{None}|", ""), text.strip())
+            flags[last] = (head.replace("{None}|", "").replace("{None,", "{"), text.strip())
         elif last and line.startswith("   "):
             head, text = flags[last]
             flags[last] = (head, f"{text} {line.strip()}".strip())

@@ -11,11 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-_LAUNCHERS = {
-    "accelerate", "accelerate-launch", "torchrun", "accelerate.commands.launch", "accelerate.commands.accelerate_cli",
-    "torch.distributed.run", "torch.distributed.launch",
-}  # fmt: skip
-"""A word of the command line of the parent process: a console command, or a module after -m."""
+from preftune.launcher import is_launcher, parent
+
 _WAIT = """
 import os, select, sys, time
 launcher, mark, text = int(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -49,24 +46,12 @@ def last_word(text: str, code: int) -> None:
     """
     if os.name != "posix":
         return
-    launcher = os.getppid()
-    words = _command_line(launcher)
-    if not {Path(word).name for word in words} & _LAUNCHERS or {"-q", "--quiet"} & {*words}:
+    launcher = parent()
+    if not is_launcher(launcher.words) or {"-q", "--quiet"} & {*launcher.words}:
         return
-    mark = Path(tempfile.gettempdir()) / f"preftune-last-word-{launcher}"
+    mark = Path(tempfile.gettempdir()) / f"preftune-last-word-{launcher.pid}"
     name = Path(sys.argv[0]).name
     again = f"\nThe traceback above is the launcher's own (exit code 1): {name} ended with exit code {code}.\n{text}"
-    command = [sys.executable, "-I", "-S", "-c", _WAIT, str(launcher), str(mark), again]
+    command = [sys.executable, "-I", "-S", "-c", _WAIT, str(launcher.pid), str(mark), again]
     with contextlib.suppress(OSError):
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
-
-
-def _command_line(pid: int) -> list[str]:
-    """The words of a process's command line; none where it cannot be read."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:  # not Linux
-        done = subprocess.run(
-            ["ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True, check=False
-        )
-        return done.stdout.split()

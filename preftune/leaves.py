@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -59,6 +59,13 @@ def leaves_of(config_class: type) -> dict[str, Leaf]:
         leaves |= inner
     assert "config" not in leaves, "--config is taken"
     return leaves
+
+
+def words_of(hint: Any) -> list[str]:
+    """The words that a value of this type may be, in the order of the type; None is not one."""
+    if typing.get_origin(hint) is Literal:
+        return [str(word) for word in typing.get_args(hint) if word is not None]
+    return [word for inner in typing.get_args(hint) if typing.get_origin(inner) for word in words_of(inner)]
 
 
 def flag_of(name: str, negated: bool = False) -> str:

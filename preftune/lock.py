@@ -49,6 +49,8 @@ def acquire(folder: Path) -> None:
                 raise
             lock = _locked(place / _INSIDE)
     except Timeout as timeout:
+        if not Path(timeout.lock_file).exists():  # as in /proc
+            raise ValueError(f"--output-dir {folder} cannot be written; choose another folder") from timeout
         raise ValueError(
             f"{folder} is being written by {_holder(Path(timeout.lock_file))}; wait for it, stop it, or choose another"
             " --output-dir"

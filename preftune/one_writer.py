@@ -13,8 +13,9 @@ from tqdm import tqdm
 from preftune import disk, files, lock
 from preftune.cli import are_errors_raised, exit_on_user_error
 from preftune.last_word import last_word
+from preftune.launcher import parent
 from preftune.printable import printable
-from preftune.resume_command import command_of_parent, resume_command
+from preftune.resume_command import resume_command
 from rewards.own import OwnRewardError
 
 Config = TypeVar("Config")
@@ -36,7 +37,7 @@ def one_writer(main: Callable[[Config], Code]) -> Callable[[Config], Code]:
     @functools.wraps(main)
     def locked(config: Config) -> Code:
         folder = _output_dir(config)
-        command_of_parent()  # the launcher, which may end before this process
+        parent()  # the launcher, which may end before this process
         if not lock.is_main_process():
             with exit_on_failed_write(folder, config):
                 return main(config)

@@ -1,14 +1,13 @@
 """The command that goes on with a run that was stopped, to be copied and pasted."""
 
-import contextlib
-import functools
 import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-_LAUNCHERS = {"accelerate", "torchrun", "accelerate.commands.launch", "torch.distributed.run"}
+from preftune.launcher import is_launcher, parent
+
 _ADDED = ["--resume-from-checkpoint", "latest"]
 
 
@@ -17,24 +16,24 @@ def resume_command(*, by_itself: bool) -> str:
 
     by_itself: the configuration says so already, and the same command goes on.
     """
-    words = typed(sys.orig_argv, command_of_parent(), int(os.environ.get("WORLD_SIZE", "1")))
+    words = typed(sys.orig_argv, parent().words, int(os.environ.get("WORLD_SIZE", "1")))
     return shlex.join(words if by_itself else [*_without_start(words), *_ADDED])
 
 
-def typed(words: Sequence[str], parent: Sequence[str], processes: int) -> list[str]:
+def typed(words: Sequence[str], starter: Sequence[str], processes: int) -> list[str]:
     """Return the command that was typed.
 
     Args:
         words: The command of this process, as `sys.orig_argv`.
-        parent: That of the process which started this one.
+        starter: That of the process which started this one.
         processes: Number of processes of the run.
     """
     start = 1
     while start < len(words) - 1 and words[start].startswith("-"):
         start += 1  # options of Python, such as -u and -m
     program = list(words[start:])
-    launcher = list(parent[: -len(program)])
-    if list(parent[-len(program) :]) == program and any(Path(word).name in _LAUNCHERS for word in launcher):
+    launcher = list(starter[: -len(program)])
+    if list(starter[-len(program) :]) == program and is_launcher(launcher):
         return [*_shown(launcher), *program]
     if processes > 1:
         module = ["-m"] if words[start - 1] == "-m" else []
@@ -63,17 +62,3 @@ def _other_flags(words: Iterator[str]) -> Iterator[str]:
                 next(words, None)
         elif name not in ("--overwrite-output-dir", "--no-overwrite-output-dir"):
             yield word
-
-
-@functools.cache
-def command_of_parent() -> list[str]:
-    """Return the command of the process that started this one; empty where the system does not tell.
-
-    It is asked for once, early: Ctrl-C ends a launcher, too, before the run has written its checkpoint.
-    """
-    import psutil
-
-    with contextlib.suppress(psutil.Error):
-        parent = psutil.Process().parent()
-        return parent.cmdline() if parent is not None else []
-    return []

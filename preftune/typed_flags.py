@@ -10,6 +10,9 @@ from preftune.flags import ALIASES, ELSEWHERE, EXCLUSIVE, ONE_VALUE, SAME, TEXTS
 from preftune.leaves import Leaf, flag_of
 from preftune.prompts import is_text
 
+_TYPOGRAPHIC = ("\u201c", "\u201d", "\u201e", "\u2018", "\u2019", "\u00ab", "\u00bb")
+"""Quotes of a text."""
+
 
 def undone(tokens: Sequence[str], later: Sequence[str]) -> bool:
     """Whether flags of a file are those of two that exclude each other, and the other one stands in a later place."""
@@ -83,10 +86,15 @@ def check_names(typed: Sequence[str], leaves: Mapping[str, Leaf]) -> None:
         raise ValueError(f"unknown flag{several} {', '.join(named)}; see --help")
     for token, values in _grouped(typed):
         name, equals = _name(token), "=" in token
+        _check_dashes(values, leaves)
+        if name in leaves and leaves[name].hint is bool and values:
+            raise ValueError(
+                f"{flag_of(name)} takes no value, got {' '.join(map(repr, values))}: write {flag_of(name)} or {flag_of(name, negated=True)}"
+            )
         if name in leaves and not leaves[name].is_list and len(values) + equals > 1:
             raise ValueError(
                 f"{flag_of(name)} takes one value, got {len(values) + equals}: {' '.join(map(repr, values))};"
-                f" {ONE_VALUE.get(name, 'a value with spaces stands in quotes')}"
+                f" {_hint(name, values)}"
             )
         if name in leaves and (wrong := _wrong_numbers(values, leaves[name])):
             raise ValueError(f"{flag_of(name)} takes {wrong}, got {' '.join(values) or 'none'}")
@@ -94,6 +102,23 @@ def check_names(typed: Sequence[str], leaves: Mapping[str, Leaf]) -> None:
             raise ValueError(
                 f"{flag_of(name)} takes no value: write {flag_of(name)} or {flag_of(name, negated=True)}"
             )
+
+
+def _check_dashes(values: Sequence[str], leaves: Mapping[str, Leaf]) -> None:
+    """Refuse a flag that begins with one hyphen, or with the dashes of a web page."""
+    for value in values:
+        match = re.match(r"[-\u2010-\u2015\u2212]+([A-Za-z][\w.-]*)", value)
+        if match and ((name := _name(match[1])) in leaves or alias_of(name, leaves)):
+            raise ValueError(f"unknown flag {value}: a flag begins with two hyphens, as in --{match[1]}")
+
+
+def _hint(name: str, values: Sequence[str]) -> str:
+    """What to do where one value was expected."""
+    if values[:1] == ["="]:
+        return "there are no spaces around ="
+    if any(value[:1] in _TYPOGRAPHIC for value in values):
+        return "quotes of a text are none for the shell: write \" or '"
+    return ONE_VALUE.get(name, "a value with spaces stands in quotes")
 
 
 def _wrong_numbers(values: Sequence[str], leaf: Leaf) -> str:
@@ -110,11 +135,16 @@ def _wrong_numbers(values: Sequence[str], leaf: Leaf) -> str:
 def instead(name: str, leaves: Mapping[str, Leaf], write: Callable[[str], str] = str) -> str:
     """What there is in place of an unknown name, as the end of a sentence; nothing where nobody knows."""
     other = ELSEWHERE.get(name) or (flag_of(ALIASES[name]) if name in ALIASES else "")
-    first = re.match(r"--[\w.-]*\w", other)
-    if other and (first is None or _name(first.group()) in (*leaves, "config")):
+    elsewhere = re.match(r"finetune/pretrain.py has (--[\w-]+)", other)
+    if elsewhere is not None and _name(elsewhere[1]) in leaves:
+        other = elsewhere[1]
+    for flag in re.findall(r"(?<!has )--[\w.-]*\w", other):  # another program has it
+        if _name(flag) not in (*leaves, "config", "num_processes", "help"):
+            if (sample := alias_of(_name(flag), leaves)) is None:
+                return f" (this program has no {flag})"
+            other = other.replace(flag, flag_of(sample))
+    if other:
         return f" (here: {other})"
-    if first is not None:
-        return f" (this program has no {first.group()})"
     near = difflib.get_close_matches(name, leaves, n=1)
     return f" (did you mean {write(near[0])}?)" if near else ""
 

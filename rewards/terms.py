@@ -1,6 +1,7 @@
 """Terms of the flags --rewards and --reward-files, and the units of scores; needs no torch, so that flags are checked first."""
 
 import math
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
@@ -61,6 +62,18 @@ def _dataset_units(names: Sequence[str], stats: Path) -> list[tuple[float, float
     return [found[name] for name in names]
 
 
+def _check_separators(term: str) -> None:
+    """Refuse a term of scorers of the table that are written in another way: `a=1,b=2`, `a:1`."""
+    several = [part for part in re.split(r"[,;\s]+", term) if part]
+    if len(several) > 1 and all(re.split("[=:]", part)[0] in CARDS for part in several):
+        raise ValueError(
+            f"{term!r} has several scorers; they are separated by spaces, without quotes: {' '.join(several)}"
+        )
+    name, colon, weight = term.partition(":")
+    if colon and name in CARDS:
+        raise ValueError(f"unknown scorer {term!r}; a weight stands behind =, as in {name}={weight or 1}")
+
+
 def parse_weights(terms: Sequence[str]) -> dict[str, float]:
     """Return {"imagereward": 0.5, "brightness": 1.0} for ["imagereward=0.5", "brightness"], in that order.
 
@@ -70,6 +83,7 @@ def parse_weights(terms: Sequence[str]) -> dict[str, float]:
     """
     weights: dict[str, float] = {}
     for term in terms:
+        _check_separators(term)
         name, weight = _split(term)
         find_card(name)
         own.named_by_user(name)

@@ -4,6 +4,8 @@ The lists hold all flags of their scripts: diffusers' text-to-image, DreamBooth 
 kohya's train_network.py, and TRL's ddpo.py and alignprop.py with what they inherit from transformers.
 """
 
+import importlib
+import re
 import shlex
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from data_build import generate
 from finetune import pretrain, raft, refl, reward_model, reward_weighted, weird_lora
 from preftune import cli
 from preftune.flags import ALIASES, ELSEWHERE, SAME
-from preftune.leaves import leaves_of
+from preftune.leaves import flag_of, leaves_of
+from preftune.programs import PROGRAMS
 from preftune.prompts import is_text, read_prompts
 from preftune.resolution import parse as resolution
 from preftune.typed_flags import alias_of, as_here, instead
@@ -525,8 +528,8 @@ PASTED = {
     ],
     "--optimizer_type=Lion --prompts p.txt": ["unknown flag --optimizer_type (here: AdamW it is"],
     "--model x --prompts p.txt --pretraining off --lr_scheduler=cosine_with_restarts": [
-        "invalid choice 'cosine_with_restarts' for argument '--lr-scheduler'",
-        "'constant_with_warmup', 'linear', 'cosine'",
+        "--lr-scheduler is 'cosine_with_restarts'; it must be constant, constant_with_warmup, linear or cosine",
+        "constant_with_warmup, linear or cosine",
     ],
     "--window 30": ["error: --window takes 2 whole numbers, got 30\n"],
     "--window=30,x": ["error: --window takes 2 whole numbers, got 30 x\n"],
@@ -579,3 +582,44 @@ def test_words_before_and_behind_are_kept() -> None:
     leaves = leaves_of(refl.Config)
     argv = ["-h", "--rewards", "a=1", "b=2", "--seed", "-1", "--num-inference-steps=4"]
     assert as_here(argv, leaves) == argv
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_an_answer_names_flags_that_the_program_has(name: str) -> None:
+    module = importlib.import_module(PROGRAMS[name])
+    if not hasattr(module, "Config"):
+        return
+    leaves = leaves_of(module.Config)
+    for flag in (*ELSEWHERE, *ALIASES):
+        answer = instead(flag, leaves, flag_of)
+        if "(here:" in answer:
+            named = re.findall(r"(?<!has )--([\w.-]*\w)", answer)
+            known = (*leaves, "config", "num_processes", "help")
+            assert [word for word in named if word.replace("-", "_") not in known] == [], f"--{flag}{answer}"
+
+
+SLIPS = {
+    "\u2013seed 1": "unknown flag \u2013seed: a flag begins with two hyphens, as in --seed",
+    "-max_train_steps 1": "unknown flag -max_train_steps: a flag begins with two hyphens",
+    "\u2212\u2212rank 1": "two hyphens, as in --rank",
+    "--output-dir \u201cmy run\u201d": "quotes of a text are none for the shell: write \" or '",
+    "--seed = 1": "there are no spaces around =",
+    "--resolution 512 512": "write 512, or 768x512",
+    "--gradient_checkpointing 1": "takes no value, got '1': write --gradient-checkpointing or --no-gradient-checkpointing",
+    "--rewards imagereward:1": "a weight stands behind =, as in imagereward=1",
+    "--rewards imagereward=1,hpsv2=0.5": "separated by spaces, without quotes: imagereward=1 hpsv2=0.5",
+    "--rewards 'imagereward=1 hpsv2'": "separated by spaces, without quotes: imagereward=1 hpsv2",
+    "--output-dir": "--output-dir needs a value",
+}
+
+
+@pytest.mark.parametrize("line", SLIPS)
+def test_what_a_slip_is_answered(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert SLIPS[line] in refused(f"--model x --prompts p.txt {line}", capsys)
+
+
+def test_a_tab_in_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_text("seed: 1\nlora:\n\trank: 2\n", encoding="utf-8")
+    assert "c.yaml line 3: there is a tab; write spaces in its place" in refused(
+        f"--config {tmp_path / 'c.yaml'}", capsys
+    )

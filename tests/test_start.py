@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from preftune import help_text
-from preftune.help_text import commands
+from preftune.help_text import commands, in_words
 from preftune.leaves import flag_of, leaves_of
 from test_layout import ROOT, is_program, short
 
@@ -187,3 +188,64 @@ def test_examples_are_started_as_the_help_was(monkeypatch: pytest.MonkeyPatch) -
         assert help_text._as_started(line) == words
         monkeypatch.setattr("sys.argv", ["eval/grid.py"])
         assert help_text._as_started(line) == line
+
+
+def test_a_default_in_words() -> None:
+    assert (
+        in_words("size: 512; None = the model's own. (default: None)")
+        == "size: 512. (default: the model's own)"
+    )
+    several = "It is a place. None = no. It has 0.5. (default: None)"
+    assert in_words(several) == "It is a place. It has 0.5. (default: no)"
+    assert (
+        in_words("a folder. (default: None)")
+        == in_words("a folder. (default: )")
+        == "a folder. (default: none)"
+    )
+    assert in_words("size; None = all. (default: 3)") == "size; None = all. (default: 3)"
+
+
+def test_help_says_no_none(helps: dict[Path, str]) -> None:
+    for path, text in helps.items():
+        assert "(default: None)" not in " ".join(text.split()), short(path)
+        assert "{None" not in text, short(path)
+
+
+def test_a_bare_start_says_where_the_data_come_from() -> None:
+    for name, command in {
+        "weird_lora": "`preftune diffusiondb --data",
+        "reward_weighted": "`preftune score --data",
+        "pretrain": "`preftune pretrain --model assets/tiny/pipeline",
+    }.items():
+        ((code, _, err),) = walk([ROOT / f"finetune/{name}.py"]).values()
+        assert code == 2
+        assert "and --model are missing; " in err
+        assert command in err
+        assert err.endswith("; see --help\n")
+
+
+INTERRUPTED = """
+import sys
+sys.argv = ["finetune/refl.py"]
+from finetune import refl
+from preftune.cli import parse
+parse(refl.Config, default_config=refl.TINY)
+raise {}
+"""
+
+
+def test_ctrl_c_while_libraries_are_imported_is_one_sentence() -> None:
+    def end(error: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, "-c", INTERRUPTED.format(error)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=ROOT,
+        )
+        return done.returncode, done.stderr.partition("\n")[2]
+
+    code, said = end("KeyboardInterrupt")
+    assert said == "refl.py: stopped; start the same command again to go on\n"
+    assert code in (-signal.SIGINT, 128 + signal.SIGINT)
+    assert end("RuntimeError")[1].endswith("RuntimeError\n")

@@ -157,22 +157,29 @@ _files = itertools.count()
 
 
 class _Board:
-    """A file of events for tensorboard. Written at once, and not by a thread of its own: a kill loses no row, and a full disk is
-    noticed where it occurs.
+    """A file of events for tensorboard, made with the first of them. Written at once, and not by a thread of its own: a kill loses
+    no row, and a full disk is noticed where it occurs.
     """
 
     def __init__(self, folder: Path, start: int) -> None:
+        self._folder, self._start = folder, start
+        self._file: io.FileIO | None = None
+
+    def _open(self) -> io.FileIO:
+        """A new file, the last of the folder, with what each begins with."""
+        folder = self._folder
         folder.mkdir(exist_ok=True)
         # Tensorboard reads the files in the order of their names, which begin with the time: the clock may have been set back.
         stamps = [re.match(r"events\.out\.tfevents\.(\d+)\.", path.name) for path in folder.iterdir()]
         stamp = max([int(time.time()), *(int(match[1]) + 1 for match in stamps if match)])
         name = f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}.{next(_files)}"
-        self._file = (folder / name).open("xb", buffering=0)
-        self._write(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
+        file = (folder / name).open("xb", buffering=0)
+        _append(file, _record(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2")))
         begin = event_pb2.SessionLog(
             status=event_pb2.SessionLog.START
         )  # hides what an earlier file has from this step on
-        self._write(event_pb2.Event(wall_time=time.time(), step=start, session_log=begin))
+        _append(file, _record(event_pb2.Event(wall_time=time.time(), step=self._start, session_log=begin)))
+        return file
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
         for name, value in scalars.items():
@@ -191,9 +198,16 @@ class _Board:
             )
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _write(self, event: Any) -> None:
-        record = io.BytesIO()
-        RecordWriter(record).write(event.SerializeToString())
-        _append(self._file, record.getvalue())
+        self._file = self._file or self._open()
+        _append(self._file, _record(event))
+
+
+def _record(event: Any) -> bytes:
+    """An event as it stands in a file."""
+    record = io.BytesIO()
+    RecordWriter(record).write(event.SerializeToString())
+    return record.getvalue()

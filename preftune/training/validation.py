@@ -221,7 +221,7 @@ def summary(moments: Mapping[str, Validation]) -> str:
 def write_comparison(run: Path, names: Mapping[str, str]) -> list[Path]:
     """Write `RUN/before_after.png` of moments that were validated, {title: name}, and print what changed since the first.
 
-    Returns the file, where it could be written.
+    Returns the file, where it was written and is not what it was before.
     """
     moments = {title: found for title, name in names.items() if (found := read(run, name)) is not None}
     written: list[Path] = []
@@ -231,8 +231,10 @@ def write_comparison(run: Path, names: Mapping[str, str]) -> list[Path]:
     elif len({found.run for found in moments.values()}) > 1:
         show("no comparison of before and after: the settings, inputs or scorers differ between them")
     else:
-        written = [run / "before_after.png"]
-        save_image(comparison(moments), *written)
+        place = run / "before_after.png"
+        earlier = place.read_bytes() if place.is_file() else b""
+        save_image(comparison(moments), place)
+        written = [place] * (place.read_bytes() != earlier)
         show(summary(moments))
     show(f"tuned weights, metrics and images: {run}")
     return written
