@@ -47,6 +47,9 @@ def per_channel(pixels, prompts):
 def one_number(pixels, prompts):
     return pixels.mean()
 
+def python_number(pixels, prompts):
+    return float(pixels.detach().mean() * 0 + 0.5)
+
 def listed(pixels, prompts):
     return [float(image.mean()) for image in pixels.detach()]
 
@@ -193,6 +196,8 @@ MISTAKES = {
     " of shape (2,)",
     "one_number": f"{place('one_number')} returned a tensor of shape () for 2 images; return one score for each image, a tensor of"
     " shape (2,)",
+    "python_number": f"{place('python_number')} returned float 0.5 for 2 images; return one score for each image, a tensor of shape"
+    " (2,)",
     "nothing": f"{place('nothing')} returned None for 2 images; return one score for each image, a tensor of shape (2,)",
     "listed": f"{place('listed')} returned scores without a gradient, which this method needs; {GRADIENT}",
     "unrelated": f"{place('unrelated')} returned scores whose gradient does not reach the pixels, which this method needs; compute"
@@ -467,6 +472,13 @@ def test_an_edited_file_is_another_run(
     mine.write_text(CODE.replace("dim=(1, 2, 3))\n", "dim=(1, 2, 3)) * 2\n", 1))
     error = refused(capsys, "refl", root, tmp_path / "run", *flags, *again)
     assert f"scorer {mine}:brightness is not what it was: its content has changed" in error
+    saved = tmp_path / "run" / "step_000001"
+    assert error.endswith(
+        f"; to go on from these weights with {mine}:brightness as it is now, begin another run with --lora-start {saved}\n"
+    )
+    tune("refl", root, tmp_path / "fixed", "--rewards", f"{mine}:brightness", "--lora-start", str(saved))
+    error = refused(capsys, "refl", root, tmp_path / "run", *flags, *again, "--seed", "5")
+    assert "--lora-start" not in error, "not where more than the reward is another"
     mine.write_text(CODE)
     tune("refl", root, tmp_path / "run", *flags, *again)
     assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 2
