@@ -67,11 +67,13 @@ class OwnReward:
         if isinstance(result, list | tuple) and result and all(isinstance(one, Tensor) for one in result):
             result = torch.stack(list(result)) if len({one.shape for one in result}) == 1 else list(result)
         if not isinstance(result, Tensor):
+            words = "None" if result is None else f"{type(result).__name__} {result!r:.60}"
             try:
                 result = torch.as_tensor(result, dtype=torch.float32)
             except (TypeError, ValueError, RuntimeError) as error:
-                words = "None" if result is None else f"{type(result).__name__} {result!r:.60}"
                 raise OwnRewardError(f"{self.place} returned {words} for {count} images; {wanted}") from error
+            if result.ndim == 0:
+                raise OwnRewardError(f"{self.place} returned {words} for {count} images; {wanted}")
         if result.shape == (count, 1):
             result = result[:, 0]
         if result.shape != (count,) or result.is_complex():
