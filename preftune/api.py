@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from preftune import cli, lock
+from preftune import cli, lock, notes
 from preftune.arguments import flags, in_python
 from preftune.given_inputs import PROMPT_ARGUMENTS, Functions, Written, prompt_file, scorers
 from preftune.programs import PROGRAMS
@@ -270,7 +270,7 @@ def _call(work: Callable[[], Any], types: Mapping[str, Any], name: str) -> Any:
     """Return what `work` returns; nothing in it ends the process, and its sentences name arguments instead of flags."""
     __tracebackhide__ = True  # a notebook shows the caller's line and the sentence
     try:
-        with cli.errors_raised():
+        with cli.errors_raised(), notes.worded(lambda text: in_python(text, types, name)):
             return work()
     except ValueError as error:
         cause, failure = _cause(error), ValueError(in_python(str(error), types, name))

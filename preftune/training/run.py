@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from preftune import lock, order, seeds
+from preftune.notes import say
 from preftune.seeds import Stream
 from preftune.training import checkpoint, folder, metrics, resume, signals
 from preftune.training.optimizer import EMA, SkippedUpdates, adamw, lr_factor
@@ -144,7 +145,8 @@ class Run:
             )
             self._identity = resume.identity(self._config_text, settings, self.world)
             start = resume.find_start(self.config, self._identity)
-            sys.stderr.writelines(f"{line}\n" for line in start.said)
+            for line in start.said:
+                say(line, kind="")
         if self.world > 1:
             (start,) = broadcast_object_list([start])
         return start
