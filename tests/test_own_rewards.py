@@ -84,6 +84,10 @@ def nan_later(pixels, prompts):
     calls.append("nan")
     return pixels.mean(dim=(1, 2, 3)) + (float("nan") if calls.count("nan") > 4 else 0)
 
+def steep_later(pixels, prompts):
+    calls.append("steep")
+    return pixels.mean(dim=(1, 2, 3)) + ((pixels * 0).sqrt().mean() if calls.count("steep") > 4 else 0)
+
 def fails_later(pixels, prompts):
     calls.append("fails")
     if calls.count("fails") > 4:
@@ -277,6 +281,17 @@ def test_a_failure_in_the_run_names_the_checkpoint(
     assert f"{mine}:{line_of(f'def {function}') + (3 if function == 'fails_later' else 0)}" in last
     assert last.endswith(f"; the last complete checkpoint is {run / 'step_000001'}")
     assert ("KeyError" in error) == ("Traceback" in error) == (function == "fails_later")
+
+
+def test_a_gradient_that_is_not_finite_in_the_run_names_the_reward(
+    root: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refused(
+        capsys, "refl", root, tmp_path / "run", "--rewards", f"{mine}:steep_later", "brightness", code=1
+    )
+    last = error.splitlines()[-1]
+    assert "gradient norm at step " in last
+    assert f", or a square root, logarithm or division at 0 in {mine}:steep_later; the last complete" in last
 
 
 def test_a_gradient_of_zero_is_said(mine: Path) -> None:

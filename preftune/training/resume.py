@@ -97,6 +97,11 @@ def identity(config_text: str, settings: Mapping[str, object], processes: int = 
     return found
 
 
+def own_rewards(run: Mapping[str, Any]) -> list[str]:
+    """Return the names of the rewards of the user's own in what makes a run."""
+    return [name for name in run["flags"].get("rewards") or () if own.is_own(name)]
+
+
 def fingerprint(now: Mapping[str, Any]) -> str:
     """Return a digest of all that a run must not change."""
     flags = {name: value for name, value in now["flags"].items() if _must_not_differ(name, now)}
@@ -187,9 +192,8 @@ def _from_its_weights(source: Path, then: Mapping[str, Any], now: Mapping[str, A
     """How a new run goes on from the LoRA of a checkpoint, where nothing is refused but edited rewards of the user's own."""
     edited = [
         name
-        for name in now["flags"].get("rewards") or ()
-        if own.is_own(name)
-        and then["digests"].get(f"scorer {name}", "") not in ("", now["digests"].get(f"scorer {name}"))
+        for name in own_rewards(now)
+        if then["digests"].get(f"scorer {name}", "") not in ("", now["digests"].get(f"scorer {name}"))
     ]
     if not edited or len(edited) < refused or not (source / "lora").is_dir():
         return ""
