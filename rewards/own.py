@@ -176,8 +176,11 @@ def check_callable(name: str, value: object) -> None:
 
 
 def failure(name: str, file: str | None, error: BaseException) -> OwnRewardError:
-    """Return the error that says where a reward, defined in this file, raised another one, in its words."""
-    tb = _after_ours(error.__traceback__)
+    """Return the error that says where a reward, defined in this file, raised another one, in its words.
+
+    The traceback of that one begins in the user's code from now on.
+    """
+    tb = error.__traceback__ = _after_ours(error.__traceback__)
     frames = traceback.extract_tb(tb)
     inner = [frame for frame in frames if frame.filename == file] or frames[-1:]
     where = f" at {inner[-1].filename}:{inner[-1].lineno} ({inner[-1].line})" if inner else ""

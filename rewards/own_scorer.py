@@ -50,7 +50,7 @@ class OwnReward:
         needed = torch.is_grad_enabled() and pixels.requires_grad
         try:
             result = self.function(at_least_float32(pixels).clone(), list(prompts))  # it may write into them
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise own.failure(self.card.name, self.file, error) from error
         scores = self._scores(result, len(pixels)).to(pixels.device)
         if needed and not scores.requires_grad:

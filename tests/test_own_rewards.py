@@ -294,6 +294,19 @@ def test_a_gradient_that_is_not_finite_in_the_run_names_the_reward(
     assert f", or a square root, logarithm or division at 0 in {mine}:steep_later; the last complete" in last
 
 
+def test_a_function_does_not_end_the_process() -> None:
+    """Silently, with exit code 0, as exit() would."""
+
+    def leaving(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        sys.exit()
+
+    with (
+        own.given({"leaving": leaving}),
+        pytest.raises(OwnRewardError, match=r"leaving failed at .*SystemExit"),
+    ):
+        rewards.load("leaving")(torch.rand(1, 3, 4, 4), "")
+
+
 def test_a_gradient_of_zero_is_said(mine: Path) -> None:
     rounded = loaded(f"{mine}:rounded")
     (warning,) = try_out([rounded], [], (8, 8), gradient=True)
