@@ -36,6 +36,8 @@ MAX_FILE = 1 << 22
 """Bytes of a file with rewards."""
 
 _FILE = re.compile(r"(.+\.py)(?::([^=:/\\]*))?", re.DOTALL)
+_PROMPTS, _PIXELS = ("prompt", "text", "caption"), ("pixel", "image", "img")
+"""Beginnings of the names of arguments."""
 _WORD = re.compile(r"[^\W\d][\w.-]*")
 _GIVEN: ContextVar[Mapping[str, Callable[..., Any]]] = ContextVar("given", default=MappingProxyType({}))
 _named: set[tuple[Path, str]] = set()
@@ -173,6 +175,11 @@ def check_callable(name: str, value: object) -> None:
         raise OwnRewardError(
             f"{name}{signature} cannot be called as f(pixels, prompts): {error}; define it as def f(pixels, prompts)"
         ) from error
+    first, second, *_ = [*signature.parameters, "", ""]
+    if first.startswith(_PROMPTS) and second.startswith(_PIXELS):
+        raise OwnRewardError(
+            f"{name}{signature} takes the prompts first, but is called as f(pixels, prompts); swap the two"
+        )
 
 
 def failure(name: str, file: str | None, error: BaseException) -> OwnRewardError:

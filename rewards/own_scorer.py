@@ -74,6 +74,10 @@ class OwnReward:
                 raise OwnRewardError(f"{self.place} returned {words} for {count} images; {wanted}") from error
             if result.ndim == 0:
                 raise OwnRewardError(f"{self.place} returned {words} for {count} images; {wanted}")
+        if result.is_meta:
+            raise OwnRewardError(
+                f"{self.place} returned a tensor on the device meta, without numbers; {wanted}"
+            )
         if result.shape == (count, 1):
             result = result[:, 0]
         if result.shape != (count,) or result.is_complex():

@@ -80,6 +80,12 @@ def rounded(pixels, prompts):
 def one_argument(pixels):
     return pixels.mean(dim=(1, 2, 3))
 
+def swapped(texts, images):
+    return images.mean(dim=(1, 2, 3))
+
+def without_numbers(pixels, prompts):
+    return pixels.to("meta").mean(dim=(1, 2, 3))
+
 def nan_later(pixels, prompts):
     calls.append("nan")
     return pixels.mean(dim=(1, 2, 3)) + (float("nan") if calls.count("nan") > 4 else 0)
@@ -213,6 +219,9 @@ MISTAKES = {
     " RuntimeError: shape '[2, 7, -1]' is invalid for input of size 6144",
     "one_argument": "{mine}:one_argument(pixels) cannot be called as f(pixels, prompts): too many positional arguments; define it as"
     " def f(pixels, prompts)",
+    "swapped": "{mine}:swapped(texts, images) takes the prompts first, but is called as f(pixels, prompts); swap the two",
+    "without_numbers": f"{place('without_numbers')} returned a tensor on the device meta, without numbers; return one score for each"
+    " image, a tensor of shape (2,)",
     "Judge": "{mine}:Judge is a class; make an object of it, as reward = Judge(), and name that",
     "number": "{mine}:number is 3 (int), which cannot be called; name a function of pixels and prompts",
     "brigtness": "{mine} has no function 'brigtness', did you mean brightness?; it has brightness, column,",
