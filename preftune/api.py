@@ -286,6 +286,8 @@ def _call(work: Callable[[], Any], types: Mapping[str, Any], name: str) -> Any:
             _reworded(ValueError(in_python(str(error), types, name)), error, types, name),
         )
         traceback.clear_frames(error.__traceback__)
+        if cause is not None:  # its frames have the pixels, and those the graph
+            traceback.clear_frames(cause.__traceback__)
     except BaseException as error:  # a notebook keeps the last traceback, and so what its frames hold
         failure = _reworded(error, error, types, name)
         traceback.clear_frames(error.__traceback__)

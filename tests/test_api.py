@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -371,6 +372,29 @@ def test_the_memory_of_a_call_is_free_after_it_and_after_one_that_failed(given: 
     assert caught.value.__traceback__ is not None
     lock = Path(given["output_dir"]).with_name(".run.lock")
     assert not lock.exists()
+
+
+def test_pixels_of_a_reward_that_failed_are_free(given: dict[str, Any]) -> None:
+    """And with them the graph of an update."""
+    kept: list[weakref.ref[Tensor]] = []
+
+    def failing(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        if in_training(pixels):
+            kept.append(weakref.ref(pixels))
+            raise KeyError("missing")
+        return red(pixels, prompts)
+
+    with pytest.raises(ValueError, match="failing failed") as caught:
+        preftune.refl(**given | {"rewards": failing})
+    assert caught.value.__cause__ is not None
+    assert [pixels() for pixels in kept] == [None], "also while a notebook keeps the traceback"
+
+
+def test_notes_name_arguments(given: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    preftune.refl(**given | {"learning_rate": None, "window": None, "num_inference_steps": 4})
+    said = capsys.readouterr().err
+    assert 'learning_rate=0.0001 mixed_precision="no" window=(2, 3) ' in said
+    assert " --" not in said
 
 
 def test_arguments_are_flags(given: dict[str, Any]) -> None:
