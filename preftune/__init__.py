@@ -19,11 +19,21 @@ if TYPE_CHECKING:
 __all__ = ["pretrain", "raft", "refl", "reward_weighted", "score", "weird_lora"]
 
 
-def __getattr__(name: str) -> Any:
-    """Import the calls when they are asked for (PEP 562)."""
-    if name in __all__:
-        return getattr(importlib.import_module("preftune.api"), name)
-    raise AttributeError(f"module 'preftune' has no attribute {name!r}")
+if not TYPE_CHECKING:  # type checkers know the names from above, and no others
+
+    def __getattr__(name: str) -> Any:
+        """Import the calls when they are asked for (PEP 562).
+
+        ImportError where a file of the user's, such as rewards.py, hides a package that they need.
+        """
+        if name in __all__:
+            from preftune.programs import hidden
+
+            for package in ("rewards", "finetune"):
+                if (fault := hidden(package)) is not None:
+                    raise ImportError(fault)
+            return getattr(importlib.import_module("preftune.api"), name)
+        raise AttributeError(f"module 'preftune' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from preftune import cli, lock
+from preftune import cli, lock, notes
 from preftune.arguments import flags, in_python
 from preftune.given_inputs import PROMPT_ARGUMENTS, Functions, Written, prompt_file, scorers
 from preftune.programs import PROGRAMS
@@ -72,6 +72,7 @@ def refl(
         OSError, FloatingPointError: A write failed, a loss is not finite; notes say which checkpoint there is.
         KeyboardInterrupt: Stopped; go on with resume_from_checkpoint="latest".
     """
+    __tracebackhide__ = True
     given = {"model": model, "prompts": prompts, "rewards": rewards}
     return _tune("refl", given | {"output_dir": output_dir, "max_train_steps": max_train_steps} | arguments)
 
@@ -90,6 +91,7 @@ def raft(
     Arguments, result and errors as `refl`; a function in `rewards` needs no gradient. Usual ones more: iterations,
     prompts_per_iteration, images_per_prompt; max_train_steps is a multiple of iterations.
     """
+    __tracebackhide__ = True
     given = {"model": model, "prompts": prompts, "rewards": rewards}
     return _tune("raft", given | {"output_dir": output_dir, "max_train_steps": max_train_steps} | arguments)
 
@@ -108,6 +110,7 @@ def reward_weighted(
     `data` is a folder of captioned images, `score` the column of its metadata with their score. Further arguments, result and
     errors as `refl`; `rewards` score the validation images.
     """
+    __tracebackhide__ = True
     given = {"model": model, "data": data, "score": score}
     return _tune(
         "reward-weighted", given | {"output_dir": output_dir, "max_train_steps": max_train_steps} | arguments
@@ -127,6 +130,7 @@ def weird_lora(
     `data` is a folder of captioned images, whose `kind` is preferred or non_preferred; `prefix` is the prefix. Further
     arguments, result and errors as `refl`; `rewards` score the validation images.
     """
+    __tracebackhide__ = True
     given = {"model": model, "data": data}
     return _tune(
         "weird-lora", given | {"output_dir": output_dir, "max_train_steps": max_train_steps} | arguments
@@ -145,6 +149,7 @@ def pretrain(
 
     `data` is a folder of captioned images. Further arguments, result and errors as `refl`, without `prompts` and `rewards`.
     """
+    __tracebackhide__ = True
     given = {"model": model, "data": data}
     return _tune(
         "pretrain", given | {"output_dir": output_dir, "max_train_steps": max_train_steps} | arguments
@@ -163,6 +168,8 @@ def score(images: Any, prompts: str | Iterable[str], rewards: Rewards, *, device
     Raises:
         ValueError: Something that was given is wrong.
     """
+
+    __tracebackhide__ = True
 
     def work() -> Any:
         import torch
@@ -270,20 +277,34 @@ def _given_functions(functions: Functions) -> contextlib.AbstractContextManager[
 def _call(work: Callable[[], Any], types: Mapping[str, Any], name: str) -> Any:
     """Return what `work` returns; nothing in it ends the process, and its sentences name arguments instead of flags."""
     __tracebackhide__ = True  # a notebook shows the caller's line and the sentence
+    cause: BaseException | None = None
     try:
-        with cli.errors_raised():
+        with cli.errors_raised(), notes.worded(lambda text: in_python(text, types, name)):
             return work()
     except ValueError as error:
-        cause, failure = _cause(error), ValueError(in_python(str(error), types, name))
-        failure.__notes__ = [in_python(note, types, name) for note in getattr(error, "__notes__", ())]
+        cause, failure = (
+            _cause(error),
+            _reworded(ValueError(in_python(str(error), types, name)), error, types, name),
+        )
         traceback.clear_frames(error.__traceback__)
+        if cause is not None:  # its frames have the pixels, and those the graph
+            traceback.clear_frames(cause.__traceback__)
     except BaseException as error:  # a notebook keeps the last traceback, and so what its frames hold
-        error.__notes__ = [in_python(note, types, name) for note in getattr(error, "__notes__", ())]
+        failure = _reworded(error, error, types, name)
         traceback.clear_frames(error.__traceback__)
-        _free()
-        raise
+        if not isinstance(error, KeyboardInterrupt | FloatingPointError):  # of which the sentence says all
+            _free()
+            raise
     _free()
-    raise failure from cause
+    raise failure.with_traceback(None) from cause
+
+
+def _reworded(
+    failure: BaseException, error: BaseException, types: Mapping[str, Any], name: str
+) -> BaseException:
+    """Give a failure the notes of an error, which name arguments instead of flags; return it."""
+    failure.__notes__ = [in_python(note, types, name) for note in getattr(error, "__notes__", ())]
+    return failure
 
 
 def _cause(error: BaseException) -> BaseException | None:

@@ -47,14 +47,15 @@ def in_python(sentence: str, types: Mapping[str, Any], call: str) -> str:
             return f"{python}={name == flag}{value or ''}"
         if value and value.strip() in choices:
             return f'{python}="{value.strip()}"'
-        if value and re.fullmatch(_NUMBER, value.strip()):
-            return f"{python}={value.strip()}"
+        if value and re.fullmatch(rf"{_NUMBER}(?: {_NUMBER})*", value.strip()):
+            several = ", ".join(value.split())
+            return f"{python}=({several})" if "," in several else f"{python}={several}"
         return f"{python}{value or ''}"
 
     sentence = re.sub(
         r"unknown flag --([\w.-]+)", lambda match: f"unknown argument {match[1].replace('-', '_')}", sentence
     )
-    sentence = re.sub(rf"--([a-z][\w.-]*\w)( (?:{_NUMBER}|\w+))?", argument, sentence)
+    sentence = re.sub(rf"--([a-z][\w.-]*\w)( (?:{_NUMBER}(?: {_NUMBER})*|\w+))?", argument, sentence)
     return sentence.replace("see --help", f"see help(preftune.{call})")
 
 

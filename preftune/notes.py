@@ -1,15 +1,31 @@
 """Notes to the user on stderr: one line each, from one process of a run."""
 
+import contextlib
+import contextvars
 import os
 import sys
+from collections.abc import Callable, Iterator
 
 from preftune.printable import printable
 
+_WORDING: contextvars.ContextVar[Callable[[str], str]] = contextvars.ContextVar("wording", default=str)
 
-def say(text: str) -> None:
+
+def say(text: str, kind: str = "note: ") -> None:
     """Write one line to stderr; of several processes of a run only the first one writes."""
     if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(printable(f"note: {' '.join(text.splitlines())}") + "\n")
+        text = _WORDING.get()(" ".join(text.splitlines()))
+        sys.stderr.write(printable(f"{kind}{text}") + "\n")
+
+
+@contextlib.contextmanager
+def worded(wording: Callable[[str], str]) -> Iterator[None]:
+    """Context in which each line is what `wording` makes of it: a call from Python names arguments instead of flags."""
+    token = _WORDING.set(wording)
+    try:
+        yield
+    finally:
+        _WORDING.reset(token)
 
 
 def counted(number: int, one: str, many: str = "") -> str:

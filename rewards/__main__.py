@@ -21,16 +21,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     rows += [_row(card) for card in CARDS.values()]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    for index, row in enumerate(rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        if index == 0:
-            print("  ".join("-" * width for width in widths))
-    print()
-    for card in CARDS.values():
-        print(f"{card.name}: {card.summary}")
-    print(
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    lines += ["", *(f"{card.name}: {card.summary}" for card in CARDS.values())]
+    lines += [
         "FILE.py:FUNCTION: a function of your own, f(pixels, prompts) -> (B,), in a file that you name in --rewards"
-    )
+    ]
+    print("\n".join(line.rstrip() for line in lines))  # at once: `| head` breaks no line
 
 
 def _row(card: Card) -> tuple[str, ...]:

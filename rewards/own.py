@@ -36,6 +36,8 @@ MAX_FILE = 1 << 22
 """Bytes of a file with rewards."""
 
 _FILE = re.compile(r"(.+\.py)(?::([^=:/\\]*))?", re.DOTALL)
+_PROMPTS, _PIXELS = ("prompt", "text", "caption"), ("pixel", "image", "img")
+"""Beginnings of the names of arguments."""
 _WORD = re.compile(r"[^\W\d][\w.-]*")
 _GIVEN: ContextVar[Mapping[str, Callable[..., Any]]] = ContextVar("given", default=MappingProxyType({}))
 _named: set[tuple[Path, str]] = set()
@@ -173,11 +175,19 @@ def check_callable(name: str, value: object) -> None:
         raise OwnRewardError(
             f"{name}{signature} cannot be called as f(pixels, prompts): {error}; define it as def f(pixels, prompts)"
         ) from error
+    first, second, *_ = [*signature.parameters, "", ""]
+    if first.startswith(_PROMPTS) and second.startswith(_PIXELS):
+        raise OwnRewardError(
+            f"{name}{signature} takes the prompts first, but is called as f(pixels, prompts); swap the two"
+        )
 
 
 def failure(name: str, file: str | None, error: BaseException) -> OwnRewardError:
-    """Return the error that says where a reward, defined in this file, raised another one, in its words."""
-    tb = _after_ours(error.__traceback__)
+    """Return the error that says where a reward, defined in this file, raised another one, in its words.
+
+    The traceback of that one begins in the user's code from now on.
+    """
+    tb = error.__traceback__ = _after_ours(error.__traceback__)
     frames = traceback.extract_tb(tb)
     inner = [frame for frame in frames if frame.filename == file] or frames[-1:]
     where = f" at {inner[-1].filename}:{inner[-1].lineno} ({inner[-1].line})" if inner else ""

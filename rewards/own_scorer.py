@@ -50,7 +50,7 @@ class OwnReward:
         needed = torch.is_grad_enabled() and pixels.requires_grad
         try:
             result = self.function(at_least_float32(pixels).clone(), list(prompts))  # it may write into them
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise own.failure(self.card.name, self.file, error) from error
         scores = self._scores(result, len(pixels)).to(pixels.device)
         if needed and not scores.requires_grad:
@@ -67,11 +67,17 @@ class OwnReward:
         if isinstance(result, list | tuple) and result and all(isinstance(one, Tensor) for one in result):
             result = torch.stack(list(result)) if len({one.shape for one in result}) == 1 else list(result)
         if not isinstance(result, Tensor):
+            words = "None" if result is None else f"{type(result).__name__} {result!r:.60}"
             try:
                 result = torch.as_tensor(result, dtype=torch.float32)
             except (TypeError, ValueError, RuntimeError) as error:
-                words = "None" if result is None else f"{type(result).__name__} {result!r:.60}"
                 raise OwnRewardError(f"{self.place} returned {words} for {count} images; {wanted}") from error
+            if result.ndim == 0:
+                raise OwnRewardError(f"{self.place} returned {words} for {count} images; {wanted}")
+        if result.is_meta:
+            raise OwnRewardError(
+                f"{self.place} returned a tensor on the device meta, without numbers; {wanted}"
+            )
         if result.shape == (count, 1):
             result = result[:, 0]
         if result.shape != (count,) or result.is_complex():

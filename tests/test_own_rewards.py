@@ -47,6 +47,9 @@ def per_channel(pixels, prompts):
 def one_number(pixels, prompts):
     return pixels.mean()
 
+def python_number(pixels, prompts):
+    return float(pixels.detach().mean() * 0 + 0.5)
+
 def listed(pixels, prompts):
     return [float(image.mean()) for image in pixels.detach()]
 
@@ -77,9 +80,19 @@ def rounded(pixels, prompts):
 def one_argument(pixels):
     return pixels.mean(dim=(1, 2, 3))
 
+def swapped(texts, images):
+    return images.mean(dim=(1, 2, 3))
+
+def without_numbers(pixels, prompts):
+    return pixels.to("meta").mean(dim=(1, 2, 3))
+
 def nan_later(pixels, prompts):
     calls.append("nan")
     return pixels.mean(dim=(1, 2, 3)) + (float("nan") if calls.count("nan") > 4 else 0)
+
+def steep_later(pixels, prompts):
+    calls.append("steep")
+    return pixels.mean(dim=(1, 2, 3)) + ((pixels * 0).sqrt().mean() if calls.count("steep") > 4 else 0)
 
 def fails_later(pixels, prompts):
     calls.append("fails")
@@ -193,6 +206,8 @@ MISTAKES = {
     " of shape (2,)",
     "one_number": f"{place('one_number')} returned a tensor of shape () for 2 images; return one score for each image, a tensor of"
     " shape (2,)",
+    "python_number": f"{place('python_number')} returned float 0.5 for 2 images; return one score for each image, a tensor of shape"
+    " (2,)",
     "nothing": f"{place('nothing')} returned None for 2 images; return one score for each image, a tensor of shape (2,)",
     "listed": f"{place('listed')} returned scores without a gradient, which this method needs; {GRADIENT}",
     "unrelated": f"{place('unrelated')} returned scores whose gradient does not reach the pixels, which this method needs; compute"
@@ -204,6 +219,9 @@ MISTAKES = {
     " RuntimeError: shape '[2, 7, -1]' is invalid for input of size 6144",
     "one_argument": "{mine}:one_argument(pixels) cannot be called as f(pixels, prompts): too many positional arguments; define it as"
     " def f(pixels, prompts)",
+    "swapped": "{mine}:swapped(texts, images) takes the prompts first, but is called as f(pixels, prompts); swap the two",
+    "without_numbers": f"{place('without_numbers')} returned a tensor on the device meta, without numbers; return one score for each"
+    " image, a tensor of shape (2,)",
     "Judge": "{mine}:Judge is a class; make an object of it, as reward = Judge(), and name that",
     "number": "{mine}:number is 3 (int), which cannot be called; name a function of pixels and prompts",
     "brigtness": "{mine} has no function 'brigtness', did you mean brightness?; it has brightness, column,",
@@ -272,6 +290,30 @@ def test_a_failure_in_the_run_names_the_checkpoint(
     assert f"{mine}:{line_of(f'def {function}') + (3 if function == 'fails_later' else 0)}" in last
     assert last.endswith(f"; the last complete checkpoint is {run / 'step_000001'}")
     assert ("KeyError" in error) == ("Traceback" in error) == (function == "fails_later")
+
+
+def test_a_gradient_that_is_not_finite_in_the_run_names_the_reward(
+    root: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refused(
+        capsys, "refl", root, tmp_path / "run", "--rewards", f"{mine}:steep_later", "brightness", code=1
+    )
+    last = error.splitlines()[-1]
+    assert "gradient norm at step " in last
+    assert f", or a square root, logarithm or division at 0 in {mine}:steep_later; the last complete" in last
+
+
+def test_a_function_does_not_end_the_process() -> None:
+    """Silently, with exit code 0, as exit() would."""
+
+    def leaving(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        sys.exit()
+
+    with (
+        own.given({"leaving": leaving}),
+        pytest.raises(OwnRewardError, match=r"leaving failed at .*SystemExit"),
+    ):
+        rewards.load("leaving")(torch.rand(1, 3, 4, 4), "")
 
 
 def test_a_gradient_of_zero_is_said(mine: Path) -> None:
@@ -467,6 +509,13 @@ def test_an_edited_file_is_another_run(
     mine.write_text(CODE.replace("dim=(1, 2, 3))\n", "dim=(1, 2, 3)) * 2\n", 1))
     error = refused(capsys, "refl", root, tmp_path / "run", *flags, *again)
     assert f"scorer {mine}:brightness is not what it was: its content has changed" in error
+    saved = tmp_path / "run" / "step_000001"
+    assert error.endswith(
+        f"; to go on from these weights with {mine}:brightness as it is now, begin another run with --lora-start {saved}\n"
+    )
+    tune("refl", root, tmp_path / "fixed", "--rewards", f"{mine}:brightness", "--lora-start", str(saved))
+    error = refused(capsys, "refl", root, tmp_path / "run", *flags, *again, "--seed", "5")
+    assert "--lora-start" not in error, "not where more than the reward is another"
     mine.write_text(CODE)
     tune("refl", root, tmp_path / "run", *flags, *again)
     assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 2

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import preftune
 from data_build import score
 from eval import grid
 from eval.trainings import command_record, launch_words
@@ -150,6 +151,34 @@ def test_another_package_of_the_same_name_is_said(tmp_path: Path) -> None:
     done = run("grid", cwd=tmp_path, paths=(tmp_path, ROOT))
     assert done.returncode == 2
     assert f"preftune: error: {other} hides preftune's own eval; rename or uninstall it" in done.stderr
+
+
+def test_a_file_of_the_user_that_hides_a_package_is_said_in_python(tmp_path: Path) -> None:
+    """A file with rewards is easily called rewards.py."""
+    for name in ("rewards", "finetune"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / f"{name}.py").write_text("def mine(pixels, prompts): ...\n", encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-c", "from preftune import refl"], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith(
+            f"ImportError: {folder / name}.py hides preftune's own {name}; rename or uninstall it"
+        )
+
+
+def test_type_checkers_know_the_calls() -> None:
+    """They are imported for them alone, and the annotations of the package count (PEP 561)."""
+    tree = ast.parse((ROOT / "preftune" / "__init__.py").read_text(encoding="utf-8"))
+    blocks = [
+        node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    (imported,) = (node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom))
+    assert [alias.name for alias in imported.names] == preftune.__all__
+    assert "__getattr__" not in {getattr(node, "name", "") for node in tree.body}, "with it any name is known"
+    assert (ROOT / "preftune" / "py.typed").is_file()
 
 
 # ---------------------------------------------------------------- preftune doctor

@@ -16,6 +16,7 @@ import yaml
 from preftune.training import checkpoint, inputs, metrics
 from preftune.training.folder import Start
 from preftune.training.run_config import RunConfig
+from rewards import own
 from rewards.terms import parse_weights
 
 MAY_DIFFER = frozenset(
@@ -94,6 +95,11 @@ def identity(config_text: str, settings: Mapping[str, object], processes: int = 
     run = {"settings": dict(settings), "flags": flags, "digests": digests, "around": around}
     found: dict[str, Any] = json.loads(json.dumps(run))
     return found
+
+
+def own_rewards(run: Mapping[str, Any]) -> list[str]:
+    """Return the names of the rewards of the user's own in what makes a run."""
+    return [name for name in run["flags"].get("rewards") or () if own.is_own(name)]
 
 
 def fingerprint(now: Mapping[str, Any]) -> str:
@@ -178,8 +184,20 @@ def compare(source: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> st
         if before != now["around"].get(name):
             allowed.append(f"{name} {now['around'].get(name)} (was {before})")
     if refused:
-        raise _refusal(source, sorted(refused))
+        raise _refusal(source, sorted(refused), _from_its_weights(source, then, now, len(refused)))
     return ", ".join(sorted(allowed))
+
+
+def _from_its_weights(source: Path, then: Mapping[str, Any], now: Mapping[str, Any], refused: int) -> str:
+    """How a new run goes on from the LoRA of a checkpoint, where nothing is refused but edited rewards of the user's own."""
+    edited = [
+        name
+        for name in own_rewards(now)
+        if then["digests"].get(f"scorer {name}", "") not in ("", now["digests"].get(f"scorer {name}"))
+    ]
+    if not edited or len(edited) < refused or not (source / "lora").is_dir():
+        return ""
+    return f"; to go on from these weights with {' and '.join(edited)} as it is now, begin another run with --lora-start {source}"
 
 
 def _schedule_moves(then: Mapping[str, Any], config: RunConfig) -> bool:
@@ -204,11 +222,11 @@ def refuse_mismatch(folder: Path, then: Mapping[str, object], now: Mapping[str, 
         raise _refusal(folder, differ or ["the parameters come in another order"])
 
 
-def _refusal(folder: Path, differences: list[str]) -> ValueError:
+def _refusal(folder: Path, differences: list[str], more_ways: str = "") -> ValueError:
     more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
     return ValueError(
         f"cannot resume from {folder}: {'; '.join(differences[:3])}{more}; give the settings that wrote it, or start anew with"
-        " --overwrite-output-dir or another --output-dir"
+        f" --overwrite-output-dir or another --output-dir{more_ways}"
     )
 
 

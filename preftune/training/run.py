@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from preftune import lock, order, seeds
+from preftune.notes import say
 from preftune.seeds import Stream
 from preftune.training import checkpoint, folder, metrics, resume, signals
 from preftune.training.optimizer import EMA, SkippedUpdates, adamw, lr_factor
@@ -144,7 +145,8 @@ class Run:
             )
             self._identity = resume.identity(self._config_text, settings, self.world)
             start = resume.find_start(self.config, self._identity)
-            sys.stderr.writelines(f"{line}\n" for line in start.said)
+            for line in start.said:
+                say(line, kind="")
         if self.world > 1:
             (start,) = broadcast_object_list([start])
         return start
@@ -245,7 +247,7 @@ class Run:
         norm = float(self._accelerator.clip_grad_norm_(self._named.values(), self.config.max_grad_norm))
         self.row[f"{prefix}grad_norm"] = norm
         if not math.isfinite(norm) and self.config.mixed_precision != "fp16":
-            raise FloatingPointError(f"gradient norm at {where} is {norm}: {_REMEDY}")
+            raise FloatingPointError(f"gradient norm at {where} is {norm}: {_REMEDY}{self._suspects()}")
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._skipped.note(self._accelerator.optimizer_step_was_skipped, where)
@@ -254,6 +256,11 @@ class Run:
         if self.config.mixed_precision == "fp16":
             self.row["skipped_updates"] = self._skipped.total
         self.row["images_per_s"] = self.images_per_update / (time.perf_counter() - self._began)
+
+    def _suspects(self) -> str:
+        """Return what rewards of the user's own may have to do with a gradient that is not finite."""
+        names = resume.own_rewards(self._identity) if self.is_main else []
+        return f", or a square root, logarithm or division at 0 in {' and '.join(names)}" if names else ""
 
     def _averaged(self, loss: str, where: str) -> dict[str, float]:
         """Means of the passes' scalars; also the one moment when processes agree on a stop or a failure."""
