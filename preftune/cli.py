@@ -20,7 +20,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn, TypeVar
 
 import tyro
@@ -59,6 +59,8 @@ def parse(
     """
     if argv is None:
         sys.excepthook = _interrupted
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _note)
         argv = sys.argv[1:]
     leaves = leaves_of(config_class)
     with exit_on_user_error():
@@ -115,6 +117,24 @@ def _explained(more: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{str(error).removesuffix('; see --help')}; {more}; see --help") from error
+
+
+_noted: list[int] = []
+"""Ctrl-C since the flags were read."""
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    """Remember a Ctrl-C: an import may swallow the KeyboardInterrupt."""
+    _noted.append(number)
+    raise KeyboardInterrupt
+
+
+def end_if_interrupted() -> None:
+    """Raise the KeyboardInterrupt that an import has swallowed; from here on Ctrl-C is Python's own."""
+    if signal.getsignal(signal.SIGINT) is _note:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if _noted:
+            raise KeyboardInterrupt
 
 
 def _interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
