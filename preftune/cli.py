@@ -145,6 +145,9 @@ def _interrupted(kind: type[BaseException], error: BaseException, trace: Traceba
     sentence = f"{Path(sys.argv[0]).name}: stopped; start the same command again to go on\n"
     sys.stderr.write(sentence)
     last_word(sentence, code=128 + signal.SIGINT)
+    sys.stderr.flush()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the exit code that a shell expects
+    signal.raise_signal(signal.SIGINT)
 
 
 @contextlib.contextmanager
