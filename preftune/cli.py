@@ -20,7 +20,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn, TypeVar
 
 import tyro
@@ -59,6 +59,8 @@ def parse(
     """
     if argv is None:
         sys.excepthook = _interrupted
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _note)
         argv = sys.argv[1:]
     leaves = leaves_of(config_class)
     with exit_on_user_error():
@@ -117,6 +119,24 @@ def _explained(more: str) -> Iterator[None]:
         raise ValueError(f"{str(error).removesuffix('; see --help')}; {more}; see --help") from error
 
 
+_noted: list[int] = []
+"""Ctrl-C since the flags were read."""
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    """Remember a Ctrl-C: an import may swallow the KeyboardInterrupt."""
+    _noted.append(number)
+    raise KeyboardInterrupt
+
+
+def end_if_interrupted() -> None:
+    """Raise the KeyboardInterrupt that an import has swallowed; from here on Ctrl-C is Python's own."""
+    if signal.getsignal(signal.SIGINT) is _note:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if _noted:
+            raise KeyboardInterrupt
+
+
 def _interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print one sentence for a Ctrl-C while libraries are imported, before anything has been done; else as Python does."""
     if not issubclass(kind, KeyboardInterrupt):
@@ -125,6 +145,9 @@ def _interrupted(kind: type[BaseException], error: BaseException, trace: Traceba
     sentence = f"{Path(sys.argv[0]).name}: stopped; start the same command again to go on\n"
     sys.stderr.write(sentence)
     last_word(sentence, code=128 + signal.SIGINT)
+    sys.stderr.flush()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the exit code that a shell expects
+    signal.raise_signal(signal.SIGINT)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from preftune import disk, files, lock
-from preftune.cli import are_errors_raised, exit_on_user_error
+from preftune.cli import are_errors_raised, end_if_interrupted, exit_on_user_error
 from preftune.last_word import last_word
 from preftune.launcher import parent
 from preftune.printable import printable
@@ -36,6 +36,7 @@ def one_writer(main: Callable[[Config], Code]) -> Callable[[Config], Code]:
 
     @functools.wraps(main)
     def locked(config: Config) -> Code:
+        end_if_interrupted()
         folder = _output_dir(config)
         parent()  # the launcher, which may end before this process
         if not lock.is_main_process():

@@ -249,3 +249,25 @@ def test_ctrl_c_while_libraries_are_imported_is_one_sentence() -> None:
     assert said == "refl.py: stopped; start the same command again to go on\n"
     assert code in (-signal.SIGINT, 128 + signal.SIGINT)
     assert end("RuntimeError")[1].endswith("RuntimeError\n")
+
+
+SWALLOWED = """
+import os, signal, sys
+sys.argv = ["finetune/refl.py"]
+from finetune import refl
+from preftune.cli import end_if_interrupted, parse
+parse(refl.Config, default_config=refl.TINY)
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    pass
+end_if_interrupted()
+"""
+
+
+def test_a_ctrl_c_that_an_import_swallows_is_not_lost() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWED], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr.endswith("refl.py: stopped; start the same command again to go on\n")
