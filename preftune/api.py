@@ -68,7 +68,8 @@ def refl(
         output_dir/lora loaded, or with train="full" all tuned weights.
 
     Raises:
-        ValueError: Something that was given is wrong; one sentence, before a model loads.
+        ValueError: Something that was given is wrong; one sentence, before a model loads. Also later, where a reward of yours
+            fails: what it raised is the cause.
         OSError, FloatingPointError: A write failed, a loss is not finite; notes say which checkpoint there is.
         KeyboardInterrupt: Stopped; go on with resume_from_checkpoint="latest".
     """

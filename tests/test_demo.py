@@ -62,7 +62,7 @@ def test_the_interrupted_demo_goes_on_by_the_command_that_it_prints(
     process = start(shlex.split(command))
     out, said = process.communicate()
     assert process.returncode == 0, said
-    assert "1 validation prompts; change" in out
+    assert "1 validation prompt; change" in out
     assert "go on with" not in said
     assert [json.loads(row)["step"] for row in (output / "metrics.jsonl").open()] == [*range(8)]
 
@@ -72,7 +72,7 @@ def test_the_interrupted_demo_goes_on_by_the_command_that_it_prints(
     assert run_again(*flags) == 0
     out, said = capsys.readouterr()
     assert f"{output} is complete, with all 8 updates; to run anew, add --overwrite-output-dir" in said
-    assert "1 validation prompts; change" in out
+    assert "1 validation prompt; change" in out
     checkpoints = [path for path in files if path.parent.name.startswith("step_")]
     assert len(checkpoints) > 4
     assert all(path.stat().st_mtime_ns == files[path] for path in checkpoints)

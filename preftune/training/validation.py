@@ -20,6 +20,7 @@ from preftune import bootstrap, files, manifest
 from preftune.families.base import Family
 from preftune.grid import captioned_grid
 from preftune.images import load_pixels, save_image, to_pil
+from preftune.notes import counted
 from preftune.printable import show
 from preftune.records import read_jsonl, write_jsonl
 from preftune.sampling import Sampling, sample, sharded
@@ -96,7 +97,7 @@ def validate(
         [index for index, _ in mine],
         sampling,
         negative=negative,
-        progress=f"sampling {len(prompts)} validation prompts" if run.is_main else None,
+        progress=f"sampling {counted(len(prompts), 'validation prompt')}" if run.is_main else None,
     )
     for pixels in run.until_stopped(batches):
         part = mine[len(rows) : len(rows) + len(pixels)]
@@ -204,7 +205,7 @@ def comparison(moments: Mapping[str, Validation], number: int = 8) -> Image.Imag
 def summary(moments: Mapping[str, Validation]) -> str:
     """Return lines that say how each later moment of the same prompts differs from the first, with 95 % intervals."""
     (title, first), *others = moments.items()
-    lines = [f"{len(first.prompts)} validation prompts; change with its 95 % interval:"]
+    lines = [f"{counted(len(first.prompts), 'validation prompt')}; change with its 95 % interval:"]
     for other_title, other in others:
         for name, old in first.scores().items():
             new = other.scores().get(name)
