@@ -63,7 +63,7 @@ from finetune import refl
 from preftune.families import Family, Pretrained, tiny
 from preftune.families.sd import SD
 from preftune.families.sdxl import SDXL
-from preftune.lora import LoRA
+from preftune.lora.tuning import LoRA
 from preftune.resolution import Resolution
 from preftune.training.config import ModelConfig
 from rewards.imagereward import FULL_SIZE, VOCAB, ImageReward

@@ -39,8 +39,8 @@ import tyro
 from data_build.filters import Filters, Nsfw
 from data_build.selection import Selection
 from preftune.cli import exit_on_user_error, parse
-from preftune.precision import check_precision
-from preftune.scorer_flags import Files
+from preftune.cli.precision import check_precision
+from preftune.cli.scorer_flags import Files
 from rewards import CARDS, Scorer, check_all, find_card
 from rewards.terms import parse_files, parse_names
 
@@ -111,9 +111,9 @@ from tqdm import tqdm
 from data_build import cluster, score_folder, scoring, selected_folder
 from data_build.readers import DataSet, entries, survey
 from data_build.scoring import DTYPES, Batch, PrepareEntry
+from preftune.cli.printable import show
 from preftune.files import remove
-from preftune.one_writer import one_writer
-from preftune.printable import show
+from preftune.files.one_writer import one_writer
 from rewards.digests import sha256_of
 from rewards.shared_towers import load_all
 

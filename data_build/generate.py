@@ -67,13 +67,13 @@ import torch
 from tqdm import tqdm
 
 from preftune import families, seeds
+from preftune.cli.printable import show
 from preftune.families.base import Family
 from preftune.families.digest import digest
 from preftune.files import is_leftover, replacing, tidy
+from preftune.files.lock import is_lock
+from preftune.files.one_writer import one_writer
 from preftune.images import to_pil
-from preftune.lock import is_lock
-from preftune.one_writer import one_writer
-from preftune.printable import show
 from preftune.prompts import read_prompts
 from preftune.records import write_lines
 from preftune.sampling import sample

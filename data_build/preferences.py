@@ -83,10 +83,10 @@ from tqdm import tqdm
 
 from data_build.decode import ImageEntry, UnusableError, decode, open_zip, or_unusable
 from data_build.readers import DataSet, read_bytes
+from preftune.cli.printable import show
 from preftune.files import replacing
+from preftune.files.one_writer import one_writer
 from preftune.images import MAX_BYTES
-from preftune.one_writer import one_writer
-from preftune.printable import show
 from preftune.records import check_name, inside, write_jsonl, write_lines
 
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Literal
 
 from preftune.cli import exit_on_user_error, parse
-from preftune.precision import check_precision
-from preftune.scorer_flags import Files, Measured
+from preftune.cli.precision import check_precision
+from preftune.cli.scorer_flags import Files, Measured
 from rewards.terms import parse_files, parse_names
 
 
@@ -82,12 +82,11 @@ from data_build import score_folder, scoring
 from data_build.decode import Entry
 from data_build.readers import DataSet, entries, find_data_set, survey
 from data_build.scoring import DTYPES, Batch, PrepareEntry, check_judge, digests
-from preftune import lock
-from preftune.files import tidy_beside
+from preftune.cli.notes import say
+from preftune.cli.printable import show
+from preftune.files import lock, tidy_beside
+from preftune.files.one_writer import one_writer
 from preftune.image_folders import describe_passed_over
-from preftune.notes import say
-from preftune.one_writer import one_writer
-from preftune.printable import show
 from rewards import Scorer, check_all, embedded, find_card
 from rewards.shared_towers import load_all
 

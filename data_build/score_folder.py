@@ -27,9 +27,9 @@ from PIL import Image
 from data_build.decode import ImageEntry, decode, upright
 from data_build.readers import DataSet, entries, read_bytes
 from preftune.files import is_leftover, replacing, tidy
+from preftune.files.lock import is_lock
 from preftune.grid import captioned_grid
 from preftune.images import save_image, to_pil
-from preftune.lock import is_lock
 from preftune.records import parse_object, read_jsonl, read_lines, write_jsonl, write_lines
 from rewards.pixels import from_pil
 

@@ -99,9 +99,9 @@ from tqdm import tqdm
 
 from data_build.fragments import is_fragment
 from preftune import seeds
+from preftune.cli.printable import show
 from preftune.files import replacing
-from preftune.one_writer import one_writer
-from preftune.printable import show
+from preftune.files.one_writer import one_writer
 from preftune.prompts import read_rows
 from preftune.records import write_jsonl, write_lines
 

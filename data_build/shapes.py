@@ -59,7 +59,7 @@ from tqdm import tqdm
 
 from preftune import seeds
 from preftune.files import replacing
-from preftune.one_writer import one_writer
+from preftune.files.one_writer import one_writer
 from preftune.records import write_jsonl
 from rewards.shapes import Scene
 from rewards.shapes_rendering import (

@@ -92,10 +92,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from preftune import seeds
+from preftune.cli.printable import show
 from preftune.files import replacing, write_text
+from preftune.files.one_writer import one_writer
 from preftune.images import load_pixels, to_pil
-from preftune.one_writer import one_writer
-from preftune.printable import show
 from preftune.records import write_jsonl
 from preftune.sampling import sample
 from preftune.sampling_config import Sampling

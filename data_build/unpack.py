@@ -52,9 +52,9 @@ from tqdm import tqdm
 
 from data_build.decode import Entry, ImageEntry, Rejected, UnusableError, decode
 from data_build.readers import DataSet, entries, find_data_set, read_bytes, survey
+from preftune.cli.printable import show
 from preftune.files import replacing
-from preftune.one_writer import one_writer
-from preftune.printable import show
+from preftune.files.one_writer import one_writer
 from preftune.records import write_jsonl
 
 

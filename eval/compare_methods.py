@@ -33,9 +33,9 @@ import tyro
 from eval.flags import BASE
 from eval.trainings import check_commands, check_seeds, command_record, split_named, train
 from preftune.cli import exit_on_user_error, parse
+from preftune.cli.scorer_flags import Files, Measured
 from preftune.families import Pretrained
 from preftune.sampling_config import Resolved, Sampling
-from preftune.scorer_flags import Files, Measured
 from rewards.terms import parse_files, parse_names
 
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
@@ -143,11 +143,11 @@ from eval.report_folder import check_report, write_record
 from eval.win_rates import MethodResult, heat_maps, method_table, scores_csv, to_csv, to_text
 from preftune import families
 from preftune.bootstrap import interval
+from preftune.cli.printable import show
 from preftune.files import check_writable, tidy, write_text
+from preftune.files.one_writer import one_writer
 from preftune.grid import captioned_grid
 from preftune.images import save_image
-from preftune.one_writer import one_writer
-from preftune.printable import show
 from preftune.prompts import read_prompts
 from preftune.records import read_jsonl
 from rewards.shared_towers import load_all

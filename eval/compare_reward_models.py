@@ -134,10 +134,10 @@ from eval.report_folder import check_report, write_record
 from eval.view_scores import score_views, view_names
 from eval.win_rates import csv_text
 from preftune.bootstrap import interval
+from preftune.cli.printable import show
 from preftune.files import check_writable, tidy, write_text
+from preftune.files.one_writer import one_writer
 from preftune.images import save_figure
-from preftune.one_writer import one_writer
-from preftune.printable import show
 from preftune.records import write_jsonl
 from rewards.shapes import in_world
 

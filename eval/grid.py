@@ -32,10 +32,10 @@ import tyro
 
 from eval.flags import split_term
 from preftune.cli import exit_on_user_error, parse
+from preftune.cli.precision import check_precision
+from preftune.cli.scorer_flags import Files, Weighted
 from preftune.families import Pretrained
-from preftune.precision import check_precision
 from preftune.sampling_config import Resolved, Sampling
-from preftune.scorer_flags import Files, Weighted
 from rewards.terms import parse_files, parse_weights
 
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
@@ -130,11 +130,11 @@ from eval.models import Column, check_column, check_scorers, parse_column
 from eval.pages import render
 from eval.report_folder import check_report, write_record
 from preftune import families
+from preftune.cli.printable import show
 from preftune.files import check_writable, replacing, tidy, write_text
+from preftune.files.one_writer import one_writer
 from preftune.grid import captioned_grid
 from preftune.images import opened, save_image, thumbnail
-from preftune.one_writer import one_writer
-from preftune.printable import show
 from preftune.prompts import read_prompts
 from rewards.shared_towers import load_all
 

@@ -10,11 +10,11 @@ import torch
 import rewards
 from eval.flags import split_term
 from preftune import families
-from preftune import lora_files as loras
 from preftune.families import Source
 from preftune.families.configs import read_json
 from preftune.families.digest import digest as digest_of_pipeline
 from preftune.families.digest import digest_of_part
+from preftune.lora import files as loras
 from preftune.resolution import Resolution
 from rewards import embedded, own
 from rewards.own_scorer import try_out

@@ -33,7 +33,7 @@ from typing import Any
 
 from eval.flags import check_crops, check_folders
 from preftune.cli import exit_on_user_error, parse
-from preftune.scorer_flags import Files, Measured
+from preftune.cli.scorer_flags import Files, Measured
 from rewards.terms import parse_files, parse_names
 
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
@@ -91,10 +91,10 @@ from eval.rankings import RankedImages, read_ranked_images, rejected_rows, sound
 from eval.report_folder import check_report, write_record
 from eval.view_scores import PromptedImage, score_views, view_names
 from eval.win_rates import csv_text
+from preftune.cli.printable import show
 from preftune.files import check_writable, tidy, write_text
+from preftune.files.one_writer import one_writer
 from preftune.images import opened
-from preftune.one_writer import one_writer
-from preftune.printable import show
 from preftune.records import write_jsonl
 from rewards.shapes import SIZE, check_judgeable
 from rewards.shared_towers import load_all

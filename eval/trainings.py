@@ -17,8 +17,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from preftune.cli.printable import show
 from preftune.files import write_text
-from preftune.printable import show
 from preftune.programs import PROGRAMS
 from rewards import embedded
 

@@ -59,12 +59,12 @@ import torch
 from torch import Tensor, nn
 
 from preftune import files
+from preftune.cli.printable import show
 from preftune.families.tiny import build_autoencoder
+from preftune.files.one_writer import one_writer
 from preftune.grid import captioned_grid
 from preftune.images import load_pixels, save_image
-from preftune.one_writer import one_writer
 from preftune.order import items_at
-from preftune.printable import show
 from preftune.training import data
 from preftune.training.run import Run
 

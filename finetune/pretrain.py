@@ -65,12 +65,12 @@ from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
 from preftune import files
+from preftune.cli.printable import show
 from preftune.diffusion_loss import diffusion_loss
 from preftune.families import Family
+from preftune.files.one_writer import one_writer
 from preftune.images import load_with_framing
-from preftune.one_writer import one_writer
 from preftune.order import items_at
-from preftune.printable import show
 from preftune.records import CaptionedImage
 from preftune.resolution import Framing, Resolution
 from preftune.sampling_config import Sampling

@@ -101,10 +101,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from preftune.cli.printable import show
+from preftune.files.one_writer import one_writer
 from preftune.images import load_pixels
-from preftune.one_writer import one_writer
 from preftune.order import items_at
-from preftune.printable import show
 from preftune.records import CaptionedImage
 from preftune.training import data
 from preftune.training.preference_losses import clamp_scale

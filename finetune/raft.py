@@ -78,9 +78,10 @@ if __name__ == "__main__":  # flags are read before torch is imported, which tak
 
 import torch
 
-from preftune import files, manifest, seeds
+from preftune import files, seeds
+from preftune.files import manifest
+from preftune.files.one_writer import one_writer
 from preftune.images import save_image
-from preftune.one_writer import one_writer
 from preftune.order import items_at
 from preftune.prompts import read_prompts
 from preftune.records import CaptionedImage, read_imagefolder, read_jsonl, write_jsonl

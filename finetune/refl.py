@@ -133,7 +133,7 @@ from torch import Generator, Tensor
 
 from preftune.augment import shifted
 from preftune.families import Defaults, Family
-from preftune.one_writer import one_writer
+from preftune.files.one_writer import one_writer
 from preftune.order import items_at
 from preftune.prompts import read_prompts
 from preftune.records import CaptionedImage, Skipped

@@ -157,9 +157,9 @@ from torch.utils.checkpoint import checkpoint
 
 from preftune import files
 from preftune.augment import shifted, weak_view
-from preftune.one_writer import one_writer
+from preftune.cli.printable import show
+from preftune.files.one_writer import one_writer
 from preftune.order import items_at
-from preftune.printable import show
 from preftune.training import data
 from preftune.training.accuracy_plot import plot
 from preftune.training.preference_losses import (

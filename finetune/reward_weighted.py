@@ -76,8 +76,8 @@ if __name__ == "__main__":  # flags are read before torch is imported, which tak
 import torch
 from torch import Tensor
 
-from preftune.notes import counted, say
-from preftune.one_writer import one_writer
+from preftune.cli.notes import counted, say
+from preftune.files.one_writer import one_writer
 from preftune.order import items_at
 from preftune.records import CaptionedImage, Skipped
 from preftune.training import data, workspace

@@ -27,7 +27,7 @@ import tyro
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.families import Pretrained
 from preftune.image_folders import Columns
-from preftune.lora_config import LoRA
+from preftune.lora.config import LoRA
 from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig, check_dropout
 from preftune.training.defaults import of_model
 from preftune.training.run_config import RunConfig
@@ -93,7 +93,7 @@ if __name__ == "__main__":  # flags are read before torch is imported, which tak
     )
 
 
-from preftune.one_writer import one_writer
+from preftune.files.one_writer import one_writer
 from preftune.order import items_at
 from preftune.records import CaptionedImage, Skipped
 from preftune.training import data, workspace

@@ -3,7 +3,7 @@
 >>> from preftune import refl
 >>> pipe = refl(model="stable-diffusion-v1-5/stable-diffusion-v1-5", prompts=["a red car"], rewards="imagereward=1")
 
-The calls are in preftune/api.py. `import preftune` alone takes milliseconds.
+The calls are in preftune/api/__init__.py. `import preftune` alone takes milliseconds.
 """
 
 import importlib

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from preftune.cli.notes import counted
 from preftune.images import SUFFIXES
-from preftune.notes import counted
 from preftune.prompts import FIELDS, MAX_HEADER, MISSING, csv_delimiter, find_field
 from rewards.input_files import check_regular
 

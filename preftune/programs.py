@@ -40,8 +40,8 @@ PROGRAMS = {
     "compare-reward-models": "eval.compare_reward_models",
     "preference-accuracy": "eval.preference_accuracy",
     "scorers": "rewards.__main__",
-    "export-lora": "preftune.export_lora",
-    "doctor": "preftune.doctor",
+    "export-lora": "preftune.lora.export_lora",
+    "doctor": "preftune.machine.doctor",
 }
 """Command -> the module that it runs."""
 

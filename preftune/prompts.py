@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from preftune.notes import counted, say
+from preftune.cli.notes import counted, say
 from rewards.input_files import check_regular, has_surrogate, parse_json
 
 MAX_BYTES = 1 << 30

@@ -15,6 +15,7 @@ from dataclasses import field as dataclass_field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from preftune.cli.notes import counted, say
 from preftune.files import replacing
 from preftune.image_folders import (
     IMAGE_FIELDS,
@@ -25,7 +26,6 @@ from preftune.image_folders import (
     no_captions,
     table_rows,
 )
-from preftune.notes import counted, say
 from preftune.prompts import FIELDS, find_field
 from rewards.input_files import has_surrogate, parse_json, read_text, read_text_lines
 

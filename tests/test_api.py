@@ -28,7 +28,9 @@ from torch import Tensor
 import preftune
 import tiny
 from finetune import refl as program
-from preftune import api, arguments, cli, given_inputs, one_writer
+from preftune import api, cli
+from preftune.api import arguments, given_inputs
+from preftune.files import one_writer
 from preftune.training.checkpoint import find_checkpoints
 
 pytestmark = pytest.mark.usefixtures("cpu")

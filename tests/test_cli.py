@@ -14,7 +14,7 @@ import tyro
 
 from finetune import refl, reward_weighted
 from preftune import cli
-from preftune.leaves import leaves_of
+from preftune.cli.leaves import leaves_of
 from preftune.sampling import Sampling
 from preftune.training import run_config
 
@@ -480,7 +480,7 @@ def test_every_flag_that_is_named_as_a_remedy_exists() -> None:
     from data_build import generate
     from eval import grid
     from finetune import refl, reward_model
-    from preftune.flags import ALIASES, ELSEWHERE
+    from preftune.cli.other_scripts import ALIASES, ELSEWHERE
 
     known = {name for driver in (refl, reward_model) for name in leaves_of(driver.Config)}
     others = {name for program in (generate, grid) for name in leaves_of(program.Config)}

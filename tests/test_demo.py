@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 from finetune import refl
-from preftune import manifest, resume_command
-from preftune.cli import parse
-from preftune.one_writer import one_writer
+from preftune.cli import parse, resume_command
+from preftune.files import manifest
+from preftune.files.one_writer import one_writer
 from preftune.training import resume
 from preftune.training.checkpoint import find_checkpoints
 from preftune.training.run_config import RunConfig

@@ -10,7 +10,7 @@ from torch import Tensor
 import tiny
 from preftune import families
 from preftune.families import Family, locate, sd
-from preftune.lora import LoRA
+from preftune.lora.tuning import LoRA
 
 PROMPTS = ["a red circle", "two cats"]
 

@@ -14,12 +14,12 @@ import pytest
 from data_build import generate
 from finetune import pretrain, raft, refl, reward_model, reward_weighted, weird_lora
 from preftune import cli
-from preftune.flags import ALIASES, ELSEWHERE, SAME
-from preftune.leaves import flag_of, leaves_of
+from preftune.cli.leaves import flag_of, leaves_of
+from preftune.cli.other_scripts import ALIASES, ELSEWHERE, SAME
+from preftune.cli.typed_flags import alias_of, as_here, instead
 from preftune.programs import PROGRAMS
 from preftune.prompts import is_text, read_prompts
 from preftune.resolution import parse as resolution
-from preftune.typed_flags import alias_of, as_here, instead
 
 DIFFUSERS = [
     "adam_beta1",

@@ -23,7 +23,7 @@ from hub_server import Hub
 from preftune import cli, families
 from preftune.families import Pretrained
 from preftune.images import save_image
-from preftune.lora import FILE, LoRA
+from preftune.lora.tuning import FILE, LoRA
 from preftune.records import read_imagefolder, read_jsonl
 from preftune.resolution import Resolution
 from preftune.sampling import Resolved

@@ -36,7 +36,7 @@ from data_build.scoring import PrepareEntry
 from eval import pages
 from eval.models import check_scorers
 from preftune import cli, families, grid, images, prompts
-from preftune.printable import printable, show
+from preftune.cli.printable import printable, show
 from preftune.prompts import read_prompts
 from preftune.records import read_imagefolder, read_rankings, write_jsonl
 from preftune.resolution import Resolution

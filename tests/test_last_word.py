@@ -22,7 +22,7 @@ sys.exit(code and 1)
 """
 FAILING = """
 import dataclasses, pathlib, sys
-from preftune.one_writer import one_writer
+from preftune.files.one_writer import one_writer
 
 @dataclasses.dataclass
 class Config:

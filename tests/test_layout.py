@@ -42,7 +42,7 @@ HOMES = {
         "preftune/training/process_state.py",
     ),
     "diffusers": ("preftune/families/", "preftune/solvers.py"),
-    "peft": ("preftune/lora.py",),
+    "peft": ("preftune/lora/tuning.py",),
     "open_clip": (),
     "ray": ("data_build/cluster.py",),
 }
@@ -195,7 +195,7 @@ CALLS = {
     "imread": (),
     "io.read_image": (),
     "utils.load_image": (),
-    "print": ("preftune/printable.py", "rewards/__main__.py"),
+    "print": ("preftune/cli/printable.py", "rewards/__main__.py"),
     "jinja2.Environment": ("eval/pages.py", "data_build/selected_folder.py"),
 }
 """Function -> the only files that may call it: what opens images has limits, what prints makes text printable, pages escape."""

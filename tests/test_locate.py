@@ -16,11 +16,12 @@ from eval import compare_methods, grid
 from eval.models import parse_column
 from finetune import pretrain, raft, refl, reward_weighted, weird_lora
 from hub_server import Hub
-from preftune import cli, export_lora, families
+from preftune import cli, families
 from preftune.families import Pretrained, locate
 from preftune.families.digest import digest
 from preftune.families.locate import locate_vae
 from preftune.images import save_image
+from preftune.lora import export_lora
 
 REPO = "owner/tiny-sd"
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 import tiny
-from preftune import lora
+from preftune.lora import tuning as lora
 
 SMALL = lora.LoRA(rank=2, alpha=6.0)
 WIDE = lora.LoRA(

@@ -24,9 +24,13 @@ import record_trajectories as recorded
 import tiny
 from eval import grid
 from eval.models import parse_column
-from preftune import cli, export_lora, families, lora_files, lora_names, lora_write
+from preftune import cli, families
 from preftune.families import Family
-from preftune.lora_scales import Scales
+from preftune.lora import export_lora
+from preftune.lora import files as lora_files
+from preftune.lora import names as lora_names
+from preftune.lora import write as lora_write
+from preftune.lora.scales import Scales
 from preftune.sampling import Sampling, sample
 from rewards.weights import read as read_scorer
 

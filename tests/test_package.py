@@ -17,8 +17,9 @@ from data_build import score
 from eval import grid
 from eval.trainings import command_record, launch_words
 from finetune import refl
-from preftune import cli, embedded_check, programs
+from preftune import cli, programs
 from preftune.families import locate
+from preftune.machine import embedded_check
 from preftune.training.folder import commit
 from rewards import embedded, find_card
 from rewards.terms import parse_weights
@@ -27,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("rewards", "preftune", "finetune", "data_build", "eval")
 NO_COMMANDS = {
     "preftune.programs": "is the command itself",
-    "preftune.library_probe": "answers preftune doctor",
+    "preftune.machine.library_probe": "answers preftune doctor",
 }
 WORDS = ("prompts.txt", "pipeline/model_index.json", "imagereward/config.json")
 

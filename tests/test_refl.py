@@ -22,13 +22,14 @@ from torch import Tensor, nn
 
 import tiny
 from finetune import refl
-from preftune import families, lora
+from preftune import families
 from preftune.augment import shifted
 from preftune.cli import dump
 from preftune.families import Pretrained
 from preftune.families.sd import SD
 from preftune.families.tiny import SCHEDULER_CONFIG
-from preftune.lora import LoRA
+from preftune.lora import tuning as lora
+from preftune.lora.tuning import LoRA
 from preftune.resolution import Resolution
 from preftune.sampling import Sampling, sample
 from preftune.training import validation

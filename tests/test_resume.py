@@ -19,7 +19,7 @@ import record_trajectories as recorded
 import tiny
 from finetune import reward_model
 from hub_server import Hub
-from preftune import manifest
+from preftune.files import manifest
 from preftune.images import save_image
 from preftune.training import checkpoint, inputs, metrics, resume, validation
 from preftune.training.folder import Start

@@ -16,7 +16,8 @@ import record_trajectories as recorded
 import rewards
 from finetune import pretrain_scorer, reward_model
 from finetune.reward_model import Config, Stable
-from preftune import cli, manifest
+from preftune import cli
+from preftune.files import manifest
 from preftune.records import CaptionedImage, Ranking, read_jsonl
 from preftune.training import checkpoint
 from preftune.training.optimizer import adamw

@@ -19,15 +19,16 @@ from safetensors import SafetensorError
 
 import record_trajectories as recorded
 from data_build import shapes
-from preftune import disk, files, lock
+from preftune import files
 from preftune.cli import parse
+from preftune.files import disk, lock
 from preftune.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from preftune import lock
+from preftune.files import lock
 from preftune.cli import parse
 lock.acquire(Path(sys.argv[1]))
 if len(sys.argv) > 2:  # a forked worker, as of a data loader, which outlives its parent

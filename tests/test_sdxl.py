@@ -8,9 +8,10 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 import tiny
-from preftune import families, lora
+from preftune import families
 from preftune.families import Cond, locate, sdxl
-from preftune.lora import LoRA
+from preftune.lora import tuning as lora
+from preftune.lora.tuning import LoRA
 from preftune.resolution import Framing, Resolution
 from preftune.sampling import Sampling, sample
 

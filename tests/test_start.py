@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from preftune import help_text
-from preftune.help_text import commands, in_words
-from preftune.leaves import flag_of, leaves_of
+from preftune.cli import help_text
+from preftune.cli.help_text import commands, in_words
+from preftune.cli.leaves import flag_of, leaves_of
 from test_layout import ROOT, is_program, short
 
 PROGRAMS = [
@@ -23,7 +23,7 @@ PROGRAMS = [
         for path in sorted((ROOT / folder).glob("*.py"))
         if is_program(path)
     ),
-    ROOT / "preftune/export_lora.py",
+    ROOT / "preftune/lora/export_lora.py",
     ROOT / "rewards/__main__.py",
 ]
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "scipy", "matplotlib")

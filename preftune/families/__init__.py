@@ -8,7 +8,7 @@ from preftune.families.base import Cond, Defaults, Family
 from preftune.families.known import FAMILIES
 from preftune.families.locate import Pretrained, as_source, locate, locate_vae, names_a_model, vae_folder
 from preftune.families.source import Source
-from preftune.lora_names import Layers
+from preftune.lora.names import Layers
 
 if TYPE_CHECKING:
     import torch

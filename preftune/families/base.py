@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from preftune.lora_config import LoRA
-from preftune.lora_names import Layers
+from preftune.lora.config import LoRA
+from preftune.lora.names import Layers
 from preftune.resolution import Framing, Resolution
 from preftune.solver_names import PredictionType, SolverName
 

@@ -17,12 +17,12 @@ from diffusers import (
 from torch import Generator, Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from preftune import lora as loras
 from preftune.families import configs, parts, text, vp
 from preftune.families import unet as unets
 from preftune.families.base import Cond, Defaults
 from preftune.families.source import Source
-from preftune.lora_names import Layers
+from preftune.lora import tuning as loras
+from preftune.lora.names import Layers
 from preftune.noise import Prediction, predict_from
 from preftune.resolution import Framing, Resolution
 from preftune.solver_names import PredictionType, SolverName

@@ -10,11 +10,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Generator, Tensor, nn
 from transformers import PreTrainedModel
 
-from preftune import lora as loras
 from preftune.families import configs, vp, weights
 from preftune.families.base import Cond, Defaults
-from preftune.lora_files import Update
-from preftune.lora_names import Layers, layers_of
+from preftune.lora import tuning as loras
+from preftune.lora.files import Update
+from preftune.lora.names import Layers, layers_of
 from preftune.resolution import Resolution
 from preftune.solver_names import SolverName
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from preftune import files, manifest
+from preftune import files
+from preftune.files import manifest
 
 STATE = "state.pt"
 _STEP = re.compile(r"step_(\d{6,})")

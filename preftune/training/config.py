@@ -10,12 +10,12 @@ import tyro
 
 import rewards
 from preftune import resolution as resolutions
+from preftune.cli.scorer_flags import Files, Weighted
 from preftune.families import Defaults, Pretrained, check, lora_layers, vae_folder
-from preftune.lora_config import LoRA
+from preftune.lora.config import LoRA
 from preftune.prompts import read_prompts
 from preftune.resolution import Resolution
 from preftune.sampling_config import Sampling
-from preftune.scorer_flags import Files, Weighted
 from rewards.terms import Normalization, parse_files, parse_weights, units
 
 
@@ -65,7 +65,7 @@ class ModelConfig:
 
         ValueError, too, for settings of a LoRA where all weights are trained; `lora` is the program's own default.
         """
-        from preftune import lora_files  # needs torch, which the flags do not
+        from preftune.lora import files as lora_files  # needs torch, which the flags do not
 
         if self.train == "full" and self.lora not in (LoRA(), lora):
             raise ValueError(

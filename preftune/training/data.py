@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from preftune import files
+from preftune.cli.notes import counted, say
 from preftune.image_check import SMALL, Checked, check_images
 from preftune.image_folders import Columns, describe_passed_over, find_captions, list_images, suffixes
-from preftune.notes import counted, say
 from preftune.prompts import say_long
 from preftune.records import (
     CaptionedImage,

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, cast
 
-from preftune import manifest
+from preftune.cli.notes import say
 from preftune.families.base import Defaults
-from preftune.notes import say
+from preftune.files import manifest
 from preftune.training.config import ModelConfig
 from preftune.training.run_config import RunConfig
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import rewards
-from preftune import lora_files
 from preftune.families.digest import digest as digest_of_pipeline
 from preftune.families.digest import digest_of_part
 from preftune.families.locate import locate, locate_vae
 from preftune.families.source import Source
 from preftune.image_folders import CAPTION_FILES
+from preftune.lora import files as lora_files
 from preftune.prompts import is_text
 from rewards import embedded, own
 from rewards.digests import sampled_sha256_of

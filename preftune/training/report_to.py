@@ -4,7 +4,7 @@ import difflib
 import importlib.util
 from collections.abc import Sequence
 
-from preftune import lock
+from preftune.files import lock
 
 TRACKERS = (
     "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb",
@@ -56,14 +56,14 @@ def check_ready(names: Sequence[str], *, resumes: bool = False) -> None:
         ):  # WANDB_MODE, or what `wandb offline` noted
             return
         try:
-            wandb.login()
+            reason = None if wandb.login() else "it has no API key"
         except Exception as error:
-            if resumes:
-                return
+            reason = str(error).strip()
+        if reason is not None and not resumes:
             raise ValueError(
-                f"--report-to wandb cannot log in: {str(error).strip()}; run `wandb login`, set WANDB_API_KEY, or keep the"
-                " metrics on this machine by WANDB_MODE=offline"
-            ) from error
+                f"--report-to wandb cannot log in: {reason}; run `wandb login`, set WANDB_API_KEY, or keep the metrics on"
+                " this machine by WANDB_MODE=offline"
+            )
 
 
 def _is_installed(name: str) -> bool:

@@ -35,8 +35,9 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from preftune import lock, order, seeds
-from preftune.notes import say
+from preftune import order, seeds
+from preftune.cli.notes import say
+from preftune.files import lock
 from preftune.seeds import Stream
 from preftune.training import checkpoint, folder, metrics, resume, signals
 from preftune.training.optimizer import EMA, SkippedUpdates, adamw, lr_factor

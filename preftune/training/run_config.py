@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from preftune import files, lock
+from preftune import files
+from preftune.files import lock
 from preftune.training import report_to
 
 

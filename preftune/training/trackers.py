@@ -23,7 +23,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from tqdm import tqdm
 
 from preftune import files
-from preftune.printable import printable
+from preftune.cli.printable import printable
 from preftune.training.report_to import chosen
 from preftune.training.run_config import RunConfig
 from preftune.training.tracker_images import log_images

@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from preftune import bootstrap, files, manifest
+from preftune import bootstrap, files
+from preftune.cli.notes import counted
+from preftune.cli.printable import show
 from preftune.families.base import Family
+from preftune.files import manifest
 from preftune.grid import captioned_grid
 from preftune.images import load_pixels, save_image, to_pil
-from preftune.notes import counted
-from preftune.printable import show
 from preftune.records import read_jsonl, write_jsonl
 from preftune.sampling import Sampling, sample, sharded
 from preftune.training.run import Run

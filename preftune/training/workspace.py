@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from preftune import families, files, lora_files
+from preftune import families, files
 from preftune.cli import exit_on_user_error
+from preftune.cli.notes import say
 from preftune.diffusion_loss import captioned_loss
 from preftune.families import Defaults, Family
-from preftune.lora import LoRA
-from preftune.lora_write import KOHYA_FILE, write_kohya
-from preftune.notes import say
+from preftune.lora import files as lora_files
+from preftune.lora.tuning import LoRA
+from preftune.lora.write import KOHYA_FILE, write_kohya
 from preftune.records import CaptionedImage, Skipped
 from preftune.resolution import Resolution
 from preftune.training import data

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 
-from preftune.printable import printable
+from preftune.cli.printable import printable
 
 _WORDING: contextvars.ContextVar[Callable[[str], str]] = contextvars.ContextVar("wording", default=str)
 

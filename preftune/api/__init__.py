@@ -26,9 +26,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from preftune import cli, lock, notes
-from preftune.arguments import flags, in_python
-from preftune.given_inputs import PROMPT_ARGUMENTS, Functions, Written, prompt_file, scorers
+from preftune import cli
+from preftune.api.arguments import flags, in_python
+from preftune.api.given_inputs import PROMPT_ARGUMENTS, Functions, Written, prompt_file, scorers
+from preftune.cli import notes
+from preftune.files import lock
 from preftune.programs import PROGRAMS
 
 PathLike = str | Path

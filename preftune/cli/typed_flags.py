@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from preftune.flags import ALIASES, ELSEWHERE, EXCLUSIVE, ONE_VALUE, SAME, TEXTS
-from preftune.leaves import Leaf, flag_of
+from preftune.cli.leaves import Leaf, flag_of
+from preftune.cli.other_scripts import ALIASES, ELSEWHERE, EXCLUSIVE, ONE_VALUE, SAME, TEXTS
 from preftune.prompts import is_text
 
 _TYPOGRAPHIC = ("\u201c", "\u201d", "\u201e", "\u2018", "\u2019", "\u00ab", "\u00bb")

@@ -26,14 +26,15 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 import yaml
 
-from preftune import disk, embedded_flags
-from preftune.config_files import read_yaml
-from preftune.help_text import help_text
-from preftune.last_word import last_word
-from preftune.leaves import flag_of, leaves_of, words_of
-from preftune.notes import say
-from preftune.printable import printable
-from preftune.typed_flags import as_here, check_names, undone
+from preftune.cli import embedded_flags
+from preftune.cli.config_files import read_yaml
+from preftune.cli.help_text import help_text
+from preftune.cli.last_word import last_word
+from preftune.cli.leaves import flag_of, leaves_of, words_of
+from preftune.cli.notes import say
+from preftune.cli.printable import printable
+from preftune.cli.typed_flags import as_here, check_names, undone
+from preftune.files import disk
 from rewards import embedded
 from rewards.own import OwnRewardError
 
@@ -104,7 +105,7 @@ def exit_on_user_error() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno in disk.WORDS:
-            raise  # a write that failed: preftune/one_writer.py says so
+            raise  # a write that failed: preftune/files/one_writer.py says so
         if isinstance(error, OwnRewardError) and not are_errors_raised():
             sys.stderr.write(printable(error.trace))
         _fail(str(error))

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from preftune.launcher import is_launcher, parent
+from preftune.cli.launcher import is_launcher, parent
 
 _WAIT = """
 import os, select, sys, time

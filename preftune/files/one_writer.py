@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from preftune import disk, files, lock
+from preftune import files
 from preftune.cli import are_errors_raised, end_if_interrupted, exit_on_user_error
-from preftune.last_word import last_word
-from preftune.launcher import parent
-from preftune.printable import printable
-from preftune.resume_command import resume_command
+from preftune.cli.last_word import last_word
+from preftune.cli.launcher import parent
+from preftune.cli.printable import printable
+from preftune.cli.resume_command import resume_command
+from preftune.files import disk, lock
 from rewards.own import OwnRewardError
 
 Config = TypeVar("Config")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from preftune.leaves import Leaf, flag_of
-from preftune.typed_flags import alias_of, instead
+from preftune.cli.leaves import Leaf, flag_of
+from preftune.cli.typed_flags import alias_of, instead
 from rewards.input_files import read_text
 
 MAX_YAML = 1 << 18

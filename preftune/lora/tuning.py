@@ -1,6 +1,6 @@
 """Low-rank adaptation of a model (Hu et al. 2021, arXiv 2106.09685): W x + (alpha / rank) B A x, with W frozen.
 
-Trained is the update of the UNet. A loaded file may also update text encoders (preftune/lora_files.py has the
+Trained is the update of the UNet. A loaded file may also update text encoders (preftune/lora/files.py has the
 layouts). Only this file imports peft.
 """
 
@@ -13,10 +13,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from preftune.lora_config import LoRA
-from preftune.lora_files import FILE, OLD_FILE, Update, find, read
-from preftune.lora_names import layers_of
-from preftune.lora_write import summed, write_diffusers
+from preftune.lora.config import LoRA
+from preftune.lora.files import FILE, OLD_FILE, Update, find, read
+from preftune.lora.names import layers_of
+from preftune.lora.write import summed, write_diffusers
 
 __all__ = [
     "FILE", "OLD_FILE", "LoRA", "disabled", "find", "inject", "is_on", "load", "merge", "merge_file", "save", "unload",

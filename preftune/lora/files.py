@@ -22,9 +22,9 @@ import safetensors
 import torch
 from torch import Tensor
 
-from preftune import lora_scales
-from preftune.lora_names import PREFIXES, Layers, file_name, flat
-from preftune.lora_scales import Scales
+from preftune.lora import scales as lora_scales
+from preftune.lora.names import PREFIXES, Layers, file_name, flat
+from preftune.lora.scales import Scales
 from rewards.digests import sha256_of
 from rewards.input_files import check_pointer
 

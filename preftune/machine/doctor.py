@@ -21,8 +21,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from preftune.embedded_check import damaged
-from preftune.printable import show
+from preftune.cli.printable import show
+from preftune.machine.embedded_check import damaged
 from preftune.programs import hidden
 from rewards import embedded
 
@@ -121,7 +121,7 @@ def _required(missing: list[str]) -> str:
 def _probe(missing: list[str]) -> dict[str, list[str]]:
     """Return what only the libraries know, asked in a process of its own: a broken one may take its process with it."""
     answer: dict[str, list[str]] = {"devices": ["not known"], "here": [], "absent": []}
-    command = [sys.executable, "-P", "-m", "preftune.library_probe"]
+    command = [sys.executable, "-P", "-m", "preftune.machine.library_probe"]
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join([str(embedded.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),

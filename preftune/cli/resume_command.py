@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from preftune.launcher import is_launcher, parent
+from preftune.cli.launcher import is_launcher, parent
 
 _ADDED = ["--resume-from-checkpoint", "latest"]
 

@@ -2,7 +2,7 @@
 
 The temporary name of `a/b.json` is `a/.b.json.tmp-PID`. A killed process leaves it behind; `tidy` removes it.
 While a folder is replaced, the old one is called `a/.b.tmp-old-PID` between two renames. If the process is killed there,
-`tidy` puts it back. Only the process that holds the folder's lock (preftune/lock.py) may tidy it: what another one is
+`tidy` puts it back. Only the process that holds the folder's lock (preftune/files/lock.py) may tidy it: what another one is
 writing looks the same.
 """
 
@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from preftune import lock
+from preftune.files import lock
 from rewards.atomic_folder import link, replace_folder, sync
 
 __all__ = ["copy_into", "is_leftover", "remove", "replacing", "sync", "tidy", "tidy_beside", "write_text"]

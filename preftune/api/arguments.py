@@ -1,6 +1,6 @@
 """Arguments of a call from Python as flags, and sentences about flags as sentences about arguments.
 
-As a YAML file is, the arguments are a list of flags written down: the one parser of preftune/cli.py reads them. The name of
+As a YAML file is, the arguments are a list of flags written down: the one parser of preftune/cli/parser.py reads them. The name of
 an argument is that of the flag with underscores, --lora.rank is `lora_rank`, or `lora={"rank": 16}` as in a YAML file.
 """
 
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from preftune.leaves import words_of
+from preftune.cli.leaves import words_of
 
 _NUMBER = r"-?\d[\d.]*(?:e-?\d+)?(?![\w.]*\w)"
 

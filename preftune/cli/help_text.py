@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import tyro
 
-from preftune.leaves import Leaf, flag_of, leaves_of
+from preftune.cli.leaves import Leaf, flag_of, leaves_of
 from preftune.programs import PROGRAMS
 
 OWN = "this program"

@@ -1,9 +1,9 @@
 """Write a LoRA in the layout of another program: kohya's, diffusers' or peft's.
 
-    python -m preftune.export_lora --lora runs/refl --model SD_FOLDER --output refl.safetensors
-    python -m preftune.export_lora --lora other.safetensors --model SD_FOLDER --layout diffusers --output other
+    python -m preftune.lora.export_lora --lora runs/refl --model SD_FOLDER --output refl.safetensors
+    python -m preftune.lora.export_lora --lora other.safetensors --model SD_FOLDER --layout diffusers --output other
 
-kohya's file is what AUTOMATIC1111's web UI, ComfyUI, sd-scripts and others read (preftune/lora_names.py says what each looks for). The
+kohya's file is what AUTOMATIC1111's web UI, ComfyUI, sd-scripts and others read (preftune/lora/names.py says what each looks for). The
 scale is in the weights, so a program that reads no metadata has it right. --lora is read in any of these layouts, text encoders
 included; what cannot be taken whole is refused. Hardware: none; the model's weights are not read.
 """
@@ -17,7 +17,7 @@ import tyro
 
 from preftune.cli import exit_on_user_error, parse
 from preftune.families import Pretrained
-from preftune.lora_names import Layout
+from preftune.lora.names import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +47,12 @@ if __name__ == "__main__":  # flags are read before torch is imported, which tak
 
 import torch
 
-from preftune import families, lora_files
+from preftune import families
+from preftune.cli.printable import show
 from preftune.files import replacing
-from preftune.lora_write import write_diffusers, write_kohya, write_peft
-from preftune.one_writer import exit_on_failed_write
-from preftune.printable import show
+from preftune.files.one_writer import exit_on_failed_write
+from preftune.lora import files as lora_files
+from preftune.lora.write import write_diffusers, write_kohya, write_peft
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 

@@ -1,6 +1,6 @@
 """Writing of low-rank updates in the layouts of diffusers, kohya and peft.
 
-The scale of every layer is in its B (preftune/lora_files.py), so a program that reads the tensors alone has it right: on disk
+The scale of every layer is in its B (preftune/lora/files.py), so a program that reads the tensors alone has it right: on disk
 alpha equals rank, or there is no alpha. Where layers have several ranks, diffusers' and peft's layouts are
 filled up with zeros to one rank, since readers without metadata take the first layer's rank for all.
 """
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from preftune.files import replacing, write_text
-from preftune.lora_files import ADAPTER, ADAPTER_CONFIG, FILE, Update
-from preftune.lora_names import Layers, file_name
+from preftune.lora.files import ADAPTER, ADAPTER_CONFIG, FILE, Update
+from preftune.lora.names import Layers, file_name
 
 KOHYA_FILE = "lora_kohya.safetensors"
 """Name of kohya's file in a run."""
@@ -37,7 +37,7 @@ def write_diffusers(folder: Path, update: Update, dtype: torch.dtype = torch.flo
 
 
 def write_kohya(path: Path, update: Update, layers: Layers, dtype: torch.dtype = torch.float32) -> None:
-    """Write one .safetensors file with the names of preftune/lora_names.py for a model with these layers."""
+    """Write one .safetensors file with the names of preftune/lora/names.py for a model with these layers."""
     names, state, ranks = layers.kohya_names(), dict[str, Tensor](), set[int]()
     for part, pairs in update.items():
         for layer, (a, b) in pairs.items():

@@ -1,0 +1,1 @@
+"""What this machine has for the programs, and what is missing."""
