@@ -130,7 +130,11 @@ def check(config: RunConfig) -> None:
         raise ValueError(
             "--use-8bit-adam needs bitsandbytes: pip install bitsandbytes, or leave the flag out"
         )
-    report_to.check_ready(config.report_to, resumes=config.resume_from_checkpoint is not None)
+    latest = config.resume_from_checkpoint == "latest"  # which does nothing in an empty folder
+    resumes = bool(
+        checkpoint.find_checkpoints(config.output_dir) if latest else config.resume_from_checkpoint
+    )
+    report_to.check_ready(config.report_to, resumes=resumes)
     if lock.is_main_process():
         lock.acquire(config.output_dir)  # until `Run.finish`, or the end of the process
     files.check_writable(config.output_dir)
