@@ -616,7 +616,7 @@ BAD = [
     (["--data", "TMP/gone"], "there is no data at "),
     (["--data", "TMP/empty"], "there is no data at "),
     (["--data", "TMP/gone/*.zip"], "there is no data at "),
-    (["--data", "TMP/a.txt"], "is no zip file; for other data see data_build/score.py"),
+    (["--data", "TMP/a.txt"], "is no zip file; for other data see preftune score"),
     (["--data", "DATA", "DATA/part-000002.zip"], "part-000002.zip twice"),
     (["--output-dir", "TMP/empty"], "exists already; remove it or choose another --output-dir"),
     (["--output-dir", "TMP/a.txt"], "exists already"),

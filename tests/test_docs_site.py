@@ -91,6 +91,7 @@ def test_mistakes_of_own_rewards_are_quoted_as_they_are_said() -> None:
         "nan": lambda pixels, prompts: pixels.mean((1, 2, 3)) * float("nan"),
         "steep": lambda pixels, prompts: (pixels * 0).sqrt().mean((1, 2, 3)),
         "one": lambda pixels: pixels.mean((1, 2, 3)),
+        "swapped": lambda prompts, pixels: pixels.mean((1, 2, 3)),
     }
     said = ""
     for name, function in mistakes.items():

@@ -194,7 +194,7 @@ def test_a_parquet_says_its_columns_or_how_to_unpack_it(folder: Path) -> None:
     with pytest.raises(ValueError, match="--image-column names one of Datei, caption"):
         read_captioned(folder, Columns())
     pyarrow.parquet.write_table(pyarrow.table({"image": [b"x", b"y"], "caption": texts}), path)
-    with pytest.raises(ValueError, match=r"unpack\.py --data"):
+    with pytest.raises(ValueError, match=r"preftune unpack --data"):
         read_captioned(folder, Columns())
 
 
@@ -299,7 +299,7 @@ def test_a_snapshot_in_the_hubs_cache(tmp_path: Path) -> None:
             ["x.tar", "y.tar"],
             r"holds images in x\.tar; .* `preftune unpack --data .* --output-dir FOLDER`",
         ),
-        (["x.parquet"], r"python data_build/unpack\.py --data"),
+        (["x.parquet"], r"`preftune unpack --data"),
         (["test/metadata.jsonl"], r"has no metadata\.jsonl, but test/ has one; give .*/test"),
         (["a.png", "readme.txt"], "it holds 1 image without captions; captions are in"),
         ([], "it holds no images"),
