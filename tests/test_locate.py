@@ -462,3 +462,14 @@ def test_digest_of_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         assert digest(copy) != first
     file.write_bytes(content)
     assert digest(copy) == first
+
+
+def test_a_relative_path_is_located_in_each_working_directory(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was found in one folder is not the answer in another."""
+    monkeypatch.chdir(folder.parent)
+    assert locate(folder.name).folder.resolve() == folder.resolve()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"{folder.name} does not exist"):
+        locate(folder.name)

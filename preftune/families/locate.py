@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from preftune.families import configs, known, weights
 from preftune.families.source import (
@@ -27,6 +27,23 @@ _HUB_PAGE = re.compile(
     r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)(?:/(?:blob|resolve)/([^/]+)/(.+))?/?"
 )
 _EXAMPLE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+P = ParamSpec("P")
+Found = TypeVar("Found")
+
+
+def _once_a_folder(function: Callable[P, Found]) -> Callable[P, Found]:
+    """Remember what a function returns, for each working directory: in another one a relative path is another one."""
+
+    @functools.cache
+    def remembered(here: Path, *args: P.args, **kwargs: P.kwargs) -> Found:
+        return function(*args, **kwargs)
+
+    @functools.wraps(function)
+    def found(*args: P.args, **kwargs: P.kwargs) -> Found:
+        return remembered(Path.cwd(), *args, **kwargs)  # type: ignore[arg-type]
+
+    found.cache_clear = remembered.cache_clear  # type: ignore[attr-defined]
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +78,7 @@ def as_source(model: "Source | Path | str") -> Source:
     return model if isinstance(model, Source) else locate(str(model))
 
 
-@functools.cache
+@_once_a_folder
 def locate(model: str, revision: str | None = None, variant: str | None = None) -> Source:
     """Return where a model is; a model of the hub that is not in the cache is downloaded.
 
@@ -155,7 +172,7 @@ def vae_folder(vae: str) -> Path | None:
     return path
 
 
-@functools.cache
+@_once_a_folder
 def locate_vae(vae: str) -> Path:
     """Return the folder of an autoencoder that is named by its path or hub id; ValueError where there is none.
 
