@@ -545,6 +545,12 @@ def test_what_a_pasted_line_is_answered(line: str, capsys: pytest.CaptureFixture
     assert [words for words in PASTED[line] if words not in said] == []
 
 
+def test_the_program_that_has_the_flag_names_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """An answer that sends others to pretrain is, there, the flag itself."""
+    assert "(here: --cache-latents)" in refused("--cache_latents_to_disk", capsys, pretrain.Config)
+    assert "preftune pretrain has --cache-latents" in refused("--cache_latents_to_disk", capsys)
+
+
 def test_a_program_without_the_flag_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     said = refused("--dataset_name=d --rank 4", capsys, reward_model.Config)
     assert "--dataset_name (here: --data IMAGEFOLDER), --rank (this program has no --lora.rank)" in said

@@ -4,14 +4,13 @@ As a YAML file is, the arguments are a list of flags written down: the one parse
 an argument is that of the flag with underscores, --lora.rank is `lora_rank`, or `lora={"rank": 16}` as in a YAML file.
 """
 
-import math
 import numbers
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from preftune.cli.leaves import words_of
+from preftune.cli.leaves import element, flag_of, positive_of, words_of
 
 _NUMBER = r"-?\d[\d.]*(?:e-?\d+)?(?![\w.]*\w)"
 
@@ -36,8 +35,7 @@ def in_python(sentence: str, types: Mapping[str, Any], call: str) -> str:
 
     def argument(match: re.Match[str]) -> str:
         flag, value = match[1].replace("-", "_"), match[2]
-        name = re.sub(r"(^|\.)no_(?=[^.]*$)", r"\1", flag)
-        name = flag if flag in types else name
+        name = flag if flag in types else positive_of(flag)
         if any(leaf.startswith(f"{name}.") for leaf in types):
             return f"{name}{value or ''}"
         if name not in types:
@@ -69,7 +67,7 @@ def _flat(
         name = name if name in types else dotted.get(name, name)
         if not re.fullmatch(r"[A-Za-z]\w*(\.\w+)?", name) or name == "help":
             raise ValueError(f"unknown flag --{name}; see --help")
-        positive = re.sub(r"(^|\.)no_(?=[^.]*$)", r"\1", name)
+        positive = positive_of(name)
         if name not in types and types.get(positive) is bool:
             raise ValueError(f"unknown argument {name} (did you mean {positive.replace('.', '_')}=False?)")
         is_group = any(leaf.startswith(f"{name}.") for leaf in types)
@@ -86,10 +84,9 @@ def _flat(
 
 def _tokens(name: str, value: Any, hint: Any) -> list[str]:
     """One flag with its value or values."""
-    flag = f"--{name.replace('_', '-')}"
+    flag = flag_of(name)
     if isinstance(value, bool) and (hint is bool or hint is None):
-        group, dot, leaf = name.rpartition(".")
-        return [flag if value else f"--{group}{dot}no-{leaf}".replace("_", "-")]
+        return [flag_of(name, negated=not value)]
     if hint is bool:
         raise ValueError(f"{name} is {value!r}; it must be True or False")
     if isinstance(value, Mapping):  # as rewards={"imagereward": 1, "brightness": 0.5}
@@ -97,17 +94,8 @@ def _tokens(name: str, value: Any, hint: Any) -> list[str]:
     if isinstance(value, set | frozenset):
         raise ValueError(f"{name} is a set, which has no order; give a list")
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [flag, *(_element(name, one) for one in value)]
+        return [flag, *(element(name, _text(name, one)) for one in value)]
     return [f"{flag}={_text(name, value)}"]
-
-
-def _element(name: str, value: Any) -> str:
-    text = _text(name, value)
-    if text.startswith("-") and not re.fullmatch(r"-[\d.].*", text):
-        raise ValueError(
-            f"{name} holds {text!r}, which would read as a flag; an element may not begin with -"
-        )
-    return text
 
 
 def _text(name: str, value: Any) -> str:
@@ -119,7 +107,7 @@ def _text(name: str, value: Any) -> str:
     if isinstance(value, numbers.Integral):  # also numpy's
         return str(int(value))
     if isinstance(value, numbers.Real):
-        return str(float(value)) if math.isfinite(value) else f"{float(value)}"
+        return str(float(value))
     raise ValueError(
         f"{name} is a {type(value).__name__}; give a number, a string, a path, True, False, None, or a list of such"
     )

@@ -1,13 +1,12 @@
 """YAML files of a configuration, read as the flags that they write down."""
 
-import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
-from preftune.cli.leaves import Leaf, flag_of
+from preftune.cli.leaves import Leaf, element, flag_of
 from preftune.cli.typed_flags import alias_of, instead
 from rewards.input_files import read_text
 
@@ -93,11 +92,7 @@ def _element(name: str, node: yaml.Node) -> str:
     """One element of a YAML list as a token of its own."""
     if not isinstance(node, yaml.ScalarNode) or _is_null(node):
         raise ValueError(f"{name} takes a list of plain values")
-    if node.value.startswith("-") and not re.fullmatch(r"-[\d.].*", node.value):
-        raise ValueError(
-            f"{name} holds {node.value!r}, which would read as a flag; an element may not begin with -"
-        )
-    return str(node.value)
+    return element(name, str(node.value))
 
 
 def _is_null(node: yaml.Node) -> bool:

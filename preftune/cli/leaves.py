@@ -1,6 +1,7 @@
 """The values of a configuration, their names in YAML and their flags."""
 
 import dataclasses
+import re
 import typing
 from typing import Annotated, Any, Literal
 
@@ -72,3 +73,17 @@ def flag_of(name: str, negated: bool = False) -> str:
     """The flag of a YAML name: `lora.use_bias` -> `--lora.use-bias`, negated `--lora.no-use-bias`."""
     group, dot, leaf = name.rpartition(".")
     return f"--{group}{dot}{'no-' if negated else ''}{leaf}".replace("_", "-")
+
+
+def positive_of(name: str) -> str:
+    """The YAML name of a flag that is written negated: `lora.no_use_bias` -> `lora.use_bias`; any other name as it is."""
+    return re.sub(r"(^|\.)no_(?=[^.]*$)", r"\1", name)
+
+
+def element(name: str, text: str) -> str:
+    """Return an element of a list as a token of its own; ValueError where it would read as a flag."""
+    if text.startswith("-") and not re.fullmatch(r"-[\d.].*", text):
+        raise ValueError(
+            f"{name} holds {text!r}, which would read as a flag; an element may not begin with -"
+        )
+    return text

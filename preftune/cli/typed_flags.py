@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from preftune.cli.leaves import Leaf, flag_of
+from preftune.cli.leaves import Leaf, flag_of, positive_of
 from preftune.cli.other_scripts import ALIASES, ELSEWHERE, EXCLUSIVE, ONE_VALUE, SAME, TEXTS
 from preftune.prompts import is_text
 
@@ -76,7 +76,7 @@ def check_names(typed: Sequence[str], leaves: Mapping[str, Leaf]) -> None:
     """Refuse flags that do not exist, all of them in one sentence, and values for flags that take none."""
     unknown: dict[str, list[str]] = {}  # answer -> flags
     for token in dict.fromkeys(token.partition("=")[0] for token in typed if token.startswith("--")):
-        positive = re.sub(r"(^|\.)no_(?=[^.]*$)", r"\1", name := _name(token))
+        positive = positive_of(name := _name(token))
         if not (name in leaves or (positive in leaves and leaves[positive].hint is bool) or name == "help"):
             unknown.setdefault(instead(name, leaves, flag_of), []).append(token)
     if unknown:
@@ -135,7 +135,7 @@ def _wrong_numbers(values: Sequence[str], leaf: Leaf) -> str:
 def instead(name: str, leaves: Mapping[str, Leaf], write: Callable[[str], str] = str) -> str:
     """What there is in place of an unknown name, as the end of a sentence; nothing where nobody knows."""
     other = ELSEWHERE.get(name) or (flag_of(ALIASES[name]) if name in ALIASES else "")
-    elsewhere = re.match(r"finetune/pretrain.py has (--[\w-]+)", other)
+    elsewhere = re.match(r"preftune pretrain has (--[\w-]+)", other)
     if elsewhere is not None and _name(elsewhere[1]) in leaves:
         other = elsewhere[1]
     for flag in re.findall(r"(?<!has )--[\w.-]*\w", other):  # another program has it
