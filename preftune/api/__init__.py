@@ -337,13 +337,10 @@ def _stopped(folder: Path, number: int) -> None:
 def _result(config: Any, device: Any) -> Any:
     """Return the model of a configuration as a pipeline, with what its run has saved."""
     from preftune.families import pipelines
-    from preftune.training.defaults import flags_of
     from preftune.training.workspace import DTYPES
 
     source, vae, folder = config.model.pretrained.source(), config.model.vae, config.run.output_dir
-    precision = flags_of(folder).get("mixed_precision") or "no"  # the run's own, if the caller left it open
-    dtype = DTYPES[precision]
-    return pipelines.tuned(source, folder, device, dtype, vae=vae)
+    return pipelines.tuned(source, folder, device, DTYPES[config.run.mixed_precision or "no"], vae=vae)
 
 
 def _free() -> None:

@@ -20,7 +20,7 @@ from preftune.cli.notes import say
 from preftune.families.base import Defaults
 from preftune.files import manifest
 from preftune.training.config import ModelConfig
-from preftune.training.run_config import RunConfig
+from preftune.training.run_config import RunConfig, forced_to_cpu
 
 Precision = Literal["no", "fp16", "bf16"]
 
@@ -104,8 +104,7 @@ def here() -> Precision:
     """Return the precision that suits this machine; on a GPU the one that `accelerate launch` or its configuration names, if any."""
     import torch
 
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
-    if on_cpu or not torch.cuda.is_available():
+    if forced_to_cpu() or not torch.cuda.is_available():
         return "no"
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # "no" is also what it says when nobody chose
     if launched in ("fp16", "bf16"):
@@ -169,16 +168,11 @@ def earlier_flags(run: RunConfig) -> Mapping[str, Any]:
     """Return the flags of the run that is resumed, as its newest checkpoint notes them; nothing where there is none."""
     if run.resume_from_checkpoint is None:
         return {}
-    if isinstance(run.resume_from_checkpoint, str):
-        return flags_of(run.output_dir)
-    return _noted([run.resume_from_checkpoint])
-
-
-def flags_of(folder: Path) -> Mapping[str, Any]:
-    """Return the flags of a run, defaults included, as the newest checkpoint in its folder notes them; nothing without one."""
+    if not isinstance(run.resume_from_checkpoint, str):
+        return _noted([run.resume_from_checkpoint])
     from preftune.training import checkpoint  # imports torch
 
-    return _noted(checkpoint.find_checkpoints(folder))
+    return _noted(checkpoint.find_checkpoints(run.output_dir))
 
 
 def _noted(checkpoints: Sequence[Path]) -> Mapping[str, Any]:

@@ -123,8 +123,7 @@ def check(config: RunConfig) -> None:
 
     from preftune.training import checkpoint, folder  # these need torch, which the flags do not
 
-    forced_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")  # accelerate launch --cpu
-    if config.mixed_precision == "fp16" and (forced_cpu or not torch.accelerator.is_available()):
+    if config.mixed_precision == "fp16" and (forced_to_cpu() or not torch.accelerator.is_available()):
         raise ValueError("--mixed-precision fp16 needs a GPU and there is none; use no or bf16")
     if config.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
@@ -145,6 +144,11 @@ def check(config: RunConfig) -> None:
         )
     if not config.overwrite_output_dir and config.resume_from_checkpoint != "latest":
         folder.check_not_mixed(config.output_dir, source)
+
+
+def forced_to_cpu() -> bool:
+    """Return whether the processes run on the CPU whatever the machine has: accelerate launch --cpu."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
 
 
 def cpu_threads(config: RunConfig) -> int:
