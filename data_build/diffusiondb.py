@@ -55,7 +55,7 @@ class Config:
     data: tuple[str, ...]
     """Folders of part-NNNNNN.zip, such files, or quoted patterns such as 'images/part-0000*.zip'."""
     rewards: str
-    """The scorer: a name that `python -m rewards` lists, or the folder of a trained one."""
+    """The scorer: a name that `preftune scorers` lists, or the folder of a trained one."""
     output_dir: Path
     """Folder to create; unfinished work is in OUTPUT.building."""
     reward_files: Files = ()

@@ -7,7 +7,7 @@ have weight 1 + foreground_weight: most of an image is background, and with equa
 their colour for the first thousands of updates. At the end `scaling_factor` is set to 1 / std of the
 latents of the first images, as in Stable Diffusion.
 
-    accelerate launch finetune/autoencoder.py --config finetune/configs/autoencoder/tiny.yaml
+    python finetune/autoencoder.py --config finetune/configs/autoencoder/tiny.yaml
 
 Hardware: two CPU cores, about 12 minutes for the given configuration. Output: an AutoencoderKL folder
 `OUTPUT/vae`.

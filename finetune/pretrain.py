@@ -4,8 +4,8 @@ Loss: the noise-prediction error of Ho et al. 2020 (arXiv 2006.11239, eq. 14; Im
 eq. 3). A share of the captions is replaced by the empty one, as classifier-free guidance needs (Ho and
 Salimans 2022, arXiv 2207.12598).
 
-    accelerate launch finetune/pretrain.py --model PIPELINE_FOLDER --data IMAGEFOLDER --output-dir runs/mine
-    accelerate launch finetune/pretrain.py --config finetune/configs/pretrain/tiny.yaml     # trains the embedded model
+    python finetune/pretrain.py --model PIPELINE_FOLDER --data IMAGEFOLDER --output-dir runs/mine
+    python finetune/pretrain.py --config finetune/configs/pretrain/tiny.yaml     # trains the embedded model
 
 Hardware: the tiny configuration takes about 20 minutes on two CPU cores; LoRA on Stable Diffusion 1.x needs
 a GPU. Left out: aspect-ratio buckets, random crops and flips (a flip makes "left of" wrong), offset noise,

@@ -11,8 +11,8 @@ is the most similar other caption in the batch (BLIP's hard negative, without sa
 a learned logit_scale that is kept in [0, ln 100]. The cross-entropy over captions has one more column per
 image, its own near miss.
 
-    accelerate launch finetune/pretrain_scorer.py --config finetune/configs/pretrain_scorer/tiny.yaml
-    accelerate launch finetune/pretrain_scorer.py --config finetune/configs/pretrain_scorer/tiny_clip.yaml
+    python finetune/pretrain_scorer.py --config finetune/configs/pretrain_scorer/tiny.yaml
+    python finetune/pretrain_scorer.py --config finetune/configs/pretrain_scorer/tiny_clip.yaml
 
 Left out: BLIP's momentum encoders, and the label smoothing and separate self-attention of its captioner.
 Output: `OUTPUT/scorer`, from which reward_model.py starts.

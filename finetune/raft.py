@@ -5,8 +5,8 @@ Algorithm 1 with the settings of ImageReward (arXiv 2304.05977, appendix E). In 
 model generates several images for each of some prompts, the best image of each prompt is kept, and the
 model is fine-tuned on the kept images with the plain noise-prediction loss.
 
-    accelerate launch finetune/raft.py                                     # the embedded model: six minutes on two CPU cores
-    accelerate launch finetune/raft.py --model SD_FOLDER --prompts diffusiondb.txt --rewards imagereward=1
+    python finetune/raft.py                                     # the embedded model: six minutes on two CPU cores
+    python finetune/raft.py --model SD_FOLDER --prompts diffusiondb.txt --rewards imagereward=1
 
 Defaults: 3 iterations with 10 images per prompt, the best image of every prompt is kept (ImageReward; LMFlow's
 notebook also drops prompts: `--keep-share`). The paper's 10,000 prompts an iteration are days on one GPU: the

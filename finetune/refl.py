@@ -16,8 +16,8 @@ losses (the text's "final loss"), `off` omits it (the released script). Without 
 | images an update, updates | 64, about 312 | 64, 100 | 8 a process, 400 |
 | checkpointing | - | UNet | UNet and decoder |
 
-    accelerate launch finetune/refl.py                                     # the embedded model: three minutes on a laptop
-    accelerate launch finetune/refl.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts my_prompts.txt
+    python finetune/refl.py                                     # the embedded model: three minutes on a laptop
+    python finetune/refl.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts my_prompts.txt
 
 Differences from the released code: x_0 and pixels are not clamped (the clamp has no gradient for pixels out
 of range), and scorers resize with antialiasing. Left out: image-column checks, random flips, noise offset.

@@ -11,10 +11,10 @@ Stable Preference is `pairs` with `--stable.views 3` (the anti-interference loss
 6) and `--stable.weighting two-stage`: the first stage weights wrong or close pairs (eq. 7), the second
 pairs with a large margin (eq. 8).
 
-    accelerate launch finetune/reward_model.py --model hpsv2 --data data/preferences --max-train-steps 30000 \
+    python finetune/reward_model.py --model hpsv2 --data data/preferences --max-train-steps 30000 \
         --stable.views 3 --stable.weighting two-stage
 
-`--model` is a scorer of the table (`python -m rewards`) or the folder of a trained scorer. The result,
+`--model` is a scorer of the table (`preftune scorers`) or the folder of a trained scorer. The result,
 OUTPUT/scorer, is such a folder. It holds the weights under the authors' key names, and its path can be used
 as a scorer: `--rewards OUTPUT/scorer=1.0`. Rankings of the same images by several annotators are combined:
 the images are scored once, and every annotator counts. For an ImageReward, the mean and standard deviation
@@ -91,7 +91,7 @@ class Config:
     weights: Path | None = None
     """Weights of --model on disk; None = from the Hugging Face cache."""
     data: tuple[Path, ...]
-    """Folders with rankings.jsonl (prompt, generations, ranking); data_build/preferences.py writes them from published data."""
+    """Folders with rankings.jsonl (prompt, generations, ranking); `preftune preferences` writes them from published data."""
     objective: Literal["pairs", "choice", "soft"] = "pairs"
     """Loss on pairs, on the chosen image among all, or on shares of votes."""
     stable: Stable = field(default_factory=Stable)

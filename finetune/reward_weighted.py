@@ -9,7 +9,7 @@ plain error over pre-training images. There are two weightings:
   Their released code calls 1 / temperature "temperature".
 
     python data_build/score.py --data data/generated --rewards imagereward --add-to-metadata --output-dir data/generated_scores
-    accelerate launch finetune/reward_weighted.py --model SD_FOLDER --data data/generated --score imagereward --pretraining-data data/laion
+    python finetune/reward_weighted.py --model SD_FOLDER --data data/generated --score imagereward --pretraining-data data/laion
 
 Scores are read from metadata.jsonl, where the first command writes them. Default: beta 0.5
 (ImageReward) with pre-training data, else 0. Hardware: Stable Diffusion 1.x at 512 px needs a GPU; tiny models run on a CPU.

@@ -8,7 +8,7 @@ the non-preferred ones. Defaults are those of section 6 and of the released scri
 attention's query, key, value and output projections, constant learning rate 1e-5, 40 images per update,
 10,000 updates, AdamW with weight decay 1e-2, no empty captions.
 
-    accelerate launch finetune/weird_lora.py --model SD_FOLDER --data data/filtered --regularisation data/laion
+    python finetune/weird_lora.py --model SD_FOLDER --data data/filtered --regularisation data/laion
 
 Differences between the released script and the paper: the script's default rank is 4 (paper: 32). With
 several processes the script does not average gradients, because it does not call the wrapped network; here

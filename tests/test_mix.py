@@ -186,7 +186,7 @@ def test_all_programs_read_scorers_alike(program: str, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         cli.parse(config, ["--help"])
     said = " ".join(re.sub(r"[^\x20-\x7e]", " ", capsys.readouterr().out).split())
-    assert "`python -m rewards` lists" in said
+    assert "`preftune scorers` lists" in said
     assert "the folder of a trained" in said
     assert "Weights of scorers on disk, as NAME=PATH" in said
 

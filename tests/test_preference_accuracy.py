@@ -317,7 +317,7 @@ def test_help_says_what_rewards_are(capsys: pytest.CaptureFixture[str]) -> None:
         cli.parse(preference_accuracy.Config, ["--help"])
     said = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
     assert (
-        "Scorers, each NAME or NAME=WEIGHT; NAME is one that `python -m rewards` lists, or the folder" in said
+        "Scorers, each NAME or NAME=WEIGHT; NAME is one that `preftune scorers` lists, or the folder" in said
     )
     assert "Each is reported by itself, so no weight but 1 is taken." in said
 

@@ -113,6 +113,7 @@ def events_of(output: Path) -> EventAccumulator:
     [
         (("wandv",), "--report-to wandv is no tracker (did you mean wandb?); there are aim, clearml"),
         (("TensorBoard",), "(did you mean tensorboard?)"),
+        (("wandb,aim",), "--report-to wandb,aim is no tracker (did you mean wandb aim?); there are"),
         (("none", "wandb"), "--report-to none wandb names no trackers"),
         (("none", "all"), "names no trackers"),
         ((), "names no trackers; give none, all"),

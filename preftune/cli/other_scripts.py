@@ -178,6 +178,7 @@ ELSEWHERE = {
     "logging_steps": "metrics of each update go to metrics.jsonl",
     "lora_bias": "the LoRA has no biases",
     "lora_dropout": "the LoRA has no dropout",
+    "lora_path": "--lora-start",
     "lora_layers": "--lora.target-modules",
     "lowram": "--model is loaded once, part by part",
     "max_train_samples": "use a smaller data set",

@@ -5,7 +5,7 @@ from typing import Annotated
 import tyro
 
 _NAMES = (
-    "Scorers, each NAME or NAME=WEIGHT; NAME is one that `python -m rewards` lists, or the folder of a trained scorer, or"
+    "Scorers, each NAME or NAME=WEIGHT; NAME is one that `preftune scorers` lists, or the folder of a trained scorer, or"
     " FILE.py:FUNCTION, a function of your own of pixels (B, 3, H, W) in [0, 1] and B prompts that returns B scores."
 )
 Weighted = Annotated[tuple[str, ...], tyro.conf.arg(help=f"{_NAMES} A scorer without a weight has weight 1.")]

@@ -103,7 +103,7 @@ class RewardConfig:
     reward_normalization: Normalization = "none"
     """none = raw scores; card, dataset = scale each scorer to mean 0 and standard deviation 1."""
     reward_stats: Path | None = None
-    """summary.json of data_build/score.py with the statistics for --reward-normalization dataset."""
+    """summary.json of `preftune score` with the statistics for --reward-normalization dataset."""
     reward_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Floating-point precision of the scorers."""
 

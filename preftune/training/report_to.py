@@ -16,8 +16,9 @@ def check_names(names: Sequence[str]) -> None:
     """Raise ValueError for what is no name, and for none or all beside others."""
     for name in names:
         if name not in (*TRACKERS, "none", "all"):
-            near = difflib.get_close_matches(name.lower(), TRACKERS, n=1)
-            meant = f" (did you mean {near[0]}?)" if near else ""
+            several = name.replace(",", " ").split()
+            near = several if len(several) > 1 else difflib.get_close_matches(name.lower(), TRACKERS, n=1)
+            meant = f" (did you mean {' '.join(near)}?)" if near else ""
             raise ValueError(
                 f"--report-to {name} is no tracker{meant}; there are {', '.join(TRACKERS)}, and none or all"
             )
