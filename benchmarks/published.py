@@ -25,31 +25,38 @@ from torch import Tensor, nn
 import rewards
 from benchmarks.refl_loops import EMA_DECAY, Trial, Update, autocast, optimised
 from preftune import families
+from preftune.families import Family
 from preftune.training.workspace import DTYPES
 
 LEARNING_RATES = {"full": 1e-5, "lora": 1e-4}
 """Defaults of the two scripts."""
 
 
+def load(trial: Trial) -> Family:
+    """Return the model of a released loop on the device, its UNet open for training and under autocast."""
+    device, half = torch.device(trial.device), DTYPES[trial.precision]
+    parts = families.load(trial.pipeline)
+    parts.trainable(trial.refl().model.tuned(), seed=0)
+    if trial.checkpointing == "on":
+        parts.unet.enable_gradient_checkpointing()
+    if trial.loop == "half-base":
+        for weight in parts.unet.parameters():
+            weight.data = weight.data if weight.requires_grad else weight.data.to(half)
+    parts.unet.to(device)
+    for part in (parts.vae, parts.text_encoder):
+        part.to(device, half)
+    autocast(trial, parts.unet)
+    return parts
+
+
 def published(trial: Trial, planned: range) -> Update:
     """Return the update of a released loop; `planned` are the updates whose texts may be encoded beforehand."""
     config, device = trial.refl(), torch.device(trial.device)
-    half = DTYPES[trial.precision]
-    parts = families.load(trial.pipeline)
-    unet, vae, text_encoder, tokenizer = parts.unet, parts.vae, parts.text_encoder, parts.tokenizer
-    parts.trainable(config.model.tuned(), seed=0)
-    if trial.checkpointing == "on":
-        unet.enable_gradient_checkpointing()
-    if trial.loop == "half-base":
-        for weight in unet.parameters():
-            weight.data = weight.data if weight.requires_grad else weight.data.to(half)
-    unet.to(device)
-    vae.to(device, half)
-    encode = _encoder(text_encoder.to(device, half), tokenizer)
+    half, parts = DTYPES[trial.precision], load(trial)
+    unet, vae, encode = parts.unet, parts.vae, encoder(parts.text_encoder, parts.tokenizer)
     scorer = rewards.load(trial.scorer, weights=trial.scorer_files, device=device, dtype=half)
     folder = trial.pipeline / "scheduler"
     scheduler = DDPMScheduler.from_pretrained(folder, steps_offset=0, clip_sample=False)
-    autocast(trial, unet)
     side = config.model.size(parts.defaults).height // 8
     if trial.train == "lora":  # datasets.map, before training; each batch is moved to the device
         before = {index: encode(trial.prompts(index)).cpu() for index in planned}
@@ -73,7 +80,7 @@ def published(trial: Trial, planned: range) -> Update:
     return optimised(trial, weights, optimizer, loss, _average(trial, weights))
 
 
-def _encoder(text_encoder: nn.Module, tokenizer: Any) -> Callable[[list[str]], Tensor]:
+def encoder(text_encoder: nn.Module, tokenizer: Any) -> Callable[[list[str]], Tensor]:
     """Return prompts -> hidden states (B, tokens, width)."""
 
     @torch.no_grad()

@@ -4,14 +4,16 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.paths import PROMPTS
+from benchmarks.hardware import fresh
+from benchmarks.models import build_sd1, build_thin
+from benchmarks.paths import PROMPTS, TINY
 from finetune import refl
-from preftune.families import Pretrained
+from preftune.families import Family, Pretrained
 from preftune.order import items_at
 from preftune.prompts import read_prompts
 from preftune.training.config import ModelConfig, RewardConfig
@@ -100,6 +102,19 @@ class Trial:
         )
 
 
+def parts_of(model: Literal["tiny", "thin", "sd1"], workdir: Path) -> dict[str, Any]:
+    """Return the fields of Trial that a model gives, and build it in `workdir` if it is not there."""
+    small = {"model": model, "device": "cpu", "resolution": "64", "scorer": "imagereward-tiny"}
+    if model == "tiny":
+        return small | {"pipeline": TINY / "pipeline", "scorer_files": TINY / "imagereward"}
+    if model == "thin":
+        build_thin(workdir / "thin")
+        return small | {"pipeline": workdir / "thin", "scorer_files": TINY / "imagereward"}
+    fresh(build_sd1, workdir)
+    big = {"model": model, "device": "cuda", "resolution": "512", "scorer": "imagereward"}
+    return big | {"pipeline": workdir / "pipeline", "scorer_files": workdir / "scorer"}
+
+
 def optimised(
     trial: Trial,
     weights: list[nn.Parameter],
@@ -136,16 +151,22 @@ def autocast(trial: Trial, denoiser: nn.Module) -> None:
         denoiser.forward = cast(denoiser.forward)
 
 
-def ours(trial: Trial) -> Update:
-    """Return the update of finetune/refl.py: its own functions, without the plumbing."""
+def load(trial: Trial) -> tuple[Family, nn.Module]:
+    """Return the driver's model on the device, and its denoiser as a run prepares it."""
     config = trial.refl()
-    device = torch.device(trial.device)
-    mix, (family, denoiser) = load_mix(config.reward, device), load_model(config.model, config.run, device)
-    assert mix is not None, "a trial has a scorer"
-    resolution = config.model.size(family.defaults)
+    family, denoiser = load_model(config.model, config.run, torch.device(trial.device))
     if trial.compile == "on":
         denoiser.compile()
     autocast(trial, denoiser)
+    return family, denoiser
+
+
+def ours(trial: Trial) -> Update:
+    """Return the update of finetune/refl.py: its own functions, without the plumbing."""
+    config = trial.refl()
+    mix, (family, denoiser) = load_mix(config.reward, torch.device(trial.device)), load(trial)
+    assert mix is not None, "a trial has a scorer"
+    resolution = config.model.size(family.defaults)
 
     def loss(index: int) -> Tensor:
         texts = trial.prompts(index)

@@ -84,9 +84,7 @@ if __name__ == "__main__":  # flags are read before torch is imported, which tak
 import torch
 
 from benchmarks.hardware import fresh, matmul_tflops, name_of_machine, peak_tflops, write_json
-from benchmarks.models import build_sd1, build_thin
-from benchmarks.paths import TINY
-from benchmarks.refl_loops import Trial
+from benchmarks.refl_loops import Trial, parts_of
 from benchmarks.turns import count_flops, measure_alone, measure_together
 
 
@@ -193,19 +191,6 @@ def run(config: Config, model: ModelName, workdir: Path, table: Table) -> None:
 
 def _alone(trial: Trial, others: list[Trial]) -> dict[str, Any]:
     return fresh(measure_alone, trial, others) or {"error": "the process was killed"}
-
-
-def parts_of(model: ModelName, workdir: Path) -> dict[str, Any]:
-    """Return the fields of Trial that a model gives, and build it in `workdir` if it is not there."""
-    small = {"model": model, "device": "cpu", "resolution": "64", "scorer": "imagereward-tiny"}
-    if model == "tiny":
-        return small | {"pipeline": TINY / "pipeline", "scorer_files": TINY / "imagereward"}
-    if model == "thin":
-        build_thin(workdir / "thin")
-        return small | {"pipeline": workdir / "thin", "scorer_files": TINY / "imagereward"}
-    fresh(build_sd1, workdir)
-    big = {"model": model, "device": "cuda", "resolution": "512", "scorer": "imagereward"}
-    return big | {"pipeline": workdir / "pipeline", "scorer_files": workdir / "scorer"}
 
 
 def main(config: Config) -> int:

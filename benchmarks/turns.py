@@ -135,14 +135,18 @@ def _started_and_compared(trial: Trial, rivals: Sequence[Loop]) -> Row:
 
 
 def _attempt(action: Callable[[], Any]) -> Any:
-    """Return the action's result, or why there is none, with its memory freed."""
+    """Return the action's result, or the first line of why there is none, with its memory freed."""
     error = None
     try:
         return action()
-    except (torch.OutOfMemoryError, FloatingPointError) as raised:
-        error = OUT_OF_MEMORY if isinstance(raised, torch.OutOfMemoryError) else str(raised)
+    except (
+        RuntimeError,
+        FloatingPointError,
+    ) as raised:  # of a device, a kernel or a compiler; the next row may work
+        lines = str(raised).strip().splitlines() or [type(raised).__name__]
+        error = OUT_OF_MEMORY if isinstance(raised, torch.OutOfMemoryError) else lines[0]
     finally:
-        _free()  # on an error after `raised`, and with it the frames that hold tensors, is gone
+        _free()  # after an error `raised` is gone, and with it the frames that hold tensors
     return error
 
 

@@ -235,7 +235,7 @@ def _shape(size: tuple[object, ...]) -> tuple[int, ...]:
 
 def test_trials_change_one_thing_at_a_time() -> None:
     names = ("train", "compile", "checkpointing", "precision")
-    cpu = refl_step.trials(refl_step.Config(train_batch_size=(1, 2)), refl_step.parts_of("tiny", Path()))
+    cpu = refl_step.trials(refl_step.Config(train_batch_size=(1, 2)), refl_loops.parts_of("tiny", Path()))
     assert list(cpu) == [1, 2]
     for mine in cpu.values():
         base = mine[0]
@@ -248,7 +248,7 @@ def test_trials_change_one_thing_at_a_time() -> None:
             (*RELEASED[2], "bf16", "off"),
         ]
         assert len(refl_step.rivals(base)) == 2, "in float32 there is no half"
-    parts = refl_step.parts_of("tiny", Path()) | {"device": "cuda"}
+    parts = refl_loops.parts_of("tiny", Path()) | {"device": "cuda"}
     cuda = refl_step.trials(refl_step.Config(train_batch_size=(8,), cross=True), parts)[8]
     assert len(cuda) == 3 * 2 * 2 * 2
     assert {t.precision for one in cuda for t in refl_step.rivals(one)} == {"fp16"}
@@ -260,7 +260,7 @@ def test_table_and_json(
 ) -> None:
     (tmp_path / "pipeline").symlink_to(trial.pipeline)
     (tmp_path / "imagereward").symlink_to(trial.scorer_files)
-    monkeypatch.setattr(refl_step, "TINY", tmp_path)
+    monkeypatch.setattr(refl_loops, "TINY", tmp_path)
     monkeypatch.setattr(refl_step, "fresh", lambda function, *arguments: function(*arguments))
     flags = "--models tiny --precision bf16 --train lora --checkpointing on --compile off --train-batch-size 1 --repeats 1"
     flags += f" --threads 1 --num-inference-steps 2 --late 1 --output {tmp_path / 'new' / 'rows.json'}"
