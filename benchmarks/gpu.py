@@ -4,11 +4,15 @@
     python benchmarks/gpu.py --dry                              # on a CPU: the same code on the embedded models
     python benchmarks/gpu.py --parts updates forwards --output-dir gpu-results
 
-A part that needs CUDA is skipped by name in a dry run. The table, table.md, is written anew after each part.
+The libraries are imported once, before the processes are forked: on a fresh machine that takes longer than some parts. A part
+that needs CUDA is skipped by name in a dry run. The table, table.md, is written anew after each part.
 """
 
+import importlib
 import json
-import subprocess
+import multiprocessing
+import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -17,17 +21,56 @@ from typing import Any, Literal
 
 from preftune.cli import parse
 
-PartName = Literal["limits", "updates", "forwards", "tests", "parity", "scoring"]
+PartName = Literal["limits", "weights", "updates", "forwards", "parity", "tests", "scoring", "compile"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part: its time limit in seconds, its program with flags, and the flags that a dry run adds or None where it needs CUDA."""
+
+    limit: int
+    module: str
+    flags: str
+    dry: str | None
+
+
+_OWN = "benchmarks.gpu_parts"
+PARTS: dict[PartName, Part] = {
+    "limits": Part(limit=20, module=_OWN, flags="--part limits --output {out}", dry="--dry"),
+    "weights": Part(
+        limit=60, module=_OWN, flags="--part weights --output {out} --workdir {work}", dry="--dry"
+    ),
+    "forwards": Part(
+        limit=60, module=_OWN, flags="--part forwards --output {out}", dry="--dry --train-batch-size 2"
+    ),
+    "updates": Part(
+        limit=180,
+        module="benchmarks.refl_step",
+        flags="--models sd1 --train-batch-size 2 8 --precision bf16 --checkpointing off --compile off on --published full --repeats 3 --workdir {work} --output {out}",
+        dry="--models tiny --train-batch-size 2 --compile off --num-inference-steps 6 --late 4 --repeats 1",
+    ),
+    "parity": Part(limit=30, module=_OWN, flags="--part parity --output {out} --workdir {work}", dry="--dry"),
+    "tests": Part(
+        limit=60, module="pytest", flags="-m gpu -n 0 -q -p no:cacheprovider tests/test_gpu.py", dry=None
+    ),
+    "scoring": Part(
+        limit=60,
+        module="benchmarks.score",
+        flags="--scorers hpsv2.1 --precision bf16 --batch-size 128 --images 512 --workers 16 --reload-images 0 --workdir {work} --output {out}",
+        dry="--scorers imagereward-tiny --precision fp32 --batch-size 32 --images 32 --workers 2",
+    ),
+    "compile": Part(limit=90, module=_OWN, flags="--part compile --output {out}", dry=None),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Run the parts and write a table."""
 
-    parts: tuple[PartName, ...] = ("limits", "updates", "forwards", "tests", "parity", "scoring")
+    parts: tuple[PartName, ...] = tuple(PARTS)
     """Parts to run, in this order."""
     output_dir: Path = Path("gpu-results")
-    """Folder for a JSON file and a log of each part, and table.md."""
+    """Folder for a JSON file of each part, and table.md."""
     workdir: Path = Path("gpu-work")
     """Folder for weights of published size, 8 GB; kept between calls."""
     dry: bool = False
@@ -39,81 +82,39 @@ class Config:
 if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
     CONFIG = parse(Config)
 
-ROOT = Path(__file__).resolve().parents[1]
+# A process that has asked the driver for devices cannot be forked; this asks the management library instead.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """A part: its time limit in seconds, its command behind the interpreter, and what the dry run adds or None where it needs CUDA."""
-
-    limit: int
-    command: str
-    dry: str | None
-
-
-PARTS: dict[PartName, Part] = {
-    "limits": Part(limit=25, command="benchmarks/gpu_parts.py --part limits --output {out}", dry="--dry"),
-    "updates": Part(
-        limit=140,
-        command="benchmarks/gpu_parts.py --part updates --output {out} --workdir {work}",
-        dry="--dry",
-    ),
-    "forwards": Part(
-        limit=100,
-        command="benchmarks/gpu_parts.py --part forwards --output {out}",
-        dry="--dry --train-batch-size 2",
-    ),
-    "tests": Part(limit=75, command="-m pytest -m gpu -n 0 -q -p no:cacheprovider tests", dry=None),
-    "parity": Part(
-        limit=40, command="benchmarks/gpu_parts.py --part parity --output {out} --workdir {work}", dry="--dry"
-    ),
-    "scoring": Part(
-        limit=100,
-        command="benchmarks/score.py --scorers hpsv2.1 --precision bf16 --batch-size 128 --images 512 --workers 16 --reload-images 0 --workdir {work} --output {out}",
-        dry="--scorers imagereward-tiny --precision fp32 --batch-size 32 --images 32 --workers 2",
-    ),
-}
+def work(name: PartName, config: Config) -> None:
+    """Do a part, in a process of its own, which ends with its exit code."""
+    part = PARTS[name]
+    os.setsid()  # with the processes that it starts itself, so that all can be ended
+    words = part.flags.format(out=config.output_dir / f"{name}.json", work=config.workdir).split()
+    words += (part.dry or "").split() if config.dry else []
+    module = importlib.import_module(part.module)
+    if part.module == "pytest":
+        sys.exit(int(module.main(words)))
+    sys.argv = [f"{part.module.rpartition('.')[2]}.py", *words]
+    sys.exit(module.main(parse(module.Config, words)))
 
 
 def run(name: PartName, config: Config) -> str:
-    """Run a part with its output shown and kept; return how it ended."""
+    """Run a part within its limit and return how it ended."""
     part = PARTS[name]
-    out, log = config.output_dir / f"{name}.json", config.output_dir / f"{name}.log"
-    words = part.command.format(out=out, work=config.workdir).split()
-    if config.dry:
-        if part.dry is None:
-            return "skipped: needs a CUDA device"
-        words += part.dry.split()
-    limit = part.limit * config.limit_scale
-    began = time.perf_counter()
-    with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-u", *words],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert process.stdout is not None, "a pipe"
-        timer = _kill_after(process, limit)
-        for text in process.stdout:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-            file.write(text)
-        code = process.wait()
-        timer.cancel()
-    taken = time.perf_counter() - began
-    if taken >= limit:
+    if config.dry and part.dry is None:
+        return "skipped: needs a CUDA device"
+    limit, began = part.limit * config.limit_scale, time.perf_counter()
+    process = multiprocessing.get_context("fork").Process(target=work, args=(name, config))
+    process.start()
+    process.join(limit)
+    if process.exitcode is None:
+        assert process.pid is not None, "started"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
         return f"cut at its limit of {limit:.0f} s"
-    return f"{'done' if code == 0 else f'failed with exit code {code}'} in {taken:.0f} s of {limit:.0f}"
-
-
-def _kill_after(process: subprocess.Popen[str], limit: float) -> Any:
-    import threading
-
-    timer = threading.Timer(limit, process.kill)
-    timer.start()
-    return timer
+    end = "done" if process.exitcode == 0 else f"failed with exit code {process.exitcode}"
+    return f"{end} in {time.perf_counter() - began:.0f} s of {limit:.0f}"
 
 
 def table(config: Config, ends: dict[PartName, str]) -> str:
@@ -132,7 +133,7 @@ def table(config: Config, ends: dict[PartName, str]) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
-def _cell(value: object) -> str:
+def _cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -141,8 +142,12 @@ def _cell(value: object) -> str:
 def main(config: Config) -> int:
     """Run the parts; 1 where one failed or was cut."""
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    ends: dict[PartName, str] = {}
     began = time.perf_counter()
+    for name in config.parts:
+        if PARTS[name].module != "pytest" and (PARTS[name].dry is not None or not config.dry):
+            importlib.import_module(PARTS[name].module)
+    print(f"imports: {time.perf_counter() - began:.0f} s", flush=True)
+    ends: dict[PartName, str] = {}
     for name in config.parts:
         print(f"== {name}, at {time.perf_counter() - began:.0f} s", flush=True)
         ends[name] = run(name, config)

@@ -1,5 +1,5 @@
 """The parts of benchmarks/gpu.sh that no other program measures: the card's own limits, a UNet's forward pass
-in several ways, whole updates beside the published loop, and scorers in half precision beside float32.
+in several ways, and scorers in half precision beside float32.
 
     python benchmarks/gpu_parts.py --part forwards --output forwards.json           # one part, on the CUDA device
     python benchmarks/gpu_parts.py --part forwards --output forwards.json --dry     # the same code on the tiny model and the CPU
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from preftune.cli import parse
 
-Part = Literal["limits", "forwards", "updates", "parity"]
+Part = Literal["limits", "weights", "forwards", "compile", "parity"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,9 @@ class Config:
     """Measure one part."""
 
     part: Part
-    """limits: matrix product and copy. forwards: a UNet's forward pass. updates: ReFL. parity: scorers."""
+    """limits: matrix product and copy. weights: write those of published size. forwards, compile: a UNet's forward pass.
+    parity: scorers.
+    """
     output: Path
     """JSON file."""
     workdir: Path = Path("gpu-work")
@@ -40,11 +42,10 @@ if __name__ == "__main__":  # flags are read before torch is imported, which tak
     CONFIG = parse(Config)
 
 import copy
-import gc
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 from PIL import Image
@@ -52,9 +53,8 @@ from torch import Tensor, nn
 
 import rewards
 from benchmarks import models
-from benchmarks.hardware import fresh, name_of_machine, peak_mib, seconds, write_json
+from benchmarks.hardware import name_of_machine, seconds, write_json
 from benchmarks.paths import PROMPTS, TINY
-from benchmarks.refl_step import Trial, Update, as_published, ours, plain
 from preftune.lora.tuning import LoRA, inject
 from preftune.order import items_at
 from preftune.prompts import read_prompts
@@ -97,7 +97,7 @@ def limits(config: Config, table: Table, device: str) -> None:
         a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
         for tf32 in (False, True) if dtype == torch.float32 else (False,):
             torch.backends.cuda.matmul.allow_tf32 = tf32
-            taken = median_seconds(lambda a=a, b=b: a @ b, device, config.repeats, 10)  # type: ignore[misc]
+            taken = median_seconds(functools.partial(torch.matmul, a, b), device, config.repeats, 10)
             table.add(f"{side}^3 {str(dtype)[6:]}{' tf32' * tf32}", tflops=2 * side**3 / taken / 1e12)
     torch.backends.cuda.matmul.allow_tf32 = False
     source = torch.randn(1 << (18 if config.dry else 30), device=device)
@@ -113,6 +113,18 @@ def kernels_of(action: Callable[[], object]) -> int:
         action()
         torch.cuda.synchronize()
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in seen.events())
+
+
+def slowest_kernels(action: Callable[[], object]) -> str:
+    """Return a table of the kernels that take the most time of an action."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        action()
+        torch.cuda.synchronize()
+    return str(
+        seen.key_averages().table(sort_by="self_cuda_time_total", row_limit=14, max_name_column_width=70)
+    )
 
 
 def small_unet() -> nn.Module:
@@ -162,20 +174,25 @@ def forwards(config: Config, table: Table, device: str) -> None:
                 torch.cuda.synchronize()
                 row["kernels"] = kernels_of(call)
             table.add(name, **row)
+            if name.endswith("channels_last") and batch == max(config.train_batch_size) and not config.dry:
+                print(slowest_kernels(call), flush=True)
             if name.endswith("channels_last") and not config.dry:
                 graphed = graph_of(call)
                 taken = median_seconds(graphed, device, config.repeats, 3)
                 table.add(
                     f"{name}, CUDA graph", batch=batch, ms=taken * 1e3, mfu_989=flops * batch / taken / 989e12
                 )
-    if not config.dry:
-        compiled(config, table, unet, flops)
 
 
-def compiled(config: Config, table: Table, unet: nn.Module, flops: float) -> None:
-    """The last way, with its repeated blocks compiled."""
+def compiled(config: Config, table: Table, device: str) -> None:
+    """The forward pass with its repeated blocks compiled; CUDA alone."""
+    with torch.device(device):
+        unet = (
+            models.unet().requires_grad_(False).eval().to(torch.bfloat16, memory_format=torch.channels_last)
+        )
+    flops = 0.803e12
     began = time.perf_counter()
-    unet.compile_repeated_blocks(fullgraph=True)  # type: ignore[operator]
+    unet.compile_repeated_blocks(fullgraph=True)
     for batch in config.train_batch_size:
         call = forward_call(config, unet, None, batch, "cuda")
         call()
@@ -199,8 +216,8 @@ def forward_call(
     config: Config, unet: nn.Module, autocast: torch.dtype | None, batch: int, device: str
 ) -> Callable[[], object]:
     """Return a call of the UNet on random latents of its size."""
-    shape = unet.config  # type: ignore[union-attr]
-    side, width = (8, shape.cross_attention_dim) if config.dry else (64, 768)
+    shape: Any = unet.config
+    side, width = (8, shape["cross_attention_dim"]) if config.dry else (64, 768)
     dtype = next(unet.parameters()).dtype
     x = torch.randn(batch, 4, side, side, device=device, dtype=dtype)
     if autocast is None and device == "cuda":
@@ -229,75 +246,19 @@ def graph_of(call: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def trial_of(config: Config, device: str, **changes: Any) -> Trial:
-    """Return a setting of benchmarks/refl_step.py."""
-    folder = config.workdir
-    own: dict[str, Any] = {
-        "loop": "ours", "model": "tiny" if config.dry else "sd1", "precision": "bf16", "train": "lora",
-        "pipeline": TINY / "pipeline" if config.dry else folder / "pipeline",
-        "scorer": "imagereward-tiny" if config.dry else "imagereward",
-        "scorer_files": TINY / "imagereward" if config.dry else folder / "scorer",
-        "checkpointing": "off", "compile": "off", "train_batch_size": 2, "num_inference_steps": 6 if config.dry else 40,
-        "late": 4 if config.dry else 35, "repeats": config.repeats, "threads": 0, "device": device,
-    }  # fmt: skip
-    return Trial(**{**own, **changes})
-
-
-@contextmanager
-def memory(device: str) -> Iterator[dict[str, float]]:
-    """Measure the peak of what is allocated within the block, in MiB."""
-    found: dict[str, float] = {}
-    if device == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
-    yield found
-    if device == "cuda":
-        found["peak_mib"] = peak_mib("cuda") - before
-
-
-def warmed(loop: Callable[[Trial], Update], trial: Trial) -> Update:
-    """Return an update that has been done twice."""
-    update = loop(trial)
-    for index in range(2):
-        update(index)
-    return update
-
-
-def updates(config: Config, table: Table, device: str) -> None:
-    """ReFL's update, ours and the published loop in turns: the published one trains all weights, as released."""
-    if not config.dry:
-        fresh(models.build_sd1, config.workdir)
-    for batch in config.train_batch_size:
-        with memory(device) as found:
-            rival = warmed(
-                plain, as_published(trial_of(config, device, train="full", train_batch_size=batch))
-            )
-        table.add("published, all weights", batch=batch, **found)
-        for changes in (
-            {"train": "lora"}, {"train": "lora", "checkpointing": "on"}, {"train": "full"},
-        ):  # fmt: skip
-            trial = trial_of(config, device, train_batch_size=batch, **changes)
-            name = f"ours, {trial.train}, bf16{', checkpointing' if trial.checkpointing == 'on' else ''}"
-            try:
-                with memory(device) as found:
-                    mine = warmed(ours, trial)
-                pairs = [
-                    [seconds(loop, index, device) for loop in (mine, rival)]
-                    for index in range(2, 2 + config.repeats)
-                ]
-            except torch.OutOfMemoryError:
-                table.add(name, batch=batch, error="out of memory")
-                continue
-            own, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
-            tflop = 34.8 if trial.train == "lora" else 35.5  # counted, of one image
-            table.add(
-                name, batch=batch, images_per_s=batch / own, published_images_per_s=batch / theirs,
-                speed_up=theirs / own, mfu_989=tflop * batch / own / 989, **found,
-            )  # fmt: skip
-            del mine
-        del rival
+def weights(config: Config, table: Table, device: str) -> None:
+    """Write the weights that other parts read, made on the device: a slow processor takes a minute for them."""
+    if config.dry:
+        table.add("embedded models", seconds=0.0)
+        return
+    for name, build in (
+        ("Stable Diffusion 1.x and ImageReward", lambda: models.build_sd1(config.workdir)),
+        ("hpsv2.1", lambda: models.write_scorer("hpsv2.1", config.workdir)),
+    ):
+        began = time.perf_counter()
+        with torch.device(device):
+            build()
+        table.add(name, seconds=time.perf_counter() - began)
 
 
 def parity(config: Config, table: Table, device: str) -> None:
@@ -340,8 +301,9 @@ def scores_of(scorer: Any, files: list[Path], prompts: list[str], device: str) -
 
 PARTS: dict[str, Callable[[Config, Table, str], None]] = {
     "limits": limits,
+    "weights": weights,
     "forwards": forwards,
-    "updates": updates,
+    "compile": compiled,
     "parity": parity,
 }
 

@@ -110,7 +110,8 @@ def parts_of(model: Literal["tiny", "thin", "sd1"], workdir: Path) -> dict[str, 
     if model == "thin":
         build_thin(workdir / "thin")
         return small | {"pipeline": workdir / "thin", "scorer_files": TINY / "imagereward"}
-    fresh(build_sd1, workdir)
+    if not (workdir / "pipeline").is_dir() or not (workdir / "scorer").is_dir():
+        fresh(build_sd1, workdir)  # in a process of its own, whose memory goes
     big = {"model": model, "device": "cuda", "resolution": "512", "scorer": "imagereward"}
     return big | {"pipeline": workdir / "pipeline", "scorer_files": workdir / "scorer"}
 

@@ -20,6 +20,7 @@ batch 8) and 4 GB of disk. Left out of all loops: logs, checkpoints, several pro
 import itertools
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +48,8 @@ class Config:
     """Precision of model and scorer, the base first; None = no bf16 on the CPU, bf16 fp16 no on CUDA."""
     train_batch_size: tuple[int, ...] | None = None
     """Images in an update; None = 4 on the CPU, 1 2 4 8 on CUDA."""
+    published: tuple[Literal["full", "lora", "half-base"], ...] = ("full", "lora", "half-base")
+    """Released loops that take turns with ours: of all weights, of a LoRA, of a LoRA on a frozen half-precision base."""
     cross: bool = False
     """All combinations instead of one change at a time."""
     num_inference_steps: int = 40
@@ -73,7 +76,15 @@ class Config:
             raise ValueError(f"--repeats must be at least 1, got {self.repeats}")
         if any(batch < 1 for batch in self.train_batch_size or ()):
             raise ValueError(f"--train-batch-size must be at least 1, got {self.train_batch_size}")
-        for name in ("models", "precision", "train", "checkpointing", "compile", "train_batch_size"):
+        for name in (
+            "models",
+            "precision",
+            "train",
+            "checkpointing",
+            "compile",
+            "published",
+            "train_batch_size",
+        ):
             if self.__dict__[name] == ():
                 raise ValueError(f"--{name.replace('_', '-')} needs at least one value")
 
@@ -110,12 +121,16 @@ def trials(config: Config, parts: dict[str, Any]) -> dict[int, list[Trial]]:
     }
 
 
-def rivals(trial: Trial) -> list[Trial]:
+def rivals(trial: Trial, names: Sequence[str]) -> list[Trial]:
     """Return the released loops that a setting is compared with; without half precision a half-base LoRA is the other LoRA."""
-    found = [trial.published("published", "full"), trial.published("published", "lora")]
-    if found[0].precision != "no":
-        found.append(trial.published("half-base", "lora"))
-    return found
+    loops = {
+        "full": trial.published("published", "full"),
+        "lora": trial.published("published", "lora"),
+        "half-base": trial.published("half-base", "lora"),
+    }
+    if loops["half-base"].precision == "no":
+        del loops["half-base"]
+    return [loop for name, loop in loops.items() if name in names]
 
 
 COLUMNS = {
@@ -179,14 +194,15 @@ def run(config: Config, model: ModelName, workdir: Path, table: Table) -> None:
     parts = parts_of(model, workdir)
     for mine in trials(config, parts).values():
         if parts["device"] == "cuda":
-            for trial in [*mine, *rivals(mine[0])]:
+            others = rivals(mine[0], config.published)
+            for trial in [*mine, *others]:
                 table.count(trial)
-            measure_together(mine, rivals(mine[0]), table.add)
+            measure_together(mine, others, table.add)
             continue
-        for trial in dict.fromkeys(rival for one in mine for rival in rivals(one)):
+        for trial in dict.fromkeys(rival for one in mine for rival in rivals(one, config.published)):
             table.add(trial, _alone(trial, []))
         for trial in mine:
-            table.add(trial, _alone(trial, rivals(trial)))
+            table.add(trial, _alone(trial, rivals(trial, config.published)))
 
 
 def _alone(trial: Trial, others: list[Trial]) -> dict[str, Any]:

@@ -94,6 +94,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
     )
 
 
+ALL = ("full", "lora", "half-base")
 RELEASED: list[tuple[LoopName, Train]] = [("published", "full"), ("published", "lora"), ("half-base", "lora")]
 
 
@@ -241,18 +242,18 @@ def test_trials_change_one_thing_at_a_time() -> None:
         base = mine[0]
         changes = [[n for n in names if getattr(t, n) != getattr(base, n)] for t in mine]
         assert changes == [[], *([name] for name in names)]
-        rivals = [(t.loop, t.train, t.precision, t.checkpointing) for t in refl_step.rivals(mine[-1])]
+        rivals = [(t.loop, t.train, t.precision, t.checkpointing) for t in refl_step.rivals(mine[-1], ALL)]
         assert rivals == [
             (*RELEASED[0], "bf16", "on"),
             (*RELEASED[1], "bf16", "off"),
             (*RELEASED[2], "bf16", "off"),
         ]
-        assert len(refl_step.rivals(base)) == 2, "in float32 there is no half"
+        assert len(refl_step.rivals(base, ALL)) == 2, "in float32 there is no half"
     parts = refl_loops.parts_of("tiny", Path()) | {"device": "cuda"}
     cuda = refl_step.trials(refl_step.Config(train_batch_size=(8,), cross=True), parts)[8]
     assert len(cuda) == 3 * 2 * 2 * 2
-    assert {t.precision for one in cuda for t in refl_step.rivals(one)} == {"fp16"}
-    assert len({t for one in cuda for t in refl_step.rivals(one)}) == 3, "they are loaded once a batch"
+    assert {t.precision for one in cuda for t in refl_step.rivals(one, ALL)} == {"fp16"}
+    assert len({t for one in cuda for t in refl_step.rivals(one, ALL)}) == 3, "they are loaded once a batch"
 
 
 def test_table_and_json(
