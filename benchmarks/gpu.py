@@ -8,6 +8,7 @@ The libraries are imported once, before the processes are forked: on a fresh mac
 that needs CUDA is skipped by name in a dry run. The table, table.md, is written anew after each part.
 """
 
+import contextlib
 import importlib
 import json
 import multiprocessing
@@ -89,6 +90,7 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 def work(name: PartName, config: Config) -> None:
     """Do a part, in a process of its own, which ends with its exit code."""
     part = PARTS[name]
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.setsid()  # with the processes that it starts itself, so that all can be ended
     words = part.flags.format(out=config.output_dir / f"{name}.json", work=config.workdir).split()
     words += (part.dry or "").split() if config.dry else []
@@ -107,12 +109,15 @@ def run(name: PartName, config: Config) -> str:
     limit, began = part.limit * config.limit_scale, time.perf_counter()
     process = multiprocessing.get_context("fork").Process(target=work, args=(name, config))
     process.start()
-    process.join(limit)
-    if process.exitcode is None:
+    try:
+        process.join(limit)
+        if process.exitcode is None:
+            return f"cut at its limit of {limit:.0f} s"
+    finally:  # also where a signal ends this program
         assert process.pid is not None, "started"
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # what the part started and left running, too
+            os.killpg(process.pid, signal.SIGKILL)
         process.join()
-        return f"cut at its limit of {limit:.0f} s"
     end = "done" if process.exitcode == 0 else f"failed with exit code {process.exitcode}"
     return f"{end} in {time.perf_counter() - began:.0f} s of {limit:.0f}"
 
@@ -141,6 +146,7 @@ def _cell(value: Any) -> str:
 
 def main(config: Config) -> int:
     """Run the parts; 1 where one failed or was cut."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     config.output_dir.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     for name in config.parts:
