@@ -1,0 +1,216 @@
+"""A lean copy of a denoiser for passes without gradient: the run's half precision, no autocast, the LoRA merged into the weights.
+
+Autocast casts float32 weights in each call and lifts every norm to float32, and a LoRA adds two small products to a layer; only
+the pass with gradient needs them. Kernels of norms compute their statistics in float32 whatever the input is.
+
+    with family.lean():            # reads the trained weights as they are now
+        family.predict(...)        # without gradient
+
+The copy shares with the model every tensor that training leaves alone. It has tensors of its own for layers with a LoRA, and for
+weights in another precision, those of --train full. They are written anew, in place, at the beginning of each block: whatever has
+changed the weights since (an optimizer, a checkpoint, an average that was swapped in), no answer is stale.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from preftune.lora import tuning as loras
+
+
+class Lean:
+    """The lean copy of one denoiser, built when it is first used, and again where layers were put in or out."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._dtype = _precision(module)
+        self._lost: dict[
+            nn.Module, tuple[Tensor, int]
+        ] = {}  # base layer -> `_rounded_off`, version of its weight
+        self._copy: nn.Module | None = None
+        self._state: list[object] = []  # of the module when the copy was made
+        self._key: tuple[torch.dtype, torch.device] | None = None
+        self._merged: list[tuple[Any, Tensor]] = []  # layer with a LoRA, the weight of its copy
+        self._cast: list[
+            tuple[Tensor, nn.Module, str]
+        ] = []  # own tensor, module and name of what it is a copy of
+        self._depth = 0
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Context without gradient in which `call` takes the copy, with the weights as they are now."""
+        with torch.no_grad():
+            self._depth += 1
+            try:
+                if self._depth == 1:
+                    self.refresh()
+                yield
+            finally:
+                self._depth -= 1
+
+    def changed(self) -> None:
+        """Say that the model answers differently from now on; a block that is open takes it up."""
+        if self._depth:
+            self.refresh()
+
+    def call(
+        self, denoiser: nn.Module, x: Tensor, t: Tensor, embeds: Tensor, **more: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Return the network's output for latents x (N, C, h, w): of the denoiser, or inside the block of its copy."""
+        if not self._depth or _unwrapped(denoiser) is not self._module:
+            output: Tensor = denoiser(x.to(embeds.dtype), t, embeds, **more).sample
+            return output
+        assert self._copy is not None, "made when the block began"
+        with torch.autocast(x.device.type, enabled=False), torch.inference_mode():
+            output = self._copy(x.to(self._dtype), t, embeds.to(self._dtype), **more, return_dict=False)[0]
+        return output.clone()  # which autograd may keep, unlike what inference mode makes
+
+    @torch.no_grad()
+    def casting_to(self, dtype: torch.dtype | None) -> None:
+        """Before the module is cast: keep what rounding takes from weights under a LoRA, which are merged from their full value."""
+        self._lost = {base: kept for base, kept in self._lost.items() if kept[1] == base.weight._version}
+        if dtype is None:
+            return
+        self._dtype = dtype
+        for layer in loras.layers(self._module) if dtype != torch.float32 else ():
+            base = layer.get_base_layer()
+            if _is_plain(base):
+                self._lost[base] = (_rounded_off(self._value(base), base.weight.to(dtype)), -1)
+
+    def was_cast(self) -> None:
+        """After the module was cast: what was kept belongs to its weights as they are."""
+        self._lost = {base: (lost, base.weight._version) for base, (lost, _) in self._lost.items()}
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Write the copy's own tensors from the module's weights; make the copy where there is none of this structure."""
+        state, key = _structure(self._module), (self._dtype, next(self._module.parameters()).device)
+        if self._copy is None or key != self._key or not _same(self._state, state):
+            self._merged, self._cast, self._key = [], [], key
+            self._copy = self._copied(self._module).eval()
+            for name in ("forward", "_original_forward"):  # accelerate's, with the autocast
+                self._copy.__dict__.pop(name, None)
+            self._state = state
+        with torch.autocast(key[1].type, enabled=False):
+            for layer, own in self._merged:
+                value = self._value(layer.get_base_layer())
+                for update in loras.deltas(layer):
+                    value = value + update.float()
+                own.copy_(value)
+        if self._cast:
+            sources: list[Tensor] = [getattr(module, name) for _, module, name in self._cast]
+            torch._foreach_copy_([own for own, _, _ in self._cast], sources)
+
+    def _copied(self, module: nn.Module) -> nn.Module:
+        """Return a module of the same class that shares submodules' settings and weights, but for those of `_merged` and `_cast`."""
+        if loras.is_layer(module) and _is_plain(module.get_base_layer()):
+            base = module.get_base_layer()
+            copy = _twin(base)
+            own = nn.Parameter(torch.empty_like(base.weight, dtype=self._dtype), requires_grad=False)
+            copy._parameters = {**base._parameters, "weight": own}
+            if self._dtype != torch.float32 and base not in self._lost:
+                self._lost[base] = (_dither(base.weight), base.weight._version)
+            self._merged.append((module, own))
+            self._cast_others(base, copy)
+            return copy
+        copy = _twin(module)
+        self._cast_others(module, copy)
+        copy._modules = {
+            name: child if child is None else self._copied(child) for name, child in module._modules.items()
+        }
+        return copy
+
+    def _cast_others(self, module: nn.Module, copy: nn.Module) -> None:
+        """Give the copy its own tensors in place of weights in another precision."""
+        for name, weight in list(copy._parameters.items()):
+            if weight is not None and weight.is_floating_point() and weight.dtype != self._dtype:
+                own = nn.Parameter(torch.empty_like(weight, dtype=self._dtype), requires_grad=False)
+                copy._parameters = {**copy._parameters, name: own}
+                self._cast.append((own, module, name))
+
+    def _value(self, base: nn.Module) -> Tensor:
+        """Return the weight of a layer in float32, with what rounding took from it."""
+        weight: Tensor = base.weight  # type: ignore[assignment]
+        value = weight.float()
+        lost, version = self._lost.get(base, (None, 0))
+        if lost is None or version != weight._version:  # others' weights since
+            return value
+        return value + lost.to(value)
+
+
+def _precision(module: nn.Module) -> torch.dtype:
+    """The precision of the module's weights."""
+    return next(module.parameters()).dtype
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """Return a module of the same class that shares weights and settings, but neither what is put in place of its forward nor
+    compiled code, both of which belong to the other.
+    """
+    twin = module.__new__(type(module))
+    twin.__dict__ = {
+        name: value
+        for name, value in module.__dict__.items()
+        if name not in ("forward", "_compiled_call_impl")
+    }
+    return twin
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module that processes share the gradients of."""
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        inner: nn.Module = module.module
+        return inner
+    return module
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether an update can be added to the layer's weight: not where it is quantized."""
+    weight = layer.weight
+    return type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.dtype.is_floating_point
+
+
+def _structure(module: nn.Module) -> list[object]:
+    """What a copy was made of: modules, weights and their precision; of a LoRA that is not merged also whether it is off."""
+    found: list[object] = []
+    for part in module.modules():
+        found.append(part)
+        for weight in part._parameters.values():
+            found += (weight, None if weight is None else weight.dtype)
+        if loras.is_layer(part) and not _is_plain(part.get_base_layer()):
+            found.append(part.disable_adapters)
+    return found
+
+
+def _same(one: list[object], other: list[object]) -> bool:
+    """Whether both hold the very same things."""
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
+def _rounded_off(value: Tensor, half: Tensor) -> Tensor:
+    """Return value - half, in the precision of half: what rounding took from float32 weights.
+
+    Nudged where it would not round back to half, so that a LoRA of zero changes nothing. Weights that half holds exactly (a file of
+    that precision) lost nothing; for them `_dither` stands in.
+    """
+    lost = (value - half.float()).to(half.dtype)
+    if not lost.any():
+        return _dither(half)
+    return torch.where((half.float() + lost.float()).to(half.dtype) == half, lost, lost * 0.98)
+
+
+def _dither(half: Tensor) -> Tensor:
+    """Return random numbers, always the same, of up to half the distance of two neighbouring numbers at each of the weights.
+
+    An update that is smaller than that distance would vanish if it was added to rounded weights. With a fixed random part of it
+    added before rounding, the share of weights that move is as large as the update: right on average, over the layer.
+    """
+    random = torch.rand(half.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32) - 0.5
+    value = half.float()
+    _, exponent = torch.frexp(value)
+    spacing = torch.ldexp(torch.full_like(value, torch.finfo(half.dtype).eps / 2), exponent) * (value != 0)
+    lost = (random.to(value) * spacing * 0.98).to(half.dtype)
+    return torch.where((value + lost.float()).to(half.dtype) == half, lost, lost / 2)
