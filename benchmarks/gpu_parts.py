@@ -9,7 +9,7 @@ has. Times are medians; ratios are taken in turns in one process. Models have ra
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,11 +40,9 @@ if __name__ == "__main__":  # flags are read before torch is imported, which tak
     CONFIG = parse(Config)
 
 import copy
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 from PIL import Image
@@ -52,9 +50,10 @@ from torch import Tensor, nn
 
 import rewards
 from benchmarks import models
-from benchmarks.hardware import fresh, name_of_machine, peak_mib, seconds, write_json
+from benchmarks.hardware import name_of_machine, seconds, write_json
 from benchmarks.paths import PROMPTS, TINY
-from benchmarks.refl_step import Trial, Update, as_published, ours, plain
+from benchmarks.refl_loops import Trial, parts_of
+from benchmarks.turns import measure_together
 from preftune.lora.tuning import LoRA, inject
 from preftune.order import items_at
 from preftune.prompts import read_prompts
@@ -231,73 +230,35 @@ def graph_of(call: Callable[[], object]) -> Callable[[], object]:
 
 def trial_of(config: Config, device: str, **changes: Any) -> Trial:
     """Return a setting of benchmarks/refl_step.py."""
-    folder = config.workdir
-    own: dict[str, Any] = {
-        "loop": "ours", "model": "tiny" if config.dry else "sd1", "precision": "bf16", "train": "lora",
-        "pipeline": TINY / "pipeline" if config.dry else folder / "pipeline",
-        "scorer": "imagereward-tiny" if config.dry else "imagereward",
-        "scorer_files": TINY / "imagereward" if config.dry else folder / "scorer",
-        "checkpointing": "off", "compile": "off", "train_batch_size": 2, "num_inference_steps": 6 if config.dry else 40,
-        "late": 4 if config.dry else 35, "repeats": config.repeats, "threads": 0, "device": device,
-    }  # fmt: skip
-    return Trial(**{**own, **changes})
-
-
-@contextmanager
-def memory(device: str) -> Iterator[dict[str, float]]:
-    """Measure the peak of what is allocated within the block, in MiB."""
-    found: dict[str, float] = {}
-    if device == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
-    yield found
-    if device == "cuda":
-        found["peak_mib"] = peak_mib("cuda") - before
-
-
-def warmed(loop: Callable[[Trial], Update], trial: Trial) -> Update:
-    """Return an update that has been done twice."""
-    update = loop(trial)
-    for index in range(2):
-        update(index)
-    return update
+    own = parts_of("tiny" if config.dry else "sd1", config.workdir) | {"device": device}
+    own |= {
+        "loop": "ours",
+        "precision": "bf16",
+        "train": "lora",
+        "checkpointing": "off",
+        "compile": "off",
+        "threads": 0,
+    }
+    own |= {"num_inference_steps": 6, "late": 4} if config.dry else {"num_inference_steps": 40, "late": 35}
+    return Trial(**{**own, "repeats": config.repeats, **changes})
 
 
 def updates(config: Config, table: Table, device: str) -> None:
-    """ReFL's update, ours and the published loop in turns: the published one trains all weights, as released."""
-    if not config.dry:
-        fresh(models.build_sd1, config.workdir)
-    for batch in config.train_batch_size:
-        with memory(device) as found:
-            rival = warmed(
-                plain, as_published(trial_of(config, device, train="full", train_batch_size=batch))
-            )
-        table.add("published, all weights", batch=batch, **found)
-        for changes in (
-            {"train": "lora"}, {"train": "lora", "checkpointing": "on"}, {"train": "full"},
-        ):  # fmt: skip
-            trial = trial_of(config, device, train_batch_size=batch, **changes)
-            name = f"ours, {trial.train}, bf16{', checkpointing' if trial.checkpointing == 'on' else ''}"
-            try:
-                with memory(device) as found:
-                    mine = warmed(ours, trial)
-                pairs = [
-                    [seconds(loop, index, device) for loop in (mine, rival)]
-                    for index in range(2, 2 + config.repeats)
-                ]
-            except torch.OutOfMemoryError:
-                table.add(name, batch=batch, error="out of memory")
-                continue
-            own, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+    """ReFL's update, ours and the released loops in turns: of all weights, and of a LoRA over half-precision weights."""
+
+    def add(trial: Trial, row: dict[str, Any]) -> None:
+        name = f"{trial.loop}, {trial.train}, {trial.precision}{', checkpointing' * (trial.checkpointing == 'on')}"
+        found = {key: value for key, value in row.items() if not key.endswith("times")}
+        if "images_per_s" in row:
             tflop = 34.8 if trial.train == "lora" else 35.5  # counted, of one image
-            table.add(
-                name, batch=batch, images_per_s=batch / own, published_images_per_s=batch / theirs,
-                speed_up=theirs / own, mfu_989=tflop * batch / own / 989, **found,
-            )  # fmt: skip
-            del mine
-        del rival
+            found["mfu_989"] = tflop * row["images_per_s"] / 989
+        table.add(name, batch=trial.train_batch_size, **found)
+
+    for batch in config.train_batch_size:
+        ours = trial_of(config, device, train_batch_size=batch)
+        rivals = [ours.published("published", "full"), ours.published("half-base", "lora")]
+        mine = [ours, replace(ours, train="full"), replace(ours, checkpointing="on")]
+        measure_together(mine, rivals, add)
 
 
 def parity(config: Config, table: Table, device: str) -> None:
