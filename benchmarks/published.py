@@ -42,6 +42,9 @@ def load(trial: Trial) -> Family:
     if trial.loop == "half-base":
         for weight in parts.unet.parameters():
             weight.data = weight.data if weight.requires_grad else weight.data.to(half)
+    for module in parts.unet.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = True  # peft's default
     parts.unet.to(device)
     for part in (parts.vae, parts.text_encoder):
         part.to(device, half)

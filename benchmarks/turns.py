@@ -76,13 +76,13 @@ def name_of(rival: Trial) -> str:
     return "half_base" if rival.loop == "half-base" else rival.train
 
 
-def compare(mine: Loop, rivals: Sequence[Loop]) -> Row:
-    """Return the figures of a loop, with over_NAME for each rival that took turns with it."""
-    own, *others = take_turns([mine, *rivals])
-    row = figures(mine, own)
-    for rival, times in zip(rivals, others, strict=True):
-        row |= against(row, rival.trial, times)
-    return row
+def compare(loops: Sequence[Loop]) -> list[Row]:
+    """Return the figures of loops that take turns: those of the first with over_NAME for each of the others."""
+    times = take_turns(loops)
+    rows = [figures(loop, column) for loop, column in zip(loops, times, strict=True)]
+    for rival, column in zip(loops[1:], times[1:], strict=True):
+        rows[0] |= against(rows[0], rival.trial, column)
+    return rows
 
 
 def measure_alone(trial: Trial, rivals: Sequence[Trial]) -> Row:
@@ -94,8 +94,7 @@ def measure_alone(trial: Trial, rivals: Sequence[Trial]) -> Row:
         torch.set_num_threads(trial.threads)
     row: Row = {"before_mib": peak_mib("cpu")}
     try:
-        mine = start(trial)
-        return row | compare(mine, [start(rival) for rival in rivals])
+        return row | compare([start(one) for one in (trial, *rivals)])[0]
     except FloatingPointError as error:
         return row | {"error": str(error)}
 
@@ -109,29 +108,39 @@ def measure_together(
     not fit into memory together, the rivals go, and this and the following rows have no comparison.
     """
     running: list[Loop] = []
+    waiting = list(rivals)  # for a row
     for rival in rivals:
-        loop = _attempt(functools.partial(start, rival))
-        if isinstance(loop, Loop):
-            running.append(loop)
-        else:
-            report(rival, {"error": loop})
-    if running:
-        for loop, times in zip(running, take_turns(running), strict=True):
-            report(loop.trial, figures(loop, times))
+        error = _attempt(lambda rival=rival: running.append(start(rival)))  # type: ignore[misc]
+        if error is not None:
+            report(rival, {"error": error})
     for trial in trials:
-        row = _attempt(functools.partial(_started_and_compared, trial, running))
-        if row == OUT_OF_MEMORY and running:
+        rows = _attempt(functools.partial(_with_rivals, trial, running))
+        if rows == OUT_OF_MEMORY and running:
+            _report_rivals(running, compare(running), waiting, report)
             running.clear()
-            loop = None  # the last rival's other name
             _free()
-            row = _attempt(functools.partial(_started_and_compared, trial, running))
-        report(trial, {"error": row} if isinstance(row, str) else row)
+            rows = _attempt(functools.partial(_with_rivals, trial, running))
+        if isinstance(rows, str):
+            report(trial, {"error": rows})
+        else:
+            _report_rivals(running, rows[1:], waiting, report)
+            report(trial, rows[0])
         if trial.compile == "on":
             torch.compiler.reset()
 
 
-def _started_and_compared(trial: Trial, rivals: Sequence[Loop]) -> Row:
-    return compare(start(trial), rivals)
+def _with_rivals(trial: Trial, rivals: Sequence[Loop]) -> list[Row]:
+    return compare([start(trial), *rivals])
+
+
+def _report_rivals(
+    rivals: Sequence[Loop], rows: Sequence[Row], waiting: list[Trial], report: Callable[[Trial, Row], None]
+) -> None:
+    """Report the rivals that have no row yet."""
+    for rival, row in zip(rivals, rows, strict=True):
+        if rival.trial in waiting:
+            report(rival.trial, row)
+            waiting.remove(rival.trial)
 
 
 def _attempt(action: Callable[[], Any]) -> Any:
@@ -139,10 +148,7 @@ def _attempt(action: Callable[[], Any]) -> Any:
     error = None
     try:
         return action()
-    except (
-        RuntimeError,
-        FloatingPointError,
-    ) as raised:  # of a device, a kernel or a compiler; the next row may work
+    except (RuntimeError, FloatingPointError) as raised:  # of a device or a compiler: the next row may work
         lines = str(raised).strip().splitlines() or [type(raised).__name__]
         error = OUT_OF_MEMORY if isinstance(raised, torch.OutOfMemoryError) else lines[0]
     finally:

@@ -128,15 +128,16 @@ def test_rows_of_one_process_come_as_they_are_measured(trial: Trial) -> None:
     rows: list[tuple[Trial, turns.Row]] = []
     mine = [replace(trial, train_batch_size=2), replace(trial, train="full"), trial]
     fits = [True, False, True]
-    start = turns._started_and_compared
+    compare = turns.compare
 
-    def tight(one: Trial, rivals: Sequence[turns.Loop]) -> turns.Row:
-        if rivals and not fits[mine.index(one)]:
+    def tight(loops: Sequence[turns.Loop]) -> list[turns.Row]:
+        first = loops[0].trial
+        if first in mine and len(loops) > 1 and not fits[mine.index(first)]:
             raise torch.OutOfMemoryError
-        return start(one, rivals)
+        return compare(loops)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(turns, "_started_and_compared", tight)
+        patch.setattr(turns, "compare", tight)
         others = [released(trial, 0), replace(trial, loop="published", scorer_files=Path("absent"))]
         with pytest.raises(ValueError, match="absent"):
             turns.measure_together(mine, others, lambda one, row: rows.append((one, row)))

@@ -13,9 +13,11 @@ changed the weights since (an optimizer, a checkpoint, an average that was swapp
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from preftune.lora import tuning as loras
@@ -75,14 +77,18 @@ class Lean:
         if dtype is None:
             return
         self._dtype = dtype
-        for layer in loras.layers(self._module) if dtype != torch.float32 else ():
+        if dtype == torch.float32:
+            self._lost = {}  # rounded weights are what the model has from then on
+            return
+        for layer in loras.layers(self._module):
             base = layer.get_base_layer()
             if _is_plain(base):
                 self._lost[base] = (_rounded_off(self._value(base), base.weight.to(dtype)), -1)
 
     def was_cast(self) -> None:
         """After the module was cast: what was kept belongs to its weights as they are."""
-        self._lost = {base: (lost, base.weight._version) for base, (lost, _) in self._lost.items()}
+        for base, (lost, _) in self._lost.items():
+            self._lost[base] = (lost.to(base.weight.device), base.weight._version)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -112,11 +118,13 @@ class Lean:
             own = nn.Parameter(torch.empty_like(base.weight, dtype=self._dtype), requires_grad=False)
             copy._parameters = {**base._parameters, "weight": own}
             if self._dtype != torch.float32 and base not in self._lost:
-                self._lost[base] = (_dither(base.weight), base.weight._version)
+                self._lost[base] = (_rounded_off(base.weight.float(), base.weight), base.weight._version)
             self._merged.append((module, own))
             self._cast_others(base, copy)
             return copy
         copy = _twin(module)
+        if isinstance(module, Attention):  # its own forward reads the processor's signature in each call
+            copy.forward = partial(module.processor, copy)  # type: ignore[method-assign]
         self._cast_others(module, copy)
         copy._modules = {
             name: child if child is None else self._copied(child) for name, child in module._modules.items()
@@ -180,6 +188,8 @@ def _structure(module: nn.Module) -> list[object]:
         found.append(part)
         for weight in part._parameters.values():
             found += (weight, None if weight is None else weight.dtype)
+        if isinstance(part, Attention):
+            found.append(part.processor)
         if loras.is_layer(part) and not _is_plain(part.get_base_layer()):
             found.append(part.disable_adapters)
     return found
@@ -193,24 +203,28 @@ def _same(one: list[object], other: list[object]) -> bool:
 def _rounded_off(value: Tensor, half: Tensor) -> Tensor:
     """Return value - half, in the precision of half: what rounding took from float32 weights.
 
-    Nudged where it would not round back to half, so that a LoRA of zero changes nothing. Weights that half holds exactly (a file of
-    that precision) lost nothing; for them `_dither` stands in.
+    Made smaller where it would not round back to half, so that a LoRA of zero changes nothing.
+
+    Weights from a file in half precision lost nothing, or a few steps of it alone. An update smaller than these steps would vanish,
+    or move too many weights at once. So a random part of a step is added to them before, always the same: the share of weights that
+    an update moves is then in proportion to it, which is right on average over the layer.
     """
+    for kind in (half.dtype, torch.float16):
+        if torch.equal(value.to(kind).float(), value):
+            value = value + _spacing(value, kind) * _random(value)
+            break
     lost = (value - half.float()).to(half.dtype)
-    if not lost.any():
-        return _dither(half)
-    return torch.where((half.float() + lost.float()).to(half.dtype) == half, lost, lost * 0.98)
+    for smaller in (0.98 * lost, 0 * lost):
+        lost = torch.where((half.float() + lost.float()).to(half.dtype) == half, lost, smaller)
+    return lost
 
 
-def _dither(half: Tensor) -> Tensor:
-    """Return random numbers, always the same, of up to half the distance of two neighbouring numbers at each of the weights.
-
-    An update that is smaller than that distance would vanish if it was added to rounded weights. With a fixed random part of it
-    added before rounding, the share of weights that move is as large as the update: right on average, over the layer.
-    """
-    random = torch.rand(half.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32) - 0.5
-    value = half.float()
+def _spacing(value: Tensor, kind: torch.dtype) -> Tensor:
+    """The distance from each value to the next number of a precision, 0 at 0."""
     _, exponent = torch.frexp(value)
-    spacing = torch.ldexp(torch.full_like(value, torch.finfo(half.dtype).eps / 2), exponent) * (value != 0)
-    lost = (random.to(value) * spacing * 0.98).to(half.dtype)
-    return torch.where((value + lost.float()).to(half.dtype) == half, lost, lost / 2)
+    return torch.ldexp(torch.full_like(value, torch.finfo(kind).eps / 2), exponent) * (value != 0)
+
+
+def _random(value: Tensor) -> Tensor:
+    """Numbers in [-0.5, 0.5), the same for each shape."""
+    return (torch.rand(value.shape, generator=torch.Generator().manual_seed(0)) - 0.5).to(value)
