@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -114,6 +114,10 @@ class Counter(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._gone, size)
 
+    def restart(self) -> None:
+        """Forget the kernels and the peak until now, not what is alive."""
+        self.kernels, self.peak = [], self.now
+
     def _gone(self, size: int) -> None:
         self.now -= size
 
@@ -177,22 +181,6 @@ def largest(kernels: Sequence[Kernel], number: int) -> list[tuple[str, int, floa
         moved[kind] += kernel.read + kernel.written
         flop[kind] += kernel.flop
     return [(kind, count[kind], size / 1e9, flop[kind] / 1e9) for kind, size in moved.most_common(number)]
-
-
-def fake(module: nn.Module, dtype: torch.dtype) -> list[Tensor]:
-    """Put fake tensors in place of a module's: float32 where they are trained, else of dtype. Return all of them."""
-    for part in module.modules():
-        for name, old in list(part._parameters.items()):
-            if old is not None:
-                kind = torch.float32 if old.requires_grad else dtype
-                new = nn.Parameter(torch.empty(old.shape, dtype=kind), requires_grad=old.requires_grad)
-                part._parameters[name] = new
-        for name, buffer in list(part._buffers.items()):
-            if buffer is not None:
-                part._buffers[name] = torch.empty(
-                    buffer.shape, dtype=dtype if buffer.is_floating_point() else buffer.dtype
-                )
-    return [*module.parameters(), *module.buffers()]
 
 
 @contextmanager
