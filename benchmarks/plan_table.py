@@ -1,12 +1,14 @@
 """The page of what fits: for each model, method and size of memory the flags with which it does, and the peak with them."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from benchmarks.cards import CARDS
+from benchmarks.drivers import build
 from benchmarks.prediction import CONTEXT_GIB, FRAGMENTATION, GIB, Phase, count_images, count_update, fits
-from benchmarks.setting import Method, Model, Setting, Train
+from benchmarks.setting import Method, Model, RewardPrecision, Setting, Train
+from preftune.training.workspace import DTYPES
 
 SIZES = (8, 12, 16, 24, 40, 80)
 """Memory of a GPU in GB, as the vendors name it."""
@@ -40,33 +42,72 @@ def ladder(model: Model, method: Method, train: Train) -> Iterator[Setting]:
         yield replace(smallest, use_8bit_adam=True)
 
 
-counted_update = functools.cache(count_update)
+@functools.cache
+def counted(setting: Setting) -> tuple[Phase, int]:
+    """Return an update and the peak in bytes while it loads."""
+    found, loading = count_update(setting)
+    return found, loading["loading"]
 
 
 @functools.cache
-def counted_images(setting: Setting) -> Phase:
-    """Count validation images; of settings with the same weights and scorers once."""
-    return count_images(setting)
+def image_bytes(model: Model, train: Train, use_8bit_adam: bool, number: int) -> int:
+    """Return the peak of so many validation images, bytes, without a scorer."""
+    setting = Setting(model=model, method="pretrain", train=train, use_8bit_adam=use_8bit_adam)
+    return count_images(replace(setting, sample_batch_size=number)).peak
 
 
-def peak_of(setting: Setting) -> float:
-    """Return the peak of all phases, GiB."""
-    update, weights = counted_update(replace(setting, sample_batch_size=8))
-    same = replace(setting, train_batch_size=1, gradient_checkpointing=None, vae_checkpointing=None)
-    images = counted_images(same if setting.method != "refl" else replace(same, method="raft"))
-    return max(update.peak, images.peak, weights["loading"]) / GIB
+@functools.cache
+def scorer_bytes(precision: RewardPrecision) -> int:
+    """Return the size of ImageReward's weights."""
+    scorer = build(Setting(method="raft")).scorer
+    assert scorer is not None
+    return sum(weight.numel() for weight in scorer.parameters()) * DTYPES[precision].itemsize
+
+
+def between(batch: int, figure: Callable[[int], float]) -> float:
+    """Return a figure of a batch size from 1 to 8 from those of 1 and 8: of a convex function, as peaks and times are, this is no less."""
+    if batch in (1, IMAGES):
+        return figure(batch)
+    share = (batch - 1) / (IMAGES - 1)
+    return (1 - share) * figure(1) + share * figure(IMAGES)
+
+
+def basis(setting: Setting, batch: int) -> Setting:
+    """Return the setting that is counted for an update: raft's and pretrain's are the same, but for a scorer in memory."""
+    if setting.method == "raft":
+        setting = replace(setting, method="pretrain", reward_precision="fp32")
+    return replace(setting, train_batch_size=batch)
+
+
+def update_gib(setting: Setting) -> float:
+    """Return the peak of loading and of an update."""
+    peak = between(setting.train_batch_size, lambda batch: counted(basis(setting, batch))[0].peak)
+    scorer = scorer_bytes(setting.reward_precision) if setting.method == "raft" else 0
+    return (max(peak, counted(basis(setting, 1))[1]) + scorer) / GIB
+
+
+def images_gib(setting: Setting, number: int) -> float:
+    """Return the peak of so many validation images: pretrain's, with a scorer in memory for the others."""
+    peak = image_bytes(setting.model, setting.train, setting.use_8bit_adam, number)
+    return (peak + (0 if setting.method == "pretrain" else scorer_bytes(setting.reward_precision))) / GIB
+
+
+def images_per_s(setting: Setting) -> float:
+    """Return the modelled images/s of updates on an H100."""
+
+    def seconds(batch: int) -> float:
+        return batch / counted(basis(setting, batch))[0].images_per_s(CARDS["H100"])["modelled"]
+
+    return setting.train_batch_size / between(setting.train_batch_size, seconds)
 
 
 def first_fit(model: Model, method: Method, train: Train, gib: int) -> tuple[Setting, float] | None:
     """Return the fastest setting of the ladder that fits, with as many validation images at once as do, and its peak."""
     for setting in ladder(model, method, train):
-        update, weights = counted_update(setting)
-        if not fits(max(update.peak, weights["loading"]) / GIB, gib):
-            continue
-        for number in (8, 4, 2, 1):
-            found = replace(setting, sample_batch_size=number)
-            if fits(peak := peak_of(found), gib):
-                return found, peak
+        if fits(update := update_gib(setting), gib):
+            for number in (8, 4, 2, 1):
+                if fits(images := images_gib(setting, number), gib):
+                    return replace(setting, sample_batch_size=number), max(update, images)
     return None
 
 
@@ -85,8 +126,7 @@ def rows(model: Model, method: Method, train: Train) -> Iterator[str]:
             continue
         setting, peak = fit
         passes = IMAGES // setting.train_batch_size
-        update, _ = counted_update(replace(setting, sample_batch_size=8))
-        rate = update.images_per_s(CARDS["H100"])["modelled"]
+        rate = images_per_s(setting)
         yield f"{name} `{flags} --gradient-accumulation-steps {passes}` | {peak:.1f} | {rate:.2g} |"
 
 
