@@ -46,24 +46,22 @@ class Loaded:
 
 def build(setting: Setting) -> Loaded:
     """Return the models at real size, opened for training, with parts on the meta device."""
-    family: SD | SDXL
-    tokenizer = models.tokenizer()
+    parts: dict[str, Any] = {"tokenizer": models.tokenizer(), "scheduler_config": tiny.SCHEDULER_CONFIG}
     with torch.device("meta"):
         if setting.model == "sd1":
-            family = SD(
-                unet=models.unet(), vae=models.autoencoder(), text_encoder=models.text_encoder(),
-                tokenizer=tokenizer, scheduler_config=tiny.SCHEDULER_CONFIG,
-            )  # fmt: skip
+            parts |= {
+                "unet": models.unet(), "vae": models.autoencoder(), "text_encoder": models.text_encoder(),
+            }  # fmt: skip
         else:
-            family = SDXL(
-                unet=sdxl.unet(), vae=sdxl.autoencoder(), text_encoder=sdxl.text_encoder(),
-                text_encoder_2=sdxl.text_encoder_2(), tokenizer=tokenizer, tokenizer_2=tokenizer,
-                scheduler_config=tiny.SCHEDULER_CONFIG,
-            )  # fmt: skip
+            parts |= {
+                "unet": sdxl.unet(), "vae": sdxl.autoencoder(), "text_encoder": sdxl.text_encoder(),
+                "text_encoder_2": sdxl.text_encoder_2(), "tokenizer_2": parts["tokenizer"],
+            }  # fmt: skip
         scorer = None
         if setting.method in ("refl", "raft"):
             scorer = ImageReward(FULL_SIZE, VOCAB.read_text(encoding="utf-8"))
             scorer.eval().requires_grad_(False)
+    family: SD | SDXL = SD(**parts) if setting.model == "sd1" else SDXL(**parts)
     family.trainable(LoRA(rank=setting.rank) if setting.train == "lora" else None, 0)
     unet, vae = setting.checkpointed()
     family.set_speed("sdpa", gradient_checkpointing=unet, vae_checkpointing=vae)
