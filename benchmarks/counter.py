@@ -125,9 +125,11 @@ class Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _ops._local_scalar_dense.default:  # a fake tensor has no value
             return VALUES.get(args[0].dtype, 1)
-        if func._can_decompose():  # in inference mode, operations that consist of others come as they are
-            with self:
-                return func.decompose(*args, **kwargs)
+        if func.namespace == "aten":
+            with self:  # in inference mode, operations that consist of others come whole
+                found = func.decompose(*args, **kwargs)
+            if found is not NotImplemented:
+                return found
         found = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
         for tensor in outputs:
