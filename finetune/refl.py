@@ -62,6 +62,10 @@ class Config:
     """
     solver: Literal["ddpm", "ddim", "euler"] | None = None
     """Solver of the trajectory; None = ddpm as in the released script, for a distilled model euler."""
+    rollout_solver: Literal["dpm++", "ddim", "euler", "ddpm"] | None = None
+    """Solver that takes the place of --solver before the step with gradient, in --rollout-steps; None = --solver itself."""
+    rollout_steps: int | None = None
+    """Steps of --rollout-solver from pure noise to the step with gradient, such as 12 of dpm++ instead of 30 to 39."""
     guidance_scale: float = 1.0
     """Guidance scale during training; 1 = no guidance, as published."""
     jitter: int = 0
@@ -105,6 +109,9 @@ class Config:
             f"--window {first} {last} must lie in 0..{steps - 1}, first no later than last": (
                 0 <= first <= last < steps
             ),
+            f"--rollout-solver {self.rollout_solver} and --rollout-steps {self.rollout_steps} need each other, as in"
+            " --rollout-solver dpm++ --rollout-steps 12": (self.rollout_solver is None)
+            == (self.rollout_steps is None),
             f"--jitter must be 0 or more, got {self.jitter}": self.jitter >= 0,
             f"--jitter-copies must be 1, or more with a --jitter, got {self.jitter_copies}": (
                 self.jitter_copies == 1 or (self.jitter_copies > 1 and self.jitter > 0)
@@ -133,6 +140,7 @@ from torch import Generator, Tensor
 
 from preftune.augment import shifted
 from preftune.families import Defaults, Family
+from preftune.few_steps import latents_at
 from preftune.files.one_writer import one_writer
 from preftune.order import items_at
 from preftune.prompts import read_prompts
@@ -177,9 +185,13 @@ def late_pixels(
     grid = family.timesteps(config.num_inference_steps, config.solver, resolution)
     x = initial_noise(family.latent_shape(resolution), generators, family.device)
     with torch.no_grad():
-        for t, t_next in itertools.pairwise(grid[: late + 1]):
-            prediction = family.predict(x, t.expand(len(x)).to(x.device), cond, config.guidance_scale)
-            x = step(family, prediction, t, t_next, config.solver, generators)
+        if config.rollout_solver is not None and config.rollout_steps is not None:
+            few, steps = config.rollout_solver, config.rollout_steps
+            x = latents_at(family, x, int(grid[late]), cond, config.guidance_scale, few, steps, generators)
+        else:
+            for t, t_next in itertools.pairwise(grid[: late + 1]):
+                prediction = family.predict(x, t.expand(len(x)).to(x.device), cond, config.guidance_scale)
+                x = step(family, prediction, t, t_next, config.solver, generators)
     t = grid[late].expand(len(x)).to(x.device)
     return family.decode(family.predict(x, t, cond, config.guidance_scale).x0)
 
@@ -212,12 +224,27 @@ def check_inputs(
     assert config.num_inference_steps is not None, "filled"
     assert config.solver is not None, "filled"
     defaults.check_solver(config.solver, config.num_inference_steps)
+    check_rollout(config, defaults)
     size = config.model.size(defaults)
     if config.jitter >= min(size):
         raise ValueError(f"--jitter {config.jitter} must be less than the image's side, {min(size)} pixels")
     if pretraining_data is None:
         return config, prompts, validation_prompts, [], []
     return config, prompts, validation_prompts, *data.read(pretraining_data, config.columns)
+
+
+def check_rollout(config: Config, defaults: Defaults) -> None:
+    """Raise ValueError for a --rollout-solver that the model cannot use, and for as many steps as the trajectory has without it."""
+    if config.rollout_solver is None or config.rollout_steps is None:
+        return
+    assert config.window is not None, "filled"
+    first, last = config.window
+    if not 1 <= config.rollout_steps <= first:
+        raise ValueError(
+            f"--rollout-steps {config.rollout_steps} must lie in 1..{first}: --window {first} {last} needs {first} to {last} steps"
+            " without --rollout-solver; give fewer, or leave both out"
+        )
+    defaults.check_solver(config.rollout_solver, config.rollout_steps)
 
 
 def with_defaults(config: Config, defaults: Defaults) -> Config:
