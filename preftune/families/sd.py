@@ -8,7 +8,6 @@ from typing import Any, Self
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
@@ -76,7 +75,7 @@ class SD:
         self,
         *,
         unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
+        vae: unets.Autoencoder,
         text_encoder: CLIPTextModel,
         tokenizer: Any,
         scheduler_config: Mapping[str, object],

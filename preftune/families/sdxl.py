@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Generator, Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -86,7 +86,7 @@ class SDXL:
         self,
         *,
         unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
+        vae: unets.Autoencoder,
         text_encoder: CLIPTextModel,
         text_encoder_2: CLIPTextModelWithProjection,
         tokenizer: Any,
@@ -302,7 +302,7 @@ class SDXL:
 
 def vae_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
     """Return float32 for an autoencoder whose activations overflow in float16 (force_upcast), else dtype itself."""
-    return torch.float32 if dtype == torch.float16 and config["force_upcast"] else dtype
+    return torch.float32 if dtype == torch.float16 and configs.force_upcast(config) else dtype
 
 
 def load(
@@ -315,7 +315,7 @@ def load(
 
     `vae` is the folder of another autoencoder, such as one that was repaired for float16.
     """
-    config = {"force_upcast": True, **configs.read_json((vae or source.folder / "vae") / "config.json")}
+    config = configs.read_json((vae or source.folder / "vae") / "config.json")
     classes = {
         "unet": UNet2DConditionModel,
         "text_encoder": CLIPTextModel,
