@@ -43,6 +43,8 @@ class ModelConfig:
     """Recompute the decoder's activations in the backward pass; at 512 px they are most of ReFL's memory."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Attention kernel of the denoiser."""
+    offload: bool = False
+    """Keep scorers and frozen text encoders in the CPU's memory but while they are used; each use copies them to the GPU."""
 
     def __post_init__(self) -> None:
         if self.resolution is not None:

@@ -44,6 +44,7 @@ MAY_DIFFER = frozenset(
         "gradient_checkpointing",
         "vae_checkpointing",
         "attention",
+        "offload",
         "export",
         "sample.batch_size",
     ]
