@@ -16,7 +16,7 @@ from diffusers import (
 from torch import Generator, Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from preftune.families import configs, parts, text, vp
+from preftune.families import configs, parts, quantization, text, vp
 from preftune.families import unet as unets
 from preftune.families.base import Cond, Defaults
 from preftune.families.source import Source
@@ -150,6 +150,10 @@ class SD:
     def encode_pixels(self, pixels: Tensor, generators: Sequence[Generator] | None = None) -> Tensor:
         """Return scaled latents in float32."""
         return unets.encode(self.vae, pixels.to(self.device), generators)
+
+    def quantize(self, kind: quantization.Kind, device: torch.device | str) -> None:
+        """Hold the UNet's linear layers in 4 or 8 bits."""
+        quantization.quantize(self.unet, kind, device)
 
     def trainable(self, lora: loras.LoRA | None, seed: int) -> nn.Module:
         """Freeze all parts, then open the UNet."""

@@ -14,7 +14,7 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DC
 from torch import Generator, Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from preftune.families import configs, parts, text, vp
+from preftune.families import configs, parts, quantization, text, vp
 from preftune.families import unet as unets
 from preftune.families.base import Cond, Defaults
 from preftune.families.source import Source
@@ -217,6 +217,10 @@ class SDXL:
             if vae_dtype(self.vae.config, dtype) != dtype:
                 return torch.autocast(kind, enabled=False)
         return nullcontext()
+
+    def quantize(self, kind: quantization.Kind, device: torch.device | str) -> None:
+        """Hold the UNet's linear layers in 4 or 8 bits."""
+        quantization.quantize(self.unet, kind, device)
 
     def trainable(self, lora: loras.LoRA | None, seed: int) -> nn.Module:
         """Freeze all parts, then open the UNet."""

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Generator, Tensor, nn
 from transformers import PreTrainedModel
 
-from preftune.families import configs, vp, weights
+from preftune.families import configs, quantization, vp, weights
 from preftune.families.base import Cond, Defaults
 from preftune.lora import tuning as loras
 from preftune.lora.files import Update
@@ -125,7 +125,7 @@ def cast(part: nn.Module, device: torch.device | str, dtype: torch.dtype | None)
     """
     part.to(device)
     for tensor in (*part.parameters(), *part.buffers()):
-        if dtype is not None and tensor.is_floating_point() and not tensor.requires_grad:
+        if dtype is not None and quantization.is_castable(tensor) and not tensor.requires_grad:
             tensor.data = tensor.data.to(dtype)
 
 

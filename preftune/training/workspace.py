@@ -163,9 +163,13 @@ def load_model(
     model: ModelConfig, run: RunConfig, device: torch.device, *, train_text_encoders: bool = False
 ) -> tuple[Family, nn.Module]:
     """Return the model on its device in the run's precision, and the denoiser, opened for training."""
-    family = families.load(model.pretrained.source(), device, torch.float32, model.vae)
+    dtype = DTYPES[run.mixed_precision or "no"]
+    first = device if model.quantization is None else "cpu"  # the whole of it need not fit on the device
+    family = families.load(model.pretrained.source(), first, torch.float32, model.vae)
     if model.lora_start is not None:
         family.start_from(model.lora_start)
+    if model.quantization is not None:
+        family.to(first, dtype).quantize(model.quantization, device)
     denoiser = family.trainable(model.tuned(), run.seed)
     if train_text_encoders:
         family.open_text_encoders()
@@ -174,7 +178,7 @@ def load_model(
         gradient_checkpointing=model.gradient_checkpointing,
         vae_checkpointing=model.vae_checkpointing,
     )
-    family.to(device, DTYPES[run.mixed_precision or "no"])
+    family.to(device, dtype)
     if model.offload and not train_text_encoders:
         for encoder in family.text_encoders:
             offload_between_calls(encoder, device)
