@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rewards.card import Scorer
+from rewards.offload import Offloaded
 from rewards.own_scorer import OwnReward
 from rewards.pixels import one_each
 from rewards.shared_towers import score_all, share_towers
@@ -48,6 +49,12 @@ class Mix:
         self.weights = tuple(weights[name] for name in self.names)
         self.units = units([scorer.card for scorer in scorers], normalization, stats)
         share_towers(self.scorers)
+        self._offloaded: Offloaded | None = None
+
+    def offload(self, device: torch.device | str) -> None:
+        """Keep the weights of the scorers in the CPU's memory, and on the device from a call to the end of its backward pass."""
+        modules = [scorer for scorer in self.scorers if isinstance(scorer, nn.Module)]
+        self._offloaded = Offloaded(modules, device) if modules else None
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Mixed:
         """Return scores and rewards of pixels (B, 3, H, W) in [0, 1] for B prompts; gradients flow to pixels.
@@ -55,7 +62,10 @@ class Mix:
         FloatingPointError names the scorer whose score is not finite, with the prompt.
         """
         prompts = one_each(prompts, len(pixels))
+        pixels = pixels if self._offloaded is None else self._offloaded.around(pixels)
         columns = score_all(self.scorers, pixels, prompts)
+        if self._offloaded is not None and not any(column.requires_grad for column in columns):
+            self._offloaded.unload()
         scores = torch.stack(columns, dim=1)
         finite = scores.detach().isfinite()
         if not finite.all():  # one synchronisation for all scorers

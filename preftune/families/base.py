@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Generator, Tensor, nn
 
+    from preftune.families.quantization import Kind as QuantizationKind
     from preftune.noise import Prediction
 
 
@@ -144,6 +145,10 @@ class Family(Protocol):
 
     def encode_pixels(self, pixels: Tensor, generators: Sequence[Generator] | None = None) -> Tensor:
         """Return latents (B, C, h, w) of pixels in [0, 1]: a sample of the posterior by each generator, or its mean."""
+        ...
+
+    def quantize(self, kind: QuantizationKind, device: torch.device | str) -> None:
+        """Hold the denoiser's linear layers in 4 or 8 bits on the device, before `trainable`, for a LoRA alone."""
         ...
 
     def trainable(self, lora: LoRA | None, seed: int) -> nn.Module:

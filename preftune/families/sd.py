@@ -8,7 +8,6 @@ from typing import Any, Self
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
@@ -17,7 +16,7 @@ from diffusers import (
 from torch import Generator, Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from preftune.families import configs, parts, text, vp
+from preftune.families import configs, parts, quantization, text, vp
 from preftune.families import unet as unets
 from preftune.families.base import Cond, Defaults
 from preftune.families.lean import Lean
@@ -77,7 +76,7 @@ class SD:
         self,
         *,
         unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
+        vae: unets.Autoencoder,
         text_encoder: CLIPTextModel,
         tokenizer: Any,
         scheduler_config: Mapping[str, object],
@@ -165,6 +164,10 @@ class SD:
     def encode_pixels(self, pixels: Tensor, generators: Sequence[Generator] | None = None) -> Tensor:
         """Return scaled latents in float32."""
         return unets.encode(self.vae, pixels.to(self.device), generators)
+
+    def quantize(self, kind: quantization.Kind, device: torch.device | str) -> None:
+        """Hold the UNet's linear layers in 4 or 8 bits."""
+        quantization.quantize(self.unet, kind, device)
 
     def trainable(self, lora: loras.LoRA | None, seed: int) -> nn.Module:
         """Freeze all parts, then open the UNet."""

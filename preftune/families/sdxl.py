@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Generator, Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from preftune.families import configs, parts, text, vp
+from preftune.families import configs, parts, quantization, text, vp
 from preftune.families import unet as unets
 from preftune.families.base import Cond, Defaults
 from preftune.families.lean import Lean
@@ -87,7 +87,7 @@ class SDXL:
         self,
         *,
         unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
+        vae: unets.Autoencoder,
         text_encoder: CLIPTextModel,
         text_encoder_2: CLIPTextModelWithProjection,
         tokenizer: Any,
@@ -230,6 +230,10 @@ class SDXL:
                 return torch.autocast(kind, enabled=False)
         return nullcontext()
 
+    def quantize(self, kind: quantization.Kind, device: torch.device | str) -> None:
+        """Hold the UNet's linear layers in 4 or 8 bits."""
+        quantization.quantize(self.unet, kind, device)
+
     def trainable(self, lora: loras.LoRA | None, seed: int) -> nn.Module:
         """Freeze all parts, then open the UNet."""
         unets.freeze((self.unet, self.vae, *self.text_encoders))
@@ -314,7 +318,7 @@ class SDXL:
 
 def vae_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
     """Return float32 for an autoencoder whose activations overflow in float16 (force_upcast), else dtype itself."""
-    return torch.float32 if dtype == torch.float16 and config["force_upcast"] else dtype
+    return torch.float32 if dtype == torch.float16 and configs.force_upcast(config) else dtype
 
 
 def load(
@@ -327,7 +331,7 @@ def load(
 
     `vae` is the folder of another autoencoder, such as one that was repaired for float16.
     """
-    config = {"force_upcast": True, **configs.read_json((vae or source.folder / "vae") / "config.json")}
+    config = configs.read_json((vae or source.folder / "vae") / "config.json")
     classes = {
         "unet": UNet2DConditionModel,
         "text_encoder": CLIPTextModel,

@@ -1,22 +1,24 @@
-"""Functions that the families with a UNet2DConditionModel and an AutoencoderKL share."""
+"""Functions that the families with a UNet2DConditionModel and an AutoencoderKL or AutoencoderTiny share."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Generator, Tensor, nn
 from transformers import PreTrainedModel
 
-from preftune.families import configs, vp, weights
+from preftune.families import configs, quantization, vp, weights
 from preftune.families.base import Cond, Defaults
 from preftune.lora import tuning as loras
 from preftune.lora.files import Update
 from preftune.lora.names import Layers, layers_of
 from preftune.resolution import Resolution
 from preftune.solver_names import SolverName
+
+Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny
 
 Call = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """(x (N, C, h, w), t (N,), conditions by name (N, ...)) -> the network's output (N, C, h, w)."""
@@ -50,7 +52,7 @@ def defaults(
     )
 
 
-def latent_shape(vae: AutoencoderKL, resolution: Resolution) -> tuple[int, int, int]:
+def latent_shape(vae: Autoencoder, resolution: Resolution) -> tuple[int, int, int]:
     """Return (C, h, w); ValueError for a size that is no multiple of the autoencoder's factor."""
     factor = configs.vae_factor(vae.config)
     height, width = resolution
@@ -74,7 +76,7 @@ def guided(call: Call, x: Tensor, t: Tensor, cond: Cond, guidance_scale: float) 
     return without + guidance_scale * (given - without)
 
 
-def decode(vae: AutoencoderKL, x0: Tensor) -> Tensor:
+def decode(vae: Autoencoder, x0: Tensor) -> Tensor:
     """Return pixels in float32, not clamped."""
     statistics = _latent_statistics(vae, x0)
     if statistics is None:
@@ -86,11 +88,15 @@ def decode(vae: AutoencoderKL, x0: Tensor) -> Tensor:
     return pixels
 
 
-def encode(vae: AutoencoderKL, pixels: Tensor, generators: Sequence[Generator] | None) -> Tensor:
-    """Return scaled latents in float32: the posterior's mean, or a sample of it by each image's generator."""
-    posterior = vae.encode((pixels * 2 - 1).to(vae.dtype)).latent_dist
-    latents: Tensor = posterior.mean.float()
-    if generators is not None:
+def encode(vae: Autoencoder, pixels: Tensor, generators: Sequence[Generator] | None) -> Tensor:
+    """Return scaled latents in float32: the posterior's mean, or a sample of it by each image's generator.
+
+    An AutoencoderTiny has no posterior: its latents are always the same, and no random number is drawn.
+    """
+    encoded = vae.encode((pixels * 2 - 1).to(vae.dtype))
+    posterior = getattr(encoded, "latent_dist", None)
+    latents: Tensor = (encoded.latents if posterior is None else posterior.mean).float()
+    if generators is not None and posterior is not None:
         noise = [torch.randn(latents.shape[1:], generator=generator) for generator in generators]
         latents = latents + posterior.std.float() * torch.stack(noise).to(latents)
     statistics = _latent_statistics(vae, latents)
@@ -99,7 +105,7 @@ def encode(vae: AutoencoderKL, pixels: Tensor, generators: Sequence[Generator] |
     return latents * vae.config["scaling_factor"]
 
 
-def _latent_statistics(vae: AutoencoderKL, x: Tensor) -> tuple[Tensor, Tensor] | None:
+def _latent_statistics(vae: Autoencoder, x: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return the mean and standard deviation of each latent channel, (C, 1, 1), where the configuration has both."""
     mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
     if mean is None or std is None:
@@ -119,7 +125,7 @@ def cast(part: nn.Module, device: torch.device | str, dtype: torch.dtype | None)
     """
     part.to(device)
     for tensor in (*part.parameters(), *part.buffers()):
-        if dtype is not None and tensor.is_floating_point() and not tensor.requires_grad:
+        if dtype is not None and quantization.is_castable(tensor) and not tensor.requires_grad:
             tensor.data = tensor.data.to(dtype)
 
 
@@ -202,7 +208,7 @@ class Tuned:
 
 def set_speed(
     unet: UNet2DConditionModel,
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     attention: str,
     *,
     gradient_checkpointing: bool,
