@@ -37,6 +37,7 @@ from rewards.card import HEAD_DROPOUT, Card, Clip, Preprocess
 from rewards.clip_state_dict import to_authors, to_transformers
 from rewards.clip_tokenizer import MERGES, ClipTokenizer
 from rewards.head import apply_head, draw_head, new_head, set_dropout
+from rewards.on_device import upload
 from rewards.pixels import at_least_float32, one_each, prepare, takes_images
 from rewards.text_cache import TextCache
 from rewards.towers import Tower
@@ -97,7 +98,7 @@ class ClipText(nn.Module):
     def forward(self, prompts: Sequence[str]) -> Tensor:
         """Return the prompts' unit vectors (B, E) float32."""
         # No attention mask: padding stands behind the end token, which causal attention cannot see from there.
-        ids = self.tokenizer(prompts).to(self.text_projection.weight.device)
+        ids = upload(self.tokenizer(prompts), self.text_projection.weight.device)
         pooled = self.text_model(input_ids=ids).pooler_output
         return F.normalize(at_least_float32(self.text_projection(pooled)), dim=1)
 
