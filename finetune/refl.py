@@ -140,9 +140,8 @@ from preftune.records import CaptionedImage, Skipped
 from preftune.resolution import Resolution
 from preftune.training import data, workspace
 from preftune.training import defaults as training_defaults
-from preftune.training.run import Run
 from preftune.training.workspace import Workspace
-from rewards.mix import Mix, Mixed
+from rewards.mix import Mix, Mixed, named
 
 
 def reward_loss(reward: Tensor, margin: float, scale: float) -> Tensor:
@@ -158,17 +157,7 @@ def mean_reward(
     """
     copies = torch.cat([shifted(pixels, generators, config.jitter) for _ in range(config.jitter_copies)])
     mixed = mix.unchecked(copies, list(prompts) * config.jitter_copies)
-    return mixed.rewards.view(config.jitter_copies, -1).mean(0), mixed
-
-
-def update(run: Run, loss: Tensor, scored: Sequence[Mixed], **scalars: Tensor | float) -> None:
-    """Do `run.update`; where a number is not finite, FloatingPointError names the scorer that gave it, if one of `scored` did."""
-    try:
-        run.update(loss, **scalars)
-    except FloatingPointError:
-        for mixed in scored:
-            mixed.check()
-        raise
+    return mixed.rewards.view(config.jitter_copies, -1).mean(0), mixed.detach()
 
 
 def late_pixels(
@@ -280,7 +269,8 @@ def main(config: Config) -> int:
                     loss = reward_loss(reward, config.margin, config.reward_scale)
                     if config.pretraining == "sum":
                         loss = loss + pretraining_loss(w, samples, index, micro_batch, config)
-                    update(run, loss, scored, reward=reward.mean(), late_step=float(late))
+                    with named(scored):
+                        run.update(loss, reward=reward.mean(), late_step=float(late))
             w.after(index)
         return w.finish()
 

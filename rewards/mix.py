@@ -1,8 +1,10 @@
 """A weighted sum of several scorers: scores (B, n), optionally normalized, then weighted."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -26,6 +28,10 @@ class Mixed:
     """Those of the columns."""
     prompts: Sequence[str]
 
+    def detach(self) -> Self:
+        """Return the same without the graph of gradients."""
+        return replace(self, scores=self.scores.detach(), rewards=self.rewards.detach())
+
     def check(self) -> None:
         """Raise FloatingPointError, which names the scorer and the prompt, for a score that is not finite; a GPU is waited for."""
         scores = self.scores.detach().cpu()
@@ -37,6 +43,19 @@ class Mixed:
                 f"{scorer.card.name} gave {scores[row, column].item()} for {self.prompts[row]!r}; check the image for NaN values,"
                 f" and {_suspect(scorer)}"
             )
+
+
+@contextmanager
+def named(scored: Sequence[Mixed]) -> Iterator[None]:
+    """Context of an update whose scores nobody looked at: its FloatingPointError names the scorer that gave the first of them that
+    is not finite, if one did.
+    """
+    try:
+        yield
+    except FloatingPointError:
+        for mixed in scored:
+            mixed.check()
+        raise
 
 
 class Mix:

@@ -267,9 +267,7 @@ class Run:
         return f", or a square root, logarithm or division at 0 in {' and '.join(names)}" if names else ""
 
     def _averaged(self, loss: str, norm: Tensor, where: str) -> tuple[dict[str, float], float]:
-        """Means of the passes' scalars, and the norm of the gradient; also the one moment when processes agree on a stop or a
-        failure, and when a GPU is waited for.
-        """
+        """Means of the passes' scalars, and the norm; the one wait for a GPU, and the moment when processes agree on a stop or failure."""
         names = sorted(self._scalars[0])
         assert all(sorted(scalars) == names for scalars in self._scalars), f"all passes must give {names}"
         rows = [torch.cat([one(scalars[name], self.device) for name in names]) for scalars in self._scalars]
