@@ -1,9 +1,11 @@
 """A device that exists in tests alone: it computes on the CPU, and counts what would make a program wait for a GPU.
 
 `Transfers` is a mode in which tensors may be on DEVICE ("meta", which needs no hardware and for which autograd needs no thread of its
-own). Such a tensor holds a real one of the CPU, so that results are those of the CPU, bit for bit. Counted, each with the place in
-our code that asked for it: `uploads`, copies from the CPU to the device; `waits`, whatever needs a value on the CPU: `.item()`,
-`bool(tensor)`, `.cpu()`, `nonzero`, indices of the CPU that an indexing operation copies.
+own). Such a tensor holds a real one of the CPU, so that results are those of the CPU but for rounding: attention has no kernel of its
+own here. Counted, each with the place in
+our code that asked for it: `uploads`, copies from the CPU to the device; `waits`, copies that block, and whatever needs a value on
+the CPU: `.item()`, `bool(tensor)`, `.cpu()`, `nonzero`, an index of the CPU. Load models before, without the mode: the libraries
+build them on the meta device themselves. Autocast does nothing on DEVICE.
 """
 
 import traceback
@@ -19,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("meta")
 _ROOT = Path(__file__).parents[1]
-_AUTOCAST_INIT: Any = torch.autocast.__init__
+_AUTOCAST_INIT, _IS_AUTOCAST_ENABLED = torch.autocast.__init__, torch.is_autocast_enabled
 _aten = torch.ops.aten
 _READS = {
     _aten._local_scalar_dense.default,
@@ -93,12 +95,14 @@ class Transfers(TorchDispatchMode):
 
     def __enter__(self) -> Self:
         self._python.__enter__()
-        torch.autocast.__init__ = _autocast_init
+        setattr(torch.autocast, "__init__", _autocast_init)  # noqa: B010
+        setattr(torch, "is_autocast_enabled", _is_autocast_enabled)  # noqa: B010
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        torch.autocast.__init__ = _AUTOCAST_INIT
+        setattr(torch.autocast, "__init__", _AUTOCAST_INIT)  # noqa: B010
+        setattr(torch, "is_autocast_enabled", _IS_AUTOCAST_ENABLED)  # noqa: B010
         self._python.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -106,7 +110,7 @@ class Transfers(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         inside = any(isinstance(tensor, OnDevice) for tensor in tensors)
         to_device = inside if kwargs.get("device") is None else _is_device(kwargs["device"])
-        self._count(func, args, inside, to_device)
+        self._count(func, args, kwargs, inside, to_device)
         if inside and func not in _MIXED and any(t.ndim and not isinstance(t, OnDevice) for t in tensors):
             raise RuntimeError(f"{func}: tensors on the device and on the CPU")
         if kwargs.get("device") is not None:
@@ -117,16 +121,23 @@ class Transfers(TorchDispatchMode):
         wrapped = tree_map(lambda leaf: OnDevice(leaf) if isinstance(leaf, Tensor) else leaf, out)
         return return_and_correct_aliasing(func, args, kwargs, wrapped)
 
-    def _count(self, func: Any, args: Any, inside: bool, to_device: bool) -> None:
+    def _count(self, func: Any, args: Any, kwargs: Any, inside: bool, to_device: bool) -> None:
         """Note a copy, or a read."""
+        goes_on = bool(kwargs.get("non_blocking"))
         if func is _aten.copy_.default:
             inside, to_device = isinstance(args[1], OnDevice), isinstance(args[0], OnDevice)
+            goes_on = args[2] if len(args) > 2 else goes_on
         if func in (_aten._to_copy.default, _aten.copy_.default) and inside != to_device:
-            self._note("uploads" if to_device else "waits", func)
-        elif func in _INDEXING:
-            if inside and any(i is not None and not isinstance(i, OnDevice) for i in args[1]):
+            if to_device:
                 self._note("uploads", func)
-            if inside and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            if not to_device or not goes_on:
+                self._note("waits", func)
+        elif func in _INDEXING and inside:
+            indices = [index for index in args[1] if index is not None]
+            if not all(isinstance(index, OnDevice) for index in indices):
+                self._note("uploads", func)
+                self._note("waits", func)
+            if any(index.dtype == torch.bool for index in indices):
                 self._note("waits", func)  # how many are true
         elif inside and func in _READS:
             self._note("waits", func)
@@ -143,6 +154,10 @@ class Transfers(TorchDispatchMode):
 def _autocast_init(self: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
     """Autocast, which has no operations of DEVICE to change, knows no such device."""
     _AUTOCAST_INIT(self, "cpu" if device_type == DEVICE.type else device_type, *args, **kwargs)
+
+
+def _is_autocast_enabled(*device_type: str) -> bool:
+    return device_type != (DEVICE.type,) and _IS_AUTOCAST_ENABLED(*device_type)
 
 
 def _is_device(device: Any) -> bool:
