@@ -162,7 +162,8 @@ class ClipScorer(nn.Module):
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """Return the prompts' unit vectors (B, E), of those that are alike from one pass."""
         places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
-        return self.text([*places])[[places[prompt] for prompt in prompts]]
+        vectors = self.text([*places])
+        return vectors[upload(torch.tensor([places[prompt] for prompt in prompts]), vectors.device)]
 
     def renew_head(self, seed: int) -> None:
         """Put an MLP head with random weights that depend on seed alone on the towers; scores are its output from now on."""

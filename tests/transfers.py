@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("meta")
 _ROOT = Path(__file__).parents[1]
@@ -107,7 +106,8 @@ class Transfers(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors: list[Tensor] = []
+        _map(lambda leaf: tensors.append(leaf) if isinstance(leaf, Tensor) else None, (args, kwargs))
         inside = any(isinstance(tensor, OnDevice) for tensor in tensors)
         to_device = inside if kwargs.get("device") is None else _is_device(kwargs["device"])
         self._count(func, args, kwargs, inside, to_device)
@@ -115,10 +115,10 @@ class Transfers(TorchDispatchMode):
             raise RuntimeError(f"{func}: tensors on the device and on the CPU")
         if kwargs.get("device") is not None:
             kwargs["device"] = torch.device("cpu")
-        out = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+        out = func(*_map(_held, args), **_map(_held, kwargs))
         if not to_device:
             return out
-        wrapped = tree_map(lambda leaf: OnDevice(leaf) if isinstance(leaf, Tensor) else leaf, out)
+        wrapped = _map(lambda leaf: OnDevice(leaf) if isinstance(leaf, Tensor) else leaf, out)
         return return_and_correct_aliasing(func, args, kwargs, wrapped)
 
     def _count(self, func: Any, args: Any, kwargs: Any, inside: bool, to_device: bool) -> None:
@@ -162,6 +162,15 @@ def _is_autocast_enabled(*device_type: str) -> bool:
 
 def _is_device(device: Any) -> bool:
     return device is not None and torch.device(device) == DEVICE
+
+
+def _map(change: Callable[[Any], Any], value: Any) -> Any:
+    """The value with every leaf of its lists, tuples and dicts changed; torch's own is slower."""
+    if type(value) in (list, tuple):
+        return type(value)([_map(change, part) for part in value])
+    if type(value) is dict:
+        return {name: _map(change, part) for name, part in value.items()}
+    return change(value)
 
 
 def _held(leaf: Any) -> Any:
