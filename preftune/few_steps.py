@@ -5,16 +5,16 @@ The prediction at a late step depends on the latents there, and hardly on how th
 the deterministic path, without the noise that DDPM's own steps add. Steps are equally far apart in t, from the last training timestep.
 """
 
-import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor
 
+from preftune import ahead
 from preftune.families.base import Cond, Family
-from preftune.sampling import step
 from preftune.solver_names import SolverName
 from preftune.solvers import SOLVERS
+from rewards.on_device import upload
 
 
 def timesteps(last: int, num_steps: int, num_train_timesteps: int) -> list[int]:
@@ -30,7 +30,7 @@ def timesteps(last: int, num_steps: int, num_train_timesteps: int) -> list[int]:
 @torch.no_grad()
 def latents_at(
     family: Family,
-    x: Tensor,
+    shape: Sequence[int],
     t: int,
     cond: Cond,
     guidance_scale: float,
@@ -38,21 +38,23 @@ def latents_at(
     num_steps: int,
     generators: Sequence[Generator],
 ) -> Tensor:
-    """Return latents (B, C, h, w) at timestep t from pure noise x, by num_steps calls of the denoiser, without gradient.
+    """Return latents (B, *shape) at timestep t from pure noise, by num_steps calls of the denoiser, without gradient.
 
     ValueError for solver pndm, whose steps have one length, and as `timesteps`.
     """
-    grid = timesteps(t, num_steps, family.defaults.num_train_timesteps)
+    grid = torch.tensor(timesteps(t, num_steps, family.defaults.num_train_timesteps))
     if solver in SOLVERS:
-        for t_now, t_next in itertools.pairwise(torch.tensor(grid)):
-            prediction = family.predict(x, t_now.expand(len(x)).to(x.device), cond, guidance_scale)
-            x = step(family, prediction, t_now, t_next, solver, generators)
+        x, _, steps = ahead.trajectory(family, grid, solver, shape, generators)
+        for now in steps:
+            x = ahead.step(family.predict(x, now.t, cond, guidance_scale), now, solver)
         return x
     if solver != "dpm++":
         raise ValueError(f"solver {solver} takes no timesteps; one of {', '.join([*SOLVERS, 'dpm++'])} does")
     scheduler = family.scheduler(solver, num_steps)
-    scheduler.set_timesteps(timesteps=grid)  # the last one is reached, and no step begins there
-    for t_now in scheduler.timesteps[:-1]:
-        output = family.predict(x, t_now.expand(len(x)).to(x.device), cond, guidance_scale).output
+    scheduler.set_timesteps(timesteps=grid.tolist())  # the last one is reached, and no step begins there
+    x = ahead.initial_noise(shape, generators, family.device)
+    levels = upload(scheduler.timesteps, family.device)[:, None].expand(-1, len(x))
+    for t_now, level in zip(scheduler.timesteps[:-1], levels, strict=False):
+        output = family.predict(x, level, cond, guidance_scale).output
         x = scheduler.step(output, t_now, x).prev_sample
     return x

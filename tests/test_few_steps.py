@@ -16,7 +16,6 @@ from preftune.families.sd import SD
 from preftune.families.tiny import SCHEDULER_CONFIG
 from preftune.few_steps import latents_at, timesteps
 from preftune.resolution import Resolution
-from preftune.sampling import initial_noise
 from preftune.solver_names import SolverName
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -40,8 +39,7 @@ def generators() -> list[torch.Generator]:
 
 
 def latents(family: SD, solver: SolverName, steps: int, t: int = 250) -> Tensor:
-    x, cond = initial_noise((4, 8, 8), generators(), "cpu"), family.encode(PROMPTS)
-    return latents_at(family, x, t, cond, 1.0, solver, steps, generators())
+    return latents_at(family, (4, 8, 8), t, family.encode(PROMPTS), 1.0, solver, steps, generators())
 
 
 def test_timesteps_end_at_the_late_step() -> None:
