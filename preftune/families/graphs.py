@@ -42,10 +42,12 @@ class Graphs:
         if key not in self._graphs:
             if self._failed or len(self._graphs) >= _LIMIT:
                 return forward(inputs)
+            stream = torch.cuda.current_stream()
             try:
                 self._graphs[key] = self._captured(forward, inputs)
             except RuntimeError as error:
                 self._failed = True
+                torch.cuda.set_stream(stream)  # a capture that breaks off leaves its own in place
                 say(f"--compile goes on without CUDA graphs: {str(error).splitlines()[0][:200]}")
                 return forward(inputs)
         graph, static, output = self._graphs[key]
