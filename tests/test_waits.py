@@ -217,9 +217,9 @@ def updates(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[list[str], l
             family, denoiser = load_model(*args[:2], torch.device("cpu"), **rest)
         return family.to(DEVICE), denoiser
 
-    def mix(reward: Any, device: torch.device) -> Mix | None:
+    def mix(reward: Any, device: torch.device, **rest: Any) -> Mix | None:
         with _disable_current_modes():
-            found = load_mix(reward, torch.device("cpu"))
+            found = load_mix(reward, torch.device("cpu"), **rest)
         for scorer in found.scorers if found is not None else ():
             on_device(scorer)
         return found
