@@ -20,6 +20,7 @@ batch 8) and 4 GB of disk. Left out of all loops: logs, checkpoints, several pro
 import itertools
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -110,12 +111,10 @@ def trials(config: Config, parts: dict[str, Any]) -> dict[int, list[Trial]]:
     }
 
 
-def rivals(trial: Trial) -> list[Trial]:
+def rivals(trial: Trial) -> tuple[Trial, ...]:
     """Return the released loops that a setting is compared with; without half precision a half-base LoRA is the other LoRA."""
-    found = [trial.published("published", "full"), trial.published("published", "lora")]
-    if found[0].precision != "no":
-        found.append(trial.published("half-base", "lora"))
-    return found
+    found = trial.published("published", "full"), trial.published("published", "lora")
+    return found if found[0].precision == "no" else (*found, trial.published("half-base", "lora"))
 
 
 COLUMNS = {
@@ -175,21 +174,22 @@ class Table:
 
 
 def run(config: Config, model: ModelName, workdir: Path, table: Table) -> None:
-    """Measure one model."""
+    """Measure one model: of tiny each setting in a process of its own, whose memory can be told."""
     parts = parts_of(model, workdir)
     for mine in trials(config, parts).values():
-        if parts["device"] == "cuda":
-            for trial in [*mine, *rivals(mine[0])]:
-                table.count(trial)
-            measure_together(mine, rivals(mine[0]), table.add)
+        if model == "tiny":
+            for trial in dict.fromkeys(rival for one in mine for rival in rivals(one)):
+                table.add(trial, _alone(trial, ()))
+            for trial in mine:
+                table.add(trial, _alone(trial, rivals(trial)))
             continue
-        for trial in dict.fromkeys(rival for one in mine for rival in rivals(one)):
-            table.add(trial, _alone(trial, []))
-        for trial in mine:
-            table.add(trial, _alone(trial, rivals(trial)))
+        for trial in [*mine, *rivals(mine[0])] if parts["device"] == "cuda" else []:
+            table.count(trial)
+        for others in dict.fromkeys(rivals(trial) for trial in mine):
+            measure_together([trial for trial in mine if rivals(trial) == others], others, table.add)
 
 
-def _alone(trial: Trial, others: list[Trial]) -> dict[str, Any]:
+def _alone(trial: Trial, others: Sequence[Trial]) -> dict[str, Any]:
     return fresh(measure_alone, trial, others) or {"error": "the process was killed"}
 
 
