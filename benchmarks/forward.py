@@ -121,7 +121,7 @@ def ours(trial: Trial) -> list[Row]:
             pass
 
     def predict(_: int) -> Tensor:
-        return family.predict(x, levels, cond).x0
+        return family.predict(x, levels, cond).eps
 
     name = f"ours {trial.train}"
     return [

@@ -121,7 +121,7 @@ def trials(config: Config, parts: dict[str, Any]) -> dict[int, list[Trial]]:
     }
 
 
-def rivals(trial: Trial, names: Sequence[str]) -> list[Trial]:
+def rivals(trial: Trial, names: Sequence[str]) -> tuple[Trial, ...]:
     """Return the released loops that a setting is compared with; without half precision a half-base LoRA is the other LoRA."""
     loops = {
         "full": trial.published("published", "full"),
@@ -130,7 +130,7 @@ def rivals(trial: Trial, names: Sequence[str]) -> list[Trial]:
     }
     if loops["half-base"].precision == "no":
         del loops["half-base"]
-    return [loop for name, loop in loops.items() if name in names]
+    return tuple(loop for name, loop in loops.items() if name in names)
 
 
 COLUMNS = {
@@ -190,22 +190,24 @@ class Table:
 
 
 def run(config: Config, model: ModelName, workdir: Path, table: Table) -> None:
-    """Measure one model."""
+    """Measure one model: of tiny each setting in a process of its own, whose memory can be told."""
     parts = parts_of(model, workdir)
     for mine in trials(config, parts).values():
-        if parts["device"] == "cuda":
-            others = rivals(mine[0], config.published)
-            for trial in [*mine, *others]:
-                table.count(trial)
-            measure_together(mine, others, table.add)
+        if model == "tiny":
+            for trial in dict.fromkeys(rival for one in mine for rival in rivals(one, config.published)):
+                table.add(trial, _alone(trial, ()))
+            for trial in mine:
+                table.add(trial, _alone(trial, rivals(trial, config.published)))
             continue
-        for trial in dict.fromkeys(rival for one in mine for rival in rivals(one, config.published)):
-            table.add(trial, _alone(trial, []))
-        for trial in mine:
-            table.add(trial, _alone(trial, rivals(trial, config.published)))
+        for trial in [*mine, *rivals(mine[0], config.published)] if parts["device"] == "cuda" else []:
+            table.count(trial)
+        for others in dict.fromkeys(rivals(trial, config.published) for trial in mine):
+            measure_together(
+                [trial for trial in mine if rivals(trial, config.published) == others], others, table.add
+            )
 
 
-def _alone(trial: Trial, others: list[Trial]) -> dict[str, Any]:
+def _alone(trial: Trial, others: Sequence[Trial]) -> dict[str, Any]:
     return fresh(measure_alone, trial, others) or {"error": "the process was killed"}
 
 
