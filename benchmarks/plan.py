@@ -4,7 +4,7 @@
     python benchmarks/plan.py --model sdxl --method pretrain --train full --use-8bit-adam --gradient-checkpointing
     python benchmarks/plan.py --train lora full --train-batch-size 2 8 --output plan.json
     python benchmarks/plan.py --measured refl_step.json --output plan.json     # beside what benchmarks/refl_step.py measured
-    python benchmarks/plan.py --table plan.md                                  # what fits 8, 12, 16, 24, 40 and 80 GB
+    python benchmarks/plan.py --model sd1 sdxl --table plan.md                 # what fits 8, 12, 16, 24, 40 and 80 GB
 
 The driver's own functions run on fake tensors (torch's FakeTensorMode), which have shapes and dtypes but no content, under
 CUDA's rules of autocast: no weights, no memory, ten seconds to a minute a setting on one core. Counted: peak memory of live
@@ -65,7 +65,7 @@ class Config:
     measured: Path | None = None
     """JSON of benchmarks/refl_step.py: plan the settings that it measured of our loop, and show both side by side."""
     table: Path | None = None
-    """Write the page of what fits: all models and methods, for 8 to 80 GB. Takes a quarter of an hour on one core."""
+    """Write the page of what fits instead: the models with all methods, for 8 to 80 GB. Takes a quarter of an hour on one core."""
     output: Path | None = None
     """JSON file with everything planned."""
 
@@ -197,7 +197,11 @@ def main(config: Config) -> int:
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
     if config.table is not None:
-        config.table.write_text(page(), encoding="utf-8")
+        lines = list[str]()
+        for text in page(config.model):
+            print(text, flush=True)
+            lines.append(f"{text}\n")
+        config.table.write_text("".join(lines), encoding="utf-8")
         return 0
     rows = []
     for place, setting in enumerate(settings):
