@@ -29,8 +29,7 @@ MODELS: dict[Model, str] = {
 def ladder(model: Model, method: Method, train: Train) -> Iterator[Setting]:
     """Yield settings, the fastest first, each with less memory than the one before."""
     base = Setting(model=model, method=method, train=train)
-    off = replace(base, gradient_checkpointing=False, vae_checkpointing=False)
-    on = replace(base, gradient_checkpointing=True, vae_checkpointing=method == "refl")
+    off, on = replace(base, checkpointing="off"), replace(base, checkpointing="on")
     yield replace(off, train_batch_size=IMAGES)
     for batch in (IMAGES, 4, 2, 1):
         yield replace(on, train_batch_size=batch)
