@@ -176,7 +176,7 @@ def late_pixels(
     cond = family.encode(prompts)
     grid = family.timesteps(config.num_inference_steps, config.solver, resolution)
     x = initial_noise(family.latent_shape(resolution), generators, family.device)
-    with torch.no_grad():
+    with family.lean():
         for t, t_next in itertools.pairwise(grid[: late + 1]):
             prediction = family.predict(x, t.expand(len(x)).to(x.device), cond, config.guidance_scale)
             x = step(family, prediction, t, t_next, config.solver, generators)

@@ -94,14 +94,15 @@ def _sample_batch(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     cond = family.encode(prompts, negative=negative)
     x = initial_noise(family.latent_shape(settings.resolution), generators, family.device)
-    if settings.solver in SOLVERS:
-        grid = family.timesteps(settings.num_inference_steps, settings.solver, settings.resolution)
-        for t, t_next in itertools.pairwise(grid):
-            level = t.expand(len(x)).to(x.device)
-            prediction = family.predict(x, level, cond, settings.guidance_scale)
-            x = step(family, prediction, t, t_next, settings.solver, generators)
-    else:
-        x = _scheduler_loop(family, x, cond, settings)
+    with family.lean():
+        if settings.solver in SOLVERS:
+            grid = family.timesteps(settings.num_inference_steps, settings.solver, settings.resolution)
+            for t, t_next in itertools.pairwise(grid):
+                level = t.expand(len(x)).to(x.device)
+                prediction = family.predict(x, level, cond, settings.guidance_scale)
+                x = step(family, prediction, t, t_next, settings.solver, generators)
+        else:
+            x = _scheduler_loop(family, x, cond, settings)
     at_once = max(1, DECODED_PIXELS // (settings.resolution.width * settings.resolution.height))
     return torch.cat([family.decode(part).float().clamp(0, 1).cpu() for part in x.split(at_once)])
 

@@ -20,6 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from preftune.families import configs, parts, text, vp
 from preftune.families import unet as unets
 from preftune.families.base import Cond, Defaults
+from preftune.families.lean import Lean
 from preftune.families.source import Source
 from preftune.lora import tuning as loras
 from preftune.lora.names import Layers
@@ -91,13 +92,23 @@ class SD:
         self.defaults: Defaults = _defaults(unet.config, vae.config, self.noise)
         self._negatives: dict[str, Tensor] = {}
         tuned = {"unet": unet, "text_encoder": text_encoder}
-        self._tuned = unets.Tuned(tuned, changed=self._negatives.clear)
+        self._lean = Lean(unet)
+        self._tuned = unets.Tuned(tuned, changed=self._changed)
+
+    def _changed(self) -> None:
+        """The parts answer differently from now on."""
+        self._negatives.clear()
+        self._lean.changed()
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """Move all parts, and cast those that are frozen."""
+        self._lean.casting_to(dtype)
         for part in (self.unet, self.vae, self.text_encoder):
             unets.cast(part, device, dtype)
+        self._lean.was_cast()
         self.device = self.vae.device
+        for part in (self.unet, self.vae):
+            unets.channels_last(part, self.device)
         self.noise = dataclasses.replace(self.noise, alphas_cumprod=self.noise.alphas_cumprod.to(self.device))
         self._negatives.clear()
         return self
@@ -122,11 +133,18 @@ class SD:
         """Return the UNet's prediction in float32; with guidance, both passes in one batch."""
 
         def call(x: Tensor, t: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-            output: Tensor = self.denoiser(x.to(rows["embeds"].dtype), t, rows["embeds"]).sample
-            return output
+            return self._lean.call(self.denoiser, x, t, rows["embeds"])
 
         output = unets.guided(call, x, t, cond, guidance_scale)
         return predict_from(output, x, *self.schedule(t), self.prediction_type)
+
+    def lean(self) -> AbstractContextManager[None]:
+        """The UNet in the run's precision, its LoRA merged, without autocast."""
+        return self._lean.on()
+
+    def compile(self) -> None:
+        """Compile the UNet of lean passes."""
+        self._lean.compile()
 
     def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return (alpha, sigma)."""

@@ -17,6 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from preftune.families import configs, parts, text, vp
 from preftune.families import unet as unets
 from preftune.families.base import Cond, Defaults
+from preftune.families.lean import Lean
 from preftune.families.source import Source
 from preftune.lora import tuning as loras
 from preftune.lora.names import Layers
@@ -110,14 +111,24 @@ class SDXL:
             "text_encoder": text_encoder,
             "text_encoder_2": text_encoder_2,
         }
-        self._tuned = unets.Tuned(tuned, changed=self._negatives.clear)
+        self._lean = Lean(unet)
+        self._tuned = unets.Tuned(tuned, changed=self._changed)
+
+    def _changed(self) -> None:
+        """The parts answer differently from now on."""
+        self._negatives.clear()
+        self._lean.changed()
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """Move all parts, and cast those that are frozen; the autoencoder as `vae_dtype` says."""
+        self._lean.casting_to(dtype)
         for part in (self.unet, *self.text_encoders):
             unets.cast(part, device, dtype)
+        self._lean.was_cast()
         unets.cast(self.vae, device, None if dtype is None else vae_dtype(self.vae.config, dtype))
         self.device = self.vae.device
+        for part in (self.unet, self.vae):
+            unets.channels_last(part, self.device)
         self.noise = dataclasses.replace(self.noise, alphas_cumprod=self.noise.alphas_cumprod.to(self.device))
         self._negatives.clear()
         return self
@@ -175,13 +186,18 @@ class SDXL:
 
         def call(x: Tensor, t: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
             added = {"text_embeds": rows["pooled"], "time_ids": self.time_ids(x, rows.get("framing"))}
-            output: Tensor = self.denoiser(
-                x.to(rows["embeds"].dtype), t, rows["embeds"], added_cond_kwargs=added
-            ).sample
-            return output
+            return self._lean.call(self.denoiser, x, t, rows["embeds"], added)
 
         output = unets.guided(call, x, t, cond, guidance_scale)
         return predict_from(output, x, *self.schedule(t), self.prediction_type)
+
+    def lean(self) -> AbstractContextManager[None]:
+        """The UNet in the run's precision, its LoRA merged, without autocast."""
+        return self._lean.on()
+
+    def compile(self) -> None:
+        """Compile the UNet of lean passes."""
+        self._lean.compile()
 
     def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return (alpha, sigma)."""

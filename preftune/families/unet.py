@@ -123,6 +123,12 @@ def cast(part: nn.Module, device: torch.device | str, dtype: torch.dtype | None)
             tensor.data = tensor.data.to(dtype)
 
 
+def channels_last(part: nn.Module, device: torch.device) -> None:
+    """Lay out the weights of convolutions on a CUDA GPU as its tensor cores read them, so that they need not copy activations."""
+    if device.type == "cuda":
+        part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 class Tuned:
     """What a LoRA may update of a model, a UNet and text encoders, and what was put on them.
 
