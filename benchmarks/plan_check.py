@@ -19,9 +19,9 @@ from preftune.cli import exit_on_user_error, parse
 
 SETTINGS = (
     Setting(method="refl", mixed_precision="no", train_batch_size=1),
-    Setting(method="refl", mixed_precision="no", train_batch_size=1, resolution="256", gradient_checkpointing=False, vae_checkpointing=False),
+    Setting(method="refl", mixed_precision="no", train_batch_size=1, resolution="256", checkpointing="off"),
     Setting(method="pretrain", mixed_precision="no", train_batch_size=2),
-    Setting(method="pretrain", mixed_precision="no", train_batch_size=1, train="full", gradient_checkpointing=True),
+    Setting(method="pretrain", mixed_precision="no", train_batch_size=1, train="full", checkpointing="on"),
 )  # fmt: skip
 
 
