@@ -195,7 +195,7 @@ def test_all_loops_have_the_same_loss(
     trial: Trial, loop: LoopName, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the same x_T and the same noise, the released loops compute what the driver does: the same work is timed."""
-    monkeypatch.setattr(torch, "randn", lambda *size, **_: torch.full(_shape(size), 0.3))
+    monkeypatch.setattr(torch, "randn", _constant)
     monkeypatch.setattr(  # DDPM draws the noise of a step from where it imported randn_tensor
         "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda shape, **_: torch.full(shape, 0.3)
     )
@@ -213,6 +213,10 @@ def test_all_loops_have_the_same_loss(
     torch.testing.assert_close(decoded[0], decoded[1], atol=1e-5, rtol=0)
     assert decoded[0].std() > 0.01
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def _constant(*size: Any, out: torch.Tensor | None = None, **_: object) -> torch.Tensor:
+    return torch.full(_shape(size), 0.3) if out is None else out.fill_(0.3)
 
 
 def _shape(size: tuple[object, ...]) -> tuple[int, ...]:
