@@ -387,3 +387,92 @@ def test_refl_calls_the_model_itself_only_for_its_step_with_gradient(sd_folder: 
     hook.remove()
     assert calls == [False, False, False, True]  # hooks see the calls of the copy, too
     assert all(weight.grad is not None for weight in family.unet.parameters() if weight.requires_grad)
+
+
+# ---------------------------------------------------------------- compiled, on a GPU
+
+
+@pytest.fixture
+def compiled(folder: Path) -> Any:
+    family = opened(folder, LoRA(rank=2)).to("cuda", torch.bfloat16)
+    family.compile()
+    return family
+
+
+def on_gpu(family: Any, batch: int, scale: float = 3.0) -> Tensor:
+    x = torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(0)).cuda()
+    t = torch.full((batch,), 500, device="cuda")
+    output: Tensor = family.predict(x, t, family.encode(PROMPTS[:1] * batch), scale).output
+    return output
+
+
+@pytest.mark.gpu
+def test_replayed_passes_are_those_of_the_present_weights_for_each_shape(compiled: Any) -> None:
+    """Not compiled they are the same to rounding, and to the bit where nothing but the replay differs."""
+    plain = opened_again(compiled)
+    for weights in (1, 2):
+        for batch in (1, 3, 1):
+            with compiled.lean():
+                first, again = on_gpu(compiled, batch), on_gpu(compiled, batch)
+            assert torch.equal(first, again)
+            with plain.lean():
+                wanted = on_gpu(plain, batch)
+            assert (first - wanted).square().mean() < 0.01 * wanted.square().mean()
+        assert len(compiled._lean._graphs._graphs) == 2
+        assert not compiled._lean._graphs._failed
+        for family in (compiled, plain):
+            move_on_gpu(family, weights)
+
+
+@pytest.mark.gpu
+def test_graphs_are_captured_again_where_weights_move(compiled: Any) -> None:
+    with compiled.lean():
+        before = on_gpu(compiled, 2)
+    for weight in compiled.unet.parameters():  # others' addresses, the old ones are free
+        weight.data = weight.data * 1.05
+    plain = opened_again(compiled)
+    with compiled.lean(), plain.lean():
+        now, wanted = on_gpu(compiled, 2), on_gpu(plain, 2)
+    assert (now - wanted).square().mean() < 0.01 * wanted.square().mean()
+    assert not torch.equal(now, before)
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_says_so_and_the_passes_go_on(
+    compiled: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def waits(module: nn.Module, inputs: object, output: Any) -> None:
+        torch.cuda.synchronize()  # which no capture allows
+
+    compiled.unet.conv_out.register_forward_hook(waits)
+    with compiled.lean():
+        first, again = on_gpu(compiled, 2), on_gpu(compiled, 2)
+    assert torch.equal(first, again)
+    assert capsys.readouterr().err.count("goes on without CUDA graphs") == 1
+
+
+@torch.no_grad()
+def move_on_gpu(family: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for weight in family.unet.parameters():
+        if weight.requires_grad:
+            weight.add_(torch.randn(weight.shape, generator=generator).cuda(), alpha=0.05)
+
+
+def opened_again(family: Any) -> Any:
+    """A copy of the family that is not compiled, with the same weights."""
+    import copy
+
+    from preftune.families.lean import Lean
+
+    other = copy.copy(family)
+    other.unet = other.denoiser = copy.deepcopy(family.unet)
+    other._lean = Lean(other.unet)
+    ours = [layer.get_base_layer() for layer in family.unet.modules() if hasattr(layer, "lora_A")]
+    theirs = [layer.get_base_layer() for layer in other.unet.modules() if hasattr(layer, "lora_A")]
+    other._lean._lost = {
+        twin: (family._lean._lost[base][0], twin.weight._version)
+        for base, twin in zip(ours, theirs, strict=True)
+        if base in family._lean._lost
+    }
+    return other

@@ -20,7 +20,9 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from preftune.families.graphs import Graphs
 from preftune.lora import tuning as loras
+from preftune.regional import compile_blocks
 
 
 class Lean:
@@ -40,6 +42,8 @@ class Lean:
             tuple[Tensor, nn.Module, str]
         ] = []  # own tensor, module and name of what it is a copy of
         self._depth = 0
+        self._compiled = False
+        self._graphs = Graphs()
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -58,17 +62,42 @@ class Lean:
         if self._depth:
             self.refresh()
 
+    def compile(self) -> None:
+        """From now on compile the copy's blocks, and replay its passes as CUDA graphs; nothing on a CPU."""
+        self._compiled, self._copy = torch.cuda.is_available(), None
+
     def call(
-        self, denoiser: nn.Module, x: Tensor, t: Tensor, embeds: Tensor, **more: Mapping[str, Tensor]
+        self,
+        denoiser: nn.Module,
+        x: Tensor,
+        t: Tensor,
+        embeds: Tensor,
+        added: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Return the network's output for latents x (N, C, h, w): of the denoiser, or inside the block of its copy."""
+        """Return the network's output for latents x (N, C, h, w): of the denoiser, or inside the block of its copy.
+
+        `added` are the conditions that diffusers calls added_cond_kwargs.
+        """
         if not self._depth or _unwrapped(denoiser) is not self._module:
+            more = {} if added is None else {"added_cond_kwargs": added}
             output: Tensor = denoiser(x.to(embeds.dtype), t, embeds, **more).sample
             return output
-        assert self._copy is not None, "made when the block began"
-        with torch.autocast(x.device.type, enabled=False), torch.inference_mode():
-            output = self._copy(x.to(self._dtype), t, embeds.to(self._dtype), **more, return_dict=False)[0]
+        inputs = {"x": x.to(self._dtype), "t": t, "embeds": embeds.to(self._dtype), **(added or {})}
+        with torch.autocast(x.device.type, enabled=False):
+            if self._compiled and x.is_cuda:
+                return self._graphs.call(self._forward, inputs)
+            with torch.inference_mode():
+                output = self._forward(inputs)
         return output.clone()  # which autograd may keep, unlike what inference mode makes
+
+    def _forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The copy's output."""
+        assert self._copy is not None, "made when the block began"
+        added = {name: value for name, value in inputs.items() if name not in ("x", "t", "embeds")}
+        output: Tensor = self._copy(
+            inputs["x"], inputs["t"], inputs["embeds"], added_cond_kwargs=added or None, return_dict=False
+        )[0]
+        return output
 
     @torch.no_grad()
     def casting_to(self, dtype: torch.dtype | None) -> None:
@@ -88,7 +117,8 @@ class Lean:
     def was_cast(self) -> None:
         """After the module was cast: what was kept belongs to its weights as they are."""
         for base, (lost, _) in self._lost.items():
-            self._lost[base] = (lost.to(base.weight.device), base.weight._version)
+            weight: Any = base.weight
+            self._lost[base] = (lost.to(weight.device), weight._version)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -100,6 +130,8 @@ class Lean:
             for name in ("forward", "_original_forward"):  # accelerate's, with the autocast
                 self._copy.__dict__.pop(name, None)
             self._state = state
+            if self._compiled:
+                compile_blocks(self._copy)
         with torch.autocast(key[1].type, enabled=False):
             for layer, own in self._merged:
                 value = self._value(layer.get_base_layer())
@@ -109,6 +141,8 @@ class Lean:
         if self._cast:
             sources: list[Tensor] = [getattr(module, name) for _, module, name in self._cast]
             torch._foreach_copy_([own for own, _, _ in self._cast], sources)
+        if self._compiled:
+            self._graphs.keep_for([tensor.data_ptr() for tensor in self._copy.parameters()])
 
     def _copied(self, module: nn.Module) -> nn.Module:
         """Return a module of the same class that shares submodules' settings and weights, but for those of `_merged` and `_cast`."""
@@ -123,8 +157,10 @@ class Lean:
             self._cast_others(base, copy)
             return copy
         copy = _twin(module)
-        if isinstance(module, Attention):  # its own forward reads the processor's signature in each call
-            copy.forward = partial(module.processor, copy)  # type: ignore[method-assign]
+        if (
+            isinstance(module, Attention) and not self._compiled
+        ):  # its own forward reads the processor's signature in each call
+            copy.forward = partial(module.processor, copy)
         self._cast_others(module, copy)
         copy._modules = {
             name: child if child is None else self._copied(child) for name, child in module._modules.items()

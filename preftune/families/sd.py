@@ -142,6 +142,10 @@ class SD:
         """The UNet in the run's precision, its LoRA merged, without autocast."""
         return self._lean.on()
 
+    def compile(self) -> None:
+        """Compile the UNet of lean passes."""
+        self._lean.compile()
+
     def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return (alpha, sigma)."""
         return vp.schedule(self.noise, t)

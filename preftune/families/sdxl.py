@@ -186,7 +186,7 @@ class SDXL:
 
         def call(x: Tensor, t: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
             added = {"text_embeds": rows["pooled"], "time_ids": self.time_ids(x, rows.get("framing"))}
-            return self._lean.call(self.denoiser, x, t, rows["embeds"], added_cond_kwargs=added)
+            return self._lean.call(self.denoiser, x, t, rows["embeds"], added)
 
         output = unets.guided(call, x, t, cond, guidance_scale)
         return predict_from(output, x, *self.schedule(t), self.prediction_type)
@@ -194,6 +194,10 @@ class SDXL:
     def lean(self) -> AbstractContextManager[None]:
         """The UNet in the run's precision, its LoRA merged, without autocast."""
         return self._lean.on()
+
+    def compile(self) -> None:
+        """Compile the UNet of lean passes."""
+        self._lean.compile()
 
     def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return (alpha, sigma)."""

@@ -38,6 +38,7 @@ from tqdm.auto import tqdm
 from preftune import order, seeds
 from preftune.cli.notes import say
 from preftune.files import lock
+from preftune.regional import compile_blocks
 from preftune.seeds import Stream
 from preftune.training import checkpoint, folder, metrics, resume, signals
 from preftune.training.optimizer import EMA, SkippedUpdates, adamw, lr_factor
@@ -128,7 +129,7 @@ class Run:
         assert all(p.dtype == torch.float32 for p in named.values()), "trained parameters must be float32"
         self._named, self._peak_lr = named, self.config.learning_rate or learning_rate
         if self.config.compile:
-            module.compile()
+            compile_blocks(module)
         parts = module.to(self.device), adamw(self.config, list(named.values()), self._peak_lr)
         self._module, self._optimizer = self._accelerator.prepare(*parts)
         self._ema = EMA(self.config, named.values())

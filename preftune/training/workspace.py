@@ -22,6 +22,7 @@ from preftune.cli.notes import say
 from preftune.diffusion_loss import captioned_loss
 from preftune.families import Defaults, Family
 from preftune.lora import files as lora_files
+from preftune.lora import tuning as loras
 from preftune.lora.tuning import LoRA
 from preftune.lora.write import KOHYA_FILE, write_kohya
 from preftune.records import CaptionedImage, Skipped
@@ -173,6 +174,10 @@ def load_model(
         gradient_checkpointing=model.gradient_checkpointing,
         vae_checkpointing=model.vae_checkpointing,
     )
+    if run.mixed_precision not in (None, "no"):
+        loras.leave_casts_to_autocast(denoiser)
+    if run.compile:
+        family.compile()
     return family.to(device, DTYPES[run.mixed_precision or "no"]), denoiser
 
 
