@@ -41,7 +41,7 @@ class Config:
     train: tuple[Literal["lora", "full"], ...] = ("lora", "full")
     """LoRA of rank 4, or all weights of the UNet."""
     compile: tuple[Literal["off", "on"], ...] = ("off", "on")
-    """torch.compile of the UNet."""
+    """--compile of the driver: blocks of the UNet compiled, on CUDA passes without gradient replayed as CUDA graphs."""
     checkpointing: tuple[Literal["off", "on"], ...] = ("off", "on")
     """Gradient checkpointing of UNet and decoder."""
     precision: tuple[Literal["no", "bf16", "fp16"], ...] | None = None

@@ -300,3 +300,12 @@ def test_wrong_flags(flags: list[str], words: str, capsys: pytest.CaptureFixture
         refl_step.main(cli.parse(refl_step.Config, flags))
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_compiled_setting_has_the_driver_s_compilation(trial: Trial) -> None:
+    """The blocks of the trained module are compiled, and the family is told; the released loops are as they were."""
+    compiled = replace(trial, compile="on")
+    _, denoiser = refl_loops.load(compiled)
+    assert any(module._compiled_call_impl for module in denoiser.modules())
+    assert compiled.refl().run.compile
+    assert {trial.published(*one).compile for one in RELEASED} == {"off"}
