@@ -86,13 +86,20 @@ def decode(vae: AutoencoderKL, x0: Tensor) -> Tensor:
     return pixels
 
 
-def encode(vae: AutoencoderKL, pixels: Tensor, generators: Sequence[Generator] | None) -> Tensor:
-    """Return scaled latents in float32: the posterior's mean, or a sample of it by each image's generator."""
+def moments(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the standard deviation of the posterior, (B, C, h, w) in the autoencoder's precision."""
     posterior = vae.encode((pixels * 2 - 1).to(vae.dtype)).latent_dist
-    latents: Tensor = posterior.mean.float()
+    return posterior.mean, posterior.std
+
+
+def latents_of(
+    vae: AutoencoderKL, mean: Tensor, std: Tensor, generators: Sequence[Generator] | None
+) -> Tensor:
+    """Return scaled latents in float32: the posterior's mean, or a sample of it by each image's generator."""
+    latents = mean.float()
     if generators is not None:
         noise = [torch.randn(latents.shape[1:], generator=generator) for generator in generators]
-        latents = latents + posterior.std.float() * torch.stack(noise).to(latents)
+        latents = latents + std.float() * torch.stack(noise).to(latents)
     statistics = _latent_statistics(vae, latents)
     if statistics is not None:
         latents = (latents - statistics[0]) / statistics[1]
