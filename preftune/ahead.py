@@ -125,7 +125,7 @@ def _attempt(function: Callable[[Item], Result], item: Item) -> tuple[Result] | 
 
 
 def _start(workers: int) -> ProcessPoolExecutor:
-    """Return worker processes. Under Linux they are forked, which takes milliseconds: they touch no GPU and no torch."""
+    """Return worker processes. Under Linux they are forked, which takes milliseconds: they touch no GPU."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
 
@@ -134,6 +134,9 @@ def _begin_worker() -> None:
     """Leave Ctrl-C to the parent, which still finishes its update, and end with it however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    import torch  # which the parent has already
+
+    torch.set_num_threads(1)  # threads of the parent are not there after a fork
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in a worker process"
 

@@ -114,9 +114,13 @@ class CaptionedInputs:
         mean, std = self.family.moments(on(self.family.device, [levels for levels, _ in loaded]))
         if self._latents is not None:
             rows = zip(found, mean.cpu(), std.cpu(), framings, strict=True)
+            layout = torch.tensor(mean.stride(1) == 1 and mean.shape[1] > 1)
             for image, own_mean, own_std, framing in rows:
                 numbers = torch.tensor([*framing.original, framing.top, framing.left])
-                self._latents.put(image.name, {"mean": own_mean, "std": own_std, "framing": numbers})
+                self._latents.put(
+                    image.name,
+                    {"mean": own_mean, "std": own_std, "framing": numbers, "channels_last": layout},
+                )
         return self.family.latents_of(mean, std, generators), framings
 
     def cond(self, texts: Sequence[str], framings: Sequence[Framing]) -> Cond:
@@ -148,9 +152,12 @@ class CaptionedInputs:
         return stored if len(stored) == len(found) else None
 
     def _moved(self, stored: Sequence[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
-        device = self.family.device
+        """Mean and standard deviation, in memory as the autoencoder left them: what follows rounds otherwise in another order."""
+        last = bool(stored[0]["channels_last"])
+        layout = torch.channels_last if last else torch.contiguous_format
         mean, std = (torch.stack([entry[name] for entry in stored]) for name in ("mean", "std"))
-        return mean.to(device), std.to(device)
+        device = self.family.device
+        return mean.to(device, memory_format=layout), std.to(device, memory_format=layout)
 
     def _loaded(self, path: Path, image: ReadImage) -> tuple[NDArray[np.uint8], Framing]:
         if (

@@ -1,14 +1,21 @@
 """Which images a run will read, and how many worker processes read them ahead."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from preftune import order
-from preftune.captioned_inputs import CaptionedInputs
+from preftune.ahead import Ahead
+from preftune.captioned_inputs import CaptionedInputs, on
+from preftune.cli import exit_on_user_error
 from preftune.encoded_store import Store
 from preftune.families.base import Family
+from preftune.images import load_levels
 from preftune.resolution import Resolution
 from preftune.training.cache_config import CacheConfig
 from preftune.training.run import Run
@@ -32,6 +39,24 @@ def upcoming(run: Run, items: Sequence[Item], steps: range | None = None) -> Ite
     for step in range(run.start, run.config.max_train_steps) if steps is None else steps:
         for micro_batch in range(run.config.gradient_accumulation_steps):
             yield order.items_at(items, run.image_indices(step, micro_batch), run.config.seed)
+
+
+@contextmanager
+def images_ahead(
+    run: Run, paths: Sequence[Path], resolution: Resolution
+) -> Iterator[Callable[[Sequence[Path]], Tensor]]:
+    """Yield a function that returns images (B, 3, H, W) in [0, 1] on the run's device, scaled and cropped to the resolution; those
+    of the updates that are still to do, one batch a pass, are decoded ahead.
+    """
+    with Ahead(partial(load_levels, resolution=resolution), workers(run.config, run.device)) as ahead:
+        ahead.expect(upcoming(run, paths))
+
+        def load(chosen: Sequence[Path]) -> Tensor:
+            with exit_on_user_error():  # an image that was sound when the run began
+                found = ahead.take(chosen)
+            return on(run.device, [levels for levels, _ in found])
+
+        yield load
 
 
 def captioned_inputs(family: Family, resolution: Resolution, run: Run, cache: CacheConfig) -> CaptionedInputs:
