@@ -28,6 +28,7 @@ from preftune.images import load_levels, load_pixels
 from preftune.order import items_at
 from preftune.records import read_jsonl
 from preftune.resolution import Resolution
+from preftune.training.cache_config import CacheConfig
 from preftune.training.checkpoint import read
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -359,6 +360,15 @@ def test_text_encoder_outputs_in_pretrain(root: Path, tmp_path: Path) -> None:
         found = trained("pretrain", root, tmp_path / output, *flags, *cache)
         assert found[0] == plain[0]
         assert all(torch.equal(found[1][name], value) for name, value in plain[1].items())
+
+
+def test_the_flags_of_other_scripts(root: Path) -> None:
+    flags = "--cache_latents --cache_latents_to_disk --cache_text_encoder_outputs_to_disk --max_data_loader_n_workers=3"
+    config = parse(
+        refl.Config, ["--model", str(root / "pipeline"), "--prompts", "x", "--data", "y", *flags.split()]
+    )
+    assert config.cache == CacheConfig(cache_latents=True, cache_text_encoder_outputs=True)
+    assert config.run.dataloader_num_workers == 3
 
 
 def test_wrong_flags(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,8 @@ ALIASES = {
     "rank": "lora.rank",
     "lora_alpha": "lora.alpha",
     # kohya's sd-scripts
+    "cache_latents_to_disk": "cache_latents",
+    "cache_text_encoder_outputs_to_disk": "cache_text_encoder_outputs",
     "max_data_loader_n_workers": "dataloader_num_workers",
     "caption_dropout_rate": "caption_dropout",
     "network_alpha": "lora.alpha",
@@ -71,7 +73,7 @@ _DREAMBOOTH = "DreamBooth is not here"
 _EMA = "--ema-decay 0.999"
 _EPOCHS = "--max-train-steps, a number of updates"
 _IMAGEFOLDER = "--data IMAGEFOLDER"
-_LATENTS = "--cache-latents, which keeps them on disk"
+_LATENTS = "--cache-latents encodes them batch by batch as they are needed"
 _LAUNCHER = "it goes before the file, as accelerate launch --num_processes 2 finetune/refl.py; see `accelerate launch --help`"
 _LOSS = "the loss is the plain one of the model's own prediction"
 _METADATA = "no such metadata is written"
@@ -105,7 +107,7 @@ ELSEWHERE = {
     **_all("num_train_epochs max_train_epochs num_epochs", _EPOCHS),
     **_all("dataset_name dataset_config_name instance_data_dir in_json dataset_config dataset_class", _IMAGEFOLDER),
     **_all("conditioning_data_dir", _IMAGEFOLDER),
-    **_all("cache_latents_to_disk vae_batch_size skip_cache_check cache_info", _LATENTS),
+    **_all("vae_batch_size skip_cache_check cache_info", _LATENTS),
     **_all("num_processes local_rank deepspeed zero_stage zero3_init_flag zero3_save_16bit_model dynamo_backend", _LAUNCHER),
     **_all("offload_optimizer_device offload_optimizer_nvme_path offload_param_device offload_param_nvme_path", _LAUNCHER),
     **_all("ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph fp16_master_weights_and_gradients", _LAUNCHER),
@@ -150,7 +152,6 @@ ELSEWHERE = {
     "base_weights_multiplier": "--lora-start LORA has its full strength",
     "blocks_to_swap": "--gradient-checkpointing saves memory; no weights are moved to the CPU",
     "cache_dir": "set HF_HOME",
-    "cache_text_encoder_outputs_to_disk": "--cache-text-encoder-outputs, which keeps them on disk",
     "caption_extension": "--data IMAGEFOLDER reads a .txt or .caption file beside each image",
     "caption_extention": "--data IMAGEFOLDER reads a .txt or .caption file beside each image",
     "color_aug": "colours are not changed",
