@@ -112,7 +112,7 @@ class CaptionedInputs:
             loaded = [self._loaded(path, image) for path, image in zip(paths, found, strict=True)]
         framings = [framing for _, framing in loaded]
         mean, std = self.family.moments(on(self.family.device, [levels for levels, _ in loaded]))
-        if self._latents is not None:
+        if self._latents is not None and len(paths) == self.batch_size:
             rows = zip(found, mean.cpu(), std.cpu(), framings, strict=True)
             layout = torch.tensor(mean.stride(1) == 1 and mean.shape[1] > 1)
             for image, own_mean, own_std, framing in rows:
