@@ -134,9 +134,8 @@ def _begin_worker() -> None:
     """Leave Ctrl-C to the parent, which still finishes its update, and end with it however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    import torch  # which the parent has already
-
-    torch.set_num_threads(1)  # threads of the parent are not there after a fork
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(1)  # those of the parent are not there after a fork
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in a worker process"
 

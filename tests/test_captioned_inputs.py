@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,6 +185,28 @@ def test_memory_holds_the_latest_entries_only(tmp_path: Path, monkeypatch: pytes
     assert [entry is not None for entry in found] == [False, False, True, True]
 
 
+def fill(folder: Path) -> None:
+    store = Store(folder)
+    for number in range(60):
+        name = f"{number % 12:02d}" * 4
+        found = store.get(name)
+        assert found is None or torch.equal(found["x"], torch.full((1000,), float(number % 12)))
+        store.put(name, {"x": torch.full((1000,), float(number % 12))})
+        store._kept.clear()
+
+
+def test_several_processes_may_fill_one_store(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=fill, args=(tmp_path,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 12
+    assert not list(tmp_path.rglob(".*"))
+
+
 def test_levels_on_another_device_are_the_same_pixels(images: list[Path]) -> None:
     """The table that a GPU is given, against the division of the CPU."""
     levels = [load_levels(path, SIZE)[0] for path in images]
@@ -303,28 +326,39 @@ def _is_gone(pid: int) -> bool:
 # ---------------------------------------------------------------- programs
 
 
+def few(root: Path) -> list[str]:
+    """Flags for one validation image: most of the time goes into them."""
+    return ["--validation-prompts", str(root / "prompts.txt"), "--num-validation-prompts", "1"]
+
+
 def trained(
     driver: str, root: Path, output: Path, *flags: str
 ) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """The metrics of a run, but for its speed, and its trained weights."""
-    few = ["--validation-prompts", str(root / "prompts.txt"), "--num-validation-prompts", "1"]
-    few = [] if driver in ("autoencoder", "pretrain_scorer", "reward_model") else few
-    assert recorded.train(driver, [*recorded.arguments(driver, root, output), *few, *flags]) == 0
+    short = [] if driver in ("autoencoder", "pretrain_scorer", "reward_model") else few(root)
+    assert recorded.train(driver, [*recorded.arguments(driver, root, output), *short, *flags]) == 0
     rows = [
         {k: v for k, v in row.items() if k != "images_per_s"} for row in read_jsonl(output / "metrics.jsonl")
     ]
     return rows, read(output / "step_000003")["parameters"]
 
 
-@pytest.mark.parametrize(
-    "driver", ["autoencoder", "pretrain", "pretrain_scorer", "raft", "refl", "reward_model", "reward_weighted", "weird_lora"]
-)  # fmt: skip
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("autoencoder", "pretrain_scorer", "refl", "weird_lora")
+]
+
+
+@pytest.mark.parametrize("driver", ["raft", "reward_model", "reward_weighted", *SLOW])
 def test_a_run_is_the_same_with_workers_and_caches(driver: str, root: Path, tmp_path: Path) -> None:
     flags = ["--dataloader-num-workers", "1"]
     if driver not in ("autoencoder", "pretrain_scorer", "reward_model"):
-        flags += ["--cache-latents", "--data-cache-dir", str(tmp_path / "encoded")]
-    if driver not in ("autoencoder", "pretrain", "pretrain_scorer", "reward_model"):
-        flags += ["--cache-text-encoder-outputs"]
+        flags += [
+            "--cache-latents",
+            "--cache-text-encoder-outputs",
+            "--data-cache-dir",
+            str(tmp_path / "encoded"),
+        ]
     plain, weights = trained(driver, root, tmp_path / "plain", "--dataloader-num-workers", "0")
     found, same_weights = trained(driver, root, tmp_path / "workers", *flags)
     assert found == plain
@@ -337,29 +371,25 @@ def test_a_run_is_the_same_with_workers_and_caches(driver: str, root: Path, tmp_
 def test_a_resumed_run_may_take_workers_and_caches(root: Path, tmp_path: Path) -> None:
     """Also where the store is gone by then."""
     cache = ["--cache-latents", "--cache-text-encoder-outputs", "--data-cache-dir", str(tmp_path / "encoded")]
-    whole = trained("refl", root, tmp_path / "whole")
-    for name, first, then in (
-        ("a", [], cache),
-        ("b", cache, ["--dataloader-num-workers", "1"]),
-        ("c", cache, cache),
-    ):
-        few = ["--validation-prompts", str(root / "prompts.txt"), "--num-validation-prompts", "1"]
-        begun = [*recorded.arguments("refl", root, tmp_path / name), *few, *first]
-        assert recorded.train("refl", [*begun, "--max-train-steps", "1"]) == 0
-        rows, weights = trained("refl", root, tmp_path / name, "--resume-from-checkpoint", "latest", *then)
-        assert rows[-1]["loss"] == whole[0][-1]["loss"]
-        assert all(torch.equal(weights[key], value) for key, value in whole[1].items())
+    rows, weights = trained("refl", root, tmp_path / "whole", *cache)
+    begun = [*recorded.arguments("refl", root, tmp_path / "parts"), *few(root), *cache]
+    assert recorded.train("refl", [*begun, "--max-train-steps", "1"]) == 0
+    shutil.rmtree(tmp_path / "encoded")
+    resumed = "--resume-from-checkpoint", "latest", "--dataloader-num-workers", "1"
+    found, same_weights = trained("refl", root, tmp_path / "parts", *resumed)
+    assert found[-1] == rows[-1]
+    assert all(torch.equal(same_weights[name], value) for name, value in weights.items())
 
 
-def test_text_encoder_outputs_in_pretrain(root: Path, tmp_path: Path) -> None:
-    """In bf16, where the module encodes captions under autocast."""
+def test_pretrain_reads_what_it_has_kept(root: Path, tmp_path: Path) -> None:
+    """In bf16, where the module encodes captions under autocast; a run that reads the stores equals the one that filled them."""
     flags = ["--no-train-text-encoder", "--mixed-precision", "bf16"]
-    cache = ["--cache-text-encoder-outputs", "--data-cache-dir", str(tmp_path / "encoded")]
-    plain = trained("pretrain", root, tmp_path / "plain", *flags)
-    for output in ("filled", "read"):
-        found = trained("pretrain", root, tmp_path / output, *flags, *cache)
-        assert found[0] == plain[0]
-        assert all(torch.equal(found[1][name], value) for name, value in plain[1].items())
+    cache = ["--cache-latents", "--cache-text-encoder-outputs", "--data-cache-dir", str(tmp_path / "encoded")]
+    plain, weights = trained("pretrain", root, tmp_path / "plain", *flags)
+    for output, more in (("filled", []), ("read", ["--dataloader-num-workers", "1"])):
+        found, same_weights = trained("pretrain", root, tmp_path / output, *flags, *cache, *more)
+        assert found == plain
+        assert all(torch.equal(same_weights[name], value) for name, value in weights.items())
 
 
 def test_the_flags_of_other_scripts(root: Path) -> None:
