@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from preftune import encoded_store
-from preftune.ahead import Ahead
 from preftune.cli import exit_on_user_error
 from preftune.encoded_store import Store
 from preftune.families.base import Cond, Family
 from preftune.images import load_levels, to_pixels
 from preftune.resolution import Framing, Resolution
+from preftune.worker_processes import Ahead
 from rewards.digests import sha256_of
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 import record_trajectories as recorded
 import tiny
+from benchmarks import captioned
 from finetune import pretrain, refl
 from preftune import encoded_store, families
-from preftune.ahead import Ahead
 from preftune.captioned_inputs import CaptionedInputs, on
 from preftune.cli import parse
 from preftune.diffusion_loss import captioned_loss
@@ -31,6 +31,7 @@ from preftune.records import read_jsonl
 from preftune.resolution import Resolution
 from preftune.training.cache_config import CacheConfig
 from preftune.training.checkpoint import read
+from preftune.worker_processes import Ahead
 
 pytestmark = pytest.mark.usefixtures("cpu")
 SIZE = Resolution(32, 48)
@@ -290,7 +291,7 @@ def test_ctrl_c_is_not_for_workers() -> None:
 
 _KILLED = """
 import os, sys, time
-from preftune.ahead import Ahead
+from preftune.worker_processes import Ahead
 def pid(_):
     return os.getpid()
 ahead = Ahead(pid, 2)
@@ -419,3 +420,12 @@ def test_wrong_flags(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
             parse(kind, [*model, *flags.split()])
         assert stopped.value.code == 2
         assert wanted in capsys.readouterr().err
+
+
+def test_the_benchmark_compares_the_same_losses() -> None:
+    config = captioned.Config(
+        images=6, train_batch_size=2, updates=3, turns=2, threads=torch.get_num_threads()
+    )
+    rows = captioned.measure(config)
+    assert [row.name for row in rows] == list(captioned.ROWS)
+    assert all(row.losses_same and 0 < row.main_cpu_ms < 1e5 and row.images_per_s > 0 for row in rows)

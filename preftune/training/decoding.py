@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from preftune import order
-from preftune.ahead import Ahead
 from preftune.captioned_inputs import CaptionedInputs, on
 from preftune.cli import exit_on_user_error
 from preftune.encoded_store import Store
@@ -20,6 +19,7 @@ from preftune.resolution import Resolution
 from preftune.training.cache_config import CacheConfig
 from preftune.training.run import Run
 from preftune.training.run_config import RunConfig, cpu_threads
+from preftune.worker_processes import Ahead
 
 Item = TypeVar("Item")
 

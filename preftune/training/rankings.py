@@ -19,12 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from preftune.ahead import Ahead
 from preftune.cli import exit_on_user_error
 from preftune.images import opened
 from preftune.records import Ranking
 from preftune.training import decoding
 from preftune.training.run import Run
+from preftune.worker_processes import Ahead
 from rewards import Preprocess
 from rewards.pixels import from_pil
 
