@@ -321,7 +321,7 @@ def main(config: Config) -> int:
         data.write_report(run.folder, skipped)
     best, preprocess = float(run.resumed_state.get("best", 0.0)), preprocess_of(scorer)
     restore_best(run)
-    with rankings.ahead(run, train, preprocess) as load:
+    with rankings.loader(run, train, preprocess) as load:
         for step in run.steps():
             module.train()
             parts = [

@@ -20,7 +20,7 @@ from preftune.encoded_store import Store
 from preftune.families.base import Cond, Family
 from preftune.images import load_levels, to_pixels
 from preftune.resolution import Framing, Resolution
-from preftune.worker_processes import Ahead
+from preftune.worker_processes import WorkerProcesses
 from rewards.digests import sha256_of
 
 
@@ -83,18 +83,18 @@ class CaptionedInputs:
         if latents is not None:
             vae = encoded_store.digest_of([family.vae])
             reader = Reader(resolution=resolution, folder=latents.folder, encoder=vae, batch_size=batch_size)
-        self._ahead = Ahead(reader, workers)
+        self._workers = WorkerProcesses(reader, workers)
         self._encoders = (
             "" if texts is None else encoded_store.digest_of(family.text_encoders, family.tokenizers)
         )
 
     def close(self) -> None:
         """End the worker processes."""
-        self._ahead.close()
+        self._workers.close()
 
     def expect(self, batches: Iterable[Sequence[Path]], stream: int = 0) -> None:
         """Begin to read images ahead: those of the next calls of `latents` for this stream, batch by batch."""
-        self._ahead.expect(batches, stream)
+        self._workers.expect(batches, stream)
 
     @torch.no_grad()
     def latents(
@@ -105,7 +105,7 @@ class CaptionedInputs:
         Of the posterior a sample by each image's generator, or its mean.
         """
         with exit_on_user_error():  # an image that was sound when the run began
-            found = self._ahead.take(paths, stream)
+            found = self._workers.take(paths, stream)
             stored = self._stored(found)
             if stored is not None:
                 return self.family.latents_of(*self._moved(stored), generators), _framings(stored)

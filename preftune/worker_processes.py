@@ -1,8 +1,8 @@
 """Results of a function of items, such as decoded image files, worked out by worker processes before they are asked for.
 
-    with Ahead(load, workers=4) as ahead:
-        ahead.expect([[a, b], [c, d]])   # what will be taken, in this order
-        ahead.take([a, b])               # load(a), load(b)
+    with WorkerProcesses(load, 4) as workers:
+        workers.expect([[a, b], [c, d]])   # what will be taken, in this order
+        workers.take([a, b])               # load(a), load(b)
 
 What is taken is the same for any number of workers, 0 included. A worker that dies (out of memory, a signal to the whole job)
 costs speed alone: the rest is done in this process.
@@ -29,14 +29,14 @@ BATCHES = 2
 """Batches that are worked on ahead of the one that is taken, or more where there are many workers."""
 
 
-class Ahead(Generic[Item, Result]):
+class WorkerProcesses(Generic[Item, Result]):
     """A function whose results are worked out ahead; `function` and its items and results are picklable.
 
     At most BATCHES batches, or two items for each worker, are in memory beside those that were taken.
     """
 
-    def __init__(self, function: Callable[[Item], Result], workers: int) -> None:
-        self.function, self.workers = function, workers
+    def __init__(self, function: Callable[[Item], Result], number: int) -> None:
+        self.function, self.number = function, number
         self._pool: ProcessPoolExecutor | None = None
         self._batches: dict[int, Iterator[Sequence[Item]]] = {}
         self._begun: dict[int, deque[list[tuple[Item, Future[tuple[Result] | None] | None]]]] = {}
@@ -51,7 +51,7 @@ class Ahead(Generic[Item, Result]):
 
     def expect(self, batches: Iterable[Sequence[Item]], stream: int = 0) -> None:
         """Begin to work on batches that will be taken in this order; they replace what was expected of the stream before."""
-        if not self.workers:
+        if not self.number:
             return
         for batch in self._begun.pop(stream, ()):
             for _, future in batch:
@@ -93,23 +93,23 @@ class Ahead(Generic[Item, Result]):
             say("a worker process has died; images are decoded in the main process from now on")
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
-        self.workers = 0
+        self.number = 0
 
     def _begin(self, stream: int) -> None:
         """Hand batches to the workers until enough are under way."""
         begun = self._begun[stream]
-        while len(begun) < BATCHES or sum(map(len, begun)) < 2 * self.workers:
+        while len(begun) < BATCHES or sum(map(len, begun)) < 2 * self.number:
             batch = next(self._batches[stream], None)
             if batch is None:
                 return
             begun.append([(item, self._submitted(item)) for item in batch])
 
     def _submitted(self, item: Item) -> Future[tuple[Result] | None] | None:
-        if not self.workers:
+        if not self.number:
             return None
         try:
             if self._pool is None:
-                self._pool = _start(self.workers)
+                self._pool = _start(self.number)
             return self._pool.submit(_attempt, self.function, item)
         except (BrokenProcessPool, OSError):  # OSError: no more processes are allowed
             self._give_up()

@@ -31,7 +31,7 @@ from preftune.records import read_jsonl
 from preftune.resolution import Resolution
 from preftune.training.cache_config import CacheConfig
 from preftune.training.checkpoint import read
-from preftune.worker_processes import Ahead
+from preftune.worker_processes import WorkerProcesses
 
 pytestmark = pytest.mark.usefixtures("cpu")
 SIZE = Resolution(32, 48)
@@ -229,7 +229,7 @@ def square_in_worker(number: int) -> tuple[int, int]:
 
 
 def test_results_come_in_order_and_from_other_processes() -> None:
-    with Ahead(square_in_worker, 2) as ahead:
+    with WorkerProcesses(square_in_worker, 2) as ahead:
         ahead.expect([[i, i + 1] for i in range(0, 20, 2)])
         ahead.expect(([i] for i in range(100, 103)), stream=1)
         found = []
@@ -247,7 +247,7 @@ def test_results_come_in_order_and_from_other_processes() -> None:
 
 
 def test_another_expectation_replaces_the_first() -> None:
-    with Ahead(square_in_worker, 1) as ahead:
+    with WorkerProcesses(square_in_worker, 1) as ahead:
         ahead.expect([[i] for i in range(50)])
         assert ahead.take([0])[0][0] == 0
         ahead.expect([[7], [8]])
@@ -258,7 +258,7 @@ def test_another_expectation_replaces_the_first() -> None:
 
 
 def test_an_error_of_a_worker_is_raised_where_its_item_is_taken() -> None:
-    with Ahead(square_in_worker, 2) as ahead:
+    with WorkerProcesses(square_in_worker, 2) as ahead:
         ahead.expect([[1], [-1], [2]])
         assert ahead.take([1])[0][0] == 1
         with pytest.raises(ValueError, match="-1 is negative"):
@@ -267,7 +267,7 @@ def test_an_error_of_a_worker_is_raised_where_its_item_is_taken() -> None:
 
 
 def test_killed_workers_cost_speed_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    with Ahead(square_in_worker, 2) as ahead:
+    with WorkerProcesses(square_in_worker, 2) as ahead:
         ahead.expect([[i, i + 1] for i in range(0, 200, 2)])
         found = [ahead.take([0, 1])]
         for child in multiprocessing.active_children():
@@ -279,7 +279,7 @@ def test_killed_workers_cost_speed_alone(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_ctrl_c_is_not_for_workers() -> None:
-    with Ahead(square_in_worker, 2) as ahead:
+    with WorkerProcesses(square_in_worker, 2) as ahead:
         ahead.expect([[i, i + 1] for i in range(0, 40, 2)])
         ahead.take([0, 1])
         for child in multiprocessing.active_children():
@@ -291,10 +291,10 @@ def test_ctrl_c_is_not_for_workers() -> None:
 
 _KILLED = """
 import os, sys, time
-from preftune.worker_processes import Ahead
+from preftune.worker_processes import WorkerProcesses
 def pid(_):
     return os.getpid()
-ahead = Ahead(pid, 2)
+ahead = WorkerProcesses(pid, 2)
 ahead.expect([[i, i] for i in range(100)])
 print(*{p for i in range(5) for p in ahead.take([i, i])}, flush=True)
 os.kill(os.getpid(), 9)

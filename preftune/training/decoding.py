@@ -19,7 +19,7 @@ from preftune.resolution import Resolution
 from preftune.training.cache_config import CacheConfig
 from preftune.training.run import Run
 from preftune.training.run_config import RunConfig, cpu_threads
-from preftune.worker_processes import Ahead
+from preftune.worker_processes import WorkerProcesses
 
 Item = TypeVar("Item")
 
@@ -48,12 +48,14 @@ def images_ahead(
     """Yield a function that returns images (B, 3, H, W) in [0, 1] on the run's device, scaled and cropped to the resolution; those
     of the updates that are still to do, one batch a pass, are decoded ahead.
     """
-    with Ahead(partial(load_levels, resolution=resolution), workers(run.config, run.device)) as ahead:
-        ahead.expect(upcoming(run, paths))
+    with WorkerProcesses(
+        partial(load_levels, resolution=resolution), workers(run.config, run.device)
+    ) as reading:
+        reading.expect(upcoming(run, paths))
 
         def load(chosen: Sequence[Path]) -> Tensor:
             with exit_on_user_error():  # an image that was sound when the run began
-                found = ahead.take(chosen)
+                found = reading.take(chosen)
             return on(run.device, [levels for levels, _ in found])
 
         yield load

@@ -24,7 +24,7 @@ from preftune.images import opened
 from preftune.records import Ranking
 from preftune.training import decoding
 from preftune.training.run import Run
-from preftune.worker_processes import Ahead
+from preftune.worker_processes import WorkerProcesses
 from rewards import Preprocess
 from rewards.pixels import from_pil
 
@@ -92,15 +92,15 @@ def check_split(train: list[Ranked], held: list[Ranked], objective: str) -> None
 
 
 @contextmanager
-def ahead(
+def loader(
     run: Run, rankings: Sequence[Ranked], preprocess: Preprocess
 ) -> Iterator[Callable[[Sequence[Ranked]], tuple[Tensor, list[str]]]]:
     """Yield `load` for the rankings of the updates that are still to do, one batch a pass, whose images are read ahead."""
     workers = decoding.workers(run.config, run.device)
-    with Ahead(partial(_read, preprocess=preprocess), workers) as read:
+    with WorkerProcesses(partial(_read, preprocess=preprocess), workers) as read:
         batches = decoding.upcoming(run, rankings)
         read.expect([path for ranking in batch for path in ranking.paths] for batch in batches)
-        yield partial(load, preprocess=preprocess, ahead=read)
+        yield partial(load, preprocess=preprocess, workers=read)
 
 
 def _read(path: Path, preprocess: Preprocess) -> NDArray[np.float32]:
@@ -112,16 +112,16 @@ def _read(path: Path, preprocess: Preprocess) -> NDArray[np.float32]:
 def load(
     rankings: Sequence[Ranked],
     preprocess: Preprocess,
-    ahead: Ahead[Path, NDArray[np.float32]] | None = None,
+    workers: WorkerProcesses[Path, NDArray[np.float32]] | None = None,
 ) -> tuple[Tensor, list[str]]:
     """Return the images of these rankings as a scorer prepares files, (sum of n, 3, S, S) in [0, 1], and their prompts.
 
-    `ahead`: the next batch of worker processes, if there are any.
+    `workers`: the next batch of worker processes, if there are any.
     """
     paths = [path for ranking in rankings for path in ranking.paths]
     with exit_on_user_error():  # an image that was sound when the run began may be gone
-        if ahead is not None and ahead.workers:
-            images = ahead.take(paths)
+        if workers is not None and workers.number:
+            images = workers.take(paths)
         else:  # decoding and resizing let other threads run
             with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as threads:
                 images = [*threads.map(partial(_read, preprocess=preprocess), paths)]
