@@ -21,29 +21,35 @@ CLIP_TOKENS = 49408
 """Vocabulary of CLIP's text encoder: 512 bytes, 48,894 merges, start and end."""
 
 
-def unet() -> UNet2DConditionModel:
-    """Return the UNet of Stable Diffusion 1.4 and 1.5, 860 M random weights."""
+THIN = (32, 64, 128, 128)
+"""Widths of a UNet with Stable Diffusion 1.x's layers and a thousandth of its arithmetic: what a step costs besides it."""
+
+
+def unet(
+    widths: tuple[int, ...] = (320, 640, 1280, 1280), text_width: int = 768, side: int = 64
+) -> UNet2DConditionModel:
+    """Return the UNet of Stable Diffusion 1.4 and 1.5, 860 M random weights, or one of its depth with other widths."""
     return UNet2DConditionModel(
-        sample_size=64,
+        sample_size=side,
         in_channels=4,
         out_channels=4,
         down_block_types=(*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
         up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
-        block_out_channels=(320, 640, 1280, 1280),
+        block_out_channels=widths,
         layers_per_block=2,
-        cross_attention_dim=768,
+        cross_attention_dim=text_width,
         attention_head_dim=8,
         norm_num_groups=32,
     )
 
 
-def autoencoder() -> AutoencoderKL:
-    """Return the autoencoder of Stable Diffusion 1.x, 84 M random weights."""
+def autoencoder(widths: tuple[int, ...] = (128, 256, 512, 512), side: int = 512) -> AutoencoderKL:
+    """Return the autoencoder of Stable Diffusion 1.x, 84 M random weights, or one of its depth with other widths."""
     return AutoencoderKL(
-        sample_size=512,
+        sample_size=side,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
+        block_out_channels=widths,
         layers_per_block=2,
         latent_channels=4,
         norm_num_groups=32,
@@ -51,17 +57,17 @@ def autoencoder() -> AutoencoderKL:
     )
 
 
-def text_encoder() -> CLIPTextModel:
-    """Return the text tower of CLIP ViT-L/14, 123 M random weights."""
+def text_encoder(width: int = 768) -> CLIPTextModel:
+    """Return the text tower of CLIP ViT-L/14, 123 M random weights, or one of its depth with another width."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=CLIP_TOKENS,
-            hidden_size=768,
-            intermediate_size=3072,
+            hidden_size=width,
+            intermediate_size=4 * width,
             num_hidden_layers=12,
-            num_attention_heads=12,
+            num_attention_heads=width // 64,
             max_position_embeddings=77,
-            projection_dim=768,
+            projection_dim=width,
             hidden_act="quick_gelu",
             bos_token_id=0,
             eos_token_id=2,  # the published file says so, though the tokenizer does not: pooling relies on it
@@ -84,19 +90,36 @@ def build_sd1(folder: Path) -> None:
     """
     if (folder / "scorer").is_dir() and (folder / "pipeline").is_dir():
         return
-    with torch.random.fork_rng(devices=[]), replacing(folder / "pipeline") as partial:
+    with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
+        _write_pipeline(folder / "pipeline", unet().half(), autoencoder().half(), text_encoder().half())
+    with replacing(folder / "scorer") as partial:
+        ImageReward.build(FULL_SIZE, VOCAB, seed=0).save(partial)
+
+
+def build_thin(folder: Path) -> None:
+    """Write the pipeline of `THIN` for images of 64 pixels, unless it is there."""
+    if folder.is_dir():
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        _write_pipeline(
+            folder, unet(THIN, 64, side=8), autoencoder((32, 32, 64, 64), side=64), text_encoder(64)
+        )
+
+
+def _write_pipeline(
+    folder: Path, denoiser: UNet2DConditionModel, vae: AutoencoderKL, encoder: CLIPTextModel
+) -> None:
+    with replacing(folder) as partial:
         family = SD(
-            unet=unet().half(),
-            vae=autoencoder().half(),
-            text_encoder=text_encoder().half(),
+            unet=denoiser,
+            vae=vae,
+            text_encoder=encoder,
             tokenizer=tokenizer(),
             scheduler_config=tiny.SCHEDULER_CONFIG,
         )
         family.save_pipeline(partial)
-        del family
-    with replacing(folder / "scorer") as partial:
-        ImageReward.build(FULL_SIZE, VOCAB, seed=0).save(partial)
 
 
 def write_scorer(name: str, folder: Path) -> Path:

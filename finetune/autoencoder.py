@@ -59,6 +59,7 @@ import torch
 from torch import Tensor, nn
 
 from preftune import files
+from preftune.ahead import initial_noise
 from preftune.cli.printable import show
 from preftune.families.tiny import build_autoencoder
 from preftune.files.one_writer import one_writer
@@ -113,8 +114,8 @@ def main(config: Config) -> int:
                 indices = run.image_indices(step, micro_batch)
                 with run.accumulate():
                     images = load(items_at(paths, indices, config.run.seed)) * 2 - 1
-                    noise = [torch.randn(latent, generator=run.generator(i)) for i in indices]
-                    reconstruction, kl = module(images, torch.stack(noise).to(run.device))
+                    noise = initial_noise(latent, [run.generator(i) for i in indices], run.device)
+                    reconstruction, kl = module(images, noise)
                     error = reconstruction_error(reconstruction.float(), images, config.foreground_weight)
                     run.update(error + config.kl_weight * kl, error=error, kl=kl)
             if run.due("checkpointing_steps", step):

@@ -55,6 +55,10 @@ class Config:
             )
         if self.train_text_encoder and self.model.train != "full":
             raise ValueError(f"--train-text-encoder goes with --train full, got --train {self.model.train}")
+        if self.train_text_encoder and self.model.offload:
+            raise ValueError(
+                "--offload keeps frozen text encoders in the CPU's memory, and --train-text-encoder trains them; leave out one"
+            )
 
 
 if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds

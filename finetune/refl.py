@@ -24,9 +24,8 @@ of range), and scorers resize with antialiasing. Left out: image-column checks, 
 Hardware: Stable Diffusion 1.x at 512 px needs a GPU; the tiny model runs on two CPU cores.
 """
 
-import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -63,6 +62,14 @@ class Config:
     """
     solver: Literal["ddpm", "ddim", "euler"] | None = None
     """Solver of the trajectory; None = ddpm as in the released script, for a distilled model euler."""
+    rollout_solver: Literal["dpm++", "ddim", "euler", "ddpm"] | None = None
+    """Solver that takes the place of --solver before the step with gradient, in --rollout-steps; None = --solver itself."""
+    rollout_steps: int | None = None
+    """Steps of --rollout-solver from pure noise to the step with gradient, such as 12 of dpm++ instead of 30 to 39."""
+    reward_vae: Path | None = None
+    """Folder or hub id of a small autoencoder that decodes what the reward sees in training, as madebyollin/taesd for Stable Diffusion 1.x
+    and 2.x or madebyollin/taesdxl for XL; None = the model's own. Validation images are always decoded by the model's own.
+    """
     guidance_scale: float = 1.0
     """Guidance scale during training; 1 = no guidance, as published."""
     jitter: int = 0
@@ -107,6 +114,9 @@ class Config:
             f"--window {first} {last} must lie in 0..{steps - 1}, first no later than last": (
                 0 <= first <= last < steps
             ),
+            f"--rollout-solver {self.rollout_solver} and --rollout-steps {self.rollout_steps} need each other, as in"
+            " --rollout-solver dpm++ --rollout-steps 12": (self.rollout_solver is None)
+            == (self.rollout_steps is None),
             f"--jitter must be 0 or more, got {self.jitter}": self.jitter >= 0,
             f"--jitter-copies must be 1, or more with a --jitter, got {self.jitter_copies}": (
                 self.jitter_copies == 1 or (self.jitter_copies > 1 and self.jitter > 0)
@@ -138,18 +148,20 @@ if __name__ == "__main__":  # flags are read before torch is imported, which tak
 import torch
 from torch import Generator, Tensor
 
+from preftune import ahead
 from preftune.augment import shifted
-from preftune.families import Defaults, Family
+from preftune.families import Defaults, Family, reward_decoder
+from preftune.few_steps import latents_at
 from preftune.files.one_writer import one_writer
 from preftune.order import items_at
 from preftune.prompts import read_prompts
 from preftune.records import CaptionedImage, Skipped
 from preftune.resolution import Resolution
-from preftune.sampling import initial_noise, step
 from preftune.training import data, workspace
 from preftune.training import defaults as training_defaults
 from preftune.training.workspace import Workspace
-from rewards.mix import Mix
+from rewards.mix import Mix, Mixed, named
+from rewards.on_device import upload
 
 
 def reward_loss(reward: Tensor, margin: float, scale: float) -> Tensor:
@@ -159,11 +171,13 @@ def reward_loss(reward: Tensor, margin: float, scale: float) -> Tensor:
 
 def mean_reward(
     mix: Mix, pixels: Tensor, prompts: Sequence[str], generators: Sequence[Generator], config: Config
-) -> Tensor:
-    """Return the rewards (B,) of images (B, 3, H, W), each the mean over `jitter_copies` moved by up to `jitter` pixels."""
+) -> tuple[Tensor, Mixed]:
+    """Return the rewards (B,) of images (B, 3, H, W), each the mean over `jitter_copies` moved by up to `jitter` pixels, and the
+    scores of the copies, which are not checked.
+    """
     copies = torch.cat([shifted(pixels, generators, config.jitter) for _ in range(config.jitter_copies)])
-    rewards = mix(copies, list(prompts) * config.jitter_copies).rewards
-    return rewards.view(config.jitter_copies, -1).mean(0)
+    mixed = mix.unchecked(copies, list(prompts) * config.jitter_copies)
+    return mixed.rewards.view(config.jitter_copies, -1).mean(0), mixed.detach()
 
 
 def late_pixels(
@@ -173,22 +187,30 @@ def late_pixels(
     late: int,
     resolution: Resolution,
     config: Config,
+    decode: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Return pixels (B, 3, H, W) predicted at denoising step `late`; the gradient runs through that step alone.
 
-    Algorithm 1, lines 9 to 15.
+    Algorithm 1, lines 9 to 15. `decode` takes the place of the family's.
     """
     assert config.num_inference_steps is not None, "filled"
     assert config.solver is not None, "filled"
     cond = family.encode(prompts)
-    grid = family.timesteps(config.num_inference_steps, config.solver, resolution)
-    x = initial_noise(family.latent_shape(resolution), generators, family.device)
-    with torch.no_grad():
-        for t, t_next in itertools.pairwise(grid[: late + 1]):
-            prediction = family.predict(x, t.expand(len(x)).to(x.device), cond, config.guidance_scale)
-            x = step(family, prediction, t, t_next, config.solver, generators)
-    t = grid[late].expand(len(x)).to(x.device)
-    return family.decode(family.predict(x, t, cond, config.guidance_scale).x0)
+    grid = family.timesteps(config.num_inference_steps, config.solver, resolution)[: late + 1]
+    shape = family.latent_shape(resolution)
+    with family.lean():
+        if config.rollout_solver is not None and config.rollout_steps is not None:
+            few, number = config.rollout_solver, config.rollout_steps
+            x = latents_at(
+                family, shape, int(grid[late]), cond, config.guidance_scale, few, number, generators
+            )
+            t = upload(grid[late:], family.device).expand(len(x))
+        else:
+            x, levels, steps = ahead.trajectory(family, grid, config.solver, shape, generators)
+            for now in steps:
+                x = ahead.step(family.predict(x, now.t, cond, config.guidance_scale), now, config.solver)
+            t = levels[late]
+    return (decode or family.decode)(family.predict(x, t, cond, config.guidance_scale).x0)
 
 
 def pretraining_loss(
@@ -200,6 +222,14 @@ def pretraining_loss(
     captions = [sample.text for sample in chosen]
     dropout = config.caption_dropout
     return w.losses(chosen, captions, indices, caption_dropout=dropout, stream=1).mean()
+
+
+def load_decoder(config: Config, name: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return the decoder of --reward-vae."""
+    with exit_on_user_error():
+        folder = reward_decoder.check(config.model.pretrained.source(), name, config.model.vae)
+        dtype = workspace.DTYPES[config.run.mixed_precision or "no"]
+        return reward_decoder.load(folder, device, dtype, checkpointing=config.model.vae_checkpointing)
 
 
 def check_inputs(
@@ -219,12 +249,29 @@ def check_inputs(
     assert config.num_inference_steps is not None, "filled"
     assert config.solver is not None, "filled"
     defaults.check_solver(config.solver, config.num_inference_steps)
+    check_rollout(config, defaults)
+    if config.reward_vae is not None:
+        reward_decoder.check(config.model.pretrained.source(), config.reward_vae, config.model.vae)
     size = config.model.size(defaults)
     if config.jitter >= min(size):
         raise ValueError(f"--jitter {config.jitter} must be less than the image's side, {min(size)} pixels")
     if pretraining_data is None:
         return config, prompts, validation_prompts, [], []
     return config, prompts, validation_prompts, *data.read(pretraining_data, config.columns)
+
+
+def check_rollout(config: Config, defaults: Defaults) -> None:
+    """Raise ValueError for a --rollout-solver that the model cannot use, and for as many steps as the trajectory has without it."""
+    if config.rollout_solver is None or config.rollout_steps is None:
+        return
+    assert config.window is not None, "filled"
+    first, last = config.window
+    if not 1 <= config.rollout_steps <= first:
+        raise ValueError(
+            f"--rollout-steps {config.rollout_steps} must lie in 1..{first}: --window {first} {last} needs {first} to {last} steps"
+            " without --rollout-solver; give fewer, or leave both out"
+        )
+    defaults.check_solver(config.rollout_solver, config.rollout_steps)
 
 
 def with_defaults(config: Config, defaults: Defaults) -> Config:
@@ -259,6 +306,7 @@ def main(config: Config) -> int:
         if samples:
             w.decode_ahead(samples, stream=1)
         assert mix is not None, "the configuration has rewards"
+        decode = None if config.reward_vae is None else load_decoder(config, config.reward_vae, run.device)
         for index in run.steps():
             if config.pretraining == "alternate":  # Algorithm 1, lines 6 and 7
                 for micro_batch in run.passes():
@@ -266,18 +314,21 @@ def main(config: Config) -> int:
                         run.update(pretraining_loss(w, samples, index, micro_batch, config), phase="pretrain")
 
             late = int(run.rng(index).integers(config.window[0], config.window[1] + 1))  # line 8
+            scored: list[Mixed] = []
             for micro_batch in run.passes():  # lines 9 to 17
                 indices = run.image_indices(index, micro_batch)
                 texts = items_at(prompts, indices, config.run.seed)
                 with run.accumulate():
                     noise = [run.generator(i) for i in indices]
-                    pixels = late_pixels(w.family, texts, noise, late, w.resolution, config)
+                    pixels = late_pixels(w.family, texts, noise, late, w.resolution, config, decode)
                     movers = [run.generator(i, stream=2) for i in indices]
-                    reward = mean_reward(mix, pixels, texts, movers, config)
+                    reward, mixed = mean_reward(mix, pixels, texts, movers, config)
+                    scored.append(mixed)
                     loss = reward_loss(reward, config.margin, config.reward_scale)
                     if config.pretraining == "sum":
                         loss = loss + pretraining_loss(w, samples, index, micro_batch, config)
-                    run.update(loss, reward=reward.mean(), late_step=float(late))
+                    with named(scored):
+                        run.update(loss, reward=reward.mean(), late_step=float(late))
             w.after(index)
         return w.finish()
 

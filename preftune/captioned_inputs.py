@@ -22,6 +22,7 @@ from preftune.images import load_levels, to_pixels
 from preftune.resolution import Framing, Resolution
 from preftune.worker_processes import WorkerProcesses
 from rewards.digests import sha256_of
+from rewards.on_device import upload
 
 
 class ReadImage(NamedTuple):
@@ -113,14 +114,7 @@ class CaptionedInputs:
         framings = [framing for _, framing in loaded]
         mean, std = self.family.moments(on(self.family.device, [levels for levels, _ in loaded]))
         if self._latents is not None and len(paths) == self.batch_size:
-            rows = zip(found, mean.cpu(), std.cpu(), framings, strict=True)
-            layout = torch.tensor(mean.stride(1) == 1 and mean.shape[1] > 1)
-            for image, own_mean, own_std, framing in rows:
-                numbers = torch.tensor([*framing.original, framing.top, framing.left])
-                self._latents.put(
-                    image.name,
-                    {"mean": own_mean, "std": own_std, "framing": numbers, "channels_last": layout},
-                )
+            self._keep([image.name for image in found], framings, mean, std)
         return self.family.latents_of(mean, std, generators), framings
 
     def cond(self, texts: Sequence[str], framings: Sequence[Framing]) -> Cond:
@@ -134,7 +128,7 @@ class CaptionedInputs:
         stored = [entry for entry in entries if entry is not None]
         if len(stored) == len(entries):
             rows = {name: torch.stack([entry[name] for entry in stored]) for name in stored[0]}
-            positive = {name: value.to(self.family.device) for name, value in rows.items()}
+            positive = {name: upload(value, self.family.device) for name, value in rows.items()}
             return self.family.framed(Cond(positive=positive, negative={}), framings)
         with torch.no_grad():
             cond = self.family.encode(texts)
@@ -151,18 +145,35 @@ class CaptionedInputs:
         stored = [entry for entry in entries if entry is not None]
         return stored if len(stored) == len(found) else None
 
-    def _moved(self, stored: Sequence[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    def _keep(
+        self, names: Sequence[str], framings: Sequence[Framing], mean: Tensor, std: Tensor | None
+    ) -> None:
+        """Put the posteriors (B, C, h, w) of images into the store."""
+        assert self._latents is not None, "there is a store"
+        layout = torch.tensor(mean.stride(1) == 1 and mean.shape[1] > 1)
+        posterior = {"mean": mean.cpu()} | ({} if std is None else {"std": std.cpu()})
+        for row, (name, framing) in enumerate(zip(names, framings, strict=True)):
+            own = {part: value[row] for part, value in posterior.items()}
+            numbers = torch.tensor([*framing.original, framing.top, framing.left])
+            self._latents.put(name, own | {"framing": numbers, "channels_last": layout})
+
+    def _moved(self, stored: Sequence[dict[str, Tensor]]) -> tuple[Tensor, Tensor | None]:
         """Mean and standard deviation, in memory as the autoencoder left them: what follows rounds otherwise in another order."""
-        last = bool(stored[0]["channels_last"])
-        layout = torch.channels_last if last else torch.contiguous_format
-        mean, std = (torch.stack([entry[name] for entry in stored]) for name in ("mean", "std"))
-        device = self.family.device
-        return mean.to(device, memory_format=layout), std.to(device, memory_format=layout)
+        layout = torch.channels_last if stored[0]["channels_last"] else torch.contiguous_format
+        mean, std = (
+            upload(
+                torch.stack([entry[name] for entry in stored]).contiguous(memory_format=layout),
+                self.family.device,
+            )
+            if name in stored[0]
+            else None
+            for name in ("mean", "std")
+        )
+        assert mean is not None, "an entry has a mean"
+        return mean, std
 
     def _loaded(self, path: Path, image: ReadImage) -> tuple[NDArray[np.uint8], Framing]:
-        if (
-            image.levels is None or image.framing is None
-        ):  # its entry is there, another one's of the batch is not
+        if image.levels is None or image.framing is None:  # its entry is there, another image's is not
             return load_levels(path, self.resolution)
         return image.levels, image.framing
 
@@ -180,7 +191,5 @@ def on(device: torch.device, levels: Sequence[NDArray[np.uint8]]) -> Tensor:
     batch = np.stack(levels)
     if device.type == "cpu":
         return to_pixels(batch).contiguous()
-    host = torch.from_numpy(batch)
-    host = host.pin_memory() if device.type == "cuda" else host
-    table = (torch.arange(256).float() / 255).to(device)
-    return table[host.to(device, non_blocking=True).long()].movedim(-1, -3).contiguous()
+    table = upload(torch.arange(256).float() / 255, device)
+    return table[upload(torch.from_numpy(batch), device).long()].movedim(-1, -3).contiguous()

@@ -2,19 +2,33 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.autoencoders.vae import Decoder
 from torch.nn.modules.module import register_module_forward_hook
 
 import rewards
 import tiny
-from benchmarks import build, full_size, hardware, models, paths, refl_step, score
+from benchmarks import (
+    build,
+    full_size,
+    hardware,
+    models,
+    paths,
+    published,
+    refl_loops,
+    refl_step,
+    score,
+    turns,
+)
 from benchmarks import reward_model as training
+from benchmarks.refl_loops import LoopName, Train, Trial, Update
 from data_build import diffusiondb
 from finetune import refl, reward_model
 from golden_weights import tiny_card
@@ -58,16 +72,17 @@ def threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def trial(tmp_path_factory: pytest.TempPathFactory) -> refl_step.Trial:
+def trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
     folder = tmp_path_factory.mktemp("parts")
-    return refl_step.Trial(
+    return Trial(
         loop="ours",
         model="tiny",
         pipeline=tiny.pipeline_folder(folder / "pipeline"),
         scorer="imagereward-tiny",
         scorer_files=small_scorer(folder),
+        resolution="64",
         device="cpu",
-        precision="no",
+        precision="bf16",
         train="lora",
         checkpointing="off",
         compile="off",
@@ -79,42 +94,123 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> refl_step.Trial:
     )
 
 
-@pytest.mark.parametrize("train", ["lora", "full"])
-def test_measure_compares_in_turns(trial: refl_step.Trial, train: str) -> None:
-    row = refl_step.measure(replace(trial, train=train), compare=True)
-    mine, others = zip(*row["times"], strict=True)
-    assert row["s_per_update"] == sorted(mine)[1]
-    assert row["plain_s_per_update"] == sorted(others)[1]
-    assert row["speed_up"] == pytest.approx(sorted(others)[1] / sorted(mine)[1])
-    assert row["images_per_s"] == pytest.approx(1 / sorted(mine)[1])
+ALL = ("full", "lora", "half-base")
+RELEASED: list[tuple[LoopName, Train]] = [("published", "full"), ("published", "lora"), ("half-base", "lora")]
 
 
-@pytest.mark.parametrize("loop", ["ours", "plain"])
-@pytest.mark.parametrize("train", ["lora", "full"])
-def test_an_update_trains_the_denoiser_only(
-    trial: refl_step.Trial, loop: str, train: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def released(trial: Trial, index: int) -> Trial:
+    return trial.published(*RELEASED[index])
+
+
+def test_a_setting_is_compared_in_turns(trial: Trial) -> None:
+    row = turns.measure_alone(trial, [released(trial, i) for i in range(3)])
+    assert row["s_per_update"] == sorted(row["times"])[1]
+    assert row["images_per_s"] == pytest.approx(1 / row["s_per_update"])
+    assert row["cpu_s"] == min(row["cpu_times"]) > 0
+    for name in ("full", "lora", "half_base"):
+        assert len(row[f"{name}_times"]) == 3
+        assert 0.05 < row[f"over_{name}"] < 20
+    assert row["peak_mib"] > row["before_mib"] > 0
+
+
+def test_a_rival_s_time_is_over_ours(trial: Trial) -> None:
+    """On a CPU that others share, of least CPU times; on CUDA, of median wall times."""
+    walls = (3.0, 9.0, 4.0)
+    times = [hardware.Spent(wall=wall, cpu=cpu) for wall, cpu in zip(walls, (2.0, 6.0, 2.5), strict=True)]
+    row = {"s_per_update": 2.0, "cpu_s": 0.5}
+    rival = released(trial, 2)
+    assert turns.against(row, rival, times)["over_half_base"] == 4
+    assert turns.against(row, replace(rival, device="cuda"), times)["over_half_base"] == 2
+
+
+def test_rows_of_one_process_come_as_they_are_measured(trial: Trial) -> None:
+    """Where a setting and the rivals do not fit together, the setting is measured alone; another error is its row."""
+    rows: list[tuple[Trial, turns.Row]] = []
+    mine = [replace(trial, train_batch_size=2), replace(trial, train="full"), trial]
+    fits = [True, False, True]
+    compare = turns.compare
+
+    def tight(loops: Sequence[turns.Loop]) -> list[turns.Row]:
+        first = loops[0].trial
+        if first in mine and len(loops) > 1 and not fits[mine.index(first)]:
+            raise torch.OutOfMemoryError
+        return compare(loops)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(turns, "compare", tight)
+        others = [released(trial, 0), replace(trial, loop="published", scorer_files=Path("absent"))]
+        with pytest.raises(ValueError, match="absent"):
+            turns.measure_together(mine, others, lambda one, row: rows.append((one, row)))
+        turns.measure_together(mine, others[:1], lambda one, row: rows.append((one, row)))
+    assert [one for one, _ in rows] == [others[0], *mine]
+    assert ["over_full" in row for _, row in rows] == [False, True, False, False]
+    assert all(len(row["times"]) == 3 for _, row in rows)
+
+
+@pytest.mark.parametrize(("loop", "train"), [("ours", "lora"), ("ours", "full"), *RELEASED])
+def test_an_update_trains_the_denoiser_only(trial: Trial, loop: LoopName, train: Train) -> None:
     """The update must move the trained weights: a benchmark of a loss without gradient would look fast."""
     trained: list[torch.nn.Parameter] = []
-    adamw = refl_step.adamw
+    optimised = refl_loops.optimised
 
-    def spy(config: object, weights: list[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    def spy(one: Trial, weights: list[torch.nn.Parameter], *rest: Any) -> Update:
         trained.extend(weights)
-        return adamw(config, weights, lr)
+        return optimised(one, weights, *rest)
 
-    monkeypatch.setattr(refl_step, "adamw", spy)
-    update = getattr(refl_step, loop)(replace(trial, train=train))
+    one = replace(trial, train=train) if loop == "ours" else trial.published(loop, train)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (refl_loops, published):
+            patch.setattr(module, "optimised", spy)
+        update = turns.start(replace(one, repeats=1)).update
     before = [weight.detach().clone() for weight in trained]
-    for index in range(2):
-        loss = update(index)
+    loss = update(2)
     moved = [not torch.equal(weight, old) for weight, old in zip(trained, before, strict=True)]
-    assert sum(moved) > 0.9 * len(moved) if train == "full" else all(moved)
+    assert sum(moved) > 0.9 * len(moved)
+    assert {weight.dtype for weight in trained} == {torch.float32}
     assert 0 < loss < 4e-3  # lambda relu(2 - r) of an untrained scorer, |r| of order 1
     assert all(weight.grad is None for weight in trained)
 
 
-def test_both_loops_have_the_same_loss(trial: refl_step.Trial, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the same x_T and the same noise, the plain loop computes what the driver does: the same work is timed."""
+def test_precision_of_the_frozen_weights(trial: Trial) -> None:
+    """The released LoRA script keeps the UNet in float32; half-base is the same with frozen weights in half."""
+    found = []
+
+    def note(module: torch.nn.Module, args: object, output: object) -> None:
+        if isinstance(module, UNet2DConditionModel):
+            frozen = {weight.dtype for weight in module.parameters() if not weight.requires_grad}
+            found.append((frozen, {weight.dtype for weight in module.parameters() if weight.requires_grad}))
+
+    with register_module_forward_hook(note):
+        for index in range(3):
+            published.published(released(trial, index), range(1))(0)
+    wide, half = torch.float32, torch.bfloat16
+    assert found[0] == (set(), {wide})
+    assert found[len(found) // 2] == ({wide}, {wide})
+    assert found[-1] == ({half}, {wide})
+
+
+def test_an_average_is_kept_of_all_weights_alone(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the released script of all weights does, in its loop and in ours; diffusers' average and our own."""
+    averages: list[object] = []
+    for home, name in ((published, "EMAModel"), (refl_loops, "EMA")):
+        kind = getattr(home, name)
+        monkeypatch.setattr(
+            home, name, lambda *args, kind=kind, **kw: averages.append(kind(*args, **kw)) or averages[-1]
+        )
+    for train in ("full", "lora"):
+        for one in (replace(trial, train=train), trial.published("published", train)):
+            turns.start(replace(one, repeats=1))
+    mine, theirs, none = averages
+    assert len(mine.weights) == len(theirs.shadow_params) > 10
+    assert mine.count == theirs.optimization_step == turns.WARMUP
+    assert none.weights == []
+
+
+@pytest.mark.parametrize(("loop", "train"), RELEASED)
+def test_all_loops_have_the_same_loss(
+    trial: Trial, loop: LoopName, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same x_T and the same noise, the released loops compute what the driver does: the same work is timed."""
     monkeypatch.setattr(torch, "randn", lambda *size, **_: torch.full(_shape(size), 0.3))
     monkeypatch.setattr(  # DDPM draws the noise of a step from where it imported randn_tensor
         "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda shape, **_: torch.full(shape, 0.3)
@@ -126,8 +222,10 @@ def test_both_loops_have_the_same_loss(trial: refl_step.Trial, monkeypatch: pyte
         if isinstance(module, Decoder):
             decoded.append(output.detach())
 
+    mine = replace(trial, precision="no")
     with register_module_forward_hook(note):
-        losses = [float(make(trial)(0)) for make in (refl_step.ours, refl_step.plain)]
+        losses = [float(refl_loops.ours(replace(mine, train=train))(0))]
+        losses.append(float(published.published(mine.published(loop, train), range(1))(0)))
     torch.testing.assert_close(decoded[0], decoded[1], atol=1e-5, rtol=0)
     assert decoded[0].std() > 0.01
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
@@ -138,28 +236,33 @@ def _shape(size: tuple[object, ...]) -> tuple[int, ...]:
 
 
 def test_trials_change_one_thing_at_a_time() -> None:
-    parts = Path("pipeline"), "imagereward-tiny", Path("scorer")
-    found = refl_step.trials(refl_step.Config(train_batch_size=(1, 2)), "tiny", *parts)
-    for batch in (1, 2):
-        mine = [t for t in found if t.train_batch_size == batch and t.loop == "ours"]
+    names = ("train", "compile", "checkpointing", "precision")
+    cpu = refl_step.trials(refl_step.Config(train_batch_size=(1, 2)), refl_loops.parts_of("tiny", Path()))
+    assert list(cpu) == [1, 2]
+    for mine in cpu.values():
         base = mine[0]
-        names = ("precision", "train", "checkpointing", "compile")
         changes = [[n for n in names if getattr(t, n) != getattr(base, n)] for t in mine]
-        assert changes == [[], ["precision"], ["train"], ["checkpointing"], ["compile"]]
-        plain = [t for t in found if t.train_batch_size == batch and t.loop == "plain"]
-        assert [t.train for t in plain] == ["lora", "full"]
-        assert {(t.precision, t.checkpointing, t.compile) for t in plain} == {("no", "on", "off")}
-    crossed = refl_step.trials(refl_step.Config(train_batch_size=(1,), cross=True), "sd1", *parts)
-    assert len([t for t in crossed if t.loop == "ours"]) == 3 * 2 * 2 * 2
-    assert {t.precision for t in crossed if t.loop == "plain"} == {"fp16"}
+        assert changes == [[], *([name] for name in names)]
+        rivals = [(t.loop, t.train, t.precision, t.checkpointing) for t in refl_step.rivals(mine[-1], ALL)]
+        assert rivals == [
+            (*RELEASED[0], "bf16", "on"),
+            (*RELEASED[1], "bf16", "off"),
+            (*RELEASED[2], "bf16", "off"),
+        ]
+        assert len(refl_step.rivals(base, ALL)) == 2, "in float32 there is no half"
+    parts = refl_loops.parts_of("tiny", Path()) | {"device": "cuda"}
+    cuda = refl_step.trials(refl_step.Config(train_batch_size=(8,), cross=True), parts)[8]
+    assert len(cuda) == 3 * 2 * 2 * 2
+    assert {t.precision for one in cuda for t in refl_step.rivals(one, ALL)} == {"fp16"}
+    assert len({t for one in cuda for t in refl_step.rivals(one, ALL)}) == 3, "they are loaded once a batch"
 
 
 def test_table_and_json(
-    trial: refl_step.Trial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    trial: Trial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "pipeline").symlink_to(trial.pipeline)
     (tmp_path / "imagereward").symlink_to(trial.scorer_files)
-    monkeypatch.setattr(refl_step, "TINY", tmp_path)
+    monkeypatch.setattr(refl_loops, "TINY", tmp_path)
     monkeypatch.setattr(refl_step, "fresh", lambda function, *arguments: function(*arguments))
     flags = "--models tiny --precision bf16 --train lora --checkpointing on --compile off --train-batch-size 1 --repeats 1"
     flags += f" --threads 1 --num-inference-steps 2 --late 1 --output {tmp_path / 'new' / 'rows.json'}"
@@ -169,13 +272,29 @@ def test_table_and_json(
     assert "1 threads" in first
     written = json.loads((tmp_path / "new" / "rows.json").read_text())
     assert first.startswith(written["hardware"])
-    assert [row["loop"] for row in written["rows"]] == ["plain", "ours"]
     assert [line.split()[:7] for line in lines] == [
-        ["tiny", "plain", "no", "lora", "on", "off", "1"],
+        ["tiny", "published", "bf16", "full", "on", "off", "1"],
+        ["tiny", "published", "bf16", "lora", "off", "off", "1"],
+        ["tiny", "half-base", "bf16", "lora", "off", "off", "1"],
         ["tiny", "ours", "bf16", "lora", "on", "off", "1"],
     ]
-    assert len(lines[1].split()) == 7 + 6, "without CUDA: time, speed, peak, before, plain and speed-up"
-    assert header.index("MFU") >= len(lines[1]) - 1
+    assert [row["loop"] for row in written["rows"]] == [line.split()[1] for line in lines]
+    assert len(lines[3].split()) == 7 + 8, "without CUDA: two times, speed, peak, before, and three ratios"
+    assert header.index("MFU") >= len(lines[3]) - 1
+
+
+def test_mfu_of_the_nominal_peak_and_of_a_matrix_product(trial: Trial, capsys: pytest.CaptureFixture) -> None:
+    table = refl_step.Table("a card", None, {"peak_tflops": 1000.0, "matmul_tflops": 800.0})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(refl_step, "count_flops", lambda one: 40 * 10**12)
+        table.count(trial)
+    row = {"s_per_update": 0.8, "images_per_s": 10.0, "cpu_s": 1.0, "peak_mib": 2.0}
+    table.add(replace(trial, train="full"), dict(row))
+    table.add(trial, row)
+    assert (row["mfu"], row["mfu_of_matmul"]) == (0.4, 0.5)
+    without, line = capsys.readouterr().out.splitlines()
+    assert line.split()[-2:] == ["40.0%", "50.0%"]
+    assert "%" not in without, "the operations of that update were not counted"
 
 
 def test_a_fresh_process_has_its_own_peak() -> None:

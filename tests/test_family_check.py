@@ -56,8 +56,8 @@ def rename(old: str, new: str) -> Change:
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHARDS = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
-TAESD = both(
-    index(vae=["diffusers", "AutoencoderTiny"]), edit("vae/config.json", _class_name="AutoencoderTiny")
+ANOTHER_VAE = both(
+    index(vae=["diffusers", "AutoencoderDC"]), edit("vae/config.json", _class_name="AutoencoderDC")
 )
 REFUSED: list[tuple[str, str, Change, str]] = [
     ("sd", "another pipeline", index(_class_name="FluxPipeline"), "is a FluxPipeline; known are StableDiffusionPipeline, StableDiffusionXLPipeline"),
@@ -77,8 +77,9 @@ REFUSED: list[tuple[str, str, Change, str]] = [
     ("sd", "width of the text", edit("text_encoder/config.json", hidden_size=48), "cross_attention_dim 32, but its text is 48 wide"),
     ("sd", "no width", edit("text_encoder/config.json", hidden_size=None), "no hidden_size"),
     ("sd", "another UNet", unet(_class_name="UNet3DConditionModel"), "unet is UNet3DConditionModel, not UNet2DConditionModel"),
-    ("sd", "TAESD", TAESD, "its vae is AutoencoderTiny; expected AutoencoderKL"),
-    ("sd", "TAESD in its folder alone", edit("vae/config.json", _class_name="AutoencoderTiny"), "vae is AutoencoderTiny, not AutoencoderKL"),
+    ("sd", "another autoencoder", ANOTHER_VAE, "its vae is AutoencoderDC; expected AutoencoderKL or AutoencoderTiny"),
+    ("sd", "another in its folder alone", edit("vae/config.json", _class_name="AutoencoderDC"), "vae is AutoencoderDC, not AutoencoderKL or AutoencoderTiny"),
+    ("sd", "TAESD without widths", edit("vae/config.json", _class_name="AutoencoderTiny"), "lacks the list decoder_block_out_channels"),
     ("sd", "latent channels", edit("vae/config.json", latent_channels=16), "expected 16 and 16, the latent channels of its vae"),
     ("sd", "foreign text encoder", index(text_encoder=["transformers", "T5EncoderModel"]), "its text_encoder is T5EncoderModel; expected CLIPTextModel"),
     ("sd", "XLM-R in the folder", edit("text_encoder/config.json", model_type="xlm-roberta"), "text_encoder is xlm-roberta, not CLIPTextModel"),
@@ -240,8 +241,8 @@ def test_another_autoencoder(originals: dict[str, Path], tmp_path: Path) -> None
     edit("config.json", latent_channels=4, block_out_channels=[8, 16, 32])(vae)
     with pytest.raises(ValueError, match="4 latent channels and a factor of 4; expected 4 and 8"):
         families.check(originals["sd"], vae)
-    edit("config.json", _class_name="AutoencoderTiny")(vae)
-    with pytest.raises(ValueError, match="vae is AutoencoderTiny, not AutoencoderKL"):
+    edit("config.json", _class_name="AutoencoderDC")(vae)
+    with pytest.raises(ValueError, match="vae is AutoencoderDC, not AutoencoderKL or AutoencoderTiny"):
         families.check(originals["sd"], vae)
     with pytest.raises(
         ValueError, match=r"--vae .*absent does not exist; name the folder of an autoencoder or a hub id"

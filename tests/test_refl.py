@@ -267,12 +267,12 @@ def test_the_reward_is_the_mean_over_moved_copies(root: Path, tmp_path: Path) ->
         return [torch.Generator().manual_seed(i) for i in range(2)]
 
     three = config(root, tmp_path, jitter=5, jitter_copies=3)
-    found = refl.mean_reward(mix, pixels, PROMPTS, generators(), three)
+    found, _ = refl.mean_reward(mix, pixels, PROMPTS, generators(), three)
     seen = generators()
     by_hand = [2 * scorer(shifted(pixels, seen, 5), PROMPTS) for _ in range(3)]
     torch.testing.assert_close(found, torch.stack(by_hand).mean(0))
     assert (by_hand[0] - by_hand[1]).abs().min() > 1e-4, "copies differ"
-    as_published = refl.mean_reward(mix, pixels, PROMPTS, generators(), config(root, tmp_path))
+    as_published, _ = refl.mean_reward(mix, pixels, PROMPTS, generators(), config(root, tmp_path))
     torch.testing.assert_close(as_published, 2 * scorer(pixels, PROMPTS))
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
@@ -82,6 +83,18 @@ def vae(seed: int = 0) -> AutoencoderKL:
             layers_per_block=1,
             latent_channels=4,
             norm_num_groups=4,
+        ).eval()
+
+
+def taesd(seed: int = 0) -> AutoencoderTiny:
+    """TAESD's architecture with factor 8 and 4 latent channels, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return AutoencoderTiny(
+            encoder_block_out_channels=(8, 8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8, 8),
+            num_encoder_blocks=(1, 1, 1, 1),
+            num_decoder_blocks=(1, 1, 1, 1),
         ).eval()
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Generator, Tensor, nn
 
+    from preftune.families.quantization import Kind as QuantizationKind
     from preftune.noise import Prediction
 
 
@@ -129,6 +130,21 @@ class Family(Protocol):
         """
         ...
 
+    def lean(self) -> AbstractContextManager[None]:
+        """Context without gradient in which `predict` takes the fast way: see preftune/families/lean.py.
+
+        It reads the trained weights as they are when it begins; those that training changes inside come into effect with the next.
+        What `predict` returns inside may be used by autograd outside.
+        """
+        ...
+
+    def compile(self) -> None:
+        """From now on compile what lean passes call, and replay them as CUDA graphs; nothing on a CPU.
+
+        The first pass of each shape takes longer, minutes at Stable Diffusion's size.
+        """
+        ...
+
     def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return (alpha, sigma) of x_t = alpha x_0 + sigma eps, float32, in the shape of t; (1, 0) where t is -1."""
         ...
@@ -149,12 +165,21 @@ class Family(Protocol):
         """Return latents (B, C, h, w) of pixels in [0, 1]: a sample of the posterior by each generator, or its mean."""
         ...
 
-    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the posterior's mean and standard deviation, (B, C, h, w), for pixels in [0, 1], in the autoencoder's precision."""
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the posterior's mean and standard deviation, (B, C, h, w), for pixels in [0, 1], in the autoencoder's precision.
+
+        Without a posterior, as of AutoencoderTiny: the latents, and None.
+        """
         ...
 
-    def latents_of(self, mean: Tensor, std: Tensor, generators: Sequence[Generator] | None = None) -> Tensor:
+    def latents_of(
+        self, mean: Tensor, std: Tensor | None, generators: Sequence[Generator] | None = None
+    ) -> Tensor:
         """Return the latents of a posterior, as `encode_pixels` does of pixels."""
+        ...
+
+    def quantize(self, kind: QuantizationKind, device: torch.device | str) -> None:
+        """Hold the denoiser's linear layers in 4 or 8 bits on the device, before `trainable`, for a LoRA alone."""
         ...
 
     def trainable(self, lora: LoRA | None, seed: int) -> nn.Module:

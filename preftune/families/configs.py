@@ -9,11 +9,12 @@ from rewards.input_files import parse_json, read_text
 
 Config = Mapping[str, Any]
 
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 _TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 PIPELINES: dict[str, dict[str, tuple[str, ...]]] = {
     "StableDiffusionPipeline": {
         "unet": ("UNet2DConditionModel",),
-        "vae": ("AutoencoderKL",),
+        "vae": AUTOENCODERS,
         "text_encoder": ("CLIPTextModel",),
         "tokenizer": _TOKENIZERS,
         "scheduler": (),
@@ -22,7 +23,7 @@ PIPELINES: dict[str, dict[str, tuple[str, ...]]] = {
         "text_encoder_2": ("CLIPTextModelWithProjection",),
         "text_encoder": ("CLIPTextModel",),
         "unet": ("UNet2DConditionModel",),
-        "vae": ("AutoencoderKL",),
+        "vae": AUTOENCODERS,
         "tokenizer": _TOKENIZERS,
         "tokenizer_2": _TOKENIZERS,
         "scheduler": (),
@@ -114,13 +115,16 @@ def check_unet(folder: Path, unet: Config, vae: Config, text_width: int, *, addi
 
 
 def check_vae(folder: Path, like: Config | None = None) -> Config:
-    """Return the configuration of an AutoencoderKL folder.
+    """Return the configuration of the folder of an AutoencoderKL or AutoencoderTiny (TAESD).
 
     ValueError for another autoencoder, or where latents are not of the same kind as those of `like`, which it replaces.
     """
-    vae = read_model(folder, "AutoencoderKL")
-    if not isinstance(vae.get("block_out_channels"), list):
-        raise ValueError(f"{folder}: its config.json lacks the list block_out_channels")
+    vae = read_json(folder / "config.json")
+    if (kind := vae.get("_class_name")) not in AUTOENCODERS:
+        raise ValueError(f"{folder} is {kind}, not {' or '.join(AUTOENCODERS)}: its config.json says so")
+    name = "block_out_channels" if kind == "AutoencoderKL" else "decoder_block_out_channels"
+    if not isinstance(vae.get(name), list):
+        raise ValueError(f"{folder}: its config.json lacks the list {name}")
     found = (vae.get("latent_channels", 4), vae_factor(vae))
     if like is not None and found != (expected := (like.get("latent_channels", 4), vae_factor(like))):
         raise ValueError(
@@ -156,4 +160,11 @@ def trained_resolution(unet: Config, vae: Config, default: int) -> Resolution:
 
 def vae_factor(vae: Config) -> int:
     """Return how many pixels one latent stands for, along each side."""
-    return int(2 ** (len(vae["block_out_channels"]) - 1))
+    # AutoencoderTiny's own config.json has no block_out_channels, its object has; its last level does not double the size either
+    widths = vae.get("block_out_channels") or vae["decoder_block_out_channels"]
+    return int(2 ** (len(widths) - 1))
+
+
+def force_upcast(vae: Config) -> bool:
+    """Return whether an autoencoder's activations overflow in float16; where it says nothing, its class's own default."""
+    return bool(vae.get("force_upcast", vae.get("_class_name") != "AutoencoderTiny"))

@@ -159,26 +159,26 @@ def lora_in(names: Collection[str]) -> str | None:
     return next((name for name in files if name in names), None)
 
 
-def vae_folder(vae: str) -> Path | None:
+def vae_folder(vae: str, flag: str = "--vae") -> Path | None:
     """Return the folder of an autoencoder that is named by its path, None for a hub id; ValueError where there is none."""
     path = embedded.find(Path(vae).expanduser())
     if not path.exists() and _HUB_ID.fullmatch(vae) and not path.parent.is_dir():
         return None
     if not path.is_dir():
         raise ValueError(
-            f"--vae {vae} {'is a file' if path.exists() else 'does not exist'}; name the folder of an autoencoder or a hub id,"
+            f"{flag} {vae} {'is a file' if path.exists() else 'does not exist'}; name the folder of an autoencoder or a hub id,"
             " as madebyollin/sdxl-vae-fp16-fix"
         )
     return path
 
 
 @_once_a_folder
-def locate_vae(vae: str) -> Path:
+def locate_vae(vae: str, flag: str = "--vae") -> Path:
     """Return the folder of an autoencoder that is named by its path or hub id; ValueError where there is none.
 
     A hub id is answered from the cache or downloaded, as a model is.
     """
-    path = vae_folder(vae)
+    path = vae_folder(vae, flag)
     if path is not None:
         return path
 
@@ -186,7 +186,7 @@ def locate_vae(vae: str) -> Path:
         found = weights.choose([name for name in names if "/" not in name], "diffusers", None)
         if "config.json" not in names or found is None:
             raise ValueError(
-                f"{vae} is no autoencoder of diffusers: it has no config.json with weights; name another --vae"
+                f"{vae} is no autoencoder of diffusers: it has no config.json with weights; name another {flag}"
             )
         return ["config.json", *found.files]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors import SafetensorError
 from transformers import CLIPTokenizer
 
@@ -46,7 +46,13 @@ def _vae(source: Source, vae: Path | None, dtype: torch.dtype) -> Any:
     """Return the autoencoder, or that of another folder."""
     if source.file is not None and vae is None:
         return single_file.load_vae(source.file, source.folder, dtype)
-    return _model(AutoencoderKL, vae or source.folder / "vae", "diffusers", source.variant, dtype)
+    return load_vae(vae or source.folder / "vae", source.variant, dtype)
+
+
+def load_vae(folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
+    """Return the autoencoder of a checked folder."""
+    tiny = read_json(folder / "config.json")["_class_name"] == "AutoencoderTiny"
+    return _model(AutoencoderTiny if tiny else AutoencoderKL, folder, "diffusers", variant, dtype)
 
 
 def _model(model_class: Any, folder: Path, library: str, variant: str | None, dtype: torch.dtype) -> Any:

@@ -8,7 +8,6 @@ from typing import Any, Self
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
@@ -17,15 +16,17 @@ from diffusers import (
 from torch import Generator, Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from preftune.families import configs, parts, text, vp
+from preftune.families import configs, parts, quantization, text, vp
 from preftune.families import unet as unets
 from preftune.families.base import Cond, Defaults
+from preftune.families.lean import Lean
 from preftune.families.source import Source
 from preftune.lora import tuning as loras
 from preftune.lora.names import Layers
 from preftune.noise import Prediction, predict_from
 from preftune.resolution import Framing, Resolution
 from preftune.solver_names import PredictionType, SolverName
+from rewards.on_device import upload
 
 
 def check(source: Source, vae: Path | None = None) -> Defaults:
@@ -76,7 +77,7 @@ class SD:
         self,
         *,
         unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
+        vae: unets.Autoencoder,
         text_encoder: CLIPTextModel,
         tokenizer: Any,
         scheduler_config: Mapping[str, object],
@@ -92,13 +93,23 @@ class SD:
         self.defaults: Defaults = _defaults(unet.config, vae.config, self.noise)
         self._negatives: dict[str, Tensor] = {}
         tuned = {"unet": unet, "text_encoder": text_encoder}
-        self._tuned = unets.Tuned(tuned, changed=self._negatives.clear)
+        self._lean = Lean(unet)
+        self._tuned = unets.Tuned(tuned, changed=self._changed)
+
+    def _changed(self) -> None:
+        """The parts answer differently from now on."""
+        self._negatives.clear()
+        self._lean.changed()
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """Move all parts, and cast those that are frozen."""
+        self._lean.casting_to(dtype)
         for part in (self.unet, self.vae, self.text_encoder):
             unets.cast(part, device, dtype)
+        self._lean.was_cast()
         self.device = self.vae.device
+        for part in (self.unet, self.vae):
+            unets.channels_last(part, self.device)
         self.noise = dataclasses.replace(self.noise, alphas_cumprod=self.noise.alphas_cumprod.to(self.device))
         self._negatives.clear()
         return self
@@ -127,11 +138,18 @@ class SD:
         """Return the UNet's prediction in float32; with guidance, both passes in one batch."""
 
         def call(x: Tensor, t: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-            output: Tensor = self.denoiser(x.to(rows["embeds"].dtype), t, rows["embeds"]).sample
-            return output
+            return self._lean.call(self.denoiser, x, t, rows["embeds"])
 
         output = unets.guided(call, x, t, cond, guidance_scale)
         return predict_from(output, x, *self.schedule(t), self.prediction_type)
+
+    def lean(self) -> AbstractContextManager[None]:
+        """The UNet in the run's precision, its LoRA merged, without autocast."""
+        return self._lean.on()
+
+    def compile(self) -> None:
+        """Compile the UNet of lean passes."""
+        self._lean.compile()
 
     def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return (alpha, sigma)."""
@@ -157,13 +175,19 @@ class SD:
         """Return scaled latents in float32."""
         return self.latents_of(*self.moments(pixels), generators)
 
-    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the posterior's mean and standard deviation."""
-        return unets.moments(self.vae, pixels.to(self.device))
+        return unets.moments(self.vae, upload(pixels, self.device))
 
-    def latents_of(self, mean: Tensor, std: Tensor, generators: Sequence[Generator] | None = None) -> Tensor:
+    def latents_of(
+        self, mean: Tensor, std: Tensor | None, generators: Sequence[Generator] | None = None
+    ) -> Tensor:
         """Return scaled latents in float32."""
         return unets.latents_of(self.vae, mean, std, generators)
+
+    def quantize(self, kind: quantization.Kind, device: torch.device | str) -> None:
+        """Hold the UNet's linear layers in 4 or 8 bits."""
+        quantization.quantize(self.unet, kind, device)
 
     def trainable(self, lora: loras.LoRA | None, seed: int) -> nn.Module:
         """Freeze all parts, then open the UNet."""

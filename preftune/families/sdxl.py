@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Generator, Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from preftune.families import configs, parts, text, vp
+from preftune.families import configs, parts, quantization, text, vp
 from preftune.families import unet as unets
 from preftune.families.base import Cond, Defaults
+from preftune.families.lean import Lean
 from preftune.families.source import Source
 from preftune.lora import tuning as loras
 from preftune.lora.names import Layers
 from preftune.noise import Prediction, predict_from
 from preftune.resolution import Framing, Resolution
 from preftune.solver_names import PredictionType, SolverName
+from rewards.on_device import filled, upload
 
 _TIME_IDS = 6
 """Original height and width, top and left of the crop, target height and width."""
@@ -86,7 +88,7 @@ class SDXL:
         self,
         *,
         unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
+        vae: unets.Autoencoder,
         text_encoder: CLIPTextModel,
         text_encoder_2: CLIPTextModelWithProjection,
         tokenizer: Any,
@@ -110,14 +112,24 @@ class SDXL:
             "text_encoder": text_encoder,
             "text_encoder_2": text_encoder_2,
         }
-        self._tuned = unets.Tuned(tuned, changed=self._negatives.clear)
+        self._lean = Lean(unet)
+        self._tuned = unets.Tuned(tuned, changed=self._changed)
+
+    def _changed(self) -> None:
+        """The parts answer differently from now on."""
+        self._negatives.clear()
+        self._lean.changed()
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """Move all parts, and cast those that are frozen; the autoencoder as `vae_dtype` says."""
+        self._lean.casting_to(dtype)
         for part in (self.unet, *self.text_encoders):
             unets.cast(part, device, dtype)
+        self._lean.was_cast()
         unets.cast(self.vae, device, None if dtype is None else vae_dtype(self.vae.config, dtype))
         self.device = self.vae.device
+        for part in (self.unet, self.vae):
+            unets.channels_last(part, self.device)
         self.noise = dataclasses.replace(self.noise, alphas_cumprod=self.noise.alphas_cumprod.to(self.device))
         self._negatives.clear()
         return self
@@ -158,7 +170,7 @@ class SDXL:
         rows = [(*framing.original, framing.top, framing.left) for framing in framings]
         if len(rows) != len(cond):
             raise ValueError(f"{len(cond)} prompts but {len(rows)} framings")
-        framing = torch.tensor(rows, dtype=torch.float32, device=self.device)
+        framing = upload(torch.tensor(rows, dtype=torch.float32), self.device)
         return Cond(positive={**cond.positive, "framing": framing}, negative=cond.negative)
 
     def time_ids(self, x: Tensor, framing: Tensor | None = None) -> Tensor:
@@ -168,8 +180,7 @@ class SDXL:
         """
         factor = configs.vae_factor(self.vae.config)
         height, width = x.shape[-2] * factor, x.shape[-1] * factor
-        ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=x.device)
-        ids = ids.repeat(len(x), 1)
+        ids = filled([height, width, 0, 0, height, width], x.device).repeat(len(x), 1)
         if framing is not None:
             ids[:, :4] = framing
         return ids
@@ -179,13 +190,18 @@ class SDXL:
 
         def call(x: Tensor, t: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
             added = {"text_embeds": rows["pooled"], "time_ids": self.time_ids(x, rows.get("framing"))}
-            output: Tensor = self.denoiser(
-                x.to(rows["embeds"].dtype), t, rows["embeds"], added_cond_kwargs=added
-            ).sample
-            return output
+            return self._lean.call(self.denoiser, x, t, rows["embeds"], added)
 
         output = unets.guided(call, x, t, cond, guidance_scale)
         return predict_from(output, x, *self.schedule(t), self.prediction_type)
+
+    def lean(self) -> AbstractContextManager[None]:
+        """The UNet in the run's precision, its LoRA merged, without autocast."""
+        return self._lean.on()
+
+    def compile(self) -> None:
+        """Compile the UNet of lean passes."""
+        self._lean.compile()
 
     def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return (alpha, sigma)."""
@@ -212,12 +228,14 @@ class SDXL:
         """Return scaled latents in float32."""
         return self.latents_of(*self.moments(pixels), generators)
 
-    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the posterior's mean and standard deviation."""
         with self._vae_precision():
-            return unets.moments(self.vae, pixels.to(self.device))
+            return unets.moments(self.vae, upload(pixels, self.device))
 
-    def latents_of(self, mean: Tensor, std: Tensor, generators: Sequence[Generator] | None = None) -> Tensor:
+    def latents_of(
+        self, mean: Tensor, std: Tensor | None, generators: Sequence[Generator] | None = None
+    ) -> Tensor:
         """Return scaled latents in float32."""
         return unets.latents_of(self.vae, mean, std, generators)
 
@@ -229,6 +247,10 @@ class SDXL:
             if vae_dtype(self.vae.config, dtype) != dtype:
                 return torch.autocast(kind, enabled=False)
         return nullcontext()
+
+    def quantize(self, kind: quantization.Kind, device: torch.device | str) -> None:
+        """Hold the UNet's linear layers in 4 or 8 bits."""
+        quantization.quantize(self.unet, kind, device)
 
     def trainable(self, lora: loras.LoRA | None, seed: int) -> nn.Module:
         """Freeze all parts, then open the UNet."""
@@ -314,7 +336,7 @@ class SDXL:
 
 def vae_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
     """Return float32 for an autoencoder whose activations overflow in float16 (force_upcast), else dtype itself."""
-    return torch.float32 if dtype == torch.float16 and config["force_upcast"] else dtype
+    return torch.float32 if dtype == torch.float16 and configs.force_upcast(config) else dtype
 
 
 def load(
@@ -327,7 +349,7 @@ def load(
 
     `vae` is the folder of another autoencoder, such as one that was repaired for float16.
     """
-    config = {"force_upcast": True, **configs.read_json((vae or source.folder / "vae") / "config.json")}
+    config = configs.read_json((vae or source.folder / "vae") / "config.json")
     classes = {
         "unet": UNet2DConditionModel,
         "text_encoder": CLIPTextModel,

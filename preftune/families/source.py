@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from preftune.families import weights
-from preftune.families.configs import PIPELINES, read_json
+from preftune.families.configs import AUTOENCODERS, PIPELINES, read_json
 
 INDEX = "model_index.json"
-_MODELS = {"UNet2DConditionModel", "AutoencoderKL", "CLIPTextModel", "CLIPTextModelWithProjection"}
+_MODELS = {"UNet2DConditionModel", *AUTOENCODERS, "CLIPTextModel", "CLIPTextModelWithProjection"}
 """Classes of parts that have weights."""
 
 

@@ -1,22 +1,26 @@
-"""Functions that the families with a UNet2DConditionModel and an AutoencoderKL share."""
+"""Functions that the families with a UNet2DConditionModel and an AutoencoderKL or AutoencoderTiny share."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Generator, Tensor, nn
 from transformers import PreTrainedModel
 
-from preftune.families import configs, vp, weights
+from preftune.ahead import initial_noise
+from preftune.families import configs, quantization, vp, weights
 from preftune.families.base import Cond, Defaults
 from preftune.lora import tuning as loras
 from preftune.lora.files import Update
 from preftune.lora.names import Layers, layers_of
 from preftune.resolution import Resolution
 from preftune.solver_names import SolverName
+from rewards.on_device import filled
+
+Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny
 
 Call = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """(x (N, C, h, w), t (N,), conditions by name (N, ...)) -> the network's output (N, C, h, w)."""
@@ -50,7 +54,7 @@ def defaults(
     )
 
 
-def latent_shape(vae: AutoencoderKL, resolution: Resolution) -> tuple[int, int, int]:
+def latent_shape(vae: Autoencoder, resolution: Resolution) -> tuple[int, int, int]:
     """Return (C, h, w); ValueError for a size that is no multiple of the autoencoder's factor."""
     factor = configs.vae_factor(vae.config)
     height, width = resolution
@@ -74,7 +78,7 @@ def guided(call: Call, x: Tensor, t: Tensor, cond: Cond, guidance_scale: float) 
     return without + guidance_scale * (given - without)
 
 
-def decode(vae: AutoencoderKL, x0: Tensor) -> Tensor:
+def decode(vae: Autoencoder, x0: Tensor) -> Tensor:
     """Return pixels in float32, not clamped."""
     statistics = _latent_statistics(vae, x0)
     if statistics is None:
@@ -86,32 +90,39 @@ def decode(vae: AutoencoderKL, x0: Tensor) -> Tensor:
     return pixels
 
 
-def moments(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and the standard deviation of the posterior, (B, C, h, w) in the autoencoder's precision."""
-    posterior = vae.encode((pixels * 2 - 1).to(vae.dtype)).latent_dist
-    return posterior.mean, posterior.std
+def moments(vae: Autoencoder, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the mean and the standard deviation of the posterior, (B, C, h, w) in the autoencoder's precision.
+
+    An AutoencoderTiny has no posterior: its latents are always the same.
+    """
+    encoded = vae.encode((pixels * 2 - 1).to(vae.dtype))
+    posterior = getattr(encoded, "latent_dist", None)
+    return (encoded.latents, None) if posterior is None else (posterior.mean, posterior.std)
 
 
 def latents_of(
-    vae: AutoencoderKL, mean: Tensor, std: Tensor, generators: Sequence[Generator] | None
+    vae: Autoencoder, mean: Tensor, std: Tensor | None, generators: Sequence[Generator] | None
 ) -> Tensor:
-    """Return scaled latents in float32: the posterior's mean, or a sample of it by each image's generator."""
+    """Return scaled latents in float32: the posterior's mean, or a sample of it by each image's generator.
+
+    Without a standard deviation no random number is drawn.
+    """
     latents = mean.float()
-    if generators is not None:
-        noise = [torch.randn(latents.shape[1:], generator=generator) for generator in generators]
-        latents = latents + std.float() * torch.stack(noise).to(latents)
+    if generators is not None and std is not None:
+        noise = initial_noise(latents.shape[1:], generators, latents.device).to(latents)
+        latents = latents + std.float() * noise
     statistics = _latent_statistics(vae, latents)
     if statistics is not None:
         latents = (latents - statistics[0]) / statistics[1]
     return latents * vae.config["scaling_factor"]
 
 
-def _latent_statistics(vae: AutoencoderKL, x: Tensor) -> tuple[Tensor, Tensor] | None:
+def _latent_statistics(vae: Autoencoder, x: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return the mean and standard deviation of each latent channel, (C, 1, 1), where the configuration has both."""
     mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
     if mean is None or std is None:
         return None
-    return torch.tensor(list(mean)).to(x).reshape(-1, 1, 1), torch.tensor(list(std)).to(x).reshape(-1, 1, 1)
+    return filled(mean, x.device, x.dtype).reshape(-1, 1, 1), filled(std, x.device, x.dtype).reshape(-1, 1, 1)
 
 
 def freeze(parts: Iterable[nn.Module]) -> None:
@@ -126,8 +137,14 @@ def cast(part: nn.Module, device: torch.device | str, dtype: torch.dtype | None)
     """
     part.to(device)
     for tensor in (*part.parameters(), *part.buffers()):
-        if dtype is not None and tensor.is_floating_point() and not tensor.requires_grad:
+        if dtype is not None and quantization.is_castable(tensor) and not tensor.requires_grad:
             tensor.data = tensor.data.to(dtype)
+
+
+def channels_last(part: nn.Module, device: torch.device) -> None:
+    """Lay out the weights of convolutions on a CUDA GPU as its tensor cores read them, so that they need not copy activations."""
+    if device.type == "cuda":
+        part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class Tuned:
@@ -203,7 +220,7 @@ class Tuned:
 
 def set_speed(
     unet: UNet2DConditionModel,
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     attention: str,
     *,
     gradient_checkpointing: bool,

@@ -89,7 +89,11 @@ def _shapes(module: "nn.Module") -> Iterator[tuple[str, tuple[int, ...]]]:
 
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d) and ".lora_" not in name:
-            yield name.removesuffix(".base_layer"), tuple(layer.weight.shape)
+            # not the shape of a linear layer's weight: in 4 bits it is packed
+            shape: tuple[int, ...] = tuple(layer.weight.shape)
+            if isinstance(layer, nn.Linear):
+                shape = int(layer.out_features), int(layer.in_features)
+            yield name.removesuffix(".base_layer"), shape
 
 
 def flat(name: str) -> str:

@@ -7,11 +7,12 @@ layouts). Only this file imports peft.
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from preftune.lora.config import LoRA
 from preftune.lora.files import FILE, OLD_FILE, Update, find, read
@@ -19,7 +20,8 @@ from preftune.lora.names import layers_of
 from preftune.lora.write import summed, write_diffusers
 
 __all__ = [
-    "FILE", "OLD_FILE", "LoRA", "disabled", "find", "inject", "is_on", "load", "merge", "merge_file", "save", "unload",
+    "FILE", "OLD_FILE", "LoRA", "deltas", "disabled", "find", "inject", "is_layer", "is_on", "layers", "leave_casts_to_autocast",
+    "load", "merge", "merge_file", "save", "unload",
 ]  # fmt: skip
 
 _ADAPTER = "default"
@@ -152,6 +154,32 @@ def unload(*modules: nn.Module) -> None:
             setattr(module.get_submodule(parent), child, layer.get_base_layer())
         if hasattr(module, "peft_config"):
             del module.peft_config
+
+
+def layers(module: nn.Module) -> list[LoraLayer]:
+    """Return the layers with an update."""
+    return [layer for _, layer in _layers(module)]
+
+
+def is_layer(module: nn.Module) -> TypeGuard[LoraLayer]:
+    """Whether the module is a layer with an update."""
+    return isinstance(module, LoraLayer)
+
+
+def leave_casts_to_autocast(module: nn.Module) -> None:
+    """Let peft not cast the input of updates to their float32: autocast casts it back at once. The same numbers, fewer kernels."""
+    for layer in layers(module):
+        layer.cast_input_dtype_enabled = False
+
+
+def deltas(layer: LoraLayer) -> list[Tensor]:
+    """Return what each update of the layer adds to its weight as it is: nothing where updates are off or merged."""
+    if layer.disable_adapters:
+        return []
+    names = [
+        name for name in layer.active_adapters if name in layer.lora_A and name not in layer.merged_adapters
+    ]
+    return [layer.get_delta_weight(name) for name in names]
 
 
 def _layers(module: nn.Module) -> list[tuple[str, LoraLayer]]:

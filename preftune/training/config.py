@@ -43,6 +43,12 @@ class ModelConfig:
     """Recompute the decoder's activations in the backward pass; at 512 px they are most of ReFL's memory."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Attention kernel of the denoiser."""
+    quantization: Literal["4bit", "8bit", "fp8"] | None = None
+    """Hold the linear layers of the denoiser in 4 or 8 bits under the LoRA: 4bit (NF4) and 8bit need bitsandbytes, fp8 needs torchao.
+    Less memory, no more speed; the model before training is another one, a little worse.
+    """
+    offload: bool = False
+    """Keep scorers and frozen text encoders in the CPU's memory but while they are used; each use copies them to the GPU."""
 
     def __post_init__(self) -> None:
         if self.resolution is not None:
@@ -65,7 +71,8 @@ class ModelConfig:
 
         ValueError, too, for settings of a LoRA where all weights are trained; `lora` is the program's own default.
         """
-        from preftune.lora import files as lora_files  # needs torch, which the flags do not
+        from preftune.families import quantization
+        from preftune.lora import files as lora_files  # these need torch, which the flags do not
 
         if self.train == "full" and self.lora not in (LoRA(), lora):
             raise ValueError(
@@ -75,6 +82,12 @@ class ModelConfig:
             raise ValueError(
                 f"--export {self.export} writes a LoRA, which --train full has not; use --train lora"
             )
+        if self.quantization is not None:
+            if self.train == "full":
+                raise ValueError(
+                    f"--quantization {self.quantization} freezes the weights that --train full trains; use --train lora"
+                )
+            quantization.check(self.quantization)
         if self.vae is not None:  # before a model is downloaded
             vae_folder(str(self.vae))
         if self.lora_start is not None:

@@ -20,7 +20,7 @@ from rewards.terms import parse_files, parse_weights
 
 FLAGS = (
     "model", "vae", "weights", "vocab", "data", "regularisation", "pretraining_data", "prompts", "validation_prompts",
-    "reward_stats", "lora_start",
+    "reward_stats", "reward_vae", "lora_start",
 )  # fmt: skip
 """Flags that name files and folders, whose content counts and not their place."""
 
@@ -44,7 +44,7 @@ def digests(flags: Mapping[str, Any]) -> dict[str, str]:
             found[name] = _digest(rewards.check(str(value), _path(flags.get("weights"))), with_names=False)
         elif name == "model" and value and (source := _pipeline(flags)) is not None:
             found[name] = digest_of_pipeline(source)
-        elif name == "vae" and value:  # it may be a hub id
+        elif name in ("vae", "reward_vae") and value:  # it may be a hub id
             found[name] = digest_of_part(locate_vae(str(value)))
         elif paths and all(not is_text(path) and path.exists() for path in paths):
             found[name] = _digest(paths, with_names=name in _NAMES_COUNT)

@@ -12,13 +12,13 @@ from preftune.training.run_config import RunConfig
 
 
 def adamw(config: RunConfig, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019, Algorithm 2) as configured, in full precision or in 8 bits."""
+    """AdamW (Loshchilov and Hutter 2019, Algorithm 2) as configured, in full precision, fused where `is_fused`, or in 8 bits."""
+    kind: Any = torch.optim.AdamW
+    more = {"fused": True} if is_fused(config, parameters) else {}
     if config.use_8bit_adam:
         import bitsandbytes  # optional: `check` has seen that it is there
 
         kind = bitsandbytes.optim.AdamW8bit
-    else:
-        kind = torch.optim.AdamW
     groups: list[dict[str, Any]] = [{"params": parameters}]
     if not config.decay_vectors:
         matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
@@ -33,8 +33,20 @@ def adamw(config: RunConfig, parameters: list[nn.Parameter], lr: float) -> torch
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.adam_weight_decay,
+        **more,
     )
     return optimizer
+
+
+def is_fused(config: RunConfig, parameters: list[nn.Parameter]) -> bool:
+    """Return whether AdamW is one kernel for all weights: as --fused-adam says, else on CUDA.
+
+    Not in fp16: accelerate does not see that a fused step was skipped, which it must for the average of the weights.
+    """
+    if config.fused_adam is not None:
+        return config.fused_adam
+    on_cuda = all(parameter.device.type == "cuda" for parameter in parameters)
+    return on_cuda and not config.use_8bit_adam and config.mixed_precision != "fp16"
 
 
 def lr_factor(config: RunConfig, step: int) -> float:

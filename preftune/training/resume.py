@@ -29,6 +29,7 @@ MAY_DIFFER = frozenset(
         "adam_beta1",
         "adam_beta2",
         "adam_epsilon",
+        "fused_adam",
         "max_grad_norm",
         "ema_decay",
         "compile",
@@ -43,6 +44,7 @@ MAY_DIFFER = frozenset(
         "gradient_checkpointing",
         "vae_checkpointing",
         "attention",
+        "offload",
         "export",
         "sample.batch_size",
     ]

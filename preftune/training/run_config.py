@@ -46,6 +46,8 @@ class RunConfig:
     """Added to AdamW's denominator."""
     use_8bit_adam: bool = False
     """Keep AdamW's moments in 8 bits; needs bitsandbytes."""
+    fused_adam: bool | None = None
+    """AdamW in one kernel for all weights (torch's fused), the same formula; None = on a CUDA GPU, but not in fp16 nor in 8 bits."""
     max_grad_norm: float = 1.0
     """Gradients with a larger global norm are scaled down to it; inf never clips."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
@@ -55,7 +57,7 @@ class RunConfig:
     ema_decay: float = 0.0
     """Decay per update of an exponential moving average of the trained weights; 0 = none."""
     compile: bool = False
-    """Compile the trained module with torch.compile."""
+    """Compile the repeated blocks of the trained module, and on a GPU replay passes without gradient as CUDA graphs: minutes at first."""
     checkpointing_steps: int = 100
     """Updates between checkpoints; 0 = only at the end."""
     validation_steps: int = 0
@@ -104,6 +106,9 @@ class RunConfig:
             _demand(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         _demand(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0; inf never clips")
         _demand(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1); 0 keeps no average")
+        if self.fused_adam and (self.use_8bit_adam or self.mixed_precision == "fp16"):
+            other = "--use-8bit-adam" if self.use_8bit_adam else "--mixed-precision fp16"
+            raise ValueError(f"--fused-adam does not work with {other}; leave out one of them")
         report_to.check_names(self.report_to)
         if self.overwrite_output_dir and self.resume_from_checkpoint == "latest":
             raise ValueError(

@@ -23,6 +23,7 @@ from preftune.cli.notes import say
 from preftune.diffusion_loss import captioned_loss
 from preftune.families import Defaults, Family
 from preftune.lora import files as lora_files
+from preftune.lora import tuning as loras
 from preftune.lora.tuning import LoRA
 from preftune.lora.write import KOHYA_FILE, write_kohya
 from preftune.records import CaptionedImage, Skipped
@@ -36,6 +37,7 @@ from preftune.training.run import Run
 from preftune.training.run_config import RunConfig
 from preftune.training.run_config import check as check_run
 from rewards.mix import Mix
+from rewards.offload import offload_between_calls
 from rewards.own_scorer import try_out
 from rewards.shapes import check_judgeable
 from rewards.shared_towers import load_all
@@ -174,9 +176,13 @@ def load_model(
     model: ModelConfig, run: RunConfig, device: torch.device, *, train_text_encoders: bool = False
 ) -> tuple[Family, nn.Module]:
     """Return the model on its device in the run's precision, and the denoiser, opened for training."""
-    family = families.load(model.pretrained.source(), device, torch.float32, model.vae)
+    dtype = DTYPES[run.mixed_precision or "no"]
+    first = device if model.quantization is None else "cpu"  # the whole of it need not fit on the device
+    family = families.load(model.pretrained.source(), first, torch.float32, model.vae)
     if model.lora_start is not None:
         family.start_from(model.lora_start)
+    if model.quantization is not None:
+        family.to(first, dtype).quantize(model.quantization, device)
     denoiser = family.trainable(model.tuned(), run.seed)
     if train_text_encoders:
         family.open_text_encoders()
@@ -185,7 +191,15 @@ def load_model(
         gradient_checkpointing=model.gradient_checkpointing,
         vae_checkpointing=model.vae_checkpointing,
     )
-    return family.to(device, DTYPES[run.mixed_precision or "no"]), denoiser
+    if run.mixed_precision not in (None, "no"):
+        loras.leave_casts_to_autocast(denoiser)
+    if run.compile:
+        family.compile()
+    family.to(device, dtype)
+    if model.offload and not train_text_encoders:
+        for encoder in family.text_encoders:
+            offload_between_calls(encoder, device)
+    return family, denoiser
 
 
 def export(model: ModelConfig, family: Family, folder: Path) -> None:
@@ -197,11 +211,16 @@ def export(model: ModelConfig, family: Family, folder: Path) -> None:
         write_kohya(folder / KOHYA_FILE, lora_files.read(folder / "lora", layers), layers)
 
 
-def load_mix(reward: RewardConfig, device: torch.device) -> Mix | None:
-    """Return the scorers on the device; None without --rewards."""
+def load_mix(reward: RewardConfig, device: torch.device, *, offload: bool = False) -> Mix | None:
+    """Return the scorers on the device, or with `offload` there while they are used; None without --rewards."""
     weights, precision = reward.weights(), DTYPES[reward.reward_precision]
     scorers = load_all(list(weights), files=reward.files(), device=device, dtype=precision)
-    return Mix(scorers, weights, reward.reward_normalization, reward.reward_stats) if scorers else None
+    if not scorers:
+        return None
+    mix = Mix(scorers, weights, reward.reward_normalization, reward.reward_stats)
+    if offload:
+        mix.offload(device)
+    return mix
 
 
 @contextmanager
@@ -237,7 +256,7 @@ def open(
         run = Run(
             run_config, driver=driver, config_text=config_text, settings=same, driver_files=driver_files
         )
-        mix = load_mix(reward, run.device)
+        mix = load_mix(reward, run.device, offload=model.offload)
         if mix is not None:  # rewards of the user's own are tried before the model loads
             size = model.size(defaults)
             for warning in try_out(mix.scorers, prompts, (size.width, size.height), gradient=differentiable):

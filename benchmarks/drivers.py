@@ -1,0 +1,183 @@
+"""What the drivers load at real size, their updates and their validation images: on fake tensors, or with random weights.
+
+Within FakeTensorMode nothing has content; outside it, the same functions make and train real models on the CPU.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from benchmarks import models, sdxl
+from benchmarks.setting import Setting
+from finetune import refl
+from preftune.diffusion_loss import captioned_loss
+from preftune.families import Pretrained, tiny
+from preftune.families.sd import SD
+from preftune.families.sdxl import SDXL
+from preftune.lora.config import LoRA
+from preftune.sampling import Sampling, sample
+from preftune.training.config import ModelConfig
+from preftune.training.optimizer import EMA, adamw
+from preftune.training.run_config import RunConfig
+from preftune.training.workspace import DTYPES
+from rewards.imagereward import FULL_SIZE, VOCAB, ImageReward
+
+PROMPT = "a red fox in the snow, digital art"
+
+
+@dataclass(kw_only=True)
+class Loaded:
+    """What a driver holds in memory."""
+
+    setting: Setting
+    family: Any
+    scorer: ImageReward | None
+    """Of the methods that have one."""
+
+    def prompts(self, number: int) -> tuple[list[str], list[torch.Generator]]:
+        """Return prompts and generators of so many images."""
+        return [PROMPT] * number, [torch.Generator().manual_seed(i) for i in range(number)]
+
+
+def build(setting: Setting) -> Loaded:
+    """Return the models at real size, opened for training, with parts on the meta device."""
+    parts: dict[str, Any] = {"tokenizer": models.tokenizer(), "scheduler_config": tiny.SCHEDULER_CONFIG}
+    with torch.device("meta"):
+        if setting.model == "sd1":
+            parts |= {
+                "unet": models.unet(), "vae": models.autoencoder(), "text_encoder": models.text_encoder(),
+            }  # fmt: skip
+        else:
+            parts |= {
+                "unet": sdxl.unet(), "vae": sdxl.autoencoder(), "text_encoder": sdxl.text_encoder(),
+                "text_encoder_2": sdxl.text_encoder_2(), "tokenizer_2": parts["tokenizer"],
+            }  # fmt: skip
+        scorer = None
+        if setting.method in ("refl", "raft"):
+            scorer = ImageReward(FULL_SIZE, VOCAB.read_text(encoding="utf-8"))
+            scorer.eval().requires_grad_(False)
+    family: SD | SDXL = SD(**parts) if setting.model == "sd1" else SDXL(**parts)
+    family.trainable(LoRA(rank=setting.rank) if setting.train == "lora" else None, 0)
+    unet, vae = setting.checkpointed()
+    family.set_speed("sdpa", gradient_checkpointing=unet, vae_checkpointing=vae)
+    return Loaded(setting=setting, family=family, scorer=scorer)
+
+
+def load(loaded: Loaded) -> None:
+    """Give what was built its tensors on the CPU, as a driver does: scorer first, then the model in float32, then cast where it is frozen."""
+    setting, family = loaded.setting, loaded.family
+    if loaded.scorer is not None:
+        put(loaded.scorer, DTYPES[setting.reward_precision])
+    parts, dtype = (family.unet, family.vae, *family.text_encoders), DTYPES[setting.mixed_precision]
+    for part in parts:
+        put(part, torch.float32)
+        part.to = lambda *_, part=part: (
+            part
+        )  # they are there, and fake tensors cannot be moved within a module
+    family.to("cpu", dtype)
+    for part in parts:
+        del part.to
+    if dtype != torch.float32:
+        family.denoiser.forward = torch.autocast("cpu", dtype)(family.denoiser.forward)
+
+
+def put(module: nn.Module, dtype: torch.dtype) -> None:
+    """Put tensors on the CPU in place of a module's on the meta device: random ones, and positions in place of whole numbers."""
+    for part in module.modules():
+        for name, old in list(part._parameters.items()):
+            if old is not None:
+                value = torch.empty(old.shape, dtype=dtype).normal_(std=0.02)
+                part._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
+        for name, buffer in list(part._buffers.items()):
+            if buffer is not None:
+                kind = dtype if buffer.is_floating_point() else buffer.dtype
+                part._buffers[name] = torch.arange(buffer.numel(), dtype=kind).reshape(buffer.shape)
+
+
+class Trained:
+    """The models with the optimizer after its first step, as it is on a CUDA device, and the EMA of the trained weights.
+
+    In 8 bits the moments are bytes, with a float32 for each 256 of them; a step of that kind needs bitsandbytes and is left out.
+    """
+
+    def __init__(self, loaded: Loaded) -> None:
+        setting = loaded.setting
+        config = RunConfig(
+            train_batch_size=setting.train_batch_size,
+            mixed_precision=setting.mixed_precision,
+            ema_decay=setting.ema_decay,
+        )
+        self.loaded = loaded
+        self.weights = [weight for weight in loaded.family.unet.parameters() if weight.requires_grad]
+        self.ema = EMA(config, self.weights)
+        self.moments = list[Tensor]()
+        self._optimizer = adamw(config, self.weights, 1e-4)
+        if setting.use_8bit_adam:
+            sizes = [weight.numel() for weight in self.weights for _ in range(2)]
+            self.moments = [torch.empty(size + 4 * -(-size // 256), dtype=torch.uint8) for size in sizes]
+            return
+        for group in self._optimizer.param_groups:
+            group["foreach"] = not group["fused"]  # what torch itself chooses on a CUDA device
+        for weight in self.weights:
+            weight.grad = torch.zeros_like(weight)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def update(self, loss: Callable[[], Tensor]) -> None:
+        """Do what `Run.update` does with the driver's loss."""
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0, foreach=True)
+        if not self.moments:
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.ema.update()
+
+
+def refl_loss(loaded: Loaded) -> Tensor:
+    """Return the loss of an update of ReFL whose late step is the second."""
+    setting = loaded.setting
+    assert loaded.scorer is not None
+    config = refl.Config(
+        prompts=Path("-"),
+        num_inference_steps=40,
+        solver="ddpm",
+        pretraining="off",
+        model=ModelConfig(pretrained=Pretrained(model="-"), resolution=setting.resolution),
+    )
+    texts, noise = loaded.prompts(setting.train_batch_size)
+    pixels = refl.late_pixels(loaded.family, texts, noise, 1, setting.size(), config)
+    return refl.reward_loss(loaded.scorer(pixels, texts), config.margin, scale=1.0)
+
+
+def data_loss(loaded: Loaded, folder: Path) -> Tensor:
+    """Return the loss of an update of the methods that learn from images; writes one to the folder."""
+    setting, size, image = loaded.setting, loaded.setting.size(), folder / "image.png"
+    Image.new("RGB", (size.width, size.height)).save(image)
+    texts, generators = loaded.prompts(setting.train_batch_size)
+    losses = captioned_loss(
+        loaded.family, [image] * len(texts), texts, generators, resolution=size, caption_dropout=0.0
+    )
+    return losses.mean()
+
+
+def loss_of(loaded: Loaded, folder: Path) -> Callable[[], Tensor]:
+    """Return the loss of an update of the setting's method."""
+    if loaded.setting.method == "refl":
+        return lambda: refl_loss(loaded)
+    return lambda: data_loss(loaded, folder)
+
+
+def validate(loaded: Loaded) -> None:
+    """Generate a batch of validation images in two steps, and score them."""
+    number = loaded.setting.sample_batch_size
+    settings = Sampling(num_inference_steps=2, solver="ddim", batch_size=number).at(loaded.setting.size())
+    texts, _ = loaded.prompts(number)
+    for pixels in sample(loaded.family, texts, range(number), settings):
+        if loaded.scorer is not None:
+            with torch.no_grad():
+                loaded.scorer(pixels, texts)
