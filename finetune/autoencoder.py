@@ -64,11 +64,12 @@ from preftune.cli.printable import show
 from preftune.families.tiny import build_autoencoder
 from preftune.files.one_writer import one_writer
 from preftune.grid import captioned_grid
-from preftune.images import load_pixels, save_image
+from preftune.images import save_image
 from preftune.order import items_at
+from preftune.resolution import Resolution
 from preftune.training import data
+from preftune.training.decoding import images_ahead
 from preftune.training.run import Run
-from rewards.on_device import upload
 
 
 class Reconstruct(nn.Module):
@@ -102,34 +103,30 @@ def main(config: Config) -> int:
         data.write_report(run.folder, skipped)
     paths = [sample.path for sample in samples]
 
-    def load(chosen: list[Path]) -> Tensor:
-        with exit_on_user_error():  # an image that was sound when the run began
-            loaded = [load_pixels(path, config.resolution) for path in chosen]
-        return upload(torch.stack(loaded), run.device) * 2 - 1
-
     def write(folder: Path) -> None:
         with run.ema_weights():
             vae.save_pretrained(folder / "vae")
 
     latent = (4, config.resolution // 8, config.resolution // 8)
-    for step in run.steps():
-        for micro_batch in run.passes():
-            indices = run.image_indices(step, micro_batch)
-            with run.accumulate():
-                images = load(items_at(paths, indices, config.run.seed))
-                noise = initial_noise(latent, [run.generator(i) for i in indices], run.device)
-                reconstruction, kl = module(images, noise)
-                error = reconstruction_error(reconstruction.float(), images, config.foreground_weight)
-                run.update(error + config.kl_weight * kl, error=error, kl=kl)
-        if run.due("checkpointing_steps", step):
-            run.save(step, write=write)
-    if run.is_main and not run.interrupted:
-        with run.ema_weights():
-            finish(vae, load(paths[:256]), run.folder)
-        run.log_images(
-            run.config.max_train_steps - 1, "reconstructions", {run.folder / "reconstructions.png": ""}
-        )
-        show(f"autoencoder, metrics and reconstructions: {run.folder}")
+    with images_ahead(run, paths, Resolution(config.resolution, config.resolution)) as load:
+        for step in run.steps():
+            for micro_batch in run.passes():
+                indices = run.image_indices(step, micro_batch)
+                with run.accumulate():
+                    images = load(items_at(paths, indices, config.run.seed)) * 2 - 1
+                    noise = initial_noise(latent, [run.generator(i) for i in indices], run.device)
+                    reconstruction, kl = module(images, noise)
+                    error = reconstruction_error(reconstruction.float(), images, config.foreground_weight)
+                    run.update(error + config.kl_weight * kl, error=error, kl=kl)
+            if run.due("checkpointing_steps", step):
+                run.save(step, write=write)
+        if run.is_main and not run.interrupted:
+            with run.ema_weights():
+                finish(vae, load(paths[:256]) * 2 - 1, run.folder)
+            run.log_images(
+                run.config.max_train_steps - 1, "reconstructions", {run.folder / "reconstructions.png": ""}
+            )
+            show(f"autoencoder, metrics and reconstructions: {run.folder}")
     return run.finish()
 
 

@@ -23,6 +23,7 @@ import tyro
 
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.image_folders import Columns
+from preftune.training.cache_config import CacheConfig
 from preftune.training.config import ModelConfig, ValidationConfig, check_dropout
 from preftune.training.defaults import learning_rate, of_model
 from preftune.training.run_config import RunConfig, check
@@ -39,9 +40,7 @@ class Config:
     """Also train all weights of the text encoders; only with --train full."""
     caption_dropout: float = 0.1
     """Share of captions left empty, in [0, 1)."""
-    cache_latents: bool = False
-    """Encode every image once and keep the latents in memory; uses the posterior's mean instead of samples.
-    """
+    cache: Annotated[CacheConfig, tyro.conf.arg(name="")] = field(default_factory=CacheConfig)
     model: Annotated[ModelConfig, tyro.conf.arg(name="")]
     validation: Annotated[ValidationConfig, tyro.conf.arg(name="")] = field(default_factory=ValidationConfig)
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(
@@ -50,6 +49,10 @@ class Config:
 
     def __post_init__(self) -> None:
         check_dropout(self.caption_dropout)
+        if self.train_text_encoder and self.cache.cache_text_encoder_outputs:
+            raise ValueError(
+                "--cache-text-encoder-outputs keeps what a text encoder says, which --train-text-encoder changes; give one of them"
+            )
         if self.train_text_encoder and self.model.train != "full":
             raise ValueError(f"--train-text-encoder goes with --train full, got --train {self.model.train}")
         if self.train_text_encoder and self.model.offload:
@@ -66,19 +69,19 @@ if __name__ == "__main__":  # flags are read before torch is imported, which tak
 
 import torch
 from torch import Generator, Tensor, nn
-from tqdm.auto import tqdm
 
 from preftune import files
 from preftune.cli.printable import show
 from preftune.diffusion_loss import diffusion_loss
 from preftune.families import Family
+from preftune.families.base import Cond
 from preftune.files.one_writer import one_writer
-from preftune.images import load_with_framing
 from preftune.order import items_at
 from preftune.records import CaptionedImage
-from preftune.resolution import Framing, Resolution
+from preftune.resolution import Framing
 from preftune.sampling_config import Sampling
 from preftune.training import data
+from preftune.training.decoding import captioned_inputs, upcoming
 from preftune.training.run import Run
 from preftune.training.validation import missed, validate
 from preftune.training.workspace import export, load_model
@@ -93,10 +96,13 @@ class TextToImage(nn.Module):
         self.text_encoders = nn.ModuleList(family.text_encoders)
         self._family = [family]  # in a list, so that its parts are not registered a second time
 
-    def forward(self, x: Tensor, t: Tensor, prompts: list[str], framings: Sequence[Framing]) -> Tensor:
-        """Return the output (B, C, h, w) at latents x (B, C, h, w) and timesteps t (B,)."""
+    def forward(
+        self, x: Tensor, t: Tensor, prompts: list[str], framings: Sequence[Framing], cond: Cond | None
+    ) -> Tensor:
+        """Return the output (B, C, h, w) at latents x (B, C, h, w) and timesteps t (B,); cond are the prompts, where they are encoded."""
         family = self._family[0]
-        return family.predict(x, t, family.encode(prompts, framings=framings)).output
+        cond = family.encode(prompts, framings=framings) if cond is None else cond
+        return family.predict(x, t, cond).output
 
 
 @one_writer
@@ -122,11 +128,8 @@ def main(config: Config) -> int:
     if run.is_main:
         data.write_report(run.folder, skipped)
     resolution = config.model.size(defaults)
-    latents = (
-        partial(cached, encode_all(family, samples, resolution), run.device)
-        if config.cache_latents
-        else partial(encode, family, samples, resolution=resolution)
-    )
+    inputs = captioned_inputs(family, resolution, run, config.cache)
+    inputs.expect([sample.path for sample in batch] for batch in upcoming(run, samples))
     sample_at = partial(validate_at, family, prompts, config.validation.sample.at(resolution), run)
     write = partial(save, family, config, run)
     if missed(run, [f"step_{run.start:06d}"]):
@@ -135,11 +138,13 @@ def main(config: Config) -> int:
         for micro_batch in run.passes():
             indices = run.image_indices(step, micro_batch)
             generators = list(map(run.generator, indices))
-            rows = items_at(range(len(samples)), indices, config.run.seed)
-            texts = captions(samples, rows, generators, config.caption_dropout)
+            chosen = items_at(samples, indices, config.run.seed)
+            texts = captions(chosen, generators, config.caption_dropout)
             with run.accumulate():
-                x0, framings = latents(rows, generators=generators)
-                predict = partial(module, prompts=texts, framings=framings)
+                x0, framings = inputs.latents([sample.path for sample in chosen], generators)
+                with run.autocast():  # as in the prepared module
+                    cond = inputs.cond(texts, framings) if config.cache.cache_text_encoder_outputs else None
+                predict = partial(module, prompts=texts, framings=framings, cond=cond)
                 run.update(diffusion_loss(family, predict, x0, generators).mean())
         if step + 1 == config.run.max_train_steps and run.is_main:
             write_result(family, config, run)  # before its images
@@ -151,6 +156,7 @@ def main(config: Config) -> int:
         write_result(family, config, run)
     if run.is_main and not run.interrupted:
         show(f"tuned weights, metrics and images: {run.folder}")
+    inputs.close()
     return run.finish()
 
 
@@ -170,50 +176,10 @@ def validate_at(family: Family, prompts: Sequence[str], sampling: Sampling, run:
             run.log(step, **means)
 
 
-def captions(
-    samples: Sequence[CaptionedImage], rows: Sequence[int], generators: Sequence[Generator], dropout: float
-) -> list[str]:
-    """Return the captions of these rows, each empty where its generator's next number, in [0, 1), is below dropout."""
+def captions(chosen: Sequence[CaptionedImage], generators: Sequence[Generator], dropout: float) -> list[str]:
+    """Return the captions of images, each empty where its generator's next number, in [0, 1), is below dropout."""
     kept = [float(torch.rand((), generator=generator)) >= dropout for generator in generators]
-    return [samples[row].text if keep else "" for row, keep in zip(rows, kept, strict=True)]
-
-
-@torch.no_grad()
-def encode(
-    family: Family,
-    samples: Sequence[CaptionedImage],
-    rows: Sequence[int],
-    resolution: Resolution,
-    generators: Sequence[Generator] | None = None,
-) -> tuple[Tensor, list[Framing]]:
-    """Return the latents (N, C, h, w) of the images of these rows, and how the images were cropped."""
-    with exit_on_user_error():  # an image that was sound when the run began
-        loaded = [load_with_framing(samples[row].path, resolution) for row in rows]
-    pixels = torch.stack([image for image, _ in loaded])
-    return family.encode_pixels(pixels, generators), [framing for _, framing in loaded]
-
-
-def cached(
-    cache: tuple[Tensor, list[Framing]],
-    device: torch.device,
-    rows: Sequence[int],
-    generators: Sequence[Generator],
-) -> tuple[Tensor, list[Framing]]:
-    """Return what `encode_all` found for the images of these rows; it needs no generators."""
-    return cache[0][rows].to(device), [cache[1][row] for row in rows]
-
-
-def encode_all(
-    family: Family, samples: Sequence[CaptionedImage], resolution: Resolution
-) -> tuple[Tensor, list[Framing]]:
-    """Return `encode` of every image, on the CPU: the posterior's mean."""
-    latents, framings = list[Tensor](), list[Framing]()
-    for start in tqdm(range(0, len(samples), 64), desc="encoding images", mininterval=5):
-        rows = range(start, min(start + 64, len(samples)))
-        x0, more = encode(family, samples, rows, resolution)
-        latents.append(x0.cpu())
-        framings += more
-    return torch.cat(latents), framings
+    return [sample.text if keep else "" for sample, keep in zip(chosen, kept, strict=True)]
 
 
 def save(family: Family, config: Config, run: Run, folder: Path) -> None:

@@ -103,10 +103,11 @@ from torch import Tensor, nn
 
 from preftune.cli.printable import show
 from preftune.files.one_writer import one_writer
-from preftune.images import load_pixels
 from preftune.order import items_at
 from preftune.records import CaptionedImage
+from preftune.resolution import Resolution
 from preftune.training import data
+from preftune.training.decoding import images_ahead
 from preftune.training.preference_losses import clamp_scale
 from preftune.training.run import Run
 from rewards import Clip, Preprocess
@@ -283,30 +284,25 @@ def main(config: Config) -> int:
         with run.ema_weights():
             scorer.save(folder / "scorer")
 
-    for step in run.steps():
-        for micro_batch in run.passes():
-            indices = run.image_indices(step, micro_batch)
-            rows = items_at(samples, indices, config.run.seed)
-            misses = [near_miss(row, run.generator(i)) for row, i in zip(rows, indices, strict=True)]
-            with run.accumulate():
-                losses, right = module(
-                    upload(load(rows, config.sizes.image), run.device), [row.text for row in rows], misses
-                )
-                run.update(sum(losses.values()), **losses, matched=right)
-        if isinstance(scorer, ClipScorer):
-            clamp_scale(scorer.logit_scale)
-        if run.due("checkpointing_steps", step):
-            run.save(step, write=write)
+    paths, size = [sample.path for sample in samples], config.sizes.image
+    with images_ahead(run, paths, Resolution(size, size)) as load:
+        for step in run.steps():
+            for micro_batch in run.passes():
+                indices = run.image_indices(step, micro_batch)
+                rows = items_at(samples, indices, config.run.seed)
+                misses = [near_miss(row, run.generator(i)) for row, i in zip(rows, indices, strict=True)]
+                with run.accumulate():
+                    pixels = load([row.path for row in rows])
+                    losses, right = module(pixels, [row.text for row in rows], misses)
+                    run.update(sum(losses.values()), **losses, matched=right)
+            if isinstance(scorer, ClipScorer):
+                clamp_scale(scorer.logit_scale)
+            if run.due("checkpointing_steps", step):
+                run.save(step, write=write)
     if run.is_main and not run.interrupted:
         write(run.folder)
         show(f"scorer and metrics: {run.folder}")
     return run.finish()
-
-
-def load(rows: Sequence[CaptionedImage], size: int) -> Tensor:
-    """Return the images (B, 3, size, size) in [0, 1]."""
-    with exit_on_user_error():  # an image that was sound when the run began
-        return torch.stack([load_pixels(row.path, size) for row in rows])
 
 
 def near_miss(row: CaptionedImage, generator: torch.Generator) -> str | None:

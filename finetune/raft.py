@@ -26,6 +26,7 @@ from typing import Annotated, Any
 import tyro
 
 from preftune.cli import dump, exit_on_user_error, parse
+from preftune.training.cache_config import CacheConfig
 from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig, check_dropout
 from preftune.training.defaults import of_model
 from preftune.training.run_config import RunConfig
@@ -49,6 +50,7 @@ class Config:
     """Share of prompts whose best image is kept (the highest rewards), in (0, 1]."""
     caption_dropout: float = 0.0
     """Share of captions left empty, in [0, 1)."""
+    cache: Annotated[CacheConfig, tyro.conf.arg(name="")] = field(default_factory=CacheConfig)
     model: Annotated[ModelConfig, tyro.conf.arg(name="")]
     reward: Annotated[RewardConfig, tyro.conf.arg(name="")] = field(default_factory=RewardConfig)
     validation: Annotated[ValidationConfig, tyro.conf.arg(name="")] = field(default_factory=ValidationConfig)
@@ -212,7 +214,7 @@ def main(config: Config) -> int:
         moments={"before": "step_000000", **between, "after": f"step_{config.run.max_train_steps:06d}"},
         settings={name: getattr(config, name) for name in settings}
         | {"max_train_steps": config.run.max_train_steps},
-        driver_files=("iteration_[0-9][0-9]", "iteration_[0-9][0-9][0-9]"),
+        driver_files=("iteration_[0-9][0-9]", "iteration_[0-9][0-9][0-9]"), cache=config.cache,
     ) as w:  # fmt: skip
         run = w.run
         with exit_on_user_error():
@@ -221,6 +223,8 @@ def main(config: Config) -> int:
         for step in run.steps():
             if step % steps == 0 or not samples:
                 samples = data_set(config, w, prompts, step // steps)
+                if samples:
+                    w.decode_ahead(samples, steps=range(step, (step // steps + 1) * steps))
             if not samples:
                 break
             for micro_batch in run.passes():

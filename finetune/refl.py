@@ -35,6 +35,7 @@ import tyro
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.families import Pretrained
 from preftune.image_folders import Columns
+from preftune.training.cache_config import CacheConfig
 from preftune.training.config import (
     ModelConfig,
     RewardConfig,
@@ -87,6 +88,7 @@ class Config:
     data: Path | None = None
     """Folder of captioned images for the pre-training loss: metadata.jsonl, .csv or .parquet, or a .txt or .caption file beside each image."""
     columns: Annotated[Columns, tyro.conf.arg(name="")] = field(default_factory=Columns)
+    cache: Annotated[CacheConfig, tyro.conf.arg(name="")] = field(default_factory=CacheConfig)
     caption_dropout: float = 0.0
     """Share of captions left empty in the pre-training loss, in [0, 1)."""
     model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(
@@ -133,6 +135,11 @@ class Config:
                 raise ValueError(message)
         check_guidance(self.guidance_scale)
         check_dropout(self.caption_dropout)
+        if self.cache.is_on and (self.data is None or self.pretraining == "off"):
+            raise ValueError(
+                "--cache-latents and --cache-text-encoder-outputs keep what is made of --data in the pre-training loss, and there"
+                " is none; leave them out, or add --data IMAGEFOLDER"
+            )
 
 
 if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
@@ -292,8 +299,11 @@ def main(config: Config) -> int:
         prompts=validation_prompts,
         differentiable=True,
         skipped=skipped,
+        cache=config.cache,
     ) as w:
         run, mix = w.run, w.mix
+        if samples:
+            w.decode_ahead(samples, stream=1)
         assert mix is not None, "the configuration has rewards"
         decode = None if config.reward_vae is None else load_decoder(config, config.reward_vae, run.device)
         for index in run.steps():

@@ -28,7 +28,7 @@ HPS v2's sum over the batch, which is a mean here.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -160,7 +160,7 @@ from preftune.augment import shifted, weak_view
 from preftune.cli.printable import show
 from preftune.files.one_writer import one_writer
 from preftune.order import items_at
-from preftune.training import data
+from preftune.training import data, rankings
 from preftune.training.accuracy_plot import plot
 from preftune.training.preference_losses import (
     anti_interference_losses,
@@ -172,11 +172,13 @@ from preftune.training.preference_losses import (
     soft_losses,
     weighted_mean,
 )
-from preftune.training.rankings import Ranked, by_images, check_split, choices, load, split, untied, votes
+from preftune.training.rankings import Ranked, by_images, check_split, choices, split, untied, votes
 from preftune.training.run import Run
 from rewards import Preprocess, find_card
 from rewards.on_device import upload
 from rewards.training import Trainable, check_trainable, freeze, load_trainable
+
+Load = Callable[[Sequence[Ranked]], tuple[Tensor, list[str]]]
 
 
 class Ranker(nn.Module):
@@ -246,10 +248,10 @@ class Part:
         return scores.view(len(pixels), -1).T
 
 
-def part_of(train: list[Ranked], indices: range, preprocess: Preprocess, config: Config, run: Run) -> Part:
+def part_of(train: list[Ranked], indices: range, load: Load, config: Config, run: Run) -> Part:
     """Return the rankings with these global indices, their images loaded."""
     chosen = items_at(train, indices, config.run.seed)
-    pixels, prompts = load(chosen, preprocess)
+    pixels, prompts = load(chosen)
     own = [
         generator
         for ranking, generator in zip(chosen, map(run.generator, indices), strict=True)
@@ -304,8 +306,8 @@ def main(config: Config) -> int:
         rate = SCORER_RATES["imagereward" if find_card(config.model).clip is None else "clip"]
         config = filled(config, of_run(rate), f"reward_model for {config.model}")
         read = [data.read_rankings(folder) for folder in config.data]
-        rankings = [ranked for some, _ in read for ranked in by_images(some)]
-        train, held = split(rankings, config.validation_share, config.run.seed)
+        ranked = [one for some, _ in read for one in by_images(some)]
+        train, held = split(ranked, config.validation_share, config.run.seed)
         check_split(train, held, config.objective)
         scorer = prepare(config)
         skipped = [row for _, rows in read for row in rows]
@@ -320,32 +322,32 @@ def main(config: Config) -> int:
         data.write_report(run.folder, skipped)
     best, preprocess = float(run.resumed_state.get("best", 0.0)), preprocess_of(scorer)
     restore_best(run)
-
-    for step in run.steps():
-        module.train()
-        parts = [
-            part_of(train, run.image_indices(step, micro_batch), preprocess, config, run)
-            for micro_batch in run.passes()
-        ]
-        total = total_before(module, parts, config, step, run)
-        for part in parts:
-            with run.accumulate():
-                raw = part.raw(module, run.device, config.stable.views)
-                losses, logits = losses_of(raw, part.chosen, config, step)
-                mean = weighted_mean(losses, logits, log_total([logits], run) if total is None else total)
-                better, worse = raw[:, 0][upload(untied(part.chosen)[0], run.device)]
-                right = (better > worse).float().mean() if len(better) else 0.5
-                run.update(mean * len(parts) * run.world, accuracy=right)
-        if run.due("validation_steps", step) or run.scheduled("checkpointing_steps", step):
-            with run.ema_weights():
-                accuracy = validate(scorer, held, run.device)
-                run.log(step, validation_accuracy=accuracy)
-                if accuracy >= best:
-                    best = accuracy
-                    if run.is_main:
-                        scorer.save(run.folder / "scorer")
-        if run.due("checkpointing_steps", step):
-            run.save(step, write=partial(write_best, run), state={"best": best})
+    with rankings.loader(run, train, preprocess) as load:
+        for step in run.steps():
+            module.train()
+            parts = [
+                part_of(train, run.image_indices(step, micro_batch), load, config, run)
+                for micro_batch in run.passes()
+            ]
+            total = total_before(module, parts, config, step, run)
+            for part in parts:
+                with run.accumulate():
+                    raw = part.raw(module, run.device, config.stable.views)
+                    losses, logits = losses_of(raw, part.chosen, config, step)
+                    mean = weighted_mean(losses, logits, log_total([logits], run) if total is None else total)
+                    better, worse = raw[:, 0][upload(untied(part.chosen)[0], run.device)]
+                    right = (better > worse).float().mean() if len(better) else 0.5
+                    run.update(mean * len(parts) * run.world, accuracy=right)
+            if run.due("validation_steps", step) or run.scheduled("checkpointing_steps", step):
+                with run.ema_weights():
+                    accuracy = validate(scorer, held, run.device)
+                    run.log(step, validation_accuracy=accuracy)
+                    if accuracy >= best:
+                        best = accuracy
+                        if run.is_main:
+                            scorer.save(run.folder / "scorer")
+            if run.due("checkpointing_steps", step):
+                run.save(step, write=partial(write_best, run), state={"best": best})
     return finish(run)
 
 
@@ -384,7 +386,7 @@ def validate(scorer: Trainable, held: list[Ranked], device: torch.device) -> flo
     raws, right, number = [], 0, 0
     for start in range(0, len(held), 16):
         chosen = held[start : start + 16]
-        pixels, prompts = load(chosen, preprocess)
+        pixels, prompts = rankings.load(chosen, preprocess)
         raw = scorer.raw(pixels.to(device), prompts).float().cpu()
         better, worse = raw[untied(chosen)[0]]
         raws.append(raw)

@@ -26,6 +26,7 @@ import tyro
 
 from preftune.cli import dump, exit_on_user_error, parse
 from preftune.image_folders import Columns
+from preftune.training.cache_config import CacheConfig
 from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig, check_dropout
 from preftune.training.defaults import of_model
 from preftune.training.run_config import RunConfig
@@ -50,6 +51,7 @@ class Config:
     caption_dropout: float = 0.0
     """Share of captions left empty, in [0, 1)."""
     columns: Annotated[Columns, tyro.conf.arg(name="")] = field(default_factory=Columns)
+    cache: Annotated[CacheConfig, tyro.conf.arg(name="")] = field(default_factory=CacheConfig)
     model: Annotated[ModelConfig, tyro.conf.arg(name="")]
     reward: Annotated[RewardConfig, tyro.conf.arg(name="")] = field(default_factory=RewardConfig)
     validation: Annotated[ValidationConfig, tyro.conf.arg(name="")] = field(default_factory=ValidationConfig)
@@ -155,7 +157,7 @@ def main(config: Config) -> int:
         prompts = named or config.validation.first([sample.text for sample in samples])
     with workspace.open(
         *groups, driver="reward_weighted", config_text=dump(config), prompts=prompts,
-        skipped=skipped + unscored + unread,
+        skipped=skipped + unscored + unread, cache=config.cache,
     ) as w:  # fmt: skip
         run = w.run
 
@@ -163,6 +165,9 @@ def main(config: Config) -> int:
             texts, dropout = [sample.text for sample in chosen], config.caption_dropout
             return w.losses(chosen, texts, indices, caption_dropout=dropout, stream=stream)
 
+        w.decode_ahead(samples, stream=0)
+        if others:
+            w.decode_ahead(others, stream=1)
         for step in run.steps():
             for micro_batch in run.passes():
                 indices = run.image_indices(step, micro_batch)

@@ -28,6 +28,7 @@ from preftune.cli import dump, exit_on_user_error, parse
 from preftune.families import Pretrained
 from preftune.image_folders import Columns
 from preftune.lora.config import LoRA
+from preftune.training.cache_config import CacheConfig
 from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig, check_dropout
 from preftune.training.defaults import of_model
 from preftune.training.run_config import RunConfig
@@ -57,6 +58,7 @@ class Config:
     caption_dropout: float = 0.0
     """Share of captions left empty, in [0, 1); those of non-preferred images keep the prefix."""
     columns: Annotated[Columns, tyro.conf.arg(name="")] = field(default_factory=Columns)
+    cache: Annotated[CacheConfig, tyro.conf.arg(name="")] = field(default_factory=CacheConfig)
     model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=_published_model)
     reward: Annotated[RewardConfig, tyro.conf.arg(name="")] = field(default_factory=RewardConfig)
     validation: Annotated[ValidationConfig, tyro.conf.arg(name="")] = field(default_factory=ValidationConfig)
@@ -159,9 +161,10 @@ def main(config: Config) -> int:
     }
     with workspace.open(
         config.model, config.reward, config.validation, config.run, driver="weird_lora", config_text=dump(config),
-        prompts=prompts, skipped=skipped, moments=moments, negatives={"": "", NEGATIVE: config.prefix},
+        prompts=prompts, skipped=skipped, moments=moments, negatives={"": "", NEGATIVE: config.prefix}, cache=config.cache,
     ) as w:  # fmt: skip
         run = w.run
+        w.decode_ahead(samples)
         for step in run.steps():
             for micro_batch in run.passes():
                 indices = run.image_indices(step, micro_batch)

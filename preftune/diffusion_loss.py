@@ -7,11 +7,9 @@ import torch
 from torch import Generator, Tensor
 
 from preftune.ahead import initial_noise
-from preftune.cli import exit_on_user_error
+from preftune.captioned_inputs import CaptionedInputs
 from preftune.families.base import Family
-from preftune.images import load_with_framing
 from preftune.noise import add_noise, target
-from preftune.resolution import Resolution
 from rewards.on_device import upload
 
 
@@ -33,29 +31,25 @@ def diffusion_loss(
 
 
 def captioned_loss(
-    family: Family,
+    inputs: CaptionedInputs,
     paths: Sequence[Path],
     captions: Sequence[str],
     generators: Sequence[Generator],
     *,
-    resolution: Resolution,
     caption_dropout: float,
     dropped: Sequence[str] | None = None,
+    stream: int = 0,
 ) -> Tensor:
     """Return `diffusion_loss` (B,) of image files, scaled and cropped to the resolution, with their captions.
 
     A share caption_dropout of the captions is left empty, as classifier-free guidance needs (Ho and Salimans
     2022, arXiv 2207.12598); `dropped` are their replacements, None = empty captions. All random numbers
-    of an image come from its own generator: first its dropout, then its latents, then `diffusion_loss`.
+    of an image come from its own generator: first its dropout, then its latents, then `diffusion_loss`. `stream` is that of
+    `CaptionedInputs.expect`.
     """
+    family = inputs.family
     kept = [float(torch.rand((), generator=generator)) >= caption_dropout for generator in generators]
     texts = zip(captions, dropped or [""] * len(captions), kept, strict=True)
-    with exit_on_user_error():  # an image that was sound when the run began
-        loaded = [load_with_framing(path, resolution) for path in paths]
-    cond = family.encode(
-        [caption if keep else other for caption, other, keep in texts],
-        framings=[framing for _, framing in loaded],
-    )
-    with torch.no_grad():
-        x0 = family.encode_pixels(torch.stack([pixels for pixels, _ in loaded]), generators)
+    x0, framings = inputs.latents(paths, generators, stream)
+    cond = inputs.cond([caption if keep else other for caption, other, keep in texts], framings)
     return diffusion_loss(family, lambda x, t: family.predict(x, t, cond).output, x0, generators)

@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 import tiny
 from preftune import families
+from preftune.captioned_inputs import CaptionedInputs
 from preftune.diffusion_loss import captioned_loss, diffusion_loss
 from preftune.families.base import Family
 from preftune.images import load_pixels, load_with_framing
@@ -96,11 +97,10 @@ def test_an_image_does_not_depend_on_its_neighbours(family: Family, files: list[
     def losses(rows: list[int]) -> Tensor:
         with torch.no_grad():
             return captioned_loss(
-                family,
+                CaptionedInputs(family, SQUARE),
                 [files[row] for row in rows],
                 [CAPTIONS[row] for row in rows],
                 generators(*rows),
-                resolution=SQUARE,
                 caption_dropout=0.5,
             )
 
@@ -113,7 +113,7 @@ def test_the_order_of_random_numbers(family: Family, files: list[Path]) -> None:
     """Dropout, posterior, timestep, noise: recorded trajectories depend on it."""
     with torch.no_grad():
         found = captioned_loss(
-            family, files[:1], CAPTIONS[:1], generators(3), resolution=SQUARE, caption_dropout=0.0
+            CaptionedInputs(family, SQUARE), files[:1], CAPTIONS[:1], generators(3), caption_dropout=0.0
         )
         own = generators(3)
         torch.rand((), generator=own[0])
@@ -135,11 +135,10 @@ def test_dropped_captions(family: Family, files: list[Path]) -> None:
     def losses(captions: list[str], dropout: float, dropped: list[str] | None = None) -> Tensor:
         with torch.no_grad():
             return captioned_loss(
-                family,
+                CaptionedInputs(family, SQUARE),
                 files,
                 captions,
                 generators(0, 1, 2),
-                resolution=SQUARE,
                 caption_dropout=dropout,
                 dropped=dropped,
             )
@@ -164,7 +163,9 @@ def test_framings_reach_the_text_encoding(family: Family, files: list[Path]) -> 
 
     family.encode = encode  # type: ignore[method-assign]
     try:
-        captioned_loss(family, files, CAPTIONS, generators(0, 1, 2), resolution=SQUARE, caption_dropout=0.0)
+        captioned_loss(
+            CaptionedInputs(family, SQUARE), files, CAPTIONS, generators(0, 1, 2), caption_dropout=0.0
+        )
     finally:
         family.encode = plain  # type: ignore[method-assign]
     assert seen == [

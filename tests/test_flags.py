@@ -546,15 +546,17 @@ def test_what_a_pasted_line_is_answered(line: str, capsys: pytest.CaptureFixture
     assert [words for words in PASTED[line] if words not in said] == []
 
 
-def test_the_program_that_has_the_flag_names_it(capsys: pytest.CaptureFixture[str]) -> None:
-    """An answer that sends others to pretrain is, there, the flag itself."""
-    assert "(here: --cache-latents)" in refused("--cache_latents_to_disk", capsys, pretrain.Config)
-    assert "preftune pretrain has --cache-latents" in refused("--cache_latents_to_disk", capsys)
+def test_the_program_that_has_the_flag_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for config in (refl.Config, pretrain.Config):
+        assert "preftune pretrain has --train-text-encoder" in refused("--text_encoder_lr=1", capsys, config)
 
 
 def test_a_program_without_the_flag_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     said = refused("--dataset_name=d --rank 4", capsys, reward_model.Config)
     assert "--dataset_name (here: --data IMAGEFOLDER), --rank (this program has no --lora.rank)" in said
+    assert "--cache_latents_to_disk (this program has no --cache-latents)" in refused(
+        "--cache_latents_to_disk", capsys, reward_model.Config
+    )
     assert "--instance_data_dir (this program has no --data)" in refused(
         "--instance_data_dir=d", capsys, raft.Config
     )

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 import record_trajectories as recorded
 from finetune import raft, reward_weighted, weird_lora
 from preftune import families
+from preftune.captioned_inputs import CaptionedInputs
 from preftune.cli import parse
 from preftune.diffusion_loss import captioned_loss
 from preftune.images import load_pixels
@@ -367,11 +368,10 @@ def test_what_stands_in_place_of_a_dropped_caption(root: Path) -> None:
         generators = [torch.Generator().manual_seed(i) for i in range(2)]
         with torch.no_grad():
             return captioned_loss(
-                family,
+                CaptionedInputs(family, Resolution(32, 32)),
                 paths,
                 captions,
                 generators,
-                resolution=Resolution(32, 32),
                 caption_dropout=dropout,
                 dropped=dropped,
             )

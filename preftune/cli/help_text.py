@@ -29,6 +29,7 @@ _FIELDS = {
     "validation": "sampling",
     "sample": "sampling",
     "run": "training",
+    "cache": "training",
     "columns": OWN,
 }
 """Field of a Config that holds settings -> group of its flags; another field is its own group."""

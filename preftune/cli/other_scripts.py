@@ -16,6 +16,9 @@ ALIASES = {
     "rank": "lora.rank",
     "lora_alpha": "lora.alpha",
     # kohya's sd-scripts
+    "cache_latents_to_disk": "cache_latents",
+    "cache_text_encoder_outputs_to_disk": "cache_text_encoder_outputs",
+    "max_data_loader_n_workers": "dataloader_num_workers",
     "caption_dropout_rate": "caption_dropout",
     "network_alpha": "lora.alpha",
     "network_dim": "lora.rank",
@@ -74,7 +77,7 @@ _DREAMBOOTH = "DreamBooth is not here"
 _EMA = "--ema-decay 0.999"
 _EPOCHS = "--max-train-steps, a number of updates"
 _IMAGEFOLDER = "--data IMAGEFOLDER"
-_LATENTS = "preftune pretrain has --cache-latents; the others encode images when they need them"
+_LATENTS = "--cache-latents encodes them batch by batch as they are needed"
 _LAUNCHER = "it goes before the file, as accelerate launch --num_processes 2 finetune/refl.py; see `accelerate launch --help`"
 _LOSS = "the loss is the plain one of the model's own prediction"
 _METADATA = "no such metadata is written"
@@ -87,7 +90,6 @@ _STATE = "--checkpoints-total-limit; each checkpoint has the state, too"
 _TEXT_ENCODER = "text encoders stay as they are; preftune pretrain has --train-text-encoder"
 _TIMESTEPS = "timesteps are chosen as the model was trained: uniformly"
 _TRACKER = "tensorboard/ lies in --output-dir"
-_WORKERS = "images are read in this process"
 
 
 def _all(names: str, reason: str) -> dict[str, str]:
@@ -109,7 +111,7 @@ ELSEWHERE = {
     **_all("num_train_epochs max_train_epochs num_epochs", _EPOCHS),
     **_all("dataset_name dataset_config_name instance_data_dir in_json dataset_config dataset_class", _IMAGEFOLDER),
     **_all("conditioning_data_dir", _IMAGEFOLDER),
-    **_all("cache_latents cache_latents_to_disk vae_batch_size skip_cache_check cache_info", _LATENTS),
+    **_all("vae_batch_size skip_cache_check cache_info", _LATENTS),
     **_all("num_processes local_rank deepspeed zero_stage zero3_init_flag zero3_save_16bit_model dynamo_backend", _LAUNCHER),
     **_all("offload_optimizer_device offload_optimizer_nvme_path offload_param_device offload_param_nvme_path", _LAUNCHER),
     **_all("ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph fp16_master_weights_and_gradients", _LAUNCHER),
@@ -140,7 +142,7 @@ ELSEWHERE = {
     **_all("timestep_bias_portion min_timestep max_timestep weighting_scheme logit_mean logit_std mode_scale", _TIMESTEPS),
     **_all("logging_dir logdir log_prefix log_config log_tracker_config log_tracker_name", _TRACKER),
     **_all("wandb_run_name wandb_api_key run_name exp_name tracker_kwargs project_kwargs", _TRACKER),
-    **_all("dataloader_num_workers max_data_loader_n_workers persistent_data_loader_workers", _WORKERS),
+    "persistent_data_loader_workers": "workers last as long as the run",
     "accelerator_kwargs": _LAUNCHER,
     "allow_tf32": "it is torch's setting: torch.set_float32_matmul_precision",
     "base_weights": "--lora-start",
@@ -154,8 +156,6 @@ ELSEWHERE = {
     "base_weights_multiplier": "--lora-start LORA has its full strength",
     "blocks_to_swap": "--gradient-checkpointing, --quantization and --offload save memory; the weights that are trained stay on the GPU",
     "cache_dir": "set HF_HOME",
-    "cache_text_encoder_outputs": "captions are encoded in each update",
-    "cache_text_encoder_outputs_to_disk": "captions are encoded in each update",
     "caption_extension": "--data IMAGEFOLDER reads a .txt or .caption file beside each image",
     "caption_extention": "--data IMAGEFOLDER reads a .txt or .caption file beside each image",
     "color_aug": "colours are not changed",
@@ -199,7 +199,7 @@ ELSEWHERE = {
     "num_validation_images": "--num-validation-prompts: each prompt has one image",
     "output_config": "config.yaml in --output-dir is written by each run",
     "output_name": "--output-dir names the run",
-    "pre_compute_text_embeddings": "captions are encoded in each update",
+    "pre_compute_text_embeddings": "--cache-text-encoder-outputs",
     "prompt_fn": "--prompts FILE",
     "reward_fn": "--rewards FILE.py:FUNCTION",
     "split_name": "--data IMAGEFOLDER",

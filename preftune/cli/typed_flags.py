@@ -135,9 +135,6 @@ def _wrong_numbers(values: Sequence[str], leaf: Leaf) -> str:
 def instead(name: str, leaves: Mapping[str, Leaf], write: Callable[[str], str] = str) -> str:
     """What there is in place of an unknown name, as the end of a sentence; nothing where nobody knows."""
     other = ELSEWHERE.get(name) or (flag_of(ALIASES[name]) if name in ALIASES else "")
-    elsewhere = re.match(r"preftune pretrain has (--[\w-]+)", other)
-    if elsewhere is not None and _name(elsewhere[1]) in leaves:
-        other = elsewhere[1]
     for flag in re.findall(r"(?<!has )--[\w.-]*\w", other):  # another program has it
         if _name(flag) not in (*leaves, "config", "num_processes", "help"):
             if (sample := alias_of(_name(flag), leaves)) is None:

@@ -101,6 +101,13 @@ class Family(Protocol):
     prediction_type: PredictionType
     text_encoders: Sequence[nn.Module]
     """Frozen. An encoder that is trained gets gradients, and encodes the negative prompt in each call."""
+    tokenizers: Sequence[Any]
+    """One for each text encoder."""
+
+    @property
+    def vae(self) -> nn.Module:
+        """The autoencoder, frozen."""
+        ...
 
     def latent_shape(self, resolution: Resolution) -> tuple[int, int, int]:
         """Return (C, h, w). ValueError for a size that is no multiple of the autoencoder's factor."""
@@ -110,6 +117,10 @@ class Family(Protocol):
         self, prompts: Sequence[str], negative: str = "", framings: Sequence[Framing] | None = None
     ) -> Cond:
         """Return the encoded prompts; framings, one for each prompt, say how training images were cropped."""
+        ...
+
+    def framed(self, cond: Cond, framings: Sequence[Framing]) -> Cond:
+        """Return prompts that were encoded without framings as `encode` returns them with these."""
         ...
 
     def predict(self, x: Tensor, t: Tensor, cond: Cond, guidance_scale: float = 1.0) -> Prediction:
@@ -152,6 +163,19 @@ class Family(Protocol):
 
     def encode_pixels(self, pixels: Tensor, generators: Sequence[Generator] | None = None) -> Tensor:
         """Return latents (B, C, h, w) of pixels in [0, 1]: a sample of the posterior by each generator, or its mean."""
+        ...
+
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the posterior's mean and standard deviation, (B, C, h, w), for pixels in [0, 1], in the autoencoder's precision.
+
+        Without a posterior, as of AutoencoderTiny: the latents, and None.
+        """
+        ...
+
+    def latents_of(
+        self, mean: Tensor, std: Tensor | None, generators: Sequence[Generator] | None = None
+    ) -> Tensor:
+        """Return the latents of a posterior, as `encode_pixels` does of pixels."""
         ...
 
     def quantize(self, kind: QuantizationKind, device: torch.device | str) -> None:

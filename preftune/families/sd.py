@@ -84,6 +84,7 @@ class SD:
     ) -> None:
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.text_encoders: Sequence[nn.Module] = (text_encoder,)
+        self.tokenizers: Sequence[Any] = (tokenizer,)
         self.denoiser: nn.Module = unet
         self.device: torch.device = vae.device
         self._scheduler_config = scheduler_config
@@ -129,6 +130,10 @@ class SD:
         null = text.encoded_once(negative, self.text_encoders, self._embeds, self._negatives)
         return Cond(positive={"embeds": self._embeds(prompts)}, negative={"embeds": null})
 
+    def framed(self, cond: Cond, framings: Sequence[Framing]) -> Cond:
+        """Return the prompts as they are."""
+        return cond
+
     def predict(self, x: Tensor, t: Tensor, cond: Cond, guidance_scale: float = 1.0) -> Prediction:
         """Return the UNet's prediction in float32; with guidance, both passes in one batch."""
 
@@ -168,7 +173,17 @@ class SD:
 
     def encode_pixels(self, pixels: Tensor, generators: Sequence[Generator] | None = None) -> Tensor:
         """Return scaled latents in float32."""
-        return unets.encode(self.vae, upload(pixels, self.device), generators)
+        return self.latents_of(*self.moments(pixels), generators)
+
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the posterior's mean and standard deviation."""
+        return unets.moments(self.vae, upload(pixels, self.device))
+
+    def latents_of(
+        self, mean: Tensor, std: Tensor | None, generators: Sequence[Generator] | None = None
+    ) -> Tensor:
+        """Return scaled latents in float32."""
+        return unets.latents_of(self.vae, mean, std, generators)
 
     def quantize(self, kind: quantization.Kind, device: torch.device | str) -> None:
         """Hold the UNet's linear layers in 4 or 8 bits."""

@@ -98,7 +98,7 @@ class SDXL:
     ) -> None:
         self.unet, self.vae = unet, vae
         self.text_encoders: Sequence[nn.Module] = (text_encoder, text_encoder_2)
-        self.tokenizers = (tokenizer, tokenizer_2)
+        self.tokenizers: Sequence[Any] = (tokenizer, tokenizer_2)
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
         self.denoiser: nn.Module = unet
         self.device: torch.device = vae.device
@@ -162,12 +162,16 @@ class SDXL:
         """
         positive = self._encoded(prompts)
         null = self._negative(negative, positive)
-        if framings is not None:
-            rows = [(*framing.original, framing.top, framing.left) for framing in framings]
-            if len(rows) != len(prompts):
-                raise ValueError(f"{len(prompts)} prompts but {len(rows)} framings")
-            positive["framing"] = upload(torch.tensor(rows, dtype=torch.float32), self.device)
-        return Cond(positive=positive, negative=null)
+        cond = Cond(positive=positive, negative=null)
+        return cond if framings is None else self.framed(cond, framings)
+
+    def framed(self, cond: Cond, framings: Sequence[Framing]) -> Cond:
+        """Return the prompts with `framing` (B, 4): original height and width, top and left."""
+        rows = [(*framing.original, framing.top, framing.left) for framing in framings]
+        if len(rows) != len(cond):
+            raise ValueError(f"{len(cond)} prompts but {len(rows)} framings")
+        framing = upload(torch.tensor(rows, dtype=torch.float32), self.device)
+        return Cond(positive={**cond.positive, "framing": framing}, negative=cond.negative)
 
     def time_ids(self, x: Tensor, framing: Tensor | None = None) -> Tensor:
         """Return (B, 6) float32 for latents x (B, C, h, w): (original height, width, top, left, target height, width).
@@ -222,8 +226,18 @@ class SDXL:
 
     def encode_pixels(self, pixels: Tensor, generators: Sequence[Generator] | None = None) -> Tensor:
         """Return scaled latents in float32."""
+        return self.latents_of(*self.moments(pixels), generators)
+
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the posterior's mean and standard deviation."""
         with self._vae_precision():
-            return unets.encode(self.vae, upload(pixels, self.device), generators)
+            return unets.moments(self.vae, upload(pixels, self.device))
+
+    def latents_of(
+        self, mean: Tensor, std: Tensor | None, generators: Sequence[Generator] | None = None
+    ) -> Tensor:
+        """Return scaled latents in float32."""
+        return unets.latents_of(self.vae, mean, std, generators)
 
     def _vae_precision(self) -> AbstractContextManager[Any]:
         """No autocast to float16 around an autoencoder that overflows in it."""

@@ -90,17 +90,27 @@ def decode(vae: Autoencoder, x0: Tensor) -> Tensor:
     return pixels
 
 
-def encode(vae: Autoencoder, pixels: Tensor, generators: Sequence[Generator] | None) -> Tensor:
-    """Return scaled latents in float32: the posterior's mean, or a sample of it by each image's generator.
+def moments(vae: Autoencoder, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the mean and the standard deviation of the posterior, (B, C, h, w) in the autoencoder's precision.
 
-    An AutoencoderTiny has no posterior: its latents are always the same, and no random number is drawn.
+    An AutoencoderTiny has no posterior: its latents are always the same.
     """
     encoded = vae.encode((pixels * 2 - 1).to(vae.dtype))
     posterior = getattr(encoded, "latent_dist", None)
-    latents: Tensor = (encoded.latents if posterior is None else posterior.mean).float()
-    if generators is not None and posterior is not None:
+    return (encoded.latents, None) if posterior is None else (posterior.mean, posterior.std)
+
+
+def latents_of(
+    vae: Autoencoder, mean: Tensor, std: Tensor | None, generators: Sequence[Generator] | None
+) -> Tensor:
+    """Return scaled latents in float32: the posterior's mean, or a sample of it by each image's generator.
+
+    Without a standard deviation no random number is drawn.
+    """
+    latents = mean.float()
+    if generators is not None and std is not None:
         noise = initial_noise(latents.shape[1:], generators, latents.device).to(latents)
-        latents = latents + posterior.std.float() * noise
+        latents = latents + std.float() * noise
     statistics = _latent_statistics(vae, latents)
     if statistics is not None:
         latents = (latents - statistics[0]) / statistics[1]

@@ -7,17 +7,24 @@ choices.
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from preftune.cli import exit_on_user_error
 from preftune.images import opened
 from preftune.records import Ranking
+from preftune.training import decoding
+from preftune.training.run import Run
+from preftune.worker_processes import WorkerProcesses
 from rewards import Preprocess
 from rewards.pixels import from_pil
 
@@ -84,17 +91,42 @@ def check_split(train: list[Ranked], held: list[Ranked], objective: str) -> None
         )
 
 
-def load(rankings: Sequence[Ranked], preprocess: Preprocess) -> tuple[Tensor, list[str]]:
-    """Return the images of these rankings as a scorer prepares files, (sum of n, 3, S, S) in [0, 1], and their prompts."""
+@contextmanager
+def loader(
+    run: Run, rankings: Sequence[Ranked], preprocess: Preprocess
+) -> Iterator[Callable[[Sequence[Ranked]], tuple[Tensor, list[str]]]]:
+    """Yield `load` for the rankings of the updates that are still to do, one batch a pass, whose images are read ahead."""
+    workers = decoding.workers(run.config, run.device)
+    with WorkerProcesses(partial(_read, preprocess=preprocess), workers) as read:
+        batches = decoding.upcoming(run, rankings)
+        read.expect([path for ranking in batch for path in ranking.paths] for batch in batches)
+        yield partial(load, preprocess=preprocess, workers=read)
 
-    def read(path: Path) -> Tensor:
-        with opened(path) as image:
-            return from_pil(image, preprocess)
 
-    # An image that was sound when the run began may be gone; decoding and resizing let other threads run.
-    with exit_on_user_error(), ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as threads:
-        images = [*threads.map(read, (path for ranking in rankings for path in ranking.paths))]
-    return torch.stack(images), [ranking.prompt for ranking in rankings for _ in ranking.paths]
+def _read(path: Path, preprocess: Preprocess) -> NDArray[np.float32]:
+    """Return an image file as a scorer prepares it, (3, S, S) in [0, 1]."""
+    with opened(path) as image:
+        return from_pil(image, preprocess).numpy()
+
+
+def load(
+    rankings: Sequence[Ranked],
+    preprocess: Preprocess,
+    workers: WorkerProcesses[Path, NDArray[np.float32]] | None = None,
+) -> tuple[Tensor, list[str]]:
+    """Return the images of these rankings as a scorer prepares files, (sum of n, 3, S, S) in [0, 1], and their prompts.
+
+    `workers`: the next batch of worker processes, if there are any.
+    """
+    paths = [path for ranking in rankings for path in ranking.paths]
+    with exit_on_user_error():  # an image that was sound when the run began may be gone
+        if workers is not None and workers.number:
+            images = workers.take(paths)
+        else:  # decoding and resizing let other threads run
+            with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as threads:
+                images = [*threads.map(partial(_read, preprocess=preprocess), paths)]
+    prompts = [ranking.prompt for ranking in rankings for _ in ranking.paths]
+    return torch.from_numpy(np.stack(images)), prompts
 
 
 def pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:

@@ -72,6 +72,10 @@ class RunConfig:
     """Trackers that get metrics and validation images: tensorboard, wandb, trackio, ...; none, or all that are installed."""
     tracker_project_name: str | None = None
     """Project in these trackers; None = what WANDB_PROJECT and the like say, else preftune."""
+    dataloader_num_workers: int | None = None
+    """Worker processes that decode images ahead of time; 0 = they are decoded when they are needed. None = up to 4 for each GPU, 0 on a
+    CPU, whose cores train.
+    """
     threads: int = 0
     """CPU threads per process; 0 = all cores, divided by the processes on this machine."""
 
@@ -86,6 +90,8 @@ class RunConfig:
             "threads",
         ):
             _demand(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        number = self.dataloader_num_workers
+        _demand(number is None or 0 <= number <= 256, "dataloader_num_workers", number, "in [0, 256]")
         for name in ("learning_rate", "adam_epsilon"):
             value = getattr(self, name)
             _demand(value is None or 0 < value < math.inf, name, value, "above 0 and finite")

@@ -8,7 +8,7 @@ with workspace.open(config.model, config.reward, config.validation, config.run, 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from preftune import families, files
+from preftune.captioned_inputs import CaptionedInputs
 from preftune.cli import exit_on_user_error
 from preftune.cli.notes import say
 from preftune.diffusion_loss import captioned_loss
@@ -27,8 +28,9 @@ from preftune.lora.tuning import LoRA
 from preftune.lora.write import KOHYA_FILE, write_kohya
 from preftune.records import CaptionedImage, Skipped
 from preftune.resolution import Resolution
-from preftune.training import data
+from preftune.training import data, decoding
 from preftune.training import validation as validation_images
+from preftune.training.cache_config import CacheConfig
 from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig
 from preftune.training.defaults import learning_rate
 from preftune.training.run import Run
@@ -54,6 +56,7 @@ class Workspace:
     """None without --rewards."""
     resolution: Resolution
     """Of the images in training."""
+    inputs: CaptionedInputs
     model: ModelConfig
     validation: ValidationConfig
     prompts: Sequence[str]
@@ -129,14 +132,23 @@ class Workspace:
         `dropped`: replacements of captions that caption_dropout removes; None = the empty caption.
         """
         return captioned_loss(
-            self.family,
+            self.inputs,
             [sample.path for sample in samples],
             captions,
             [self.run.generator(i, stream) for i in indices],
-            resolution=self.resolution,
             caption_dropout=caption_dropout,
             dropped=dropped,
+            stream=stream,
         )
+
+    def decode_ahead(
+        self, samples: Sequence[CaptionedImage], stream: int = 0, steps: range | None = None
+    ) -> None:
+        """Begin to decode in worker processes what `losses` will be asked for with this stream: these samples in their order of
+        the run, once a pass, in all updates that are still to do or in those of `steps`.
+        """
+        batches = decoding.upcoming(self.run, samples, steps)
+        self.inputs.expect(([sample.path for sample in batch] for batch in batches), stream)
 
 
 def check(
@@ -227,12 +239,13 @@ def open(
     driver_files: tuple[str, ...] = (),
     moments: Mapping[str, str] | None = None,
     negatives: Mapping[str, str] | None = None,
+    cache: CacheConfig | None = None,
 ) -> Iterator[Workspace]:
     """Load scorers and model, open the run, and where it is new show and save the model as it is.
 
     Errors that the user can fix end the program here, before training, with one sentence and exit code 2.
     `settings` and `driver_files` are Run's; `prompts` those of validation; `differentiable` as in `check`; `skipped` is what of the data was set aside; `negatives` and `moments` see
-    Workspace.
+    Workspace; `cache` what of captioned images is kept on disk.
     """
     with exit_on_user_error():
         defaults = families.check(model.pretrained.source(), model.vae)
@@ -252,26 +265,34 @@ def open(
         family.denoiser = run.prepare(denoiser, learning_rate=learning_rate(driver, defaults, model.train))
     if run.is_main and skipped is not None:
         data.write_report(run.folder, skipped)
-    steps = run_config.max_train_steps
+    steps, size = run_config.max_train_steps, model.size(defaults)
+    inputs = decoding.captioned_inputs(family, size, run, cache or CacheConfig())
     w = Workspace(
         run=run,
         family=family,
         mix=mix,
-        resolution=model.size(defaults),
+        resolution=size,
+        inputs=inputs,
         model=model,
-        validation=replace(validation, sample=validation.sample.at(model.size(defaults))),
+        validation=replace(validation, sample=validation.sample.at(size)),
         prompts=prompts,
         moments=dict(moments or {"before": "step_000000", "after": f"step_{steps:06d}"}),
         negatives=negatives or {"": ""},
     )
+    with closing(inputs):
+        _begin(w)
+        yield w
+
+
+def _begin(w: Workspace) -> None:
+    """Show and save the model as it is; of a resumed run what was missed when it was stopped."""
+    run = w.run
     if not run.resumed:
         w.validate(0)
         run.save(-1, write=w.write)
-        yield w
         return
-    if run.is_main and run.start >= steps:
+    if run.is_main and run.start >= run.config.max_train_steps:
         w._write_result()  # there is no step left, after which it would be written
     names = [w.name_of(run.start, ending) for ending in w.negatives]
     if validation_images.missed(run, names, milestone=any(name in w.moments.values() for name in names)):
         run.log(run.start - 1, **w.validate(run.start))
-    yield w
