@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from preftune.families.graphs import Graphs
 from preftune.lora import tuning as loras
@@ -213,8 +214,9 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 def _is_plain(layer: nn.Module) -> bool:
     """Whether an update can be added to the layer's weight: not where it is quantized."""
-    weight = layer.weight
-    return type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.dtype.is_floating_point
+    weight: Any = layer.weight
+    own = type(layer) in (nn.Linear, nn.Conv2d) and not is_traceable_wrapper_subclass(weight)
+    return own and bool(weight.dtype.is_floating_point)
 
 
 def _structure(module: nn.Module) -> list[object]:
