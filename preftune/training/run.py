@@ -128,11 +128,13 @@ class Run:
             ValueError: the checkpoint to resume from has other parameters.
         """
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        frozen = [name for name, _ in module.named_parameters() if name not in named]  # all have read them
         assert named, "module has no parameter that requires a gradient"
         assert all(p.dtype == torch.float32 for p in named.values()), "trained parameters must be float32"
         self._named, self._peak_lr = named, self.config.learning_rate or learning_rate
         if self.config.compile:
             compile_blocks(module)
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
         parts = module.to(self.device), adamw(self.config, list(named.values()), self._peak_lr)
         self._module, self._optimizer = self._accelerator.prepare(*parts)
         self._ema = EMA(self.config, named.values())
