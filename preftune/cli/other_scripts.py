@@ -138,7 +138,6 @@ ELSEWHERE = {
     **_all("wandb_run_name wandb_api_key run_name exp_name tracker_kwargs project_kwargs", _TRACKER),
     **_all("dataloader_num_workers max_data_loader_n_workers persistent_data_loader_workers", _WORKERS),
     "accelerator_kwargs": _LAUNCHER,
-    "allow_tf32": "it is torch's setting: torch.set_float32_matmul_precision",
     "base_weights": "--lora-start",
     "beta_dpo": "preference optimisation of the model itself is not here; preftune refl follows a reward",
     "run_validation": "--validation-steps",
