@@ -95,8 +95,8 @@ from data_build.filters import Filters
 from data_build.scoring import Batch
 from preftune.images import opened
 from preftune.order import items_at
-from preftune.prompts import read_prompts
 from preftune.prepared_images import SLICE, PreparedSlice, prepared_slices
+from preftune.prompts import read_prompts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,5 @@
-"""Images for scorers, prepared by worker processes: each is read and decoded once, and travels in few bytes.
+"""Images and prompts for scorers, prepared by worker processes: each image is read and decoded once, and travels in few bytes;
+prompts are tokenised.
 
 A worker gets a slice of a batch, so that many workers hold few images each. What it sends is 8-bit pixels of the size that a
 scorer takes; or, where the device resizes (rewards.device_resize), the image as it is, once for all scorers.
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from rewards import Preprocess
 from rewards.device_resize import equals_the_authors
 from rewards.pixels import can_wait, from_original, packed_from_pil, unpack
+from rewards.readers import Reader
 
 Item = TypeVar("Item")
 
@@ -86,6 +88,8 @@ class PreparedSlice(Generic[Item]):
     stacks: list[Stack]
     buffers: dict[torch.dtype, Tensor]
     """All pixels of a type, one after another: one file handle between processes and one copy to a device."""
+    tokens: list[dict[str, list[int]]]
+    """The ids of each prompt, for each reader."""
     ends_batch: bool
 
     @property
@@ -112,7 +116,7 @@ class PreparedSlice(Generic[Item]):
             waiting = [row for row, place in enumerate(stack.places) if place not in rows]
             if stack.rule is None and waiting:
                 some = self._pixels(stack)
-                some = some if len(waiting) == len(some) else some[waiting]
+                some = some if len(waiting) == len(some) else torch.stack([some[row] for row in waiting])
                 places = [stack.places[row] for row in waiting]
                 rows |= zip(places, from_original(some, rule), strict=True)
         return torch.stack([rows[place] for place in range(len(rows))])
@@ -137,15 +141,16 @@ def prepared_slices(
     *,
     workers: int,
     device: torch.device,
+    readers: Sequence[Reader] = (),
 ) -> Iterator[PreparedSlice[Item]]:
     """Yield the slices of each batch, decoded and prepared in each of these ways by worker processes, in order.
 
-    `prepare` must be picklable; with 0 workers it runs in this process. For a CUDA device pixels are in pinned memory.
+    `prepare` and readers must be picklable; with 0 workers this process does the work, and scorers read their prompts. For a CUDA device pixels are in pinned memory.
     """
     on_cuda = device.type == "cuda"
     recipe = Recipe(rules=tuple(dict.fromkeys(rules)), on_device=on_cuda and equals_the_authors(device))
     yield from DataLoader(
-        _Preparing(prepare, recipe),
+        _Preparing(prepare, recipe, readers if workers else ()),
         sampler=_slices(batches),
         batch_size=None,
         num_workers=workers,
@@ -164,19 +169,23 @@ def _slices(batches: Iterable[Sequence[Item]]) -> Iterator[tuple[Sequence[Item],
 class _Preparing(Dataset[PreparedSlice[Item]]):
     """A slice of items to a prepared one; the loader's sampler yields slices in place of numbers."""
 
-    def __init__(self, prepare: Prepare[Item], recipe: Recipe) -> None:
+    def __init__(self, prepare: Prepare[Item], recipe: Recipe, readers: Sequence[Reader]) -> None:
         self.prepare = prepare
         self.recipe = recipe
+        self.readers = readers
 
     def __getitem__(self, taken: tuple[Sequence[Item], bool]) -> PreparedSlice[Item]:
         listed, ends_batch = taken
         items, views = zip(*(self.prepare(item, self.recipe) for item in listed), strict=True)
-        stacks, buffers = _stacked([view for some in views for view in some])
+        every = [view for some in views for view in some]
+        prompts = dict.fromkeys(view.prompt for view in every)
+        stacks, buffers = _stacked(every)
         return PreparedSlice(
             items=list(items),
             prompts=[[view.prompt for view in some] for some in views],
             stacks=stacks,
             buffers=buffers,
+            tokens=[{prompt: reader.encode(prompt) for prompt in prompts} for reader in self.readers],
             ends_batch=ends_batch,
         )
 

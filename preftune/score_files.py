@@ -11,8 +11,9 @@ handed out when the next one has been started.
 Letters: V views of an item, S scorers, H W pixels of any size.
 """
 
+from collections import ChainMap
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -25,6 +26,7 @@ from torch.profiler import record_function
 from preftune.prepared_images import Prepare, PreparedSlice, prepared_slices
 from rewards import Scorer
 from rewards.own_scorer import OwnReward
+from rewards.readers import Reader, readers_of
 from rewards.shared_towers import score_all
 
 Item = TypeVar("Item")
@@ -57,7 +59,8 @@ def score_files(
     """
     rules = [scorer.card.preprocess for scorer in scorers]
     copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-    slices = prepared_slices(prepare, batches, rules, workers=workers, device=device)
+    readers = readers_of(scorers)
+    slices = prepared_slices(prepare, batches, rules, workers=workers, device=device, readers=readers)
     started: _Started[Item] | None = None
     gathered: list[PreparedSlice[Item]] = []
     while True:
@@ -67,13 +70,25 @@ def score_files(
             break
         gathered.append(_copied(received, device, copies))
         if received.ends_batch:
-            with record_function("score"):
+            with record_function("score"), _read_ahead(readers, gathered):
                 following = _score(gathered, scorers, device, first_view_only)
             if started is not None:
                 yield started.finish()
             started, gathered = following, []
     if started is not None:
         yield started.finish()
+
+
+@contextmanager
+def _read_ahead(readers: Sequence[Reader], slices: Sequence[PreparedSlice[Item]]) -> Iterator[None]:
+    """Context in which scorers know how the prompts of these slices are read."""
+    for index, reader in enumerate(readers):
+        reader.ahead = ChainMap(*(part.tokens[index] for part in slices if part.tokens))
+    try:
+        yield
+    finally:
+        for reader in readers:
+            reader.ahead = {}
 
 
 def _copied(
