@@ -144,7 +144,6 @@ ELSEWHERE = {
     **_all("wandb_run_name wandb_api_key run_name exp_name tracker_kwargs project_kwargs", _TRACKER),
     "persistent_data_loader_workers": "workers last as long as the run",
     "accelerator_kwargs": _LAUNCHER,
-    "allow_tf32": "it is torch's setting: torch.set_float32_matmul_precision",
     "base_weights": "--lora-start",
     "beta_dpo": "preference optimisation of the model itself is not here; preftune refl follows a reward",
     "run_validation": "--validation-steps",
