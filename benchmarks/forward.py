@@ -73,6 +73,7 @@ TRAINS: tuple[Train, ...] = ("full", "lora")
 SAME: dict[str, Any] = {
     "checkpointing": "off",
     "compile": "off",
+    "graphs": "off",
     "num_inference_steps": 40,
     "late": 35,
     "repeats": 1,

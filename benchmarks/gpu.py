@@ -47,7 +47,7 @@ PARTS: dict[PartName, Part] = {
     "updates": Part(
         limit=180,
         module="benchmarks.refl_step",
-        flags="--models sd1 --train-batch-size 2 8 --precision bf16 --checkpointing off --compile off on --published full --repeats 3 --workdir {work} --output {out}",
+        flags="--models sd1 --train-batch-size 2 8 --precision bf16 --checkpointing off --compile off --graphs on off --published full --repeats 3 --workdir {work} --output {out}",
         dry="--models tiny --train-batch-size 2 --compile off --num-inference-steps 6 --late 4 --repeats 1",
     ),
     "parity": Part(limit=30, module=_OWN, flags="--part parity --output {out} --workdir {work}", dry="--dry"),

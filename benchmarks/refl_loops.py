@@ -52,6 +52,7 @@ class Trial:
     train: Train
     checkpointing: Switch
     compile: Switch
+    graphs: Switch
     train_batch_size: int
     num_inference_steps: int
     late: int
@@ -84,6 +85,7 @@ class Trial:
                 train_batch_size=self.train_batch_size,
                 mixed_precision=self.precision,
                 compile=self.compile == "on",
+                cuda_graphs=self.graphs == "on",
                 ema_decay=EMA_DECAY if self.train == "full" else 0.0,
             ),
         )

@@ -5,7 +5,7 @@ it.
     python benchmarks/refl_step.py --models sd1 --cross --output sd1.json # all combinations instead of one change at a time
     python benchmarks/refl_step.py --models thin --train-batch-size 1     # Stable Diffusion's depth on the CPU
 
-The first values of --train, --compile, --checkpointing and --precision are the base setting; by default
+The first values of --train, --compile, --graphs, --checkpointing and --precision are the base setting; by default
 every other value is measured alone. A row is a median over updates (trajectory, late step, decoder, scorer,
 backward, clip, AdamW) at one late step. The released loops (benchmarks/published.py: all weights, LoRA, LoRA
 with half-precision frozen weights) take turns with ours, update by update, so that variations of the
@@ -42,6 +42,8 @@ class Config:
     """LoRA of rank 4, or all weights of the UNet."""
     compile: tuple[Literal["off", "on"], ...] = ("off", "on")
     """--compile of the driver: blocks of the UNet compiled, on CUDA passes without gradient replayed as CUDA graphs."""
+    graphs: tuple[Literal["off", "on"], ...] = ("on", "off")
+    """CUDA graphs for passes without gradient; on a CPU there are none."""
     checkpointing: tuple[Literal["off", "on"], ...] = ("off", "on")
     """Gradient checkpointing of UNet and decoder."""
     precision: tuple[Literal["no", "bf16", "fp16"], ...] | None = None
@@ -82,6 +84,7 @@ class Config:
             "train",
             "checkpointing",
             "compile",
+            "graphs",
             "published",
             "train_batch_size",
         ):
@@ -105,6 +108,7 @@ def trials(config: Config, parts: dict[str, Any]) -> dict[int, list[Trial]]:
     axes: dict[str, tuple[Any, ...]] = {
         "train": config.train,
         "compile": config.compile,
+        "graphs": config.graphs if cuda else ("off",),
         "checkpointing": config.checkpointing,
         "precision": config.precision or (("bf16", "fp16", "no") if cuda else ("no", "bf16")),
     }
@@ -146,14 +150,14 @@ COLUMNS = {
     "mfu_of_matmul": ("of mm", "6.1%"),
 }
 """Key of a row -> title and format; what a row has not is left blank."""
-HEADER = "model loop      prec train ckpt compile batch " + " ".join(
+HEADER = "model loop      prec train ckpt compile graphs batch " + " ".join(
     title.rjust(int(style.split(".")[0])) for title, style in COLUMNS.values()
 )
 
 
 def line(trial: Trial, row: dict[str, Any]) -> str:
     """Return a row of the table."""
-    name = f"{trial.model:5s} {trial.loop:9s} {trial.precision:4s} {trial.train:5s} {trial.checkpointing:4s} {trial.compile:7s} {trial.train_batch_size:5d}"
+    name = f"{trial.model:5s} {trial.loop:9s} {trial.precision:4s} {trial.train:5s} {trial.checkpointing:4s} {trial.compile:7s} {trial.graphs:6s} {trial.train_batch_size:5d}"
     if "error" in row:
         return f"{name}  {row['error']}"
     cells = [

@@ -70,6 +70,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
         train="lora",
         checkpointing="off",
         compile="off",
+        graphs="off",
         train_batch_size=1,
         num_inference_steps=3,
         late=1,
@@ -240,7 +241,7 @@ def test_trials_change_one_thing_at_a_time() -> None:
         assert len(refl_step.rivals(base, ALL)) == 2, "in float32 there is no half"
     parts = refl_loops.parts_of("tiny", Path()) | {"device": "cuda"}
     cuda = refl_step.trials(refl_step.Config(train_batch_size=(8,), cross=True), parts)[8]
-    assert len(cuda) == 3 * 2 * 2 * 2
+    assert len(cuda) == 3 * 2 * 2 * 2 * 2
     assert {t.precision for one in cuda for t in refl_step.rivals(one, ALL)} == {"fp16"}
     assert len({t for one in cuda for t in refl_step.rivals(one, ALL)}) == 3, "they are loaded once a batch"
 

@@ -43,7 +43,7 @@ class Lean:
             tuple[Tensor, nn.Module, str]
         ] = []  # own tensor, module and name of what it is a copy of
         self._depth = 0
-        self._compiled = False
+        self._compiled, self._replayed = False, True
         self._graphs = Graphs()
 
     @contextmanager
@@ -63,9 +63,10 @@ class Lean:
         if self._depth:
             self.refresh()
 
-    def compile(self) -> None:
-        """From now on compile the copy's blocks, and replay its passes as CUDA graphs; nothing on a CPU."""
-        self._compiled, self._copy = torch.cuda.is_available(), None
+    def compile(self, *, graphs: bool, blocks: bool) -> None:
+        """From now on replay the copy's passes as CUDA graphs or not, and compile its blocks or not; nothing on a CPU."""
+        self._replayed, self._compiled = graphs, blocks and torch.cuda.is_available()
+        self._copy = None
 
     def call(
         self,
@@ -85,7 +86,7 @@ class Lean:
             return output
         inputs = {"x": x.to(self._dtype), "t": t, "embeds": embeds.to(self._dtype), **(added or {})}
         with torch.autocast(x.device.type, enabled=False):
-            if self._compiled and x.is_cuda:
+            if self._replayed and x.is_cuda:
                 return self._graphs.call(self._forward, inputs)
             with torch.inference_mode():
                 output = self._forward(inputs)
@@ -142,7 +143,7 @@ class Lean:
         if self._cast:
             sources: list[Tensor] = [getattr(module, name) for _, module, name in self._cast]
             torch._foreach_copy_([own for own, _, _ in self._cast], sources)
-        if self._compiled:
+        if self._replayed and key[1].type == "cuda":
             self._graphs.keep_for([tensor.data_ptr() for tensor in self._copy.parameters()])
 
     def _copied(self, module: nn.Module) -> nn.Module:

@@ -60,7 +60,9 @@ class RunConfig:
     ema_decay: float = 0.0
     """Decay per update of an exponential moving average of the trained weights; 0 = none."""
     compile: bool = False
-    """Compile the repeated blocks of the trained module, and on a GPU replay passes without gradient as CUDA graphs: minutes at first."""
+    """Compile the repeated blocks of the trained module, on a GPU also for passes without gradient: minutes at first."""
+    cuda_graphs: bool = True
+    """On a GPU, replay passes without gradient as CUDA graphs: the host launches one graph instead of a thousand kernels."""
     checkpointing_steps: int = 100
     """Updates between checkpoints; 0 = only at the end."""
     validation_steps: int = 0
