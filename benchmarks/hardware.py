@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,34 @@ def seconds(action: Callable[[int], object], index: int, device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """What an action took, seconds: by the clock, and of all cores of this process."""
+
+    wall: float
+    cpu: float
+
+
+def spent(action: Callable[[int], object], index: int, device: str) -> Spent:
+    """Return the time of action(index), begun and ended with an idle device; CPU time is steadier where cores are shared."""
+    began = time.process_time()
+    wall = seconds(action, index, device)
+    return Spent(wall=wall, cpu=time.process_time() - began)
+
+
+def matmul_tflops(dtype: torch.dtype, size: int = 8192, calls: int = 30) -> float:
+    """Return the TFLOP/s of a product of two square matrices on the CUDA device: what the card reaches at best in practice."""
+    a, b = torch.randn(2, size, size, device="cuda", dtype=dtype).unbind()
+
+    def multiply(_: int) -> None:
+        for _ in range(calls):
+            torch.mm(a, b)
+
+    multiply(0)
+    least = min(seconds(multiply, index, "cuda") for index in range(3))
+    return 2 * size**3 * calls / least / 1e12
 
 
 def peak_mib(device: str) -> float:
