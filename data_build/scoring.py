@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch.profiler import record_function
 
 import rewards
 from data_build import score_folder
@@ -157,8 +158,10 @@ def write_score_chunks(
     for batch, more in score_batches(prepare, batches, scorers, device, workers=workers):
         rows += more
         if batch.ends_chunk:
-            score_folder.write_chunk(folder, done, rows, batch.next)
+            with record_function("write"):
+                score_folder.write_chunk(folder, done, rows, batch.next)
             done, rows = done + 1, []
         yield len(more)
     if rows:
-        score_folder.write_chunk(folder, done, rows, (len(prepare.data.sources), 0))
+        with record_function("write"):
+            score_folder.write_chunk(folder, done, rows, (len(prepare.data.sources), 0))

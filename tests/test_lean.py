@@ -392,8 +392,7 @@ def test_refl_calls_the_model_itself_only_for_its_step_with_gradient(sd_folder: 
 
 @pytest.fixture
 def replayed(folder: Path) -> Any:
-    family = opened(folder, LoRA(rank=2)).to("cuda", torch.bfloat16)
-    return family
+    return opened(folder, LoRA(rank=2)).to("cuda", torch.bfloat16)
 
 
 def on_gpu(family: Any, batch: int, scale: float = 3.0) -> Tensor:
