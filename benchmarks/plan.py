@@ -116,7 +116,9 @@ def _settings_of(rows: list[dict[str, Any]]) -> list[tuple[Setting, dict[str, An
                 mixed_precision=row["precision"],
                 reward_precision="fp32" if row["precision"] == "no" else row["precision"],
                 checkpointing=row["checkpointing"],
-                ema_decay=row.get("ema_decay", 0.0),
+                ema_decay=0.9999
+                if row["train"] == "full"
+                else 0.0,  # as the released script, and so refl_step.py
                 late=row["late"],
             ),
             row,
