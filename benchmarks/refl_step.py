@@ -62,6 +62,8 @@ class Config:
     """Timed updates of each setting, after two that warm up; None = 5 on the CPU, 3 on CUDA."""
     threads: int = 0
     """CPU threads; 0 = torch's default."""
+    mfu: bool = True
+    """Count the operations of an update on CUDA, for MFU; takes two loads of the model and two slow updates."""
     peak_tflops: float | None = None
     """Dense bf16 peak of the CUDA device in TFLOP/s; None = looked up by its name."""
     workdir: Path | None = None
@@ -203,7 +205,9 @@ def run(config: Config, model: ModelName, workdir: Path, table: Table) -> None:
             for trial in mine:
                 table.add(trial, _alone(trial, rivals(trial, config.published)))
             continue
-        for trial in [*mine, *rivals(mine[0], config.published)] if parts["device"] == "cuda" else []:
+        for trial in (
+            [*mine, *rivals(mine[0], config.published)] if parts["device"] == "cuda" and config.mfu else []
+        ):
             table.count(trial)
         for others in dict.fromkeys(rivals(trial, config.published) for trial in mine):
             measure_together(
