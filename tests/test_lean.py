@@ -248,7 +248,7 @@ def test_updates_smaller_than_the_spacing_of_half_precision_are_not_lost(
         with family.lean():
             (own,) = [weight for other, weight in family._lean._merged if other is layer]
             assert torch.equal(own, weight)  # an update of zero changes no bit
-        with torch.no_grad():  # a thousandth of the weight, in its direction
+        with torch.no_grad():  # the same number is added to each weight
             size = float(weight.float().abs().mean()) * 2e-4
             layer.lora_A["default"].weight.fill_(size)
             layer.lora_B["default"].weight.fill_(1.0)
