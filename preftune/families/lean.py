@@ -34,14 +34,12 @@ class Lean:
         self._dtype = _precision(module)
         self._lost: dict[
             nn.Module, tuple[Tensor, int]
-        ] = {}  # base layer -> `_rounded_off`, version of its weight
+        ] = {}  # base layer -> `_rounded_off`, its weight's version
         self._copy: nn.Module | None = None
         self._state: list[object] = []  # of the module when the copy was made
         self._key: tuple[torch.dtype, torch.device] | None = None
         self._merged: list[tuple[Any, Tensor]] = []  # layer with a LoRA, the weight of its copy
-        self._cast: list[
-            tuple[Tensor, nn.Module, str]
-        ] = []  # own tensor, module and name of what it is a copy of
+        self._cast: list[tuple[Tensor, nn.Module, str]] = []  # own tensor, module and name of its source
         self._depth = 0
         self._compiled, self._replayed = False, True
         self._graphs = Graphs()
@@ -159,10 +157,10 @@ class Lean:
             self._cast_others(base, copy)
             return copy
         copy = _twin(module)
-        if (
-            isinstance(module, Attention) and not self._compiled
-        ):  # its own forward reads the processor's signature in each call
-            copy.forward = partial(module.processor, copy)
+        if isinstance(module, Attention) and not self._compiled:
+            copy.forward = partial(
+                module.processor, copy
+            )  # its own reads the processor's signature each time
         self._cast_others(module, copy)
         copy._modules = {
             name: child if child is None else self._copied(child) for name, child in module._modules.items()
