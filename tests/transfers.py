@@ -10,6 +10,7 @@ build them on the meta device themselves. Autocast does nothing on DEVICE.
 
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 
 DEVICE = torch.device("meta")
 _ROOT = Path(__file__).parents[1]
-
 _AUTOCAST_INIT, _IS_AUTOCAST_ENABLED = torch.autocast.__init__, torch.is_autocast_enabled
 _INFERENCE_MODE = torch.inference_mode
 _aten = torch.ops.aten
@@ -98,7 +98,7 @@ class Transfers(TorchDispatchMode):
         self._python.__enter__()
         setattr(torch.autocast, "__init__", _autocast_init)  # noqa: B010
         setattr(torch, "is_autocast_enabled", _is_autocast_enabled)  # noqa: B010
-        setattr(torch, "inference_mode", torch.no_grad)  # noqa: B010  # whose tensors cannot wrap others
+        setattr(torch, "inference_mode", _inference_mode)  # noqa: B010
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -162,6 +162,11 @@ def _autocast_init(self: torch.autocast, device_type: str, *args: Any, **kwargs:
 
 def _is_autocast_enabled(*device_type: str) -> bool:
     return device_type != (DEVICE.type,) and _IS_AUTOCAST_ENABLED(*device_type)
+
+
+def _inference_mode(mode: bool = True) -> Any:
+    """What torch lets a subclass of Tensor do of it."""
+    return torch.no_grad() if mode else nullcontext()
 
 
 def _is_device(device: Any) -> bool:
