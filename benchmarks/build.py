@@ -95,8 +95,8 @@ from data_build.filters import Filters
 from data_build.scoring import Batch
 from preftune.images import opened
 from preftune.order import items_at
+from preftune.prepared_images import SLICE, PreparedSlice, prepared_slices
 from preftune.prompts import read_prompts
-from preftune.score_files import PreparedBatch, prepared_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +157,10 @@ class Bench:
         self.scorers, self.prepare = program.load_scorer(config, job, self.device)
         self.prompts = [entry.text for batch in self.batches() for entry in batch.entries]
         self.rules = [scorer.card.preprocess for scorer in self.scorers]
-        (self.ready,) = next(self.prepared(workers=0)).inputs.values()
-        self.ready = self.ready.to(self.device)
+        slices = itertools.islice(self.prepared(workers=0), max(1, trial.batch_size // SLICE))
+        rule = self.scorers[0].card.preprocess
+        assert rule is not None, "scorers that are measured prepare images"
+        self.ready = torch.cat([one.to(self.device).inputs(rule) for one in slices])
         self.scoring = list[float]()
         """Seconds of each turn until the last chunk was written."""
 
@@ -185,10 +187,10 @@ class Bench:
         for _done in self.prepared(workers=self.trial.workers):
             pass
 
-    def prepared(self, *, workers: int) -> Iterator[PreparedBatch[Entry]]:
+    def prepared(self, *, workers: int) -> Iterator[PreparedSlice[Entry]]:
         """All batches as worker processes prepare them."""
         entries = (batch.entries for batch in self.batches())
-        return prepared_batches(self.prepare, entries, self.rules, workers=workers)
+        return prepared_slices(self.prepare, entries, self.rules, workers=workers, device=self.device)
 
     def build(self, turn: int) -> None:
         """Make a data set as data_build/diffusiondb.py does, with a scorer that is loaded."""

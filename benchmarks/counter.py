@@ -34,6 +34,8 @@ FLOPS = {  # attention on a CPU is not in torch's table
         )
     ),
 }
+_PARTS = "CompositeImplicitAutograd"
+"""Key of operations that consist of others."""
 _NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}  # fmt: skip
 """Operations that are no views by their schema, but start no kernel either."""
 
@@ -125,11 +127,11 @@ class Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _ops._local_scalar_dense.default:  # a fake tensor has no value
             return VALUES.get(args[0].dtype, 1)
-        if func.namespace == "aten":
+        if func is _ops.equal.default:
+            return False
+        if func.namespace == "aten" and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _PARTS):
             with self:  # in inference mode, operations that consist of others come whole
-                found = func.decompose(*args, **kwargs)
-            if found is not NotImplemented:
-                return found
+                return func._op_dk(getattr(torch._C.DispatchKey, _PARTS), *args, **kwargs)
         found = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
         for tensor in outputs:

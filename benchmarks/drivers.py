@@ -63,8 +63,8 @@ def build(setting: Setting) -> Loaded:
             scorer.eval().requires_grad_(False)
     family: SD | SDXL = SD(**parts) if setting.model == "sd1" else SDXL(**parts)
     family.trainable(LoRA(rank=setting.rank) if setting.train == "lora" else None, 0)
-    unet, vae = setting.checkpointed()
-    family.set_speed("sdpa", gradient_checkpointing=unet, vae_checkpointing=vae)
+    again = setting.checkpointed()
+    family.set_speed("sdpa", gradient_checkpointing=again, vae_checkpointing=again)
     return Loaded(setting=setting, family=family, scorer=scorer)
 
 

@@ -73,6 +73,7 @@ TRAINS: tuple[Train, ...] = ("full", "lora")
 SAME: dict[str, Any] = {
     "checkpointing": "off",
     "compile": "off",
+    "graphs": "off",
     "num_inference_steps": 40,
     "late": 35,
     "repeats": 1,
@@ -121,7 +122,7 @@ def ours(trial: Trial) -> list[Row]:
             pass
 
     def predict(_: int) -> Tensor:
-        return family.predict(x, levels, cond).x0
+        return family.predict(x, levels, cond).eps
 
     name = f"ours {trial.train}"
     return [

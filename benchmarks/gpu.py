@@ -42,17 +42,20 @@ PARTS: dict[PartName, Part] = {
         limit=60, module=_OWN, flags="--part weights --output {out} --workdir {work}", dry="--dry"
     ),
     "forwards": Part(
-        limit=60, module=_OWN, flags="--part forwards --output {out}", dry="--dry --train-batch-size 2"
+        limit=45, module=_OWN, flags="--part forwards --output {out}", dry="--dry --train-batch-size 2"
     ),
     "updates": Part(
-        limit=180,
+        limit=150,
         module="benchmarks.refl_step",
-        flags="--models sd1 --train-batch-size 2 8 --precision bf16 --checkpointing off --compile off on --published full --repeats 3 --workdir {work} --output {out}",
+        flags="--models sd1 --train-batch-size 2 8 --precision bf16 --checkpointing off --compile off --graphs on --published full --repeats 2 --no-mfu --workdir {work} --output {out}",
         dry="--models tiny --train-batch-size 2 --compile off --num-inference-steps 6 --late 4 --repeats 1",
     ),
     "parity": Part(limit=30, module=_OWN, flags="--part parity --output {out} --workdir {work}", dry="--dry"),
     "tests": Part(
-        limit=60, module="pytest", flags="-m gpu -n 0 -q -p no:cacheprovider tests/test_gpu.py", dry=None
+        limit=60,
+        module="pytest",
+        flags="-m gpu -n 0 -v -p no:cacheprovider tests/test_lean.py tests/test_gpu.py",
+        dry=None,
     ),
     "scoring": Part(
         limit=60,

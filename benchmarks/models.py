@@ -22,7 +22,7 @@ CLIP_TOKENS = 49408
 
 
 THIN = (32, 64, 128, 128)
-"""Widths of a UNet with Stable Diffusion 1.x's layers and a thousandth of its arithmetic: what a step costs besides it."""
+"""Widths of a UNet with Stable Diffusion 1.x's layers and a tenth of its width: what a step costs besides arithmetic."""
 
 
 def unet(

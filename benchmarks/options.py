@@ -1,20 +1,20 @@
 r"""What the options for speed and memory do to the result: ReFL in the shapes world with each of them, by gold and by CPU time.
 
     python benchmarks/options.py --workdir FOLDER                       # a short run of each, about a minute of CPU time
-    python benchmarks/options.py --workdir FOLDER --max-train-steps 85 --train-batch-size 32       # the demo's own length
+    python benchmarks/options.py --workdir FOLDER --max-train-steps 85 --train-batch-size 32 \
+        --num-validation-prompts 256 --sample-steps 25 --seeds 3                             # the demo's own length
 
 Gold is the judge's score of held-out captions, which no run optimises; `change` is the difference to the run without options on the
-same captions and seeds, with its 95 % interval over all of them. Each run is `finetune/refl.py` with its embedded
-configuration, in a process of its own; runs in --workdir that are complete are not made again. For --reward-vae an AutoencoderTiny
+same captions and seeds, with its 95 % interval over all of them. Each run is that of `finetune/refl.py` with its
+embedded configuration; runs in --workdir that are complete are not made again. For --reward-vae an AutoencoderTiny
 is first fitted to the embedded decoder. Hardware: two CPU cores. At this size the denoiser's arithmetic is small, so
 that CPU time says how much work an option saves or adds here, not what it saves on a GPU.
 """
 
 import json
 import os
-import subprocess
 import sys
-import tempfile
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ OPTIONS: dict[str, str] = {
     "few steps: dpm++, 3": "--rollout-solver dpm++ --rollout-steps 3",
     "few steps: ddim, 3": "--rollout-solver ddim --rollout-steps 3",
     "AutoencoderTiny": "--reward-vae {taesd}",
-    "fused AdamW": "--fused-adam",
+    "fused AdamW": "--fused-adam True",
     "8-bit AdamW": "--use-8bit-adam",
     "offload": "--offload",
     "base in 4 bits": "--quantization 4bit",
@@ -47,12 +47,14 @@ class Config:
     """Names of the options; `default` is always measured."""
     seeds: int = 1
     """Runs of each, with seeds 0, 1, ..."""
-    max_train_steps: int = 40
+    max_train_steps: int = 30
     """Updates of a run; the demo has 85."""
-    train_batch_size: int = 16
+    train_batch_size: int = 8
     """Images of an update; the demo has 32."""
-    num_validation_prompts: int = 96
+    num_validation_prompts: int = 64
     """Held-out captions; the demo has 256."""
+    sample_steps: int = 10
+    """Denoising steps of the validation images; the demo has 25."""
     fit_steps: int = 400
     """Steps in which the AutoencoderTiny is fitted."""
     output: Path | None = None
@@ -77,7 +79,7 @@ class Row:
     """Of gold after training, against the default: the mean and its 95 % interval."""
     proxy: float
     cpu_s: float
-    """A run with its imports and validation."""
+    """A run with its validation."""
 
 
 if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
@@ -87,6 +89,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 
+from finetune import refl
 from preftune import bootstrap, families
 from preftune.images import load_pixels
 
@@ -127,26 +130,16 @@ def fit_decoder(folder: Path, steps: int) -> None:
 
 
 def train(folder: Path, flags: str, seed: int, config: Config) -> None:
-    """Run finetune/refl.py, and write its CPU time to FOLDER.json; nothing where that is there."""
+    """Run finetune/refl.py in this process, and write its CPU time to FOLDER.json; nothing where that is there."""
     if folder.with_suffix(".json").is_file():
         return
-    command = [sys.executable, str(ROOT / "finetune" / "refl.py"), "--output-dir", str(folder)]
-    command += ["--config", str(ROOT / "finetune" / "configs" / "refl" / "tiny.yaml"), "--seed", str(seed)]
+    words = f"--config {refl.TINY} --output-dir {folder} --seed {seed} --sample.num-inference-steps {config.sample_steps}".split()
     for name in ("max_train_steps", "train_batch_size", "num_validation_prompts"):
-        command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
-    command += flags.split()
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            output.seek(0)
-            raise ValueError(
-                f"refl.py {flags} failed: {output.read().decode(errors='replace').strip().splitlines()[-1]}"
-            )
-    found = {"cpu_s": usage.ru_utime + usage.ru_stime, "peak_mib": usage.ru_maxrss / 1024}
-    folder.with_suffix(".json").write_text(json.dumps(found))
+        words += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+    start = time.process_time()
+    if refl.main(parse(refl.Config, [*words, *flags.split()])):
+        raise ValueError(f"the run in {folder} was stopped; start again to go on")
+    folder.with_suffix(".json").write_text(json.dumps({"cpu_s": time.process_time() - start}))
 
 
 def scores(folder: Path, step: int) -> dict[str, Any]:
@@ -202,6 +195,7 @@ def main(config: Config) -> int:
     """Make the runs that are missing, and print the table."""
     options = ["default", *(name for name in config.options if name != "default")]
     config.workdir.mkdir(parents=True, exist_ok=True)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     taesd = config.workdir.resolve() / "taesd"
     with exit_on_user_error():
         for seed in range(config.seeds):

@@ -1,10 +1,10 @@
 """Will it fit, and how long will it take, before a GPU is rented: peak memory, work and time of a method, without a GPU.
 
     python benchmarks/plan.py                                                  # ReFL of Stable Diffusion 1.x, LoRA, batch 2
-    python benchmarks/plan.py --model sdxl --method pretrain --train full --use-8bit-adam --gradient-checkpointing
+    python benchmarks/plan.py --model sdxl --method pretrain --train full --use-8bit-adam --checkpointing on
     python benchmarks/plan.py --train lora full --train-batch-size 2 8 --output plan.json
     python benchmarks/plan.py --measured refl_step.json --output plan.json     # beside what benchmarks/refl_step.py measured
-    python benchmarks/plan.py --table plan.md                                  # what fits 8, 12, 16, 24, 40 and 80 GB
+    python benchmarks/plan.py --model sd1 sdxl --table plan.md                 # what fits 8, 12, 16, 24, 40 and 80 GB
 
 The driver's own functions run on fake tensors (torch's FakeTensorMode), which have shapes and dtypes but no content, under
 CUDA's rules of autocast: no weights, no memory, ten seconds to a minute a setting on one core. Counted: peak memory of live
@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import tyro
 
 from benchmarks.cards import CARDS
-from benchmarks.setting import Method, Model, Precision, RewardPrecision, Setting, Train
+from benchmarks.setting import Method, Model, Precision, RewardPrecision, Setting, Switch, Train
 from preftune.cli import exit_on_user_error, parse
 from preftune.lora.config import LoRA
 from preftune.sampling_config import Sampling
@@ -49,10 +49,8 @@ class Config:
     resolution: str | None = None
     """Pixels: 512, or WIDTHxHEIGHT as 768x512; None = 512 for sd1, 1024 for sdxl."""
     lora: LoRA = field(default_factory=LoRA)
-    gradient_checkpointing: bool | None = None
-    """Recompute the denoiser's activations in the backward pass; None = on for refl, else off."""
-    vae_checkpointing: bool | None = None
-    """Recompute the decoder's activations in the backward pass; None = on for refl, else off."""
+    checkpointing: Switch | None = None
+    """Gradient checkpointing of the denoiser, and for refl of the decoder; None = on for refl, else off."""
     reward_precision: RewardPrecision = "fp32"
     """Precision of the scorer, ImageReward; refl and raft have it in memory."""
     use_8bit_adam: bool = False
@@ -65,14 +63,14 @@ class Config:
     measured: Path | None = None
     """JSON of benchmarks/refl_step.py: plan the settings that it measured of our loop, and show both side by side."""
     table: Path | None = None
-    """Write the page of what fits: all models and methods, for 8 to 80 GB. Takes a quarter of an hour on one core."""
+    """Write the page of what fits instead: the models with all methods, for 8 to 80 GB. Takes a quarter of an hour on one core."""
     output: Path | None = None
     """JSON file with everything planned."""
 
     def settings(self) -> list[Setting]:
         """Return what is planned; ValueError for a value that is out of range."""
         axes = ("model", "method", "train", "train_batch_size", "mixed_precision")
-        same = ("resolution", "gradient_checkpointing", "vae_checkpointing", "reward_precision", "use_8bit_adam", "ema_decay", "late")  # fmt: skip
+        same = ("resolution", "checkpointing", "reward_precision", "use_8bit_adam", "ema_decay", "late")  # fmt: skip
         for name in axes:
             if not getattr(self, name):
                 raise ValueError(f"--{name.replace('_', '-')} is empty; give one value, or leave it out")
@@ -117,9 +115,10 @@ def _settings_of(rows: list[dict[str, Any]]) -> list[tuple[Setting, dict[str, An
                 train_batch_size=row["train_batch_size"],
                 mixed_precision=row["precision"],
                 reward_precision="fp32" if row["precision"] == "no" else row["precision"],
-                gradient_checkpointing=row["checkpointing"] == "on",
-                vae_checkpointing=row["checkpointing"] == "on",
-                ema_decay=row.get("ema_decay", 0.0),
+                checkpointing=row["checkpointing"],
+                ema_decay=0.9999
+                if row["train"] == "full"
+                else 0.0,  # as the released script, and so refl_step.py
                 late=row["late"],
             ),
             row,
@@ -141,12 +140,10 @@ PEAKS = {"loading": "loading the models", "update": "update", "images": "validat
 def title(setting: Setting) -> str:
     """Return what is planned, in words."""
     weights = "all weights" if setting.train == "full" else f"LoRA of rank {setting.rank}"
-    unet, vae = setting.checkpointed()
-    parts = [name for name, on in (("denoiser", unet), ("decoder", vae)) if on]
     precision = {"no": "float32"}.get(setting.mixed_precision, setting.mixed_precision)
     return (
         f"{setting.method} of {setting.model} at {setting.size()} px, {weights}, batch {setting.train_batch_size},"
-        f" {precision}, checkpointing of {' and '.join(parts) or 'nothing'}"
+        f" {precision}, checkpointing {'on' if setting.checkpointed() else 'off'}"
     )
 
 
@@ -197,7 +194,11 @@ def main(config: Config) -> int:
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
     if config.table is not None:
-        config.table.write_text(page(), encoding="utf-8")
+        lines = list[str]()
+        for text in page(config.model):
+            print(text, flush=True)
+            lines.append(f"{text}\n")
+        config.table.write_text("".join(lines), encoding="utf-8")
         return 0
     rows = []
     for place, setting in enumerate(settings):

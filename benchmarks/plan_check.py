@@ -1,6 +1,6 @@
 """Does the plan hold: peak memory that benchmarks/plan.py counts, beside what a process on this CPU really takes for the same update.
 
-    python benchmarks/plan_check.py --output plan_check.json        # ten minutes on a core, 14 GiB of memory
+    python benchmarks/plan_check.py --output plan_check.json        # ten minutes on a quiet core, 16 GiB of memory
 
 Each setting runs once in a fresh process with random weights of real size, in float32. Measured is the process' peak of resident memory
 during the update (Linux: VmHWM, reset before it), less what it had before the models were made. What a CPU has and a GPU has not is
@@ -17,12 +17,14 @@ from typing import Any
 from benchmarks.setting import Setting
 from preftune.cli import exit_on_user_error, parse
 
+SMALL: dict[str, Any] = {"mixed_precision": "no", "resolution": "256"}
 SETTINGS = (
-    Setting(method="refl", mixed_precision="no", train_batch_size=1),
-    Setting(method="refl", mixed_precision="no", train_batch_size=1, resolution="256", gradient_checkpointing=False, vae_checkpointing=False),
-    Setting(method="pretrain", mixed_precision="no", train_batch_size=2),
-    Setting(method="pretrain", mixed_precision="no", train_batch_size=1, train="full", gradient_checkpointing=True),
-)  # fmt: skip
+    Setting(method="refl", train_batch_size=1, checkpointing="off", **SMALL),
+    Setting(method="refl", train_batch_size=2, **SMALL),
+    Setting(method="pretrain", train_batch_size=2, **SMALL),
+    Setting(method="pretrain", train_batch_size=1, train="full", **SMALL),
+    Setting(method="refl", train_batch_size=1, mixed_precision="no"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class Config:
     """Compare planned and measured memory."""
 
     settings: tuple[int, ...] = tuple(range(len(SETTINGS)))
-    """Which of the settings, by their place: refl, refl without checkpointing at 256 px, pretrain, pretrain of all weights."""
+    """Which of the settings, by their place; at 256 px refl without and with checkpointing, pretrain, pretrain of all weights; refl at 512 px."""
     output: Path | None = None
     """JSON file."""
 

@@ -1,7 +1,7 @@
 """The page of what fits: for each model, method and size of memory the flags with which it does, and the peak with them."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from benchmarks.cards import CARDS
@@ -29,8 +29,7 @@ MODELS: dict[Model, str] = {
 def ladder(model: Model, method: Method, train: Train) -> Iterator[Setting]:
     """Yield settings, the fastest first, each with less memory than the one before."""
     base = Setting(model=model, method=method, train=train)
-    off = replace(base, gradient_checkpointing=False, vae_checkpointing=False)
-    on = replace(base, gradient_checkpointing=True, vae_checkpointing=method == "refl")
+    off, on = replace(base, checkpointing="off"), replace(base, checkpointing="on")
     yield replace(off, train_batch_size=IMAGES)
     for batch in (IMAGES, 4, 2, 1):
         yield replace(on, train_batch_size=batch)
@@ -130,26 +129,20 @@ def rows(model: Model, method: Method, train: Train) -> Iterator[str]:
         yield f"{name} `{flags} --gradient-accumulation-steps {passes}` | {peak:.1f} | {rate:.2g} |"
 
 
-def page() -> str:
-    """Return the page, Markdown."""
-    lines = [
+def page(models: Sequence[Model]) -> Iterator[str]:
+    """Yield the lines of the page, Markdown, as they are known."""
+    yield from (
         "# Will it fit",
         "",
-        "Counted, not measured: the drivers' own functions on tensors without content (`python benchmarks/plan.py --table plan.md` makes this",
-        "page in a checkout, without a GPU). bf16, updates of 8 images, LoRA of rank 4, ImageReward in float32 for refl and raft. The peak is the",
-        "largest of loading the models, an update, and generating validation images; a GPU suffices where the peak,",
+        "Counted, not measured: the drivers' own functions on tensors without content. `python benchmarks/plan.py --model sd1 sdxl --table plan.md`",
+        "makes this page in a checkout, without a GPU. bf16, updates of 8 images, LoRA of rank 4, ImageReward in float32 for refl and raft. The peak",
+        "is the largest of loading the models, an update, and generating validation images; a GPU suffices where the peak,",
         f"{FRAGMENTATION:.0%} for holes between tensors and {CONTEXT_GIB:g} GiB for CUDA and its libraries are no more than its memory. Of the settings that fit, the fastest",
-        "is shown; all others flags are the defaults. Images/s are of updates on an H100, modelled from kernels and bytes, not measured.",
-    ]
-    for model, title in MODELS.items():
-        lines += [
-            "",
-            f"## {title}",
-            "",
-            "| method | GB | flags | peak, GiB | images/s |",
-            "|---|---|---|---|---|",
-        ]
+        "is shown; all other flags are the defaults. Images/s are of updates on an H100, modelled from kernels and bytes, not measured.",
+    )
+    for model in models:
+        yield from ("", f"## {MODELS[model]}", "")
+        yield from ("| method | GB | flags | peak, GiB | images/s |", "|---|---|---|---|---|")
         for method in METHODS:
             for train in ("lora", "full"):
-                lines += rows(model, method, train)
-    return "\n".join(lines) + "\n"
+                yield from rows(model, method, train)

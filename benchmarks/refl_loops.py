@@ -16,6 +16,7 @@ from finetune import refl
 from preftune.families import Family, Pretrained
 from preftune.order import items_at
 from preftune.prompts import read_prompts
+from preftune.regional import compile_blocks
 from preftune.training.config import ModelConfig, RewardConfig
 from preftune.training.defaults import learning_rate
 from preftune.training.optimizer import EMA, adamw
@@ -51,6 +52,7 @@ class Trial:
     train: Train
     checkpointing: Switch
     compile: Switch
+    graphs: Switch
     train_batch_size: int
     num_inference_steps: int
     late: int
@@ -82,6 +84,8 @@ class Trial:
             run=RunConfig(
                 train_batch_size=self.train_batch_size,
                 mixed_precision=self.precision,
+                compile=self.compile == "on",
+                cuda_graphs=self.graphs == "on",
                 ema_decay=EMA_DECAY if self.train == "full" else 0.0,
             ),
         )
@@ -156,8 +160,8 @@ def load(trial: Trial) -> tuple[Family, nn.Module]:
     """Return the driver's model on the device, and its denoiser as a run prepares it."""
     config = trial.refl()
     family, denoiser = load_model(config.model, config.run, torch.device(trial.device))
-    if trial.compile == "on":
-        denoiser.compile()
+    if trial.compile == "on":  # as Run.prepare does
+        compile_blocks(denoiser)
     autocast(trial, denoiser)
     return family, denoiser
 

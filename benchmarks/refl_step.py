@@ -5,7 +5,7 @@ it.
     python benchmarks/refl_step.py --models sd1 --cross --output sd1.json # all combinations instead of one change at a time
     python benchmarks/refl_step.py --models thin --train-batch-size 1     # Stable Diffusion's depth on the CPU
 
-The first values of --train, --compile, --checkpointing and --precision are the base setting; by default
+The first values of --train, --compile, --graphs, --checkpointing and --precision are the base setting; by default
 every other value is measured alone. A row is a median over updates (trajectory, late step, decoder, scorer,
 backward, clip, AdamW) at one late step. The released loops (benchmarks/published.py: all weights, LoRA, LoRA
 with half-precision frozen weights) take turns with ours, update by update, so that variations of the
@@ -41,7 +41,9 @@ class Config:
     train: tuple[Literal["lora", "full"], ...] = ("lora", "full")
     """LoRA of rank 4, or all weights of the UNet."""
     compile: tuple[Literal["off", "on"], ...] = ("off", "on")
-    """torch.compile of the UNet."""
+    """--compile of the driver: blocks of the UNet compiled, on CUDA passes without gradient replayed as CUDA graphs."""
+    graphs: tuple[Literal["off", "on"], ...] = ("on", "off")
+    """CUDA graphs for passes without gradient; on a CPU there are none."""
     checkpointing: tuple[Literal["off", "on"], ...] = ("off", "on")
     """Gradient checkpointing of UNet and decoder."""
     precision: tuple[Literal["no", "bf16", "fp16"], ...] | None = None
@@ -60,6 +62,8 @@ class Config:
     """Timed updates of each setting, after two that warm up; None = 5 on the CPU, 3 on CUDA."""
     threads: int = 0
     """CPU threads; 0 = torch's default."""
+    mfu: bool = True
+    """Count the operations of an update on CUDA, for MFU; takes two loads of the model and two slow updates."""
     peak_tflops: float | None = None
     """Dense bf16 peak of the CUDA device in TFLOP/s; None = looked up by its name."""
     workdir: Path | None = None
@@ -82,6 +86,7 @@ class Config:
             "train",
             "checkpointing",
             "compile",
+            "graphs",
             "published",
             "train_batch_size",
         ):
@@ -105,6 +110,7 @@ def trials(config: Config, parts: dict[str, Any]) -> dict[int, list[Trial]]:
     axes: dict[str, tuple[Any, ...]] = {
         "train": config.train,
         "compile": config.compile,
+        "graphs": config.graphs if cuda else ("off",),
         "checkpointing": config.checkpointing,
         "precision": config.precision or (("bf16", "fp16", "no") if cuda else ("no", "bf16")),
     }
@@ -121,7 +127,7 @@ def trials(config: Config, parts: dict[str, Any]) -> dict[int, list[Trial]]:
     }
 
 
-def rivals(trial: Trial, names: Sequence[str]) -> list[Trial]:
+def rivals(trial: Trial, names: Sequence[str]) -> tuple[Trial, ...]:
     """Return the released loops that a setting is compared with; without half precision a half-base LoRA is the other LoRA."""
     loops = {
         "full": trial.published("published", "full"),
@@ -130,7 +136,7 @@ def rivals(trial: Trial, names: Sequence[str]) -> list[Trial]:
     }
     if loops["half-base"].precision == "no":
         del loops["half-base"]
-    return [loop for name, loop in loops.items() if name in names]
+    return tuple(loop for name, loop in loops.items() if name in names)
 
 
 COLUMNS = {
@@ -146,14 +152,14 @@ COLUMNS = {
     "mfu_of_matmul": ("of mm", "6.1%"),
 }
 """Key of a row -> title and format; what a row has not is left blank."""
-HEADER = "model loop      prec train ckpt compile batch " + " ".join(
+HEADER = "model loop      prec train ckpt compile graphs batch " + " ".join(
     title.rjust(int(style.split(".")[0])) for title, style in COLUMNS.values()
 )
 
 
 def line(trial: Trial, row: dict[str, Any]) -> str:
     """Return a row of the table."""
-    name = f"{trial.model:5s} {trial.loop:9s} {trial.precision:4s} {trial.train:5s} {trial.checkpointing:4s} {trial.compile:7s} {trial.train_batch_size:5d}"
+    name = f"{trial.model:5s} {trial.loop:9s} {trial.precision:4s} {trial.train:5s} {trial.checkpointing:4s} {trial.compile:7s} {trial.graphs:6s} {trial.train_batch_size:5d}"
     if "error" in row:
         return f"{name}  {row['error']}"
     cells = [
@@ -190,22 +196,26 @@ class Table:
 
 
 def run(config: Config, model: ModelName, workdir: Path, table: Table) -> None:
-    """Measure one model."""
+    """Measure one model: of tiny each setting in a process of its own, whose memory can be told."""
     parts = parts_of(model, workdir)
     for mine in trials(config, parts).values():
-        if parts["device"] == "cuda":
-            others = rivals(mine[0], config.published)
-            for trial in [*mine, *others]:
-                table.count(trial)
-            measure_together(mine, others, table.add)
+        if model == "tiny":
+            for trial in dict.fromkeys(rival for one in mine for rival in rivals(one, config.published)):
+                table.add(trial, _alone(trial, ()))
+            for trial in mine:
+                table.add(trial, _alone(trial, rivals(trial, config.published)))
             continue
-        for trial in dict.fromkeys(rival for one in mine for rival in rivals(one, config.published)):
-            table.add(trial, _alone(trial, []))
-        for trial in mine:
-            table.add(trial, _alone(trial, rivals(trial, config.published)))
+        for trial in (
+            [*mine, *rivals(mine[0], config.published)] if parts["device"] == "cuda" and config.mfu else []
+        ):
+            table.count(trial)
+        for others in dict.fromkeys(rivals(trial, config.published) for trial in mine):
+            measure_together(
+                [trial for trial in mine if rivals(trial, config.published) == others], others, table.add
+            )
 
 
-def _alone(trial: Trial, others: list[Trial]) -> dict[str, Any]:
+def _alone(trial: Trial, others: Sequence[Trial]) -> dict[str, Any]:
     return fresh(measure_alone, trial, others) or {"error": "the process was killed"}
 
 

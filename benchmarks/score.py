@@ -5,12 +5,17 @@ each image.
     python benchmarks/score.py --scorers hpsv2.1 pickscore --workdir /tmp/scorers
     python benchmarks/score.py --scorers imagereward blipscore --workdir /tmp/scorers --images 16
 
-Three speeds per scorer, measured in one process: `files` is data_build/score.py from the first file to the
-last written chunk. `raw` is the forward pass alone on the same images, preprocessed and on the device. Both
-encode every prompt again, and alternate. `reload` loads checkpoint and vocabulary for each image, as
+Four speeds per scorer, measured in one process: `files` is data_build/score.py from the first file to the
+last written chunk, end to end. `decode` is only what its worker processes do: read, decode, prepare, tokenise. `raw` is the
+forward pass alone on the same images, preprocessed and on the device. Files and raw encode every prompt again, and all
+alternate. `files:raw` is the ratio by the clock, `by CPU` that of the main process' CPU time, which other work on the
+machine and the workers' own work do not disturb: what receiving and writing cost beside the forward pass. `reload` loads checkpoint and vocabulary for each image, as
 `hpsv2.score` does, for `--reload-images` images. Published scorers get random weights of their published
 size, written once to --workdir, so nothing is downloaded and scores are meaningless. On a CUDA device,
-`MFU` is the floating-point operations of the raw pass relative to the dense bf16 peak.
+`MFU` is the floating-point operations of the raw pass relative to the dense bf16 peak of the data sheet, `of mm` relative
+to what a product of two large matrices in the same precision reaches on the same card.
+
+--trace writes one more turn of `files` as a trace of main process, workers and GPU, and prints what went on at once.
 
 Hardware: two CPU cores for the embedded scorer, seconds; ViT-H needs 9 GB of memory, 4 GB of disk, and
 preferably a GPU.
@@ -20,11 +25,13 @@ import multiprocessing
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from preftune.cli import exit_on_user_error, parse
+from preftune.cli.precision import Precision, batch_size_here, precision_here, workers_here
 
 SIDE = 512
 """Pixels of an image file's side."""
@@ -36,24 +43,26 @@ class Config:
 
     scorers: tuple[str, ...] = ("imagereward-tiny",)
     """Names of `python -m rewards`; published ones need --workdir."""
-    precision: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32",)
-    """Precision of the towers."""
-    batch_size: tuple[int, ...] = (32,)
-    """Images per forward pass."""
+    precision: tuple[Precision, ...] = ()
+    """Precision of the towers; none = data_build/score.py's own on this machine."""
+    batch_size: tuple[int, ...] = ()
+    """Images per forward pass; none = data_build/score.py's own on this machine."""
     images: int = 64
     """Image files, 512 x 512 PNG."""
     reload_images: int = 8
     """Images of the loop that loads the checkpoint for each; 0 leaves it out."""
     repeats: int = 3
     """Repetitions of files and raw; the medians are reported."""
-    workers: int = 2
-    """Processes that read and decode."""
+    workers: int | None = None
+    """Processes that read and decode; None = one for each core."""
     threads: int = 0
     """CPU threads of the forward pass; 0 = torch's own choice."""
     workdir: Path | None = None
     """Folder for weights of published size; existing files are reused."""
     peak_tflops: float | None = None
     """Dense bf16 peak of a card that is not in the table."""
+    trace: Path | None = None
+    """Folder for a trace of each row, to open in ui.perfetto.dev."""
     output: Path | None = None
     """JSON file to write."""
 
@@ -65,11 +74,12 @@ class Config:
             ("workers", 0),
             ("threads", 0),
         ):
-            if getattr(self, name) < least:
+            value = getattr(self, name)
+            if value is not None and value < least:
                 raise ValueError(
                     f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}"
                 )
-        if min(self.batch_size, default=0) < 1:
+        if min(self.batch_size, default=1) < 1:
             raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
 
 
@@ -81,15 +91,29 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import rewards
-from benchmarks.hardware import fresh, name_of_machine, peak_mib, peak_tflops, seconds, write_json
+from benchmarks.hardware import (
+    Spent,
+    fresh,
+    matmul_tflops,
+    name_of_machine,
+    peak_mib,
+    peak_tflops,
+    seconds,
+    spent,
+    write_json,
+)  # fmt: skip
 from benchmarks.models import fresh_scorer
 from benchmarks.paths import PROMPTS, TINY
+from benchmarks.trace import NotingPrepare, traced
 from data_build import score as program
+from data_build.scoring import Batch, PrepareEntry, write_score_chunks
 from preftune.images import opened
 from preftune.order import items_at
+from preftune.prepared_images import prepared_slices
 from preftune.prompts import read_prompts
 from preftune.records import write_jsonl
 from rewards.pixels import from_pil
+from rewards.readers import readers_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +122,7 @@ class Trial:
 
     scorer: str
     weights: Path | None
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: Precision
     batch_size: int
     images: int
     reload_images: int
@@ -106,6 +130,7 @@ class Trial:
     workers: int
     threads: int
     device: str
+    trace: Path | None
 
 
 def write_images(folder: Path, number: int) -> Path:
@@ -130,6 +155,9 @@ class Bench:
         self.trial, self.scratch = trial, scratch
         self.device, self.dtype = torch.device(trial.device), program.DTYPES[trial.precision]
         self.data = write_images(scratch / "data", trial.images)
+        self.source = program.find_data_set(
+            self.data, prompted=True, prompt="", image_column="image", text_column="text"
+        )
         self.paths = sorted(self.data.glob("*.png"))
         self.prompts = items_at(read_prompts(PROMPTS), range(trial.images), seed=0)
         self.scorer = self.load()
@@ -167,10 +195,34 @@ class Bench:
             batch_size=trial.batch_size,
             workers=trial.workers,
         )
-        source = program.find_data_set(
-            self.data, prompted=True, prompt="", image_column="image", text_column="text"
-        )
-        program.score_rest(config, source, trial.images, [self.scorer], self.device)
+        program.score_rest(config, self.source, trial.images, [self.scorer], self.device)
+
+    def batches(self) -> Iterator[Batch]:
+        """All batches, as data_build/score.py lists them."""
+        return program.batches(self.source, (0, 0), self.trial.batch_size, chunk=1000)
+
+    def decode(self, _: int) -> None:
+        """Prepare the files as worker processes do, for no scorer."""
+        entries = (batch.entries for batch in self.batches())
+        prepare, readers = PrepareEntry(data=self.source), readers_of([self.scorer])
+        for one in prepared_slices(
+            prepare, entries, [self.rule], workers=self.trial.workers, device=self.device, readers=readers
+        ):
+            del one
+
+    def traced(self, path: Path) -> dict[str, float]:
+        """Score the files once more, and write a trace of that."""
+        notes = self.scratch / "notes"
+        prepare = NotingPrepare(data=self.source, notes=notes)
+
+        def score() -> None:
+            workers = self.trial.workers
+            for _ in write_score_chunks(
+                self.scratch / "traced", prepare, self.batches(), [self.scorer], self.device, workers=workers
+            ):
+                pass
+
+        return traced(score, notes, path, cuda=self.trial.device == "cuda")
 
     def reload(self, index: int) -> None:
         """Load the scorer and score one file."""
@@ -186,15 +238,18 @@ def measure(trial: Trial, scratch: Path) -> dict[str, Any]:
         torch.set_num_threads(trial.threads)
     bench = Bench(trial, scratch)
     bench.raw(0)  # kernels are chosen, memory is taken
-    times: dict[str, list[float]] = {"files": [], "raw": []}
+    times: dict[str, list[Spent]] = {"files": [], "decode": [], "raw": []}
     for turn in range(trial.repeats):
         for name, taken in times.items():
             bench.forget()
-            taken.append(seconds(getattr(bench, name), turn, trial.device))
+            taken.append(spent(getattr(bench, name), turn, trial.device))
     row: dict[str, Any] = {
-        f"{name}_images_per_s": trial.images / statistics.median(taken) for name, taken in times.items()
+        f"{name}_images_per_s": trial.images / statistics.median(one.wall for one in taken)
+        for name, taken in times.items()
     }
     row["files_to_raw"] = row["files_images_per_s"] / row["raw_images_per_s"]
+    least = {name: min(one.cpu for one in taken) for name, taken in times.items()}
+    row["files_to_raw_cpu"] = least["raw"] / least["files"]
     reloads = [
         seconds(bench.reload, index, trial.device) for index in range(min(trial.reload_images, trial.images))
     ]
@@ -202,12 +257,20 @@ def measure(trial: Trial, scratch: Path) -> dict[str, Any]:
         row["reload_images_per_s"] = len(reloads) / sum(reloads)
         row["files_to_reload"] = row["files_images_per_s"] / row["reload_images_per_s"]
     bench.forget()
+    if trial.trace is not None:
+        name = f"{trial.scorer}-{trial.precision}-{trial.batch_size}.json"
+        row["traced_seconds"] = bench.traced(trial.trace / name)
+    if trial.device == "cuda":
+        row["matmul_tflops"] = matmul_tflops(bench.dtype)
     with FlopCounterMode(display=False) as counter:
         bench.scorer(bench.ready[:1], bench.prompts[:1])
     return row | {"flops_per_image": counter.get_total_flops(), "peak_mib": peak_mib(trial.device)}
 
 
-HEADER = "scorer            prec batch  files/s    raw/s  files:raw  reload/s  files:reload  peak MiB    MFU"
+HEADER = (
+    "scorer            prec batch  files/s decode/s    raw/s  files:raw  by CPU  reload/s  files:reload  peak MiB"
+    "    MFU  of mm"
+)
 
 
 def line(trial: Trial, row: dict[str, Any]) -> str:
@@ -217,14 +280,19 @@ def line(trial: Trial, row: dict[str, Any]) -> str:
         return f"{name}  {row['error']}"
     formats = {
         "files_images_per_s": "8.2f",
+        "decode_images_per_s": "8.2f",
         "raw_images_per_s": "8.2f",
         "files_to_raw": "10.1%",
+        "files_to_raw_cpu": "7.1%",
         "reload_images_per_s": "9.3f",
         "files_to_reload": "13.1f",
         "peak_mib": "9.0f",
         "mfu": "6.1%",
+        "of_matmul": "6.1%",
     }
-    return " ".join([name, *(format(row[key], style) for key, style in formats.items() if key in row)])
+    shown = " ".join([name, *(format(row[key], style) for key, style in formats.items() if key in row)])
+    parts = row.get("traced_seconds", {}).items()
+    return shown + "".join(f"\n    {name}: {value:.3f} s" for name, value in parts)
 
 
 def weights_of(config: Config, name: str) -> Path | None:
@@ -242,13 +310,13 @@ def weights_of(config: Config, name: str) -> Path | None:
 
 def trials(config: Config, weights: dict[str, Path | None], device: str) -> list[Trial]:
     """Return the rows of the table."""
-    names = ("images", "reload_images", "repeats", "workers", "threads")
-    same = {name: getattr(config, name) for name in names}
+    names = ("images", "reload_images", "repeats", "threads", "trace")
+    same = {name: getattr(config, name) for name in names} | {"workers": workers_here(config.workers)}
     return [
         Trial(scorer=scorer, weights=path, precision=precision, batch_size=batch, device=device, **same)
         for scorer, path in weights.items()
-        for precision in config.precision
-        for batch in config.batch_size
+        for precision in config.precision or (precision_here(None),)
+        for batch in config.batch_size or (batch_size_here(None),)
     ]
 
 
@@ -258,8 +326,9 @@ def main(config: Config) -> int:
     with exit_on_user_error():
         peak = (config.peak_tflops or peak_tflops()) if cuda else None
         weights = {name: weights_of(config, name) for name in config.scorers}
-        if config.output is not None:
-            config.output.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (config.output and config.output.parent, config.trace):
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
     if config.threads:
         torch.set_num_threads(config.threads)
     machine = name_of_machine(cuda)
@@ -270,7 +339,8 @@ def main(config: Config) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             row = fresh(measure, trial, Path(scratch)) or {"error": "the process was killed"}
         if peak and "error" not in row:
-            row["mfu"] = row["flops_per_image"] * row["raw_images_per_s"] / (peak * 1e12)
+            reached = row["flops_per_image"] * row["raw_images_per_s"] / 1e12
+            row |= {"mfu": reached / peak, "of_matmul": reached / row["matmul_tflops"]}
         print(line(trial, row), flush=True)
         rows.append(asdict(trial) | row)
     if config.output is not None:

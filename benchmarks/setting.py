@@ -9,6 +9,7 @@ from preftune.resolution import parse as parse_resolution
 Model = Literal["sd1", "sdxl"]
 Method = Literal["refl", "raft", "pretrain", "reward_weighted", "weird_lora"]
 Train = Literal["lora", "full"]
+Switch = Literal["off", "on"]
 Precision = Literal["no", "fp16", "bf16"]
 RewardPrecision = Literal["fp32", "fp16", "bf16"]
 
@@ -24,8 +25,7 @@ class Setting:
     rank: int = 4
     train_batch_size: int = 2
     mixed_precision: Precision = "bf16"
-    gradient_checkpointing: bool | None = None
-    vae_checkpointing: bool | None = None
+    checkpointing: Switch | None = None
     reward_precision: RewardPrecision = "fp32"
     use_8bit_adam: bool = False
     ema_decay: float = 0.0
@@ -51,21 +51,18 @@ class Setting:
         except ValueError as error:
             raise ValueError(f"--resolution: {error}") from error
 
-    def checkpointed(self) -> tuple[bool, bool]:
-        """Return whether the denoiser's and the decoder's activations are computed again."""
-        own = self.method == "refl"
-        return (
-            own if self.gradient_checkpointing is None else self.gradient_checkpointing,
-            own if self.vae_checkpointing is None else self.vae_checkpointing,
-        )
+    def checkpointed(self) -> bool:
+        """Return whether the activations of the denoiser, and for refl of the decoder, are computed again."""
+        return self.method == "refl" if self.checkpointing is None else self.checkpointing == "on"
 
     def flags(self) -> list[str]:
         """Return the driver's flags for it, without those that are its defaults or do nothing in the method."""
-        unet, vae = self.checkpointed()
         own = self.method == "refl"
-        switches = {"gradient-checkpointing": unet} | ({"vae-checkpointing": vae} if own else {})
+        names = ["gradient-checkpointing", *(["vae-checkpointing"] if own else [])]
         words = [f"--train-batch-size {self.train_batch_size}"]
-        words += [f"--{'' if on else 'no-'}{name}" for name, on in switches.items() if on != own]
+        words += [
+            f"--{'' if self.checkpointed() else 'no-'}{name}" for name in names if self.checkpointed() != own
+        ]
         words += ["--train full"] * (self.train == "full")
         words += [f"--lora.rank {self.rank}"] * (self.train == "lora" and self.rank != 4)
         words += ["--use-8bit-adam"] * self.use_8bit_adam

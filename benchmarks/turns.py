@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """A warm update and the peak memory of its own."""
+    """A warm update and its peak memory; see `start`."""
 
     trial: Trial
     update: Update
@@ -30,7 +30,7 @@ class Loop:
 
 
 def start(trial: Trial) -> Loop:
-    """Load a loop, do its first updates, and read its peak memory: on CUDA beyond what was allocated before."""
+    """Load a loop, do its first updates, and read its peak memory: on CUDA beyond what was allocated before, else the process'."""
     before = torch.cuda.memory_allocated() / 2**20 if trial.device == "cuda" else 0.0
     planned = range(WARMUP + trial.repeats)
     update = ours(trial) if trial.loop == "ours" else published(trial, planned)
@@ -50,17 +50,17 @@ def take_turns(loops: Sequence[Loop]) -> list[list[Spent]]:
 
 
 def figures(loop: Loop, times: Sequence[Spent]) -> Row:
-    """Return the keys s_per_update (median of wall time), images_per_s, cpu_s (least CPU time), times, cpu_times, peak_mib."""
+    """Return the keys s_per_update (median of wall time), images_per_s, cpu_s (least CPU time), times, cpu_times; on CUDA peak_mib."""
     walls, cpus = [time.wall for time in times], [time.cpu for time in times]
     seconds = statistics.median(walls)
-    return {
+    row = {
         "s_per_update": seconds,
         "images_per_s": loop.trial.train_batch_size / seconds,
         "cpu_s": min(cpus),
-        "peak_mib": loop.peak_mib,
         "times": walls,
         "cpu_times": cpus,
     }
+    return row | ({"peak_mib": loop.peak_mib} if loop.trial.device == "cuda" else {})
 
 
 def against(row: Row, rival: Trial, times: Sequence[Spent]) -> Row:
@@ -94,7 +94,8 @@ def measure_alone(trial: Trial, rivals: Sequence[Trial]) -> Row:
         torch.set_num_threads(trial.threads)
     row: Row = {"before_mib": peak_mib("cpu")}
     try:
-        return row | compare([start(one) for one in (trial, *rivals)])[0]
+        loops = [start(one) for one in (trial, *rivals)]
+        return row | {"peak_mib": loops[0].peak_mib} | compare(loops)[0]
     except FloatingPointError as error:
         return row | {"error": str(error)}
 
@@ -102,7 +103,7 @@ def measure_alone(trial: Trial, rivals: Sequence[Trial]) -> Row:
 def measure_together(
     trials: Sequence[Trial], rivals: Sequence[Trial], report: Callable[[Trial, Row], None]
 ) -> None:
-    """Report a row for each rival and each setting of one batch, as they come, all in this process: for a CUDA device.
+    """Report a row for each rival and each setting of one batch, as they come, all in this process.
 
     The rivals stay loaded and take turns with each setting; what a setting holds is freed before the next. Where the two do
     not fit into memory together, the rivals go, and this and the following rows have no comparison.

@@ -32,14 +32,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from data_build.filters import Filters, Nsfw
 from data_build.selection import Selection
 from preftune.cli import exit_on_user_error, parse
-from preftune.cli.precision import check_precision
+from preftune.cli.precision import Precision, batch_size_here, check_precision, precision_here, workers_here
 from preftune.cli.scorer_flags import Files
 from rewards import CARDS, Scorer, check_all, find_card
 from rewards.terms import parse_files, parse_names
@@ -61,12 +61,16 @@ class Config:
     reward_files: Files = ()
     selection: Annotated[Selection, tyro.conf.arg(name="")] = field(default_factory=Selection)
     filters: Annotated[Filters, tyro.conf.arg(name="")] = field(default_factory=Filters)
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Precision of the scorer's towers; scores are float32."""
-    batch_size: int = 32
-    """Images per forward pass."""
-    workers: int = 2
-    """Reading and decoding processes per scoring process; 0 = the scoring process reads."""
+    precision: Precision | None = None
+    """Precision of the scorer's towers; scores are float32. None = bf16 on a CUDA GPU, fp16 on one before Ampere, fp32 elsewhere."""
+    allow_tf32: bool = False
+    """With --precision fp32 on a GPU since Ampere: TF32, which is faster and has 10 bits of mantissa in place of 23."""
+    batch_size: int | None = None
+    """Images per forward pass; None = 128 on a CUDA GPU, 32 elsewhere."""
+    workers: int | None = None
+    """Reading and decoding processes per scoring process; 0 = the scoring process reads, None = one for each core, with --ray
+    divided by --ray-workers.
+    """
     ray: str | None = None
     """Ray cluster that scores the parts: its address, auto = the cluster of this machine, local = a new one
     on this machine; None = no Ray. Parts, weights and preftune must be on all machines of the cluster,
@@ -85,7 +89,7 @@ class Config:
             ("batch-size", self.batch_size, 1), ("workers", self.workers, 0), ("ray-workers", self.ray_workers, 1),
             ("shown", self.shown, 1),
         ):  # fmt: skip
-            if value < least:
+            if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
         check_precision(self.precision)
 
@@ -114,6 +118,7 @@ from data_build.scoring import DTYPES, Batch, PrepareEntry
 from preftune.cli.printable import show
 from preftune.files import remove
 from preftune.files.one_writer import one_writer
+from preftune.machine.tf32 import set_tf32
 from rewards.digests import sha256_of
 from rewards.shared_towers import load_all
 
@@ -180,7 +185,12 @@ def check_inputs(config: Config) -> Job | None:
     if config.filters.metadata is not None:
         filters["metadata"] = sha256_of(config.filters.metadata)
     weights = scoring.digests([config.scorer], files)
-    scores = {"rewards": config.scorer, "data": digest, "precision": config.precision, "weights": weights}
+    scores = {
+        "rewards": config.scorer,
+        "data": digest,
+        "precision": precision_here(config.precision),
+        "weights": weights,
+    }
     scores |= json.loads(
         json.dumps({name: value for name, value in filters.items() if name != "keep_duplicates"})
     )
@@ -206,7 +216,9 @@ def check_inputs(config: Config) -> Job | None:
 
 def load_scorer(config: Config, job: Job, device: torch.device) -> tuple[list[Scorer], PrepareEntry]:
     """Return the scorer, alone in a list, and what prepares images for it."""
-    scorers = load_all([config.scorer], files=job.files, device=device, dtype=DTYPES[config.precision])
+    set_tf32(config.allow_tf32, convolutions=config.allow_tf32)
+    dtype = DTYPES[precision_here(config.precision)]
+    scorers = load_all([config.scorer], files=job.files, device=device, dtype=dtype)
     return scorers, PrepareEntry(data=job.data, unwanted=config.filters)
 
 
@@ -217,9 +229,10 @@ def score_here(config: Config, job: Job, parts: range, device: torch.device) -> 
     listed = (
         batch
         for part in parts
-        for batch in batches(job.data, part, config.batch_size, config.filters, job.nsfw)
+        for batch in batches(job.data, part, batch_size_here(config.batch_size), config.filters, job.nsfw)
     )
-    return scoring.write_score_chunks(job.building, prepare, listed, scorers, device, workers=config.workers)
+    workers = workers_here(config.workers)
+    return scoring.write_score_chunks(job.building, prepare, listed, scorers, device, workers=workers)
 
 
 def part_scorer(config: Config, job: Job) -> Callable[[int], list[score_folder.ScoreRow]]:
@@ -229,8 +242,9 @@ def part_scorer(config: Config, job: Job) -> Callable[[int], list[score_folder.S
 
     @torch.no_grad()
     def rows_of(part: int) -> list[score_folder.ScoreRow]:
-        listed = batches(job.data, part, config.batch_size, config.filters, job.nsfw)
-        found = scoring.score_batches(prepare, listed, scorers, device, workers=config.workers)
+        listed = batches(job.data, part, batch_size_here(config.batch_size), config.filters, job.nsfw)
+        workers = workers_here(config.workers, programs=config.ray_workers)
+        found = scoring.score_batches(prepare, listed, scorers, device, workers=workers)
         return [row for _, rows in found for row in rows]
 
     return rows_of
@@ -245,7 +259,8 @@ def score_remaining_parts(config: Config, job: Job, device: torch.device) -> Non
     if config.ray is None:
         counts = score_here(config, job, parts, device)
     else:
-        make = functools.partial(part_scorer, config, job)
+        same = replace(config, precision=precision_here(config.precision))  # on all machines
+        make = functools.partial(part_scorer, same, job)
         with exit_on_user_error():
             counts = cluster.score_parts(
                 job.building, parts, make, address=config.ray, workers=config.ray_workers

@@ -20,10 +20,9 @@ Left out: several GPUs; adding a scorer to finished results, which needs a new j
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from preftune.cli import exit_on_user_error, parse
-from preftune.cli.precision import check_precision
+from preftune.cli.precision import Precision, batch_size_here, check_precision, precision_here, workers_here
 from preftune.cli.scorer_flags import Files, Measured
 from rewards.terms import parse_files, parse_names
 
@@ -45,12 +44,14 @@ class Config:
     """
     caption_column: str | None = None
     """Column with the prompts; None = the first of text, prompt and caption."""
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Precision of the scorers' towers; scores are float32."""
-    batch_size: int = 32
-    """Images per forward pass."""
-    workers: int = 2
-    """Reading and decoding processes; 0 = read in the main process."""
+    precision: Precision | None = None
+    """Precision of the scorers' towers; scores are float32. None = bf16 on a CUDA GPU, fp16 on one before Ampere, fp32 elsewhere."""
+    allow_tf32: bool = False
+    """With --precision fp32 on a GPU since Ampere: TF32, which is faster and has 10 bits of mantissa in place of 23."""
+    batch_size: int | None = None
+    """Images per forward pass; None = 128 on a CUDA GPU, 32 elsewhere."""
+    workers: int | None = None
+    """Reading and decoding processes; 0 = read in the main process, None = one for each core."""
     chunk: int = 1000
     """Number of images between saves."""
     best: int = 4
@@ -63,7 +64,7 @@ class Config:
         for name, value, least in (
             ("batch-size", self.batch_size, 1), ("chunk", self.chunk, 1), ("workers", self.workers, 0), ("best", self.best, 0),
         ):  # fmt: skip
-            if value < least:
+            if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
         check_precision(self.precision)
 
@@ -87,6 +88,7 @@ from preftune.cli.printable import show
 from preftune.files import lock, tidy_beside
 from preftune.files.one_writer import one_writer
 from preftune.image_folders import describe_passed_over
+from preftune.machine.tf32 import set_tf32
 from rewards import Scorer, check_all, embedded, find_card
 from rewards.shared_towers import load_all
 
@@ -132,8 +134,10 @@ def check_inputs(config: Config) -> tuple[DataSet, int, dict[str, Path]]:
         raise ValueError(f"{config.data} holds no images")
     check_judge(config.names(), data)
     weights = digests(config.names(), files)
-    names = ("precision", "prompt", "image_column", "caption_column", "chunk")
-    settings = {name: getattr(config, name) for name in names}
+    names = ("prompt", "image_column", "caption_column", "chunk")
+    settings = {name: getattr(config, name) for name in names} | {
+        "precision": precision_here(config.precision)
+    }
     score_folder.begin_job(
         config.output_dir, {"rewards": list(config.names()), "data": digest, **settings, "weights": weights}
     )
@@ -145,9 +149,10 @@ def score_rest(
 ) -> None:
     """Score what is left to do and write it chunk by chunk."""
     done, place = score_folder.progress(config.output_dir)
-    listed = batches(data, place, config.batch_size, config.chunk)
+    listed = batches(data, place, batch_size_here(config.batch_size), config.chunk)
+    workers = workers_here(config.workers)
     counts = scoring.write_score_chunks(
-        config.output_dir, PrepareEntry(data=data), listed, scorers, device, workers=config.workers
+        config.output_dir, PrepareEntry(data=data), listed, scorers, device, workers=workers
     )
     with tqdm(total=total, initial=min(done * config.chunk, total), desc="scoring", unit="image") as bar:
         for count in counts:
@@ -164,8 +169,9 @@ def main(config: Config) -> None:
     if words := describe_passed_over(data.passed_over):
         say(f"{config.data}: {words}")
     if not score_folder.is_complete(config.output_dir):
+        set_tf32(config.allow_tf32, convolutions=config.allow_tf32)
         with exit_on_user_error():
-            dtype = DTYPES[config.precision]
+            dtype = DTYPES[precision_here(config.precision)]
             scorers = load_all(config.names(), files=files, device=device, dtype=dtype)
         score_rest(config, data, total, scorers, device)
         score_folder.write_results(config.output_dir, data, config.names(), config.best)

@@ -13,14 +13,16 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch.profiler import record_function
 
 import rewards
 from data_build import score_folder
 from data_build.decode import Entry, Filtered, ImageEntry, UnusableError, decode, or_unusable, upright
 from data_build.readers import DataSet, entries, read_bytes
 from data_build.score_folder import ScoreRow
-from preftune.score_files import ScoredItem, View, prepared_view, score_files
-from rewards import Preprocess, Scorer, own
+from preftune.prepared_images import Recipe, View
+from preftune.score_files import ScoredItem, score_files
+from rewards import Scorer, own
 from rewards.digests import sha256_of
 from rewards.shapes import check_judgeable
 
@@ -82,7 +84,7 @@ class PrepareEntry:
     data: DataSet
     unwanted: Unwanted | None = None
 
-    def __call__(self, entry: Entry, rules: Sequence[Preprocess | None]) -> tuple[Entry, list[View]]:
+    def __call__(self, entry: Entry, recipe: Recipe) -> tuple[Entry, list[View]]:
         """Return the entry with its size and its one view; what it is now instead, where it is set aside or filtered."""
         if not isinstance(entry, ImageEntry):
             return entry, []
@@ -92,9 +94,8 @@ class PrepareEntry:
                 filtered = self.unwanted(image) if self.unwanted is not None else None
                 if filtered is not None:
                     return Filtered(file=entry.file, member=entry.member, filter=filtered), []
-                return replace(entry, content=None, size=image.size, turned=turned), [
-                    prepared_view(image, entry.text, rules)
-                ]
+                view = recipe.view(image, entry.text)
+                return replace(entry, content=None, size=image.size, turned=turned), [view]
         except UnusableError as unusable:
             return unusable.of(entry.file, entry.member), []
 
@@ -157,8 +158,10 @@ def write_score_chunks(
     for batch, more in score_batches(prepare, batches, scorers, device, workers=workers):
         rows += more
         if batch.ends_chunk:
-            score_folder.write_chunk(folder, done, rows, batch.next)
+            with record_function("write"):
+                score_folder.write_chunk(folder, done, rows, batch.next)
             done, rows = done + 1, []
         yield len(more)
     if rows:
-        score_folder.write_chunk(folder, done, rows, (len(prepare.data.sources), 0))
+        with record_function("write"):
+            score_folder.write_chunk(folder, done, rows, (len(prepare.data.sources), 0))

@@ -33,6 +33,7 @@ import tyro
 from eval.flags import BASE
 from eval.trainings import check_commands, check_seeds, command_record, split_named, train
 from preftune.cli import exit_on_user_error, parse
+from preftune.cli.precision import workers_here
 from preftune.cli.scorer_flags import Files, Measured
 from preftune.families import Pretrained
 from preftune.sampling_config import Resolved, Sampling
@@ -68,8 +69,8 @@ class Config:
     grid_rows: int = 6
     """Prompts in the grid."""
     sample: Sampling = field(default_factory=Sampling)
-    workers: int = 2
-    """Processes that decode images for the scorers; 0 = the main process."""
+    workers: int | None = None
+    """Processes that decode images for the scorers; 0 = the main process, None = one for each core."""
     output_dir: Path = Path("runs/compare")
     """Folder of the report, with runs in runs/ and generated images in images/; both are reused."""
     overwrite_output_dir: bool = False
@@ -87,7 +88,7 @@ class Config:
         for name, value, least in (
             ("count", self.count, 1), ("grid-rows", self.grid_rows, 1), ("workers", self.workers, 0),
         ):  # fmt: skip
-            if value < least:
+            if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
         if unknown := dict(map(split_named, self.negatives)).keys() - {*names, BASE}:
             raise ValueError(
@@ -260,7 +261,7 @@ def main(config: Config) -> int:
         scorers = load_all(scored_by, files=config.files(), device=device, dtype=torch.float32)
     generate(request, missing, device)
     with exit_on_user_error():
-        scored = score_generated(request, scorers, device, workers=config.workers)
+        scored = score_generated(request, scorers, device, workers=workers_here(config.workers))
     scores = {BASE: np.stack([scored[BASE]] * len(config.seeds))}
     scores |= {name: np.stack([scored[f"{name}-{seed}"] for seed in config.seeds]) for name in config.names()}
     rows = method_table(scores, scored_by, images_by_method(config, runs))

@@ -32,7 +32,7 @@ import tyro
 
 from eval.flags import split_term
 from preftune.cli import exit_on_user_error, parse
-from preftune.cli.precision import check_precision
+from preftune.cli.precision import check_precision, workers_here
 from preftune.cli.scorer_flags import Files, Weighted
 from preftune.families import Pretrained
 from preftune.sampling_config import Resolved, Sampling
@@ -75,8 +75,8 @@ class Config:
     sample: Sampling = field(default_factory=Sampling)
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Precision of the models; scorers stay in fp32."""
-    workers: int = 2
-    """Processes that decode images for the scorers; 0 = the main process."""
+    workers: int | None = None
+    """Processes that decode images for the scorers; 0 = the main process, None = one for each core."""
     grid_rows: int = 32
     """Maximum number of rows in grid.png; index.html has all."""
     output_dir: Path = Path("grid")
@@ -89,7 +89,7 @@ class Config:
             ("count", self.count, 1), ("num-images-per-prompt", self.num_images_per_prompt, 1), ("seed", self.seed, 0),
             ("workers", self.workers, 0), ("grid-rows", self.grid_rows, 1),
         ):  # fmt: skip
-            if value < least:
+            if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
         if not self.columns:
             raise ValueError("--columns is empty; name at least one, as in --columns base= tuned=runs/refl")
@@ -293,7 +293,9 @@ def main(config: Config) -> int:
         scorers = load_all(list(weights), files=config.files(), device=device, dtype=torch.float32)
     generate(request, missing, device)
     with exit_on_user_error():
-        scores = score_generated(request, scorers, device, workers=config.workers) if scorers else {}
+        scores = (
+            score_generated(request, scorers, device, workers=workers_here(config.workers)) if scorers else {}
+        )
     sheet = to_sheet(request, weights, scores)
     png, page = (config.output_dir / name for name in REPORT)
     write_record(config.output_dir, RECORD, record)

@@ -33,6 +33,7 @@ from typing import Any
 
 from eval.flags import check_crops, check_folders
 from preftune.cli import exit_on_user_error, parse
+from preftune.cli.precision import workers_here
 from preftune.cli.scorer_flags import Files, Measured
 from rewards.terms import parse_files, parse_names
 
@@ -55,8 +56,8 @@ class Config:
     """Centre crops for robustness, as shares in (0, 1] of each side; none = no robustness."""
     batch_size: int = 16
     """Images per forward pass, each with all its views."""
-    workers: int = 2
-    """Reading and decoding processes; 0 = the main process."""
+    workers: int | None = None
+    """Reading and decoding processes; 0 = the main process, None = one for each core."""
     output_dir: Path = Path("runs/preference")
     """Folder of the report."""
     overwrite_output_dir: bool = False
@@ -181,7 +182,12 @@ def main(config: Config) -> int:
         scorers = load_all(names, files=config.files(), device=device, dtype=torch.float32)
     tidy(config.output_dir)
     scores, rejected = score_views(
-        ranked.images, scorers, config.crops, device, batch_size=config.batch_size, workers=config.workers
+        ranked.images,
+        scorers,
+        config.crops,
+        device,
+        batch_size=config.batch_size,
+        workers=workers_here(config.workers),
     )
     write_record(config.output_dir, RECORD, record_of(config))
     write_text(config.output_dir / "scores.csv", scores_csv(ranked.images, scores, view_names(config.crops)))

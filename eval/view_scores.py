@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from eval.agreement import AS_IS, GOLD, Floats
 from preftune.images import opened
-from preftune.score_files import View, prepared_view, score_files
-from rewards import Preprocess, Scorer
+from preftune.prepared_images import Recipe, View
+from preftune.score_files import score_files
+from rewards import Scorer
 from rewards.shapes import SIZE, in_world, parse_caption
 
 
@@ -66,17 +67,15 @@ class PrepareImage:
     judged: bool
     """Whether the judge of the shapes world reads them, too, which takes one size only."""
 
-    def __call__(
-        self, item: tuple[int, str], rules: Sequence[Preprocess | None]
-    ) -> tuple[tuple[int, str], list[View]]:
+    def __call__(self, item: tuple[int, str], recipe: Recipe) -> tuple[tuple[int, str], list[View]]:
         """Return the image's place with its V views; or why it is of no use, and no view."""
         place, _ = item
         try:
-            return item, self.views(self.images[place], rules)
+            return item, self.views(self.images[place], recipe)
         except ValueError as error:
             return (place, str(error)), []
 
-    def views(self, image: PromptedImage, rules: Sequence[Preprocess | None]) -> list[View]:
+    def views(self, image: PromptedImage, recipe: Recipe) -> list[View]:
         """Return V prepared views; ValueError for an image that is damaged or of no use."""
         with opened(image.path) as file:
             if self.judged and file.size != (SIZE, SIZE):
@@ -84,7 +83,7 @@ class PrepareImage:
             file.load()
             prompts = [image.prompt] + [mirrored(image.prompt)] * len(self.crops)
             return [
-                prepared_view(view, prompt, rules)
+                recipe.view(view, prompt)
                 for view, prompt in zip(views_of(file, self.crops), prompts, strict=True)
             ]
 

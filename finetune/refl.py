@@ -62,7 +62,7 @@ class Config:
     """
     solver: Literal["ddpm", "ddim", "euler"] | None = None
     """Solver of the trajectory; None = ddpm as in the released script, for a distilled model euler."""
-    rollout_solver: Literal["dpm++", "ddim", "euler", "ddpm"] | None = None
+    rollout_solver: Literal["dpm++", "ddim", "euler"] | None = None
     """Solver that takes the place of --solver before the step with gradient, in --rollout-steps; None = --solver itself."""
     rollout_steps: int | None = None
     """Steps of --rollout-solver from pure noise to the step with gradient, such as 12 of dpm++ instead of 30 to 39."""
@@ -201,9 +201,8 @@ def late_pixels(
     with family.lean():
         if config.rollout_solver is not None and config.rollout_steps is not None:
             few, number = config.rollout_solver, config.rollout_steps
-            x = latents_at(
-                family, shape, int(grid[late]), cond, config.guidance_scale, few, number, generators
-            )
+            x = ahead.initial_noise(shape, generators, family.device)
+            x = latents_at(family, x, int(grid[late]), cond, config.guidance_scale, few, number)
             t = upload(grid[late:], family.device).expand(len(x))
         else:
             x, levels, steps = ahead.trajectory(family, grid, config.solver, shape, generators)

@@ -5,16 +5,17 @@ The prediction at a late step depends on the latents there, and hardly on how th
 the deterministic path, without the noise that DDPM's own steps add. Steps are equally far apart in t, from the last training timestep.
 """
 
-from collections.abc import Sequence
+from typing import Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from preftune import ahead
 from preftune.families.base import Cond, Family
-from preftune.solver_names import SolverName
-from preftune.solvers import SOLVERS
+from preftune.solvers import stepper
 from rewards.on_device import upload
+
+FewStepSolver = Literal["dpm++", "ddim", "euler"]
+"""Those without noise; pndm's steps have one length."""
 
 
 def timesteps(last: int, num_steps: int, num_train_timesteps: int) -> list[int]:
@@ -30,31 +31,27 @@ def timesteps(last: int, num_steps: int, num_train_timesteps: int) -> list[int]:
 @torch.no_grad()
 def latents_at(
     family: Family,
-    shape: Sequence[int],
+    x: Tensor,
     t: int,
     cond: Cond,
     guidance_scale: float,
-    solver: SolverName,
+    solver: FewStepSolver,
     num_steps: int,
-    generators: Sequence[Generator],
 ) -> Tensor:
-    """Return latents (B, *shape) at timestep t from pure noise, by num_steps calls of the denoiser, without gradient.
+    """Return latents (B, C, h, w) at timestep t from pure noise x, by num_steps calls of the denoiser, without gradient.
 
-    ValueError for solver pndm, whose steps have one length, and as `timesteps`.
+    ValueError as `timesteps`.
     """
-    grid = torch.tensor(timesteps(t, num_steps, family.defaults.num_train_timesteps))
-    if solver in SOLVERS:
-        x, _, steps = ahead.trajectory(family, grid, solver, shape, generators)
-        for now in steps:
-            x = ahead.step(family.predict(x, now.t, cond, guidance_scale), now, solver)
-        return x
-    if solver != "dpm++":
-        raise ValueError(f"solver {solver} takes no timesteps; one of {', '.join([*SOLVERS, 'dpm++'])} does")
-    scheduler = family.scheduler(solver, num_steps)
-    scheduler.set_timesteps(timesteps=grid.tolist())  # the last one is reached, and no step begins there
-    x = ahead.initial_noise(shape, generators, family.device)
-    levels = upload(scheduler.timesteps, family.device)[:, None].expand(-1, len(x))
-    for t_now, level in zip(scheduler.timesteps[:-1], levels, strict=False):
-        output = family.predict(x, level, cond, guidance_scale).output
-        x = scheduler.step(output, t_now, x).prev_sample
+    grid = timesteps(t, num_steps, family.defaults.num_train_timesteps)
+    on_device = upload(torch.tensor(grid), x.device)
+    levels = list(zip(*family.schedule(on_device), strict=True))
+    scheduler = None if solver != "dpm++" else family.scheduler(solver, num_steps)
+    if scheduler is not None:
+        scheduler.set_timesteps(timesteps=grid)  # the last one is reached, and no step begins there
+    for index in range(num_steps):
+        prediction = family.predict(x, on_device[index].expand(len(x)), cond, guidance_scale)
+        if scheduler is None:
+            x = stepper(solver)(prediction, levels[index], levels[index + 1]).mean
+        else:
+            x = scheduler.step(prediction.output, scheduler.timesteps[index], x).prev_sample
     return x

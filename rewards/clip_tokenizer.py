@@ -12,7 +12,7 @@ import functools
 import gzip
 import hashlib
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -49,6 +49,8 @@ class ClipTokenizer:
         if kind not in SPECIAL:
             raise ValueError(f"unknown tokenizer {kind!r}; one of {', '.join(SPECIAL)}")
         self.context = context
+        self.ahead: Mapping[str, list[int]] = {}
+        """The ids of texts that were read elsewhere."""
         self.start, self.end = vocab_size - 2, vocab_size - 1
         self._ids: Callable[[str], list[int]]
         self.special = dict(zip(SPECIAL[kind], (self.start, self.end), strict=True))
@@ -67,6 +69,8 @@ class ClipTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of one text, start and end included, at most `context` of them."""
+        if text in self.ahead:
+            return self.ahead[text]
         ids = [self.start, *self._ids(text), self.end]
         return ids if len(ids) <= self.context else [*ids[: self.context - 1], self.end]
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 from transformers.models.blip import modeling_blip_text
 
+from rewards.bert_reader import BertReader
 from rewards.blip_state_dict import to_authors, to_transformers
 from rewards.card import Card, ImageRewardConfig
 from rewards.head import apply_head, draw_head, initialise, new_head, set_dropout
@@ -66,6 +67,7 @@ class ImageReward(nn.Module):
             raise ValueError(
                 f"vocab_size is {config.vocab_size}, but vocab.txt with [DEC] and [ENC] has {len(self.tokenizer)} tokens"
             )
+        self.reader = BertReader(self.tokenizer, config.max_length)
         self.vision_model = BlipVisionModel(_vision_config(config))
         self.text_model = BlipTextModel(
             _text_config(config, self.tokenizer.pad_token_id, self.tokenizer.sep_token_id),
@@ -136,14 +138,7 @@ class ImageReward(nn.Module):
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return token ids and attention mask, each (B, L) int64; longer captions are cut."""
-        tokens = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            truncation=True,
-            max_length=self.config.max_length,
-            return_tensors="pt",
-        )
-        return tokens["input_ids"], tokens["attention_mask"]
+        return self.reader(prompts)
 
     def image_tokens(self, pixels: Tensor) -> Tensor:
         """Return the image tower's output, (B, 1 + (S / patch)^2, vision_width)."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from rewards import device_resize
 from rewards.card import Preprocess
 from rewards.on_device import Reading, filled
 
@@ -20,6 +21,9 @@ Images = Tensor | Image.Image | Sequence[Image.Image]
 """What a scorer is called with: pixels (B, 3, H, W) in [0, 1], an image, or images of any sizes."""
 OUTSIDE = 0.5
 """How far values may lie outside [0, 1]: one bicubic resize makes at most 0.45 of black and white pixels."""
+
+MAX_ORIGINAL = 1 << 20
+"""Pixels up to which an image may go to a device as it is, 3 MB; larger ones are resized first."""
 
 _Scorer = TypeVar("_Scorer")
 
@@ -139,6 +143,11 @@ def from_pil(image: Image.Image, preprocess: Preprocess | None = None) -> Tensor
     the EXIF data are ignored, as the authors do. A 16-bit grey image is read by its upper eight bits, where
     PIL, and they with it, takes nearly all of it for white.
     """
+    return unpack(packed_from_pil(image, preprocess)[None], preprocess)[0]
+
+
+def packed_from_pil(image: Image.Image, preprocess: Preprocess | None = None) -> Tensor:
+    """Return what `unpack` makes `from_pil`'s pixels of, in few bytes: (3, H, W) uint8, or float32 for `files="tensor"`."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if preprocess is not None and preprocess.files == "tensor":
@@ -154,10 +163,40 @@ def from_pil(image: Image.Image, preprocess: Preprocess | None = None) -> Tensor
             image = image.crop((left, top, left + preprocess.size, top + preprocess.size))
     values = np.array(image.convert("RGB"), dtype=np.uint8)
     # Contiguous, as theirs: how a tensor lies in memory changes the last bits of sums over it.
-    pixels = torch.from_numpy(values).permute(2, 0, 1).contiguous().float() / 255
-    if preprocess is not None and preprocess.crop == "pad":
-        pixels = _fit(pixels[None], preprocess)[0]
-    return pixels
+    return torch.from_numpy(values).permute(2, 0, 1).contiguous()
+
+
+def unpack(packed: Tensor, preprocess: Preprocess | None = None) -> Tensor:
+    """Return pixels (B, 3, H, W) float32 of B packed images, on their device; with preprocess (B, 3, S, S)."""
+    if packed.is_floating_point():
+        return packed
+    # Divided by a tensor: a GPU multiplies by the rounded reciprocal of a number.
+    pixels = packed.float() / torch.full((), 255.0, device=packed.device)
+    return _fit(pixels, preprocess) if preprocess is not None and preprocess.crop == "pad" else pixels
+
+
+def can_wait(image: Image.Image, preprocess: Preprocess) -> bool:
+    """Return whether `from_original` prepares this image as `from_pil` does: one of usual size and shape without transparency."""
+    if (
+        image.mode not in ("RGB", "L")
+        or preprocess.resize == "none"
+        or image.width * image.height > MAX_ORIGINAL
+    ):
+        return False
+    before = image.height, image.width
+    return device_resize.is_exact(before, _resized(*before, preprocess))
+
+
+def from_original(originals: Tensor, preprocess: Preprocess) -> Tensor:
+    """Return pixels (B, 3, S, S) of B images (B, 3, H, W) uint8 on any device, equal to `from_pil`'s where `can_wait`.
+
+    Bit for bit where the authors resize by PIL, to 1e-6 where they resize a tensor: see rewards.device_resize.
+    """
+    after = _resized(originals.shape[2], originals.shape[3], preprocess)
+    if preprocess.files == "tensor":
+        return _fit(device_resize.resize_as_torch(unpack(originals), *after), preprocess)
+    resized = device_resize.resize_as_pil(originals, *after)
+    return unpack(_fit(resized, preprocess) if preprocess.crop == "center" else resized, preprocess)
 
 
 def _resized(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]:

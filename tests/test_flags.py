@@ -470,6 +470,7 @@ def test_no_answer_names_a_flag_that_the_program_lacks() -> None:
         ("--rank=16 --lora_alpha 8", "--lora.rank 16 --lora.alpha 8"),
         ("--network_module=networks.lora --network_dim=16 --network_alpha=1", "--lora.rank 16 --lora.alpha 1"),
         ("--optimizer_type AdamW8bit", "--use-8bit-adam"),
+        ("--fp8_base --optim adamw_torch_fused", "--quantization fp8 --fused-adam True"),
         ("--optimizer=AdamW --center_crop --network_train_unet_only", ""),
         ("--save_model_as=safetensors", "--export kohya"),
         ("--xformers", "--attention xformers"),

@@ -32,7 +32,7 @@ import rewards
 from data_build import readers, score, score_folder, scoring, shapes
 from data_build.decode import ImageEntry, UnusableError, decode
 from golden_weights import tiny_card
-from preftune import score_files
+from preftune import prepared_images, score_files
 from preftune.cli import parse
 from preftune.records import read_imagefolder, read_jsonl, write_jsonl
 from rewards import CARDS
@@ -189,11 +189,11 @@ def test_each_image_is_decoded_once_and_prepared_once_for_each_rule(
     torch.save(changed, clips / "changed.pt")
     files["hpsv1"] = clips / "changed.pt"
     scorers[2] = rewards.load("hpsv1", weights=files["hpsv1"])
-    for owner, name in ((scoring, "decode"), (score_files, "from_pil"), (ClipVision, "forward")):
+    for owner, name in ((scoring, "decode"), (prepared_images, "packed_from_pil"), (ClipVision, "forward")):
         counted(owner, name)
     terms = tuple(f"{name}={path}" for name, path in files.items())
     columns = run(rendered, tmp_path / "out", *names, reward_files=terms, chunk=100, batch_size=4)
-    assert calls == {"decode": COUNT, "from_pil": 2 * COUNT, "forward": 2 * 3}
+    assert calls == {"decode": COUNT, "packed_from_pil": 2 * COUNT, "forward": 2 * 3}
     monkeypatch.undo()
     for scorer in scorers:
         by_hand = [

@@ -138,10 +138,10 @@ class Family(Protocol):
         """
         ...
 
-    def compile(self) -> None:
-        """From now on compile what lean passes call, and replay them as CUDA graphs; nothing on a CPU.
+    def compile(self, *, graphs: bool = True, blocks: bool = False) -> None:
+        """Say how lean passes run on a GPU: replayed as CUDA graphs, as they are unless this says no; compiled block by block.
 
-        The first pass of each shape takes longer, minutes at Stable Diffusion's size.
+        The first pass of each shape takes longer: seconds for a graph, minutes to compile at Stable Diffusion's size.
         """
         ...
 

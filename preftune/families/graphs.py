@@ -48,7 +48,7 @@ class Graphs:
             except RuntimeError as error:
                 self._failed = True
                 torch.cuda.set_stream(stream)  # a capture that breaks off leaves its own in place
-                say(f"--compile goes on without CUDA graphs: {str(error).splitlines()[0][:200]}")
+                say(f"passes without gradient go on without CUDA graphs: {str(error).splitlines()[0][:200]}")
                 return forward(inputs)
         graph, static, output = self._graphs[key]
         for name, value in inputs.items():

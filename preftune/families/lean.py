@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from preftune.families.graphs import Graphs
 from preftune.lora import tuning as loras
@@ -42,7 +43,7 @@ class Lean:
             tuple[Tensor, nn.Module, str]
         ] = []  # own tensor, module and name of what it is a copy of
         self._depth = 0
-        self._compiled = False
+        self._compiled, self._replayed = False, True
         self._graphs = Graphs()
 
     @contextmanager
@@ -62,9 +63,10 @@ class Lean:
         if self._depth:
             self.refresh()
 
-    def compile(self) -> None:
-        """From now on compile the copy's blocks, and replay its passes as CUDA graphs; nothing on a CPU."""
-        self._compiled, self._copy = torch.cuda.is_available(), None
+    def compile(self, *, graphs: bool, blocks: bool) -> None:
+        """From now on replay the copy's passes as CUDA graphs or not, and compile its blocks or not; nothing on a CPU."""
+        self._replayed, self._compiled = graphs, blocks and torch.cuda.is_available()
+        self._copy = None
 
     def call(
         self,
@@ -84,7 +86,7 @@ class Lean:
             return output
         inputs = {"x": x.to(self._dtype), "t": t, "embeds": embeds.to(self._dtype), **(added or {})}
         with torch.autocast(x.device.type, enabled=False):
-            if self._compiled and x.is_cuda:
+            if self._replayed and x.is_cuda:
                 return self._graphs.call(self._forward, inputs)
             with torch.inference_mode():
                 output = self._forward(inputs)
@@ -141,7 +143,7 @@ class Lean:
         if self._cast:
             sources: list[Tensor] = [getattr(module, name) for _, module, name in self._cast]
             torch._foreach_copy_([own for own, _, _ in self._cast], sources)
-        if self._compiled:
+        if self._replayed and key[1].type == "cuda":
             self._graphs.keep_for([tensor.data_ptr() for tensor in self._copy.parameters()])
 
     def _copied(self, module: nn.Module) -> nn.Module:
@@ -213,8 +215,9 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 def _is_plain(layer: nn.Module) -> bool:
     """Whether an update can be added to the layer's weight: not where it is quantized."""
-    weight = layer.weight
-    return type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.dtype.is_floating_point
+    weight: Any = layer.weight
+    own = type(layer) in (nn.Linear, nn.Conv2d) and not is_traceable_wrapper_subclass(weight)
+    return own and bool(weight.dtype.is_floating_point)
 
 
 def _structure(module: nn.Module) -> list[object]:

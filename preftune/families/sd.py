@@ -147,9 +147,9 @@ class SD:
         """The UNet in the run's precision, its LoRA merged, without autocast."""
         return self._lean.on()
 
-    def compile(self) -> None:
-        """Compile the UNet of lean passes."""
-        self._lean.compile()
+    def compile(self, *, graphs: bool = True, blocks: bool = False) -> None:
+        """Say how the UNet of lean passes runs on a GPU."""
+        self._lean.compile(graphs=graphs, blocks=blocks)
 
     def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return (alpha, sigma)."""

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from preftune.cli.printable import show
+from preftune.machine.cores import cores
 from preftune.machine.embedded_check import damaged
 from preftune.programs import hidden
 from rewards import embedded
@@ -69,7 +70,7 @@ def report(missing: list[str]) -> Iterator[tuple[str, list[str]]]:
     yield "optional", [f"{', '.join(there) or 'none'}; not here: {', '.join(others) or 'none'}"]
     probe = _probe(missing)
     yield "devices", probe["devices"]
-    yield "cores, memory", [f"{_cores()} cores, {_memory()}"]
+    yield "cores, memory", [f"{cores()} cores, {_memory()}"]
     yield "hub", list(_hub())
     yield "accelerate", [_accelerate()]
     yield "disk", list(_disk(missing))
@@ -145,10 +146,6 @@ def _probe(missing: list[str]) -> dict[str, list[str]]:
         why = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
         missing.append(f"{last or 'python'} ends the process when it is used ({why}); install it again")
     return answer
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _memory() -> str:

@@ -33,6 +33,8 @@ MAY_DIFFER = frozenset(
         "max_grad_norm",
         "ema_decay",
         "compile",
+        "cuda_graphs",
+        "allow_tf32",
         "checkpointing_steps",
         "validation_steps",
         "checkpoints_total_limit",

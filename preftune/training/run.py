@@ -38,6 +38,7 @@ from tqdm.auto import tqdm
 from preftune import order, seeds
 from preftune.cli.notes import say
 from preftune.files import lock
+from preftune.machine.tf32 import set_tf32
 from preftune.regional import compile_blocks
 from preftune.seeds import Stream
 from preftune.training import checkpoint, folder, metrics, resume, signals
@@ -98,6 +99,7 @@ class Run:
         self._passes = config.gradient_accumulation_steps  # of the update under way
         self.images_per_update = config.train_batch_size * config.gradient_accumulation_steps * self.world
         torch.set_num_threads(cpu_threads(config))
+        set_tf32(config.allow_tf32, convolutions=True)  # torch's own default
         seeds.seed_everything(config.seed, Stream.SETUP, 0, 0)
         self._config_text = config_text
         self._begin = self._find_start()
@@ -128,11 +130,13 @@ class Run:
             ValueError: the checkpoint to resume from has other parameters.
         """
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        frozen = [name for name, _ in module.named_parameters() if name not in named]  # all have read them
         assert named, "module has no parameter that requires a gradient"
         assert all(p.dtype == torch.float32 for p in named.values()), "trained parameters must be float32"
         self._named, self._peak_lr = named, self.config.learning_rate or learning_rate
         if self.config.compile:
             compile_blocks(module)
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
         parts = module.to(self.device), adamw(self.config, list(named.values()), self._peak_lr)
         self._module, self._optimizer = self._accelerator.prepare(*parts)
         self._ema = EMA(self.config, named.values())

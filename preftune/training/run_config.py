@@ -9,6 +9,7 @@ from typing import Literal
 
 from preftune import files
 from preftune.files import lock
+from preftune.machine.cores import cores
 from preftune.training import report_to
 
 
@@ -54,10 +55,14 @@ class RunConfig:
     """Precision of the forward pass; trained weights stay in float32. fp16 needs a GPU. None = bf16 on a CUDA GPU, fp16 on one
     before Ampere, no elsewhere.
     """
+    allow_tf32: bool = False
+    """Let float32 matrix products use TF32 on a GPU since Ampere; convolutions may by torch's own default."""
     ema_decay: float = 0.0
     """Decay per update of an exponential moving average of the trained weights; 0 = none."""
     compile: bool = False
-    """Compile the repeated blocks of the trained module, and on a GPU replay passes without gradient as CUDA graphs: minutes at first."""
+    """Compile the repeated blocks of the trained module, on a GPU also for passes without gradient: minutes at first."""
+    cuda_graphs: bool = True
+    """On a GPU, replay passes without gradient as CUDA graphs: the host launches one graph instead of a thousand kernels."""
     checkpointing_steps: int = 100
     """Updates between checkpoints; 0 = only at the end."""
     validation_steps: int = 0
@@ -164,5 +169,4 @@ def forced_to_cpu() -> bool:
 
 def cpu_threads(config: RunConfig) -> int:
     """Threads for this process. Torch's default is not used, because the launchers set OMP_NUM_THREADS to 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return config.threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return config.threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

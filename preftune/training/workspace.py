@@ -193,8 +193,7 @@ def load_model(
     )
     if run.mixed_precision not in (None, "no"):
         loras.leave_casts_to_autocast(denoiser)
-    if run.compile:
-        family.compile()
+    family.compile(graphs=run.cuda_graphs, blocks=run.compile)
     family.to(device, dtype)
     if model.offload and not train_text_encoders:
         for encoder in family.text_encoders:

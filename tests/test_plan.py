@@ -1,0 +1,183 @@
+"""The plan: what is counted on fake tensors must be what a real device would do, and flags that it names must be the drivers'."""
+
+import importlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks import count, plan, plan_table, prediction
+from benchmarks.cards import CARDS
+from benchmarks.counter import BLOCK, Counter, Kernel, cuda_autocast, largest, totals
+from benchmarks.setting import Setting
+from preftune import cli
+
+MIB = 2**20
+
+
+def test_counter_knows_the_peak_of_a_backward_pass() -> None:
+    """Two layers, all tensors of 1 MiB: in the backward pass of ReLU there are two weights, x, ReLU's output, a weight's gradient,
+    and the gradients of ReLU's output and input; the loss and its gradient have a block each.
+    """
+    with FakeTensorMode(), Counter() as counter:
+        layers = nn.Sequential(nn.Linear(512, 512, bias=False), nn.ReLU(), nn.Linear(512, 512, bias=False))
+        x = torch.empty(512, 512)
+        assert counter.now == 3 * MIB
+        counter.restart()
+        loss = layers(x).sum()
+        assert counter.now == 4 * MIB + BLOCK  # ReLU's output is kept, its input and the last output are not
+        loss.backward()
+    assert counter.peak == 7 * MIB + 2 * BLOCK
+
+
+def test_counter_forgets_what_is_gone() -> None:
+    with FakeTensorMode(), Counter() as counter:
+        kept = torch.empty(MIB, dtype=torch.uint8)
+        torch.empty(3 * MIB, dtype=torch.uint8)
+        view = kept.view(2, -1)
+        assert view.shape == (2, MIB // 2)
+        assert counter.now == MIB
+        assert counter.peak == 4 * MIB
+
+
+def test_kernels_are_operations_that_are_no_views() -> None:
+    with FakeTensorMode(), Counter() as counter:
+        x = torch.empty(64, 32)
+        product = x.T[:, :16].contiguous() @ torch.empty(16, 8)
+        product.add_(1).to(torch.bfloat16)
+    names = [kernel.name for kernel in counter.kernels]
+    assert names == ["clone", "mm", "add_", "_to_copy"]
+    assert counter.kernels[1].flop == 2 * 32 * 16 * 8
+    assert (counter.kernels[1].read, counter.kernels[1].written) == (4 * (32 * 16 + 16 * 8), 4 * 32 * 8)
+    assert totals(counter.kernels)["casts"] == 1
+    assert largest(counter.kernels, 1)[0][0] == "clone float32"
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_inference_mode_counts_the_same(mode: type[torch.no_grad]) -> None:
+    """In inference mode a convolution, a linear layer or attention comes as one operation without a formula."""
+
+    def kernels() -> list[str]:
+        with FakeTensorMode(), Counter() as counter, mode():
+            x = torch.empty(1, 4, 8, 8)
+            x = nn.Conv2d(4, 8, 3)(x).flatten(2)
+            x = nn.Linear(36, 16)(x)[:, None]
+            counter.restart()
+            nn.functional.scaled_dot_product_attention(x, x, x)
+            nn.functional.linear(x[0, 0], torch.empty(16, 16))
+        return [kernel.name for kernel in counter.kernels if kernel.flop]
+
+    assert kernels() == ["_scaled_dot_product_flash_attention_for_cpu", "mm"]
+
+
+def test_autocast_has_the_rules_of_cuda() -> None:
+    """On CUDA norms are computed in float32, on the CPU in the dtype of their input; afterwards the CPU has its own rule again."""
+    x, norm = torch.ones(2, 4, 3, dtype=torch.bfloat16), nn.GroupNorm(2, 4).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        with cuda_autocast():
+            assert norm(x).dtype == torch.float32
+            assert (x**2).dtype == torch.float32
+            assert nn.functional.silu(x).dtype == torch.bfloat16
+        assert norm(x).dtype == torch.bfloat16
+    with cuda_autocast():
+        assert norm(x).dtype == torch.bfloat16  # without autocast
+
+
+def test_a_lean_pass_has_few_kernels() -> None:
+    """Of Stable Diffusion's UNet: casts and the LoRA's products are gone; published are 1,474 kernels and 758 casts."""
+    setting = Setting(method="pretrain", train_batch_size=1)
+    step, lean = (totals(count.one_call(setting, place)) for place in ("step", "lean"))
+    assert 2100 < step["kernels"] < 2250
+    assert 900 < step["casts"] < 950
+    assert lean["kernels"] <= 760
+    assert lean["casts"] <= 10
+    assert 1600 / 2 < lean["gflop"] < 1610 / 2
+
+
+def test_seconds_are_bounded_by_the_card_and_the_host() -> None:
+    card = CARDS["H100"]
+    product = Kernel("mm", torch.bfloat16, flop=989 * 10**9, read=0, written=0, cast=False)
+    best, modelled = prediction.seconds([product], card)
+    assert best == pytest.approx(1e-3)
+    assert modelled == pytest.approx(1e-3 / prediction.MATMUL)
+    copy = Kernel("clone", torch.float32, flop=0, read=int(1.675e9), written=int(1.675e9), cast=False)
+    assert prediction.seconds([copy], card)[0] == pytest.approx(1e-3)
+    small = Kernel("add", torch.float32, flop=0, read=4, written=4, cast=False)
+    assert prediction.seconds([small] * 10, card)[1] == pytest.approx(10 * prediction.LAUNCH)
+
+
+@pytest.mark.parametrize("method", ["refl", "raft", "pretrain"])
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_the_flags_that_a_plan_names_are_the_drivers(
+    method: plan_table.Method, train: plan_table.Train
+) -> None:
+    """And they say the same: the driver that gets them is the one that was planned."""
+    driver = importlib.import_module(f"finetune.{method}")
+    needed = {"refl": "--prompts p.txt --model m", "raft": "--prompts p.txt --model m --rewards imagereward=1", "pretrain": "--data d --model m"}  # fmt: skip
+    settings = list(plan_table.ladder("sd1", method, train))
+    assert len(settings) >= 5
+    for setting in (*settings, replace(settings[0], sample_batch_size=2)):
+        words = " ".join([needed[method], *setting.flags()]).split()
+        config = cli.parse(driver.Config, words)
+        assert config.run.train_batch_size == setting.train_batch_size
+        assert config.model.gradient_checkpointing == setting.checkpointed()
+        assert config.model.train == train
+        assert config.run.use_8bit_adam == setting.use_8bit_adam
+        assert config.validation.sample.batch_size == setting.sample_batch_size
+        if method == "refl":
+            assert config.model.vae_checkpointing == setting.checkpointed()
+        if method != "pretrain":
+            assert config.reward.reward_precision == setting.reward_precision
+
+
+def test_a_figure_between_two_batch_sizes() -> None:
+    assert plan_table.between(1, lambda batch: batch**2) == 1
+    assert plan_table.between(8, lambda batch: batch**2) == 64
+    assert plan_table.between(2, lambda batch: 3 * batch + 1) == pytest.approx(7)
+    assert plan_table.between(4, lambda batch: batch**2) > 16  # convex: no less than it is
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--train-batch-size 2 0", "--train-batch-size must be at least 1, got 0"),
+        ("--resolution 510", "--resolution: resolution '510'"),
+        ("--train lora full --lora.rank 8", "--lora settings do nothing with --train full"),
+        ("--late 0", "--late must be at least 1, got 0"),
+        ("--measured nothing.json", "--measured nothing.json is no result of benchmarks/refl_step.py"),
+    ],
+)
+def test_wrong_flags_end_with_one_sentence(flags: str, sentence: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        plan.main(cli.parse(plan.Config, flags.split()))
+    assert ended.value.code == 2
+    assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+def test_measured_rows_are_planned_as_they_were_measured(tmp_path: Path) -> None:
+    base = {
+        "loop": "ours", "model": "sd1", "precision": "bf16", "train": "lora", "checkpointing": "off", "compile": "off",
+        "train_batch_size": 8, "late": 35, "peak_mib": 2048.0, "images_per_s": 4.0,
+    }  # fmt: skip
+    others = [{"loop": "published"}, {"model": "tiny"}, {"compile": "on"}]
+    rows = [base, base | {"train": "full", "checkpointing": "on"}, *(base | other for other in others)]
+    file = tmp_path / "refl_step.json"
+    file.write_text(json.dumps({"hardware": "NVIDIA H100 80GB HBM3", "rows": rows}))
+    pairs = plan.read_measured(file)
+    assert [row for _, row in pairs] == rows[:2]
+    first, second = (setting for setting, _ in pairs)
+    assert (first.train_batch_size, first.late, first.reward_precision) == (8, 35, "bf16")
+    assert not first.checkpointed()
+    assert second.checkpointed()
+    assert second.ema_decay > 0
+    cards = {name: {"update": {"roofline": 9.0, "modelled": 5.0}} for name in CARDS}
+    found = plan.compare(
+        {"peaks_gib": {"update": 2.2}, "cards": cards}, base, "NVIDIA H100 80GB HBM3, torch 2.11"
+    )
+    assert found["peak_error"] == pytest.approx(0.1)
+    assert found["time_error"] == pytest.approx(4 / 5 - 1)
+    assert "time_error" not in plan.compare({"peaks_gib": {"update": 2.2}, "cards": cards}, base, "some CPU")
