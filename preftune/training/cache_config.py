@@ -10,7 +10,7 @@ class CacheConfig:
     """What the frozen encoders say of images and captions may be kept on disk: losses stay the same to the bit."""
 
     cache_latents: bool = False
-    """Keep on disk what the autoencoder makes of each image: 128 KiB at 512 px in bf16. It is found again by the image's content, the
+    """Keep on disk what the autoencoder makes of each image: 64 KiB at 512 px in bf16. It is found again by the image's content, the
     resolution, the batch size and the autoencoder's weights, by later runs too.
     """
     cache_text_encoder_outputs: bool = False
