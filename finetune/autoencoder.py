@@ -59,6 +59,7 @@ import torch
 from torch import Tensor, nn
 
 from preftune import files
+from preftune.ahead import initial_noise
 from preftune.cli.printable import show
 from preftune.families.tiny import build_autoencoder
 from preftune.files.one_writer import one_writer
@@ -67,6 +68,7 @@ from preftune.images import load_pixels, save_image
 from preftune.order import items_at
 from preftune.training import data
 from preftune.training.run import Run
+from rewards.on_device import upload
 
 
 class Reconstruct(nn.Module):
@@ -103,7 +105,7 @@ def main(config: Config) -> int:
     def load(chosen: list[Path]) -> Tensor:
         with exit_on_user_error():  # an image that was sound when the run began
             loaded = [load_pixels(path, config.resolution) for path in chosen]
-        return torch.stack(loaded).to(run.device) * 2 - 1
+        return upload(torch.stack(loaded), run.device) * 2 - 1
 
     def write(folder: Path) -> None:
         with run.ema_weights():
@@ -115,9 +117,7 @@ def main(config: Config) -> int:
             indices = run.image_indices(step, micro_batch)
             with run.accumulate():
                 images = load(items_at(paths, indices, config.run.seed))
-                noise = torch.stack([torch.randn(latent, generator=run.generator(i)) for i in indices]).to(
-                    run.device
-                )
+                noise = initial_noise(latent, [run.generator(i) for i in indices], run.device)
                 reconstruction, kl = module(images, noise)
                 error = reconstruction_error(reconstruction.float(), images, config.foreground_weight)
                 run.update(error + config.kl_weight * kl, error=error, kl=kl)

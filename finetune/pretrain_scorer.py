@@ -115,6 +115,7 @@ from rewards.clip import ClipScorer
 from rewards.clip_tokenizer import vocab_size
 from rewards.head import apply_head
 from rewards.imagereward import ImageReward
+from rewards.on_device import upload
 from rewards.trained_cards import clip_card
 
 
@@ -184,7 +185,7 @@ class Contrast(nn.Module):
         scale, images, texts = scorer.logit_scale.exp(), scorer.vision(pixels), scorer.texts(captions)
         logits = scale * images @ texts.T
         near = scale * (images * scorer.texts(negatives(misses, images, texts, captions))).sum(1)
-        absent = torch.tensor([miss is None for miss in misses], device=pixels.device)
+        absent = upload(torch.tensor([miss is None for miss in misses]), pixels.device)
         loss = by_row_and_column(logits, near.masked_fill(absent, -torch.inf))
         return {"contrast": loss}, (logits.diagonal() > near).float().mean()
 
@@ -201,7 +202,7 @@ def negatives(
 @torch.no_grad()
 def hardest(images: Tensor, texts: Tensor, captions: Sequence[str]) -> list[int]:
     """Return for each image the row of the most similar caption with other words than its own."""
-    same = torch.tensor([[one == other for other in captions] for one in captions], device=images.device)
+    same = upload(torch.tensor([[one == other for other in captions] for one in captions]), images.device)
     return (images @ texts.T).masked_fill(same, -torch.inf).argmax(1).tolist()
 
 
@@ -289,7 +290,7 @@ def main(config: Config) -> int:
             misses = [near_miss(row, run.generator(i)) for row, i in zip(rows, indices, strict=True)]
             with run.accumulate():
                 losses, right = module(
-                    load(rows, config.sizes.image).to(run.device), [row.text for row in rows], misses
+                    upload(load(rows, config.sizes.image), run.device), [row.text for row in rows], misses
                 )
                 run.update(sum(losses.values()), **losses, matched=right)
         if isinstance(scorer, ClipScorer):

@@ -24,7 +24,6 @@ of range), and scorers resize with antialiasing. Left out: image-column checks, 
 Hardware: Stable Diffusion 1.x at 512 px needs a GPU; the tiny model runs on two CPU cores.
 """
 
-import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -131,6 +130,7 @@ if __name__ == "__main__":  # flags are read before torch is imported, which tak
 import torch
 from torch import Generator, Tensor
 
+from preftune import ahead
 from preftune.augment import shifted
 from preftune.families import Defaults, Family
 from preftune.files.one_writer import one_writer
@@ -138,11 +138,10 @@ from preftune.order import items_at
 from preftune.prompts import read_prompts
 from preftune.records import CaptionedImage, Skipped
 from preftune.resolution import Resolution
-from preftune.sampling import initial_noise, step
 from preftune.training import data, workspace
 from preftune.training import defaults as training_defaults
 from preftune.training.workspace import Workspace
-from rewards.mix import Mix
+from rewards.mix import Mix, Mixed, named
 
 
 def reward_loss(reward: Tensor, margin: float, scale: float) -> Tensor:
@@ -152,11 +151,13 @@ def reward_loss(reward: Tensor, margin: float, scale: float) -> Tensor:
 
 def mean_reward(
     mix: Mix, pixels: Tensor, prompts: Sequence[str], generators: Sequence[Generator], config: Config
-) -> Tensor:
-    """Return the rewards (B,) of images (B, 3, H, W), each the mean over `jitter_copies` moved by up to `jitter` pixels."""
+) -> tuple[Tensor, Mixed]:
+    """Return the rewards (B,) of images (B, 3, H, W), each the mean over `jitter_copies` moved by up to `jitter` pixels, and the
+    scores of the copies, which are not checked.
+    """
     copies = torch.cat([shifted(pixels, generators, config.jitter) for _ in range(config.jitter_copies)])
-    rewards = mix(copies, list(prompts) * config.jitter_copies).rewards
-    return rewards.view(config.jitter_copies, -1).mean(0)
+    mixed = mix.unchecked(copies, list(prompts) * config.jitter_copies)
+    return mixed.rewards.view(config.jitter_copies, -1).mean(0), mixed.detach()
 
 
 def late_pixels(
@@ -174,14 +175,13 @@ def late_pixels(
     assert config.num_inference_steps is not None, "filled"
     assert config.solver is not None, "filled"
     cond = family.encode(prompts)
-    grid = family.timesteps(config.num_inference_steps, config.solver, resolution)
-    x = initial_noise(family.latent_shape(resolution), generators, family.device)
+    grid = family.timesteps(config.num_inference_steps, config.solver, resolution)[: late + 1]
+    shape = family.latent_shape(resolution)
+    x, t, steps = ahead.trajectory(family, grid, config.solver, shape, generators)
     with torch.no_grad():
-        for t, t_next in itertools.pairwise(grid[: late + 1]):
-            prediction = family.predict(x, t.expand(len(x)).to(x.device), cond, config.guidance_scale)
-            x = step(family, prediction, t, t_next, config.solver, generators)
-    t = grid[late].expand(len(x)).to(x.device)
-    return family.decode(family.predict(x, t, cond, config.guidance_scale).x0)
+        for now in steps:
+            x = ahead.step(family.predict(x, now.t, cond, config.guidance_scale), now, config.solver)
+    return family.decode(family.predict(x, t[late], cond, config.guidance_scale).x0)
 
 
 def pretraining_loss(
@@ -256,6 +256,7 @@ def main(config: Config) -> int:
                         run.update(pretraining_loss(w, samples, index, micro_batch, config), phase="pretrain")
 
             late = int(run.rng(index).integers(config.window[0], config.window[1] + 1))  # line 8
+            scored: list[Mixed] = []
             for micro_batch in run.passes():  # lines 9 to 17
                 indices = run.image_indices(index, micro_batch)
                 texts = items_at(prompts, indices, config.run.seed)
@@ -263,11 +264,13 @@ def main(config: Config) -> int:
                     noise = [run.generator(i) for i in indices]
                     pixels = late_pixels(w.family, texts, noise, late, w.resolution, config)
                     movers = [run.generator(i, stream=2) for i in indices]
-                    reward = mean_reward(mix, pixels, texts, movers, config)
+                    reward, mixed = mean_reward(mix, pixels, texts, movers, config)
+                    scored.append(mixed)
                     loss = reward_loss(reward, config.margin, config.reward_scale)
                     if config.pretraining == "sum":
                         loss = loss + pretraining_loss(w, samples, index, micro_batch, config)
-                    run.update(loss, reward=reward.mean(), late_step=float(late))
+                    with named(scored):
+                        run.update(loss, reward=reward.mean(), late_step=float(late))
             w.after(index)
         return w.finish()
 

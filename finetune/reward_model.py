@@ -175,6 +175,7 @@ from preftune.training.preference_losses import (
 from preftune.training.rankings import Ranked, by_images, check_split, choices, load, split, untied, votes
 from preftune.training.run import Run
 from rewards import Preprocess, find_card
+from rewards.on_device import upload
 from rewards.training import Trainable, check_trainable, freeze, load_trainable
 
 
@@ -200,12 +201,12 @@ def losses_of(raw: Tensor, chosen: Sequence[Ranked], config: Config, step: int) 
     """
     own = raw[:, 0]
     if config.objective == "choice":
-        rows, best, weights = (tensor.to(raw.device) for tensor in choices(chosen))
+        rows, best, weights = (upload(tensor, raw.device) for tensor in choices(chosen))
         return choice_losses(own[rows].masked_fill(rows < 0, -torch.inf), best), weights.log()
     if config.objective == "soft":
-        (first, second), shares, weights = (tensor.to(raw.device) for tensor in votes(chosen))
+        (first, second), shares, weights = (upload(tensor, raw.device) for tensor in votes(chosen))
         return soft_losses(own[first], own[second], shares), weights.log()
-    (better, worse), weights = (tensor.to(raw.device) for tensor in untied(chosen))
+    (better, worse), weights = (upload(tensor, raw.device) for tensor in untied(chosen))
     losses, margins = pair_losses(own[better], own[worse]), own[better] - own[worse]
     stable = config.stable
     if stable.views:
@@ -241,7 +242,7 @@ class Part:
     def raw(self, module: nn.Module, device: torch.device, views: int) -> Tensor:
         """Return raw scores (P, 1 + views) of the images and so many of their weak views."""
         pixels = self.pixels[: 1 + views]
-        scores: Tensor = module(pixels.flatten(0, 1).to(device), self.prompts * len(pixels))
+        scores: Tensor = module(upload(pixels.flatten(0, 1), device), self.prompts * len(pixels))
         return scores.view(len(pixels), -1).T
 
 
@@ -269,7 +270,7 @@ def total_before(
         return None
     if not in_second_stage(config.stable, step):
         labels = {"pairs": untied, "choice": choices, "soft": votes}[config.objective]
-        return log_total([labels(part.chosen)[-1].to(run.device).log() for part in parts], run)
+        return log_total([upload(labels(part.chosen)[-1], run.device).log() for part in parts], run)
     logits = [losses_of(part.raw(module, run.device, 0), part.chosen, config, step)[1] for part in parts]
     return log_total(logits, run)
 
@@ -332,7 +333,7 @@ def main(config: Config) -> int:
                 raw = part.raw(module, run.device, config.stable.views)
                 losses, logits = losses_of(raw, part.chosen, config, step)
                 mean = weighted_mean(losses, logits, log_total([logits], run) if total is None else total)
-                better, worse = raw[:, 0][untied(part.chosen)[0].to(run.device)]
+                better, worse = raw[:, 0][upload(untied(part.chosen)[0], run.device)]
                 right = (better > worse).float().mean() if len(better) else 0.5
                 run.update(mean * len(parts) * run.world, accuracy=right)
         if run.due("validation_steps", step) or run.scheduled("checkpointing_steps", step):

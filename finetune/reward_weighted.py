@@ -81,6 +81,7 @@ from preftune.files.one_writer import one_writer
 from preftune.order import items_at
 from preftune.records import CaptionedImage, Skipped
 from preftune.training import data, workspace
+from rewards.on_device import upload
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -168,7 +169,7 @@ def main(config: Config) -> int:
                 rows = items_at(range(len(samples)), indices, config.run.seed)
                 with run.accumulate():
                     own = losses([samples[row] for row in rows], indices, stream=0)
-                    loss = weighted_loss(own, weights[rows].to(own.device))
+                    loss = weighted_loss(own, upload(weights[rows], own.device))
                     if others:
                         plain = losses(items_at(others, indices, config.run.seed), indices, stream=1).mean()
                         loss = loss + beta * plain

@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 # Unless asked otherwise: transformers would tell everybody, on each start, of a torchvision that nothing here needs.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Before torch is imported. Its threads (GNU OpenMP) wait for each other in a loop of milliseconds, in which they take the cores from
+# whatever else computes, and from each other: beside other work a forward took 6 to 60 times as long. A short loop, then sleep.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
     from preftune.api import pretrain, raft, refl, reward_weighted, score, weird_lora

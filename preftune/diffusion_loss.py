@@ -6,11 +6,13 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
+from preftune.ahead import initial_noise
 from preftune.cli import exit_on_user_error
 from preftune.families.base import Family
 from preftune.images import load_with_framing
 from preftune.noise import add_noise, target
 from preftune.resolution import Resolution
+from rewards.on_device import upload
 
 
 def diffusion_loss(
@@ -23,8 +25,8 @@ def diffusion_loss(
     t (B,)) returns the network's output; x0 are latents. Each image's timestep, from the family's
     distribution, and its noise come from its own generator, in this order.
     """
-    t = family.training_timesteps(generators).to(x0.device)
-    eps = torch.stack([torch.randn(x0.shape[1:], generator=generator) for generator in generators]).to(x0)
+    t = upload(family.training_timesteps(generators), x0.device)
+    eps = initial_noise(x0.shape[1:], generators, x0.device).to(x0)
     alpha, sigma = family.schedule(t)
     output = predict(add_noise(x0, eps, alpha, sigma), t)
     return (output - target(x0, eps, alpha, sigma, family.prediction_type)).square().flatten(1).mean(1)

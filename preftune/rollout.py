@@ -15,11 +15,13 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
+from preftune import ahead
 from preftune.families.base import Cond, Family
+from preftune.noise import Prediction
 from preftune.resolution import Resolution
-from preftune.sampling import step_noise
 from preftune.solver_names import SolverName
 from preftune.solvers import Step, Transition, stepper
+from rewards.on_device import upload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ class Trajectory:
     """Trajectories of B images from noise to x_0 in N steps, with log-probabilities."""
 
     timesteps: Tensor
-    """(N + 1,), falling, on the CPU; step i goes from timesteps[i] to timesteps[i + 1]."""
+    """(N + 1,), falling, on the model's device; step i goes from timesteps[i] to timesteps[i + 1]."""
     latents: Tensor
     """(N + 1, B, C, h, w) in the storage dtype; latents[0] is x_T, latents[-1] is x_0."""
     log_probs: Tensor
@@ -64,14 +66,17 @@ def rollout(
     None is the family's default. `dtype` is that of the stored latents. ValueError for pndm and dpm++.
     """
     step = step or stepper(solver)
-    timesteps = family.timesteps(num_inference_steps, solver, resolution or family.defaults.resolution).cpu()
+    grid = family.timesteps(num_inference_steps, solver, resolution or family.defaults.resolution)
+    timesteps = upload(grid, x_T.device)
+    draws = _noisy(family, timesteps, step)
+    drawn = ahead.noise(sum(draws), x_T.shape[1:], generators, x_T.device)
     latents, log_probs = [x_T.to(dtype)], []
-    for index in range(len(timesteps) - 1):
+    for index, draw in enumerate(draws):
         transition = _transition(
             family, latents[-1], timesteps[index], timesteps[index + 1], cond, guidance_scale, step
         )
-        if bool((transition.std > 0).all()):
-            latents.append(transition.sample(step_noise(x_T, generators)).to(dtype))
+        if draw:
+            latents.append(transition.sample(next(drawn)).to(dtype))
             log_probs.append(transition.log_prob(latents[-1], reduce))
         else:
             latents.append(transition.mean.to(dtype))
@@ -93,10 +98,22 @@ def replay(family: Family, trajectory: Trajectory, cond: Cond, index: int | Tens
     `replay(...).log_prob(x_next, trajectory.reduce)` with x_next = latents[index + 1], image by image.
     """
     count = trajectory.latents.shape[1]
-    steps = torch.full((count,), index) if isinstance(index, int) else index.cpu()
-    x = trajectory.latents[steps, torch.arange(count)]
-    t, t_next = trajectory.timesteps[steps], trajectory.timesteps[steps + 1]
+    if isinstance(index, int):
+        x, t, t_next = trajectory.latents[index], trajectory.timesteps[index], trajectory.timesteps[index + 1]
+    else:
+        steps = upload(index, trajectory.latents.device)
+        x = trajectory.latents[steps, torch.arange(count, device=steps.device)]
+        t, t_next = trajectory.timesteps[steps], trajectory.timesteps[steps + 1]
     return _transition(family, x, t, t_next, cond, trajectory.guidance_scale, trajectory.step)
+
+
+def _noisy(family: Family, timesteps: Tensor, step: Step) -> list[bool]:
+    """Return whether each step has noise: of all steps at once, for a GPU is waited for here."""
+    none = torch.zeros(len(timesteps) - 1, 1, 1, 1, device=timesteps.device)
+    prediction = Prediction(none, none, none)
+    stds = step(prediction, family.schedule(timesteps[:-1]), family.schedule(timesteps[1:])).std
+    found: list[bool] = (stds > 0).flatten().tolist()
+    return found
 
 
 def _transition(
@@ -104,6 +121,6 @@ def _transition(
 ) -> Transition:
     """Return one step's transition from stored latents x; t and t_next are () or (B,)."""
     x = x.float()
-    t, t_next = t.expand(len(x)).to(x.device), t_next.expand(len(x)).to(x.device)
+    t, t_next = t.expand(len(x)), t_next.expand(len(x))
     prediction = family.predict(x, t, cond, guidance_scale)
     return step(prediction, family.schedule(t), family.schedule(t_next))

@@ -1,25 +1,24 @@
-"""Sampling of images from prompts in batches, and the noise of one step for drivers with their own loop.
+"""Sampling of images from prompts in batches.
 
 Every image has its own torch.Generator, so it is a function of (weights, prompt, seed) alone: it does not
 depend on the batch or on the number of processes.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from preftune import solvers
+from preftune import ahead
+from preftune.ahead import initial_noise
 from preftune.families.base import Cond, Family
-from preftune.noise import Prediction
 from preftune.sampling_config import Resolved, Sampling
-from preftune.solver_names import SolverName
 from preftune.solvers import SOLVERS
+from rewards.on_device import upload
 
-__all__ = ["Resolved", "Sampling", "initial_noise", "sample", "sharded", "step", "step_noise"]
+__all__ = ["Resolved", "Sampling", "initial_noise", "sample", "sharded"]
 
 _T = TypeVar("_T")
 
@@ -27,39 +26,6 @@ DECODED_PIXELS = 8 * 512 * 512
 """Pixels that are decoded at once. The decoder takes far more memory than the denoiser without gradient: for SDXL at 1024 px in
 bf16 about 1.5 GiB an image (counted), twice that in float32.
 """
-
-
-def initial_noise(
-    shape: tuple[int, int, int], generators: Sequence[Generator], device: torch.device | str
-) -> Tensor:
-    """Return x_T (B, C, h, w), float32: one standard normal sample from each generator."""
-    noise = [torch.randn(shape, generator=generator, device=generator.device) for generator in generators]
-    return torch.stack(noise).to(device)
-
-
-def step_noise(x: Tensor, generators: Sequence[Generator]) -> Tensor:
-    """Return standard normal noise for a step from latents x (B, C, h, w): one sample from each image's generator."""
-    _, channels, height, width = x.shape
-    return initial_noise((channels, height, width), generators, x.device)
-
-
-def step(
-    family: Family,
-    prediction: Prediction,
-    t: Tensor,
-    t_next: Tensor,
-    solver: SolverName,
-    generators: Sequence[Generator],
-) -> Tensor:
-    """Return the next latents (B, C, h, w): one step of a solver in SOLVERS from timestep t () to t_next ().
-
-    A stochastic solver takes its noise from each image's generator, but none for a step that ends without noise (t_next
-    -1), so that no random numbers are drawn unnecessarily.
-    """
-    transition = solvers.stepper(solver)(prediction, family.schedule(t), family.schedule(t_next))
-    if not SOLVERS[solver].stochastic or t_next < 0:
-        return transition.mean
-    return transition.sample(step_noise(prediction.x0, generators))
 
 
 def sample(
@@ -93,15 +59,15 @@ def _sample_batch(
 ) -> Tensor:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     cond = family.encode(prompts, negative=negative)
-    x = initial_noise(family.latent_shape(settings.resolution), generators, family.device)
+    shape = family.latent_shape(settings.resolution)
     if settings.solver in SOLVERS:
         grid = family.timesteps(settings.num_inference_steps, settings.solver, settings.resolution)
-        for t, t_next in itertools.pairwise(grid):
-            level = t.expand(len(x)).to(x.device)
-            prediction = family.predict(x, level, cond, settings.guidance_scale)
-            x = step(family, prediction, t, t_next, settings.solver, generators)
+        x, _, steps = ahead.trajectory(family, grid, settings.solver, shape, generators)
+        for now in steps:
+            prediction = family.predict(x, now.t, cond, settings.guidance_scale)
+            x = ahead.step(prediction, now, settings.solver)
     else:
-        x = _scheduler_loop(family, x, cond, settings)
+        x = _scheduler_loop(family, initial_noise(shape, generators, family.device), cond, settings)
     at_once = max(1, DECODED_PIXELS // (settings.resolution.width * settings.resolution.height))
     return torch.cat([family.decode(part).float().clamp(0, 1).cpu() for part in x.split(at_once)])
 
@@ -110,9 +76,10 @@ def _scheduler_loop(family: Family, x: Tensor, cond: Cond, settings: Resolved) -
     """Return the last latents of pndm or dpm++: diffusers' scheduler on the network's own (guided) output."""
     scheduler = family.scheduler(settings.solver, settings.num_inference_steps)
     x = x * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
+    levels = upload(scheduler.timesteps, x.device)[:, None].expand(-1, len(x))
+    for t, level in zip(scheduler.timesteps, levels, strict=True):  # the scheduler's own stay on the CPU
         x_in = scheduler.scale_model_input(x, t)
-        output = family.predict(x_in, t.expand(len(x)).to(x.device), cond, settings.guidance_scale).output
+        output = family.predict(x_in, level, cond, settings.guidance_scale).output
         x = scheduler.step(output, t, x).prev_sample
     return x
 

@@ -56,9 +56,10 @@ class Transition(NamedTuple):
 
         x_next must be the sample as it is stored. Where it is stored in half precision, round it first and take the
         log-probability of what was stored; otherwise the ratio to a later evaluation is not 1 for equal weights (at SD's
-        last steps it is off by 3e-3 in bf16, beside a clip range of 1e-4). AssertionError where std is 0.
+        last steps it is off by 3e-3 in bf16, beside a clip range of 1e-4). RuntimeError where std is 0 (an assertion on the
+        device, so that no GPU waits for it).
         """
-        assert bool((self.std > 0).all()), "a step without noise (std 0) has no log-probability"
+        torch._assert_async((self.std > 0).all(), "a step without noise (std 0) has no log-probability")
         mean, std = self.mean.float(), self.std.float()
         squares = (x_next.float() - mean).square() / (2 * std.square())
         log_prob = (-squares - std.log() - 0.5 * math.log(2 * math.pi)).flatten(1)

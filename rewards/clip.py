@@ -37,6 +37,7 @@ from rewards.card import HEAD_DROPOUT, Card, Clip, Preprocess
 from rewards.clip_state_dict import to_authors, to_transformers
 from rewards.clip_tokenizer import MERGES, ClipTokenizer
 from rewards.head import apply_head, draw_head, new_head, set_dropout
+from rewards.on_device import upload
 from rewards.pixels import at_least_float32, one_each, prepare, takes_images
 from rewards.text_cache import TextCache
 from rewards.towers import Tower
@@ -97,7 +98,7 @@ class ClipText(nn.Module):
     def forward(self, prompts: Sequence[str]) -> Tensor:
         """Return the prompts' unit vectors (B, E) float32."""
         # No attention mask: padding stands behind the end token, which causal attention cannot see from there.
-        ids = self.tokenizer(prompts).to(self.text_projection.weight.device)
+        ids = upload(self.tokenizer(prompts), self.text_projection.weight.device)
         pooled = self.text_model(input_ids=ids).pooler_output
         return F.normalize(at_least_float32(self.text_projection(pooled)), dim=1)
 
@@ -161,7 +162,8 @@ class ClipScorer(nn.Module):
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """Return the prompts' unit vectors (B, E), of those that are alike from one pass."""
         places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
-        return self.text([*places])[[places[prompt] for prompt in prompts]]
+        vectors = self.text([*places])
+        return vectors[upload(torch.tensor([places[prompt] for prompt in prompts]), vectors.device)]
 
     def renew_head(self, seed: int) -> None:
         """Put an MLP head with random weights that depend on seed alone on the towers; scores are its output from now on."""

@@ -21,12 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+from transformers.models.blip import modeling_blip_text
 
 from rewards.bert_reader import BertReader
 from rewards.blip_state_dict import to_authors, to_transformers
 from rewards.card import Card, ImageRewardConfig
 from rewards.head import apply_head, draw_head, initialise, new_head, set_dropout
 from rewards.input_files import read_text
+from rewards.on_device import upload
 from rewards.pixels import at_least_float32, one_each, prepare, takes_images
 from rewards.towers import Tower
 from rewards.trained_cards import CARD_FILE, card_of, facts_to_json, imagereward_card
@@ -166,10 +168,22 @@ class ImageReward(nn.Module):
 
     def read(self, prompts: Sequence[str], image_tokens: Tensor | None, device: torch.device) -> Tensor:
         """Return [CLS] (B, D) of captions that read these image tokens by cross-attention; None = text alone."""
-        ids, mask = (tokens.to(device) for tokens in self.tokenize(prompts))
+        ids, mask = (upload(tokens, device) for tokens in self.tokenize(prompts))
         # All image tokens are seen, so no mask. The first token stays [CLS]; BLIP's matching head puts [ENC].
-        output = self.text_model(input_ids=ids, attention_mask=mask, encoder_hidden_states=image_tokens)
+        output = self.text_model(
+            input_ids=ids, attention_mask=self._added(mask), encoder_hidden_states=image_tokens
+        )
         return at_least_float32(output.last_hidden_state[:, 0])
+
+    def _added(self, mask: Tensor) -> Tensor:
+        """Return what is added to attention scores, (B, 1, 1, L): transformers makes it of mask (B, L), too, but lets the CPU read
+        the mask first. Releases of transformers that take no mask of this shape do not read it either.
+        """
+        if not hasattr(modeling_blip_text, "create_bidirectional_mask"):
+            return mask
+        dtype = self.text_model.dtype
+        added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        return added.masked_fill(mask == 0, torch.finfo(dtype).min)[:, None, None]
 
     def next_tokens(self, prompts: Sequence[str], image_tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return what captioning is trained on: logits (B, L - 1, V) and the true tokens (B, L - 1), -100 =
@@ -178,7 +192,7 @@ class ImageReward(nn.Module):
         The text tower uses causal attention, with [DEC] instead of [CLS]; the word embeddings are the
         output layer.
         """
-        ids, mask = (tokens.to(image_tokens.device) for tokens in self.tokenize(prompts))
+        ids, mask = (upload(tokens, image_tokens.device) for tokens in self.tokenize(prompts))
         start = torch.full_like(ids[:, :1], self.tokenizer.bos_token_id)
         hidden = self.text_model(
             input_ids=torch.cat([start, ids[:, 1:]], dim=1),

@@ -1,8 +1,10 @@
 """A weighted sum of several scorers: scores (B, n), optionally normalized, then weighted."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -22,6 +24,38 @@ class Mixed:
     """(B, n) float32, each column in its scorer's own units."""
     rewards: Tensor
     """(B,) float32, the weighted sum."""
+    scorers: tuple[Scorer, ...]
+    """Those of the columns."""
+    prompts: Sequence[str]
+
+    def detach(self) -> Self:
+        """Return the same without the graph of gradients."""
+        return replace(self, scores=self.scores.detach(), rewards=self.rewards.detach())
+
+    def check(self) -> None:
+        """Raise FloatingPointError, which names the scorer and the prompt, for a score that is not finite; a GPU is waited for."""
+        scores = self.scores.detach().cpu()
+        finite = scores.isfinite()
+        if not finite.all():
+            row, column = (int(index) for index in (~finite).nonzero()[0])
+            scorer = self.scorers[column]
+            raise FloatingPointError(
+                f"{scorer.card.name} gave {scores[row, column].item()} for {self.prompts[row]!r}; check the image for NaN values,"
+                f" and {_suspect(scorer)}"
+            )
+
+
+@contextmanager
+def named(scored: Sequence[Mixed]) -> Iterator[None]:
+    """Context of an update whose scores nobody looked at: its FloatingPointError names the scorer that gave the first of them that
+    is not finite, if one did.
+    """
+    try:
+        yield
+    except FloatingPointError:
+        for mixed in scored:
+            mixed.check()
+        raise
 
 
 class Mix:
@@ -54,20 +88,19 @@ class Mix:
 
         FloatingPointError names the scorer whose score is not finite, with the prompt.
         """
+        mixed = self.unchecked(pixels, prompts)
+        mixed.check()
+        return mixed
+
+    def unchecked(self, pixels: Tensor, prompts: Sequence[str]) -> Mixed:
+        """Return what a call does, but do not wait for the scores: `Mixed.check` looks at them later."""
         prompts = one_each(prompts, len(pixels))
         columns = score_all(self.scorers, pixels, prompts)
         scores = torch.stack(columns, dim=1)
-        finite = scores.detach().isfinite()
-        if not finite.all():  # one synchronisation for all scorers
-            row, column = (int(index) for index in (~finite).nonzero()[0])
-            raise FloatingPointError(
-                f"{self.names[column]} gave {scores[row, column].item()} for {prompts[row]!r}; check the image for NaN values,"
-                f" and {_suspect(self.scorers[column])}"
-            )
         rewards = torch.zeros_like(columns[0])
         for weight, (mean, std), column_scores in zip(self.weights, self.units, columns, strict=True):
             rewards = rewards + weight * ((column_scores - mean) / std)
-        return Mixed(scores=scores, rewards=rewards)
+        return Mixed(scores=scores, rewards=rewards, scorers=self.scorers, prompts=prompts)
 
 
 def _suspect(scorer: Scorer) -> str:

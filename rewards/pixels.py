@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rewards import device_resize
 from rewards.card import Preprocess
+from rewards.on_device import Reading, filled
 
 Images = Tensor | Image.Image | Sequence[Image.Image]
 """What a scorer is called with: pixels (B, 3, H, W) in [0, 1], an image, or images of any sizes."""
@@ -43,8 +44,10 @@ def takes_images(
     def call(self: _Scorer, images: Images, prompts: str | Sequence[str]) -> Tensor:
         if isinstance(images, Tensor):
             check_batch(images)
-            check_range(images)
-            return score(self, images, one_each(prompts, len(images)))
+            found = _range(images)
+            scores = score(self, images, one_each(prompts, len(images)))
+            check_range(found)  # once a GPU has its work: it goes on while the two numbers are read
+            return scores
         batch = _from_images(images, self)
         texts = one_each(prompts, len(batch))
         if len({image.shape for image in batch}) == 1:
@@ -71,11 +74,18 @@ def check_batch(pixels: Tensor) -> None:
         )
 
 
-def check_range(pixels: Tensor) -> None:
-    """Raise ValueError for values far outside [0, 1] in pixels that need no gradient; the others are not read."""
+def _range(pixels: Tensor) -> Reading | None:
+    """Begin to read the least and the greatest value of pixels that need no gradient."""
     if pixels.requires_grad or not pixels.numel():
+        return None
+    return Reading(torch.stack(torch.aminmax(pixels.detach())))
+
+
+def check_range(found: Reading | None) -> None:
+    """Raise ValueError for values far outside [0, 1]."""
+    if found is None:
         return
-    low, high = (float(value) for value in torch.aminmax(pixels.detach()))
+    low, high = found.values().tolist()
     if low < -OUTSIDE or high > 1 + OUTSIDE:
         remedy = (
             "divide values in 0..255 by 255" if high > 2 else "bring values in -1..1 there by (x + 1) / 2"
@@ -112,7 +122,10 @@ def prepare(pixels: Tensor, preprocess: Preprocess) -> Tensor:
     """
     check_batch(pixels)
     fitted = _fit(_resize(at_least_float32(pixels), preprocess), preprocess)
-    mean, std = (fitted.new_tensor(values).view(1, 3, 1, 1) for values in (preprocess.mean, preprocess.std))
+    mean, std = (
+        filled(values, fitted.device, fitted.dtype).view(1, 3, 1, 1)
+        for values in (preprocess.mean, preprocess.std)
+    )
     return (fitted - mean) / std
 
 

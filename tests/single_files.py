@@ -6,7 +6,6 @@ transformers' CLIP under cond_stage_model, open_clip's for Stable Diffusion 2 an
 
 import json
 import shutil
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import tiny
+from preftune import ahead
 from preftune.families import Family
 from preftune.families.single_file import PUBLISHED
 from preftune.resolution import Resolution
-from preftune.sampling import step
 from preftune.solver_names import SolverName
 from preftune.solvers import SOLVERS
 
@@ -108,8 +107,9 @@ def latents(family: Family, solver: SolverName, steps: int, scale: float, x: Ten
     cond = family.encode(PROMPTS)
     if solver in SOLVERS:
         resolution = Resolution(height=x.shape[-2] * 8, width=x.shape[-1] * 8)
-        for t, t_next in pairwise(family.timesteps(steps, solver, resolution)):
-            x = step(family, family.predict(x, t.expand(len(x)), cond, scale), t, t_next, solver, [])
+        grid = family.timesteps(steps, solver, resolution)
+        for now in ahead.steps(family, grid, [False] * steps, iter(()), len(x))[1]:
+            x = ahead.step(family.predict(x, now.t, cond, scale), now, solver)
         return x
     scheduler = family.scheduler(solver, steps)
     for t in scheduler.timesteps:

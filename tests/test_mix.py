@@ -17,7 +17,7 @@ from eval import compare_methods, grid, preference_accuracy
 from finetune import refl
 from preftune import cli
 from rewards import CARDS, Card
-from rewards.mix import Mix
+from rewards.mix import Mix, named
 from rewards.terms import parse_files, parse_names, parse_weights, units
 
 
@@ -109,6 +109,20 @@ def test_a_score_that_is_not_finite_names_its_scorer(value: float) -> None:
     mix = Mix([Fixed("good", 0.0), Fixed("bad", value)], {"good": 1.0, "bad": 1.0}, "none")
     with pytest.raises(FloatingPointError, match=r"bad gave .* for 'black'"):
         mix(PIXELS, PROMPTS)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_score_that_nobody_looked_at_is_named_where_the_update_fails(value: float) -> None:
+    good = Mix([Fixed("good", 0.0)], {"good": 1.0}, "none").unchecked(PIXELS, PROMPTS)
+    bad = Mix([Fixed("good", 0.0), Fixed("bad", value)], {"good": 1.0, "bad": 1.0}, "none").unchecked(
+        PIXELS, PROMPTS
+    )
+    with pytest.raises(FloatingPointError, match=r"bad gave .* for 'black'"), named([good, bad]):
+        raise FloatingPointError("the loss")
+    with pytest.raises(FloatingPointError, match="the loss"), named([good]):  # it was not the scorer
+        raise FloatingPointError("the loss")
+    with named([bad]):
+        pass
 
 
 def test_weights_and_scorers_must_correspond() -> None:

@@ -267,12 +267,12 @@ def test_the_reward_is_the_mean_over_moved_copies(root: Path, tmp_path: Path) ->
         return [torch.Generator().manual_seed(i) for i in range(2)]
 
     three = config(root, tmp_path, jitter=5, jitter_copies=3)
-    found = refl.mean_reward(mix, pixels, PROMPTS, generators(), three)
+    found, _ = refl.mean_reward(mix, pixels, PROMPTS, generators(), three)
     seen = generators()
     by_hand = [2 * scorer(shifted(pixels, seen, 5), PROMPTS) for _ in range(3)]
     torch.testing.assert_close(found, torch.stack(by_hand).mean(0))
     assert (by_hand[0] - by_hand[1]).abs().min() > 1e-4, "copies differ"
-    as_published = refl.mean_reward(mix, pixels, PROMPTS, generators(), config(root, tmp_path))
+    as_published, _ = refl.mean_reward(mix, pixels, PROMPTS, generators(), config(root, tmp_path))
     torch.testing.assert_close(as_published, 2 * scorer(pixels, PROMPTS))
 
 
@@ -375,23 +375,29 @@ def test_the_three_ways_of_pretraining(root: Path, tmp_path: Path) -> None:
     assert alternate[0]["reward"] != off[0]["reward"], "the reward update comes after the pre-training update"
 
 
-def test_a_score_that_is_not_a_number_stops_the_run(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("factor", ["nan", "inf"])
+def test_a_score_that_is_not_finite_stops_the_run(
+    factor: str,
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Also an infinite one, of which the loss, beyond its margin, knows nothing."""
     score: Callable[..., Tensor] = Brightness.__call__
     calls = 0
 
-    def third_is_nan(self: Brightness, pixels: Tensor, prompts: list[str]) -> Tensor:
+    def third_is_not_finite(self: Brightness, pixels: Tensor, prompts: list[str]) -> Tensor:
         nonlocal calls
         calls += pixels.requires_grad  # those of training
-        return score(self, pixels, prompts) * (torch.nan if calls == 3 else 1.0)
+        return score(self, pixels, prompts) * (float(factor) if calls == 3 else 1.0)
 
-    monkeypatch.setattr(Brightness, "__call__", third_is_nan)
+    monkeypatch.setattr(Brightness, "__call__", third_is_not_finite)
     with pytest.raises(SystemExit) as stop:
         refl.main(config(root, tmp_path, run={"checkpointing_steps": 1, "checkpoints_total_limit": 0}))
     assert stop.value.code == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "error: brightness gave nan" in said
+    assert f"error: brightness gave {factor}" in said
     assert f"checkpoint is {tmp_path / 'step_000002'}" in said
     assert [row["step"] for row in rows(tmp_path)] == [0, 1]
     assert [path.name for path in find_checkpoints(tmp_path)] == [f"step_{n:06d}" for n in range(3)]

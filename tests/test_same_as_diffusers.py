@@ -8,7 +8,6 @@ and 4e-4 for euler: diffusers replaces the signal of 0 by 2^-24 and computes wit
 
 import re
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,10 +24,9 @@ from diffusers import (
 from torch import Tensor
 
 import tiny
-from preftune import families
+from preftune import ahead, families
 from preftune.families import Family
 from preftune.resolution import Resolution
-from preftune.sampling import step
 from preftune.solver_names import SolverName
 from preftune.solvers import SOLVERS
 
@@ -82,9 +80,10 @@ def ours(family: Family, solver: SolverName, scale: float, resolution: Resolutio
     cond = family.encode(PROMPTS, negative)
     if solver in SOLVERS:
         grid = family.timesteps(STEPS, solver, resolution)
-        for t, t_next in pairwise(grid):
-            prediction = family.predict(x, t.expand(len(x)), cond, scale)
-            x = step(family, prediction, t, t_next, solver, generators)
+        draws = ahead.noisy(grid, solver)
+        drawn = ahead.noise(sum(draws), x.shape[1:], generators, family.device)
+        for now in ahead.steps(family, grid, draws, drawn, len(x))[1]:
+            x = ahead.step(family.predict(x, now.t, cond, scale), now, solver)
         return x
     scheduler = family.scheduler(solver, STEPS)
     x = x * scheduler.init_noise_sigma

@@ -1,7 +1,7 @@
 """Sampling: an image is a function of (weights, prompt, seed), and it is the image of diffusers' own pipeline."""
 
-import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,11 +18,11 @@ from diffusers import (
 from torch import Generator, Tensor
 
 import tiny
-from preftune import families
+from preftune import ahead, families
 from preftune.families.base import Defaults, Family
 from preftune.noise import Prediction
 from preftune.resolution import Resolution
-from preftune.sampling import Sampling, initial_noise, sample, sharded, step, step_noise
+from preftune.sampling import Sampling, initial_noise, sample, sharded
 from preftune.solver_names import SolverName
 
 PROMPTS = ["a red circle", "two cats", "a dog at sea"]
@@ -169,10 +169,13 @@ def test_a_ddim_step_lands_on_the_next_timestep(family: Family) -> None:
     x0, eps = torch.randn(2, 1, 4, 8, 8, generator=Generator().manual_seed(0))
     grid = family.timesteps(10, "ddim", Resolution(64, 64))
     assert grid.tolist() == [*range(901, 0, -100), 0]
-    for t, t_next in itertools.pairwise(grid):
+    x, timesteps, steps = ahead.trajectory(family, grid, "ddim", SHAPE, [Generator().manual_seed(0)])
+    assert torch.equal(timesteps[:, 0], grid)
+    for t, t_next, now in zip(grid, grid[1:], steps, strict=False):
         alpha, sigma = family.schedule(t_next)
-        after = step(family, Prediction(x0, eps, eps), t, t_next, "ddim", [])
+        after = ahead.step(Prediction(x0, eps, eps), now, "ddim")
         assert torch.equal(after, alpha * x0 + sigma * eps)
+        assert now.t.tolist() == [t] * len(x)
 
 
 def test_guidance_and_prompts_change_the_image(family: Family) -> None:
@@ -237,24 +240,42 @@ def test_a_wide_image(family: Family) -> None:
 def test_each_image_has_its_own_noise(family: Family) -> None:
     """x_T and the noise of a stochastic step come from the image's generator, one torch.randn each, and from nowhere else."""
     prediction = Prediction(*torch.zeros(3, 2, 4, 8, 8))
-    t, t_next = torch.tensor(501), torch.tensor(481)
     generators = [Generator().manual_seed(1), Generator().manual_seed(2)]
-    after = step(family, prediction, t, t_next, "ddpm", generators)
-    expected = torch.stack([torch.randn(4, 8, 8, generator=Generator().manual_seed(seed)) for seed in (1, 2)])
-    torch.testing.assert_close(after, 0.294785 * expected, rtol=1e-5, atol=0)
-    assert torch.equal(initial_noise(SHAPE, [Generator().manual_seed(1)], "cpu")[0], expected[0])
-    again = [Generator().manual_seed(1), Generator().manual_seed(2)]
-    assert torch.equal(step_noise(prediction.x0, again), expected)
+    x, _, steps = ahead.trajectory(family, torch.tensor([501, 481]), "ddpm", SHAPE, generators)
+    after = ahead.step(prediction, next(steps), "ddpm")
+    own = [Generator().manual_seed(1), Generator().manual_seed(2)]
+    first, second = (
+        torch.stack([torch.randn(SHAPE, generator=generator) for generator in own]) for _ in "ab"
+    )
+    assert torch.equal(x, first)
+    torch.testing.assert_close(after, 0.294785 * second, rtol=1e-5, atol=0)
+    assert torch.equal(initial_noise(SHAPE, [Generator().manual_seed(1)], "cpu")[0], first[0])
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 8), (3, 5, 7), (1, 3, 3), (2, 2, 2)])
+def test_noise_drawn_ahead_is_that_of_each_step_by_itself(
+    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Number by number, also for sizes that torch.randn fills in another way, and where it is moved in parts."""
+    monkeypatch.setattr(ahead, "AHEAD_BYTES", 3 * 2 * 4 * math.prod(shape))  # three steps at once
+    ours, own = ([Generator().manual_seed(seed) for seed in (1, 2)] for _ in "ab")
+    drawn = list(ahead.noise(8, shape, ours, "cpu"))
+    assert len(drawn) == 8
+    for step in drawn:
+        assert torch.equal(step, torch.stack([torch.randn(shape, generator=generator) for generator in own]))
+    assert [g.get_state().tolist() for g in ours] == [g.get_state().tolist() for g in own]
 
 
 def test_steps_without_noise_move_no_generator(family: Family) -> None:
     prediction = Prediction(*torch.randn(3, 1, 4, 8, 8, generator=Generator().manual_seed(0)))
-    generator = Generator().manual_seed(1)
-    before = generator.get_state()
-    step(family, prediction, torch.tensor(501), torch.tensor(481), "ddim", [generator])
-    last = step(family, prediction, torch.tensor(0), torch.tensor(-1), "ddpm", [generator])
-    assert torch.equal(generator.get_state(), before)
-    assert torch.equal(last, prediction.x0)
+    fresh = Generator().manual_seed(1)
+    initial_noise(SHAPE, [fresh], "cpu")
+    for solver, grid in (("ddim", [501, 481, 1]), ("ddpm", [0, -1]), ("euler", [501, 0, -1])):
+        generator = Generator().manual_seed(1)
+        steps = ahead.trajectory(family, torch.tensor(grid), solver, SHAPE, [generator])[2]
+        after = [ahead.step(prediction, now, solver) for now in steps]
+        assert torch.equal(generator.get_state(), fresh.get_state())
+        assert solver == "ddim" or torch.equal(after[-1], prediction.x0)
 
 
 def test_defaults_stand_in_for_none() -> None:

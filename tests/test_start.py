@@ -271,3 +271,16 @@ def test_a_ctrl_c_that_an_import_swallows_is_not_lost() -> None:
     )
     assert done.returncode == -signal.SIGINT
     assert done.stderr.endswith("refl.py: stopped; start the same command again to go on\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [({}, "1000"), ({"OMP_WAIT_POLICY": "active"}, "None"), ({"GOMP_SPINCOUNT": "7"}, "7")],
+)
+def test_threads_that_wait_leave_the_cores_to_others(given: dict[str, str], found: str) -> None:
+    """As a program starts, before torch is imported, and unless the user has said otherwise."""
+    script = "import os, sys, preftune.cli; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    kept = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    command = [sys.executable, "-c", script]
+    said = subprocess.run(command, env=kept | given, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert said.stdout.split() == [found, "False"]

@@ -26,6 +26,7 @@ from preftune.lora.names import Layers
 from preftune.noise import Prediction, predict_from
 from preftune.resolution import Framing, Resolution
 from preftune.solver_names import PredictionType, SolverName
+from rewards.on_device import upload
 
 
 def check(source: Source, vae: Path | None = None) -> Defaults:
@@ -150,7 +151,7 @@ class SD:
 
     def encode_pixels(self, pixels: Tensor, generators: Sequence[Generator] | None = None) -> Tensor:
         """Return scaled latents in float32."""
-        return unets.encode(self.vae, pixels.to(self.device), generators)
+        return unets.encode(self.vae, upload(pixels, self.device), generators)
 
     def trainable(self, lora: loras.LoRA | None, seed: int) -> nn.Module:
         """Freeze all parts, then open the UNet."""

@@ -23,6 +23,7 @@ from preftune.lora.names import Layers
 from preftune.noise import Prediction, predict_from
 from preftune.resolution import Framing, Resolution
 from preftune.solver_names import PredictionType, SolverName
+from rewards.on_device import filled, upload
 
 _TIME_IDS = 6
 """Original height and width, top and left of the crop, target height and width."""
@@ -154,7 +155,7 @@ class SDXL:
             rows = [(*framing.original, framing.top, framing.left) for framing in framings]
             if len(rows) != len(prompts):
                 raise ValueError(f"{len(prompts)} prompts but {len(rows)} framings")
-            positive["framing"] = torch.tensor(rows, dtype=torch.float32, device=self.device)
+            positive["framing"] = upload(torch.tensor(rows, dtype=torch.float32), self.device)
         return Cond(positive=positive, negative=null)
 
     def time_ids(self, x: Tensor, framing: Tensor | None = None) -> Tensor:
@@ -164,8 +165,7 @@ class SDXL:
         """
         factor = configs.vae_factor(self.vae.config)
         height, width = x.shape[-2] * factor, x.shape[-1] * factor
-        ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=x.device)
-        ids = ids.repeat(len(x), 1)
+        ids = filled([height, width, 0, 0, height, width], x.device).repeat(len(x), 1)
         if framing is not None:
             ids[:, :4] = framing
         return ids
@@ -207,7 +207,7 @@ class SDXL:
     def encode_pixels(self, pixels: Tensor, generators: Sequence[Generator] | None = None) -> Tensor:
         """Return scaled latents in float32."""
         with self._vae_precision():
-            return unets.encode(self.vae, pixels.to(self.device), generators)
+            return unets.encode(self.vae, upload(pixels, self.device), generators)
 
     def _vae_precision(self) -> AbstractContextManager[Any]:
         """No autocast to float16 around an autoencoder that overflows in it."""

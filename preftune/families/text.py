@@ -7,6 +7,8 @@ import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor, nn
 
+from rewards.on_device import upload
+
 States = TypeVar("States")
 
 _NO_LIMIT = 10**6
@@ -27,8 +29,7 @@ def token_ids(tokenizer: Any, encoder: Any, prompts: Sequence[str], device: torc
     if any(f"{token}_1" in added for token in added):
         texts = TextualInversionLoaderMixin().maybe_convert_prompt(texts, tokenizer)
     batch = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    ids: Tensor = batch.input_ids.to(device)
-    return ids
+    return upload(batch.input_ids, device)
 
 
 def encoded_once(

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Generator, Tensor, nn
 from transformers import PreTrainedModel
 
+from preftune.ahead import initial_noise
 from preftune.families import configs, vp, weights
 from preftune.families.base import Cond, Defaults
 from preftune.lora import tuning as loras
@@ -17,6 +18,7 @@ from preftune.lora.files import Update
 from preftune.lora.names import Layers, layers_of
 from preftune.resolution import Resolution
 from preftune.solver_names import SolverName
+from rewards.on_device import filled
 
 Call = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """(x (N, C, h, w), t (N,), conditions by name (N, ...)) -> the network's output (N, C, h, w)."""
@@ -91,8 +93,8 @@ def encode(vae: AutoencoderKL, pixels: Tensor, generators: Sequence[Generator] |
     posterior = vae.encode((pixels * 2 - 1).to(vae.dtype)).latent_dist
     latents: Tensor = posterior.mean.float()
     if generators is not None:
-        noise = [torch.randn(latents.shape[1:], generator=generator) for generator in generators]
-        latents = latents + posterior.std.float() * torch.stack(noise).to(latents)
+        noise = initial_noise(latents.shape[1:], generators, latents.device).to(latents)
+        latents = latents + posterior.std.float() * noise
     statistics = _latent_statistics(vae, latents)
     if statistics is not None:
         latents = (latents - statistics[0]) / statistics[1]
@@ -104,7 +106,7 @@ def _latent_statistics(vae: AutoencoderKL, x: Tensor) -> tuple[Tensor, Tensor] |
     mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
     if mean is None or std is None:
         return None
-    return torch.tensor(list(mean)).to(x).reshape(-1, 1, 1), torch.tensor(list(std)).to(x).reshape(-1, 1, 1)
+    return filled(mean, x.device, x.dtype).reshape(-1, 1, 1), filled(std, x.device, x.dtype).reshape(-1, 1, 1)
 
 
 def freeze(parts: Iterable[nn.Module]) -> None:

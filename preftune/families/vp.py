@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 
 from preftune import solvers
 from preftune.solver_names import PredictionType, SolverName
+from rewards.on_device import upload
 
 _KINDS = ("epsilon", "v_prediction", "sample")
 _EULER = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
@@ -105,7 +106,9 @@ def _number(value: object) -> float:
 
 def schedule(vp: VP, t: Tensor) -> tuple[Tensor, Tensor]:
     """Return (alpha, sigma), float32, in the shape of t."""
-    abar = vp.alphas_cumprod[t.to(vp.alphas_cumprod.device).long()]
+    # A tensor () as an index would be read by the CPU.
+    index = upload(t, vp.alphas_cumprod.device).long().reshape(-1)
+    abar = vp.alphas_cumprod[index].reshape(t.shape)
     return abar.sqrt(), (1 - abar).sqrt()
 
 

@@ -42,6 +42,7 @@ from preftune.seeds import Stream
 from preftune.training import checkpoint, folder, metrics, resume, signals
 from preftune.training.optimizer import EMA, SkippedUpdates, adamw, lr_factor
 from preftune.training.run_config import RunConfig, check, set_torch
+from rewards.on_device import one
 
 __all__ = ["Run", "RunConfig", "check"]
 
@@ -104,7 +105,9 @@ class Run:
         self.resumed = self.source is not None
         self._metrics: metrics.Metrics | None = None
         self.row: dict[str, float] = {}  # empty once written
-        self._scalars: list[dict[str, Tensor]] = []  # of each backward pass since the last optimizer step
+        self._scalars: list[
+            dict[str, Tensor | float]
+        ] = []  # of each backward pass since the last optimizer step
         self._received = signals.Received()  # by this process
         self._agreed_signal = 0  # received by any process, as all of them learnt in the last update
         self._postfix: dict[str, str] = {}  # beside the progress bar
@@ -227,26 +230,26 @@ class Run:
         """Backward; in the last of the `passes` also clip, step, average the weights and note the metrics.
 
         The loss and the scalars (numbers or tensors of one element, the same names on every process) are averaged over
-        passes and processes. A driver with several updates per step names them: phase="pretrain" notes
+        passes and processes. A GPU is waited for once, in the last pass, before the weights change. A driver with several updates per step names them: phase="pretrain" notes
         `pretrain_loss` and `pretrain_grad_norm`. They share the optimizer and the learning rate of the step.
 
         Raises:
-            FloatingPointError: on every process, before the weights change, when a loss or the gradient is not finite.
+            FloatingPointError: on every process, before the weights change, when a loss, another scalar or the gradient is not finite.
                 Under fp16 an infinite gradient is the loss scaler's business: it skips the update; 50 in a row raise.
         """
         prefix = f"{phase}_" if phase else ""
         values = {f"{prefix}loss": loss, **scalars}
         self._scalars.append(
-            {name: torch.as_tensor(value).detach().float() for name, value in values.items()}
+            {name: v.detach().float() if isinstance(v, Tensor) else float(v) for name, v in values.items()}
         )
         self._accelerator.backward(loss / self._passes)
         if len(self._scalars) < self._passes:
             return
         assert self.row, "call update() in the loop over steps(), before save()"
         where = f"step {self.row['step']}, rank {self.rank}, learning rate {self.row['lr']:.3g}"
-        self.row |= self._averaged(f"{prefix}loss", where)
-        norm = float(self._accelerator.clip_grad_norm_(self._named.values(), self.config.max_grad_norm))
-        self.row[f"{prefix}grad_norm"] = norm
+        clipped = self._accelerator.clip_grad_norm_(self._named.values(), self.config.max_grad_norm)
+        means, norm = self._averaged(f"{prefix}loss", clipped, where)
+        self.row |= means | {f"{prefix}grad_norm": norm}
         if not math.isfinite(norm) and self.config.mixed_precision != "fp16":
             raise FloatingPointError(f"gradient norm at {where} is {norm}: {_REMEDY}{self._suspects()}")
         self._optimizer.step()
@@ -263,24 +266,23 @@ class Run:
         names = resume.own_rewards(self._identity) if self.is_main else []
         return f", or a square root, logarithm or division at 0 in {' and '.join(names)}" if names else ""
 
-    def _averaged(self, loss: str, where: str) -> dict[str, float]:
-        """Means of the passes' scalars; also the one moment when processes agree on a stop or a failure."""
+    def _averaged(self, loss: str, norm: Tensor, where: str) -> tuple[dict[str, float], float]:
+        """Means of the passes' scalars, and the norm; the one wait for a GPU, and the moment when processes agree on a stop or failure."""
         names = sorted(self._scalars[0])
         assert all(sorted(scalars) == names for scalars in self._scalars), f"all passes must give {names}"
-        rows = [
-            torch.stack([scalars[name].reshape(()).to(self.device) for name in names])
-            for scalars in self._scalars
-        ]
-        means = torch.stack(rows).mean(0)
-        mine = torch.cat([means.new_tensor([self._received.number]), means])
-        table = self.gather(mine[None]).cpu()  # (processes, 1 + names)
+        rows = [torch.cat([one(scalars[name], self.device) for name in names]) for scalars in self._scalars]
+        signal, means = one(self._received.number, self.device), torch.stack(rows).mean(0)
+        mine = torch.cat([signal, means, one(norm, self.device)])
+        table = self.gather(mine[None]).cpu()  # (processes, 1 + names + 1)
         self._scalars = []
         self._agreed_signal = int(table[:, 0].max())
-        losses = table[:, 1 + names.index(loss)].tolist()
-        bad = [f"{value} on rank {rank}" for rank, value in enumerate(losses) if not math.isfinite(value)]
-        if bad:
-            raise FloatingPointError(f"{loss} at {where} is {', '.join(bad)}: {_REMEDY}")
-        return dict(zip(names, table[:, 1:].mean(0).tolist(), strict=True))
+        for name in [loss, *names]:  # the loss first
+            column = table[:, 1 + names.index(name)].tolist()
+            bad = [f"{value} on rank {rank}" for rank, value in enumerate(column) if not math.isfinite(value)]
+            if bad:
+                raise FloatingPointError(f"{name} at {where} is {', '.join(bad)}: {_REMEDY}")
+        averages = table[:, 1:-1].mean(0).tolist()
+        return dict(zip(names, averages, strict=True)), float(table[self.rank, -1])
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Concatenation along the first axis, in order of rank, of every process' (B, ...) tensor."""
@@ -293,8 +295,7 @@ class Run:
     def until_stopped(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
         """Yield batches of images until a signal comes, which ends the one under way; then all processes know: `interrupted`."""
         yield from signals.until_stopped(self._received, batches)
-        mine = torch.tensor([self._received.number], device=self.device)
-        self._agreed_signal = int(self.gather(mine).max())
+        self._agreed_signal = int(self.gather(one(self._received.number, self.device)).max())
 
     def ema_weights(self) -> AbstractContextManager[None]:
         """Context in which the trained module holds the averaged weights; without averaging, its own."""
