@@ -25,6 +25,7 @@ from torch.profiler import record_function
 
 from preftune.prepared_images import Prepare, PreparedSlice, prepared_slices
 from rewards import Scorer
+from rewards.on_device import Reading
 from rewards.own_scorer import OwnReward
 from rewards.readers import Reader, readers_of
 from rewards.shared_towers import score_all
@@ -71,7 +72,7 @@ def score_files(
         gathered.append(_copied(received, device, copies))
         if received.ends_batch:
             with record_function("score"), _read_ahead(readers, gathered):
-                following = _score(gathered, scorers, device, first_view_only)
+                following = _score(gathered, scorers, first_view_only)
             if started is not None:
                 yield started.finish()
             started, gathered = following, []
@@ -111,7 +112,7 @@ class _Scores:
 
     column: int
     places: Sequence[int]
-    values: Tensor
+    values: Reading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,17 +125,13 @@ class _Started(Generic[Item]):
     scorers: int
     refused: dict[int, str]
     """Why a scorer rejected a view, by its place in the batch."""
-    done: torch.cuda.Event | None
-    """When the scores are in this process' memory; None = they are."""
 
     def finish(self) -> list[ScoredItem[Item]]:
         """Return the items with their scores, once those are there."""
-        with record_function("wait"):
-            if self.done is not None:
-                self.done.synchronize()
         table = np.full((sum(views for _, views in self.items), self.scorers), np.nan)
-        for scores in self.scores:
-            table[scores.places, scores.column] = scores.values.double().numpy()
+        with record_function("wait"):
+            for scores in self.scores:
+                table[scores.places, scores.column] = scores.values.values().double().numpy()
         scored, start = [], 0
         for item, views in self.items:
             rows = range(start, start + views)
@@ -148,7 +145,6 @@ class _Started(Generic[Item]):
 def _score(
     slices: list[PreparedSlice[Item]],
     scorers: Sequence[Scorer],
-    device: torch.device,
     first_view_only: Collection[str],
 ) -> _Started[Item]:
     """Start the scoring of a batch, whose slices are on the device."""
@@ -158,7 +154,7 @@ def _score(
 
     def keep(scorer: Scorer, places: Sequence[int], values: Tensor) -> None:
         column = columns[scorer.card.name]
-        found.append(_Scores(column=column, places=places, values=values.to("cpu", non_blocking=True)))
+        found.append(_Scores(column=column, places=places, values=Reading(values)))
 
     rules = dict.fromkeys(scorer.card.preprocess for scorer in scorers) if prompts else {}
     for rule in rules:
@@ -168,11 +164,8 @@ def _score(
             for scorer, values in zip(group, score_all(group, inputs, prompts), strict=True):
                 keep(scorer, range(len(prompts)), values)
     refused = _score_natives(slices, scorers, first_view_only, keep) if None in rules else {}
-    done = torch.cuda.Event() if device.type == "cuda" else None
-    if done is not None:
-        done.record(torch.cuda.current_stream(device))
     items = [pair for part in slices for pair in zip(part.items, map(len, part.prompts), strict=True)]
-    return _Started(items=items, scores=found, scorers=len(scorers), refused=refused, done=done)
+    return _Started(items=items, scores=found, scorers=len(scorers), refused=refused)
 
 
 def _score_natives(

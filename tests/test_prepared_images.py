@@ -11,11 +11,13 @@ from PIL import Image
 
 import rewards
 from preftune.prepared_images import SLICE, PreparedSlice, Recipe, View, _Preparing, prepared_slices
-from preftune.score_files import score_files
-from rewards import CARDS
+from preftune.score_files import _score, score_files
+from rewards import CARDS, device_resize
 from rewards.bert_reader import BertReader
+from rewards.imagereward import ImageReward
 from rewards.pixels import from_pil
 from rewards.readers import readers_of
+from transfers import DEVICE, Transfers
 
 CPU = torch.device("cpu")
 RULES = tuple(CARDS[name].preprocess for name in ("imagereward", "hpsv2.1", "pickscore"))
@@ -168,3 +170,28 @@ def test_berts_reader_equals_the_tokeniser() -> None:
         assert torch.equal(mask, theirs["attention_mask"])
     reader.ahead = {"a red circle": [1, 2, 3]}
     assert reader(["a red circle"])[0][0, :4].tolist() == [1, 2, 3, 0]
+
+
+def test_scoring_waits_for_nothing() -> None:
+    """A GPU gets the pixels and the prompts of a batch, resizes and scores; what it found is on its way when the next batch starts."""
+    scorer = rewards.load("imagereward-tiny")
+    assert isinstance(scorer, ImageReward)
+    recipe = Recipe(rules=(scorer.card.preprocess,), on_device=True)
+    one = _Preparing(prepare, recipe, ())[(range(3), True)]
+    expected = _score([one], [scorer], ()).finish()
+    device_resize._pil_weights.cache_clear()
+    with Transfers() as transfers:
+        scorer.to(DEVICE)
+        _score([one.to(DEVICE)], [scorer], ())  # the weights of a size are made once
+        transfers.uploads.clear()
+        transfers.waits.clear()
+        started = _score([one.to(DEVICE)], [scorer], ())
+        found = started.finish()
+    device_resize._pil_weights.cache_clear()
+    assert len(transfers.waits) == 2, "the range of the pixels, and the scores"
+    assert all("rewards/on_device.py" in place for place in transfers.waits), (
+        "copies that were begun, and read later"
+    )
+    assert len(transfers.uploads) == len(one.buffers) + 2, "pixels, ids and mask"
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.scores == pytest.approx(theirs.scores, abs=1e-5)

@@ -12,6 +12,7 @@ from preftune.cli.precision import batch_size_here, precision_here, workers_here
 from preftune.machine import cores as cores_module
 from preftune.machine.cores import cores
 from preftune.machine.tf32 import set_tf32
+from preftune.training.run_config import RunConfig, set_torch
 
 
 @pytest.fixture
@@ -88,3 +89,17 @@ def test_tf32_is_what_is_asked(
         )
     set_tf32(False, convolutions=True)
     assert capsys.readouterr().err == ""
+
+
+def test_training_allows_tf32_where_it_is_asked(tf32: None, pretend: Callable[..., None]) -> None:
+    """Matrix products alone: convolutions keep torch's default."""
+    pretend((8, 0))
+    threads = torch.get_num_threads()
+    try:
+        for asked in (True, False):
+            set_torch(RunConfig(allow_tf32=asked, threads=1))
+            assert torch.backends.cuda.matmul.allow_tf32 is asked
+            assert torch.backends.cudnn.allow_tf32 is True
+            assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)

@@ -38,12 +38,11 @@ from tqdm.auto import tqdm
 from preftune import order, seeds
 from preftune.cli.notes import say
 from preftune.files import lock
-from preftune.machine.tf32 import set_tf32
 from preftune.regional import compile_blocks
 from preftune.seeds import Stream
 from preftune.training import checkpoint, folder, metrics, resume, signals
 from preftune.training.optimizer import EMA, SkippedUpdates, adamw, lr_factor
-from preftune.training.run_config import RunConfig, check, cpu_threads
+from preftune.training.run_config import RunConfig, check, set_torch
 from rewards.on_device import one
 
 __all__ = ["Run", "RunConfig", "check"]
@@ -98,8 +97,7 @@ class Run:
         self.world: int = self._accelerator.num_processes
         self._passes = config.gradient_accumulation_steps  # of the update under way
         self.images_per_update = config.train_batch_size * config.gradient_accumulation_steps * self.world
-        torch.set_num_threads(cpu_threads(config))
-        set_tf32(config.allow_tf32, convolutions=True)  # torch's own default
+        set_torch(config)
         seeds.seed_everything(config.seed, Stream.SETUP, 0, 0)
         self._config_text = config_text
         self._begin = self._find_start()

@@ -167,6 +167,16 @@ def forced_to_cpu() -> bool:
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
 
 
+def set_torch(config: RunConfig) -> None:
+    """Give torch this process' share of the threads, and TF32 for float32 products where it is asked."""
+    import torch
+
+    from preftune.machine.tf32 import set_tf32
+
+    torch.set_num_threads(cpu_threads(config))
+    set_tf32(config.allow_tf32, convolutions=True)  # torch's own default
+
+
 def cpu_threads(config: RunConfig) -> int:
     """Threads for this process. Torch's default is not used, because the launchers set OMP_NUM_THREADS to 1."""
     return config.threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
