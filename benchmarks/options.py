@@ -98,7 +98,7 @@ def fit_decoder(folder: Path, steps: int) -> None:
     """Write an AutoencoderTiny whose decoder gives what the embedded model's gives, for latents of its images."""
     torch.manual_seed(0)
     family = families.load(ROOT / "assets" / "tiny" / "pipeline")
-    paths = sorted((ROOT / "assets" / "tiny" / "images").glob("*/*.png"))[:512]
+    paths = sorted((ROOT / "assets" / "tiny" / "images").glob("*/*.png"))[: min(512, 16 * steps)]
     with torch.no_grad():
         pixels = torch.stack([load_pixels(path, 64) for path in paths])
         latents = torch.cat([family.encode_pixels(part) for part in pixels.split(64)])

@@ -45,7 +45,8 @@ class ModelConfig:
     """Attention kernel of the denoiser."""
     quantization: Literal["4bit", "8bit", "fp8"] | None = None
     """Hold the linear layers of the denoiser in 4 or 8 bits under the LoRA: 4bit (NF4) and 8bit need bitsandbytes, fp8 needs torchao.
-    Less memory, no more speed; the model before training is another one, a little worse.
+    Less memory, no more speed; the model before training is another one, a little worse. fp8 needs --gradient-checkpointing to save
+    anything: torchao's backward pass keeps the weights of all layers in half precision otherwise.
     """
     offload: bool = False
     """Keep scorers and frozen text encoders in the CPU's memory but while they are used; each use copies them to the GPU."""
