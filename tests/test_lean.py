@@ -1,6 +1,8 @@
 """Passes without gradient on the lean copy: the same answers, never those of earlier weights; on tiny real weights."""
 
+import copy
 import itertools
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -13,11 +15,15 @@ from torch import Tensor, nn
 import tiny
 from finetune import refl
 from preftune import families
+from preftune.families.lean import Lean
 from preftune.lora.tuning import LoRA
 from preftune.resolution import Resolution
-from preftune.sampling import initial_noise, step
+from preftune.sampling import Sampling, initial_noise, sample, step
+from preftune.training.checkpoint import read
 from preftune.training.optimizer import EMA
 from preftune.training.run_config import RunConfig
+from record_trajectories import arguments, train
+from record_trajectories import trajectory as trajectory_of
 
 PROMPTS = ["a red circle", "two cats"]
 BUILDERS = {"sd": tiny.pipeline_folder, "sdxl": tiny.pipeline_xl_folder}
@@ -294,8 +300,8 @@ def test_latents_after_35_steps(folder: Path) -> None:
 def test_only_what_training_changes_is_copied_and_addresses_stay(folder: Path) -> None:
     family = opened(folder, LoRA(rank=2), torch.bfloat16)
     lean(family)
-    copy = family._lean._copy
-    own = {name: w.data_ptr() for name, w in copy.named_parameters()}
+    made = family._lean._copy
+    own = {name: w.data_ptr() for name, w in made.named_parameters()}
     base = {name.replace(".base_layer", ""): w for name, w in family.unet.named_parameters()}
     assert {name for name, pointer in own.items() if pointer != base[name].data_ptr()} == {
         name.replace(".base_layer", "") for name in base if "lora" not in name and name.endswith(".weight")
@@ -306,8 +312,8 @@ def test_only_what_training_changes_is_copied_and_addresses_stay(folder: Path) -
     with family.reference():
         lean(family)
     lean(family)
-    assert family._lean._copy is copy
-    assert {name: w.data_ptr() for name, w in copy.named_parameters()} == own
+    assert family._lean._copy is made
+    assert {name: w.data_ptr() for name, w in made.named_parameters()} == own
 
 
 def test_all_weights_have_one_shadow_in_half_precision_and_none_in_float32(folder: Path) -> None:
@@ -360,8 +366,6 @@ def test_an_error_inside_leaves_the_model_as_it_was(sd_folder: Path) -> None:
 
 def test_batches_of_images_leave_the_callers_model_between_them(sd_folder: Path) -> None:
     """A generator that is left half read must not leave the copy in place."""
-    from preftune.sampling import Sampling, sample
-
     family = opened(sd_folder, LoRA(rank=2))
     settings = Sampling(num_inference_steps=2, solver="ddim", batch_size=1, resolution="64")
     batches: Iterator[Tensor] = sample(family, PROMPTS, [0, 1], settings)
@@ -461,10 +465,6 @@ def move_on_gpu(family: Any, seed: int) -> None:
 
 def opened_again(family: Any) -> Any:
     """A copy of the family that is not compiled, with the same weights."""
-    import copy
-
-    from preftune.families.lean import Lean
-
     other = copy.copy(family)
     other.unet = other.denoiser = copy.deepcopy(family.unet)
     other._lean = Lean(other.unet)
@@ -476,3 +476,19 @@ def opened_again(family: Any) -> Any:
         if base in family._lean._lost
     }
     return other
+
+
+@pytest.mark.slow
+def test_a_compiled_run_that_resumes_equals_one_that_never_stopped(root: Path, tmp_path: Path) -> None:
+    """To the bit; and its losses are those of a run that is not compiled, to rounding."""
+    plain = trajectory_of("refl", root, tmp_path / "plain")
+    compiled_losses = trajectory_of("refl", root, tmp_path / "whole", "--compile")
+    assert compiled_losses["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+    half = tmp_path / "half"
+    shutil.copytree(tmp_path / "whole", half)
+    for updates in (2, 3):
+        shutil.rmtree(half / f"step_{updates:06d}")
+    flags = [*arguments("refl", root, half), "--compile", "--resume-from-checkpoint", "latest"]
+    assert train("refl", flags) == 0
+    whole, resumed = (read(run / "step_000003")["parameters"] for run in (tmp_path / "whole", half))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
