@@ -93,6 +93,7 @@ class SD:
         self.defaults: Defaults = _defaults(unet.config, vae.config, self.noise)
         self._negatives: dict[str, Tensor] = {}
         tuned = {"unet": unet, "text_encoder": text_encoder}
+        unets.keep_layout(vae)
         self._lean = Lean(unet)
         self._tuned = unets.Tuned(tuned, changed=self._changed)
 

@@ -112,6 +112,7 @@ class SDXL:
             "text_encoder": text_encoder,
             "text_encoder_2": text_encoder_2,
         }
+        unets.keep_layout(vae)
         self._lean = Lean(unet)
         self._tuned = unets.Tuned(tuned, changed=self._changed)
 

@@ -106,9 +106,7 @@ class Run:
         self.resumed = self.source is not None
         self._metrics: metrics.Metrics | None = None
         self.row: dict[str, float] = {}  # empty once written
-        self._scalars: list[
-            dict[str, Tensor | float]
-        ] = []  # of each backward pass since the last optimizer step
+        self._scalars: list[dict[str, Tensor | float]] = []  # of each pass since the last optimizer step
         self._received = signals.Received()  # by this process
         self._agreed_signal = 0  # received by any process, as all of them learnt in the last update
         self._postfix: dict[str, str] = {}  # beside the progress bar
