@@ -211,6 +211,19 @@ def test_the_module_that_processes_share_gradients_of_has_the_same_copy(folder: 
         torch.distributed.destroy_process_group()
 
 
+def test_the_autocast_that_training_puts_around_the_model_is_not_the_copys(sd_folder: Path) -> None:
+    family = opened(sd_folder, LoRA(rank=2))
+    wanted = lean(family)
+    family.unet.forward = torch.autocast("cpu", torch.bfloat16)(family.unet.forward)  # as accelerate does
+    family._lean._copy = None
+    assert far(said(family), wanted)
+    with torch.autocast("cpu", torch.bfloat16), family.lean():
+        cond = family.encode(PROMPTS)  # of the text encoder, under autocast
+        inside = family.predict(latents(), torch.tensor([800, 40]), cond, 3.0).output
+    assert torch.equal(lean(family), wanted)
+    assert not torch.equal(inside, wanted)  # its prompts are rounded
+
+
 class Doubled(nn.Module):
     """A denoiser of someone's own around the UNet."""
 

@@ -127,8 +127,6 @@ class Lean:
         if self._copy is None or key != self._key or not _same(self._state, state):
             self._merged, self._cast, self._key = [], [], key
             self._copy = self._copied(self._module).eval()
-            for name in ("forward", "_original_forward"):  # accelerate's, with the autocast
-                self._copy.__dict__.pop(name, None)
             self._state = state
             if self._compiled:
                 compile_blocks(self._copy)
@@ -191,8 +189,8 @@ def _precision(module: nn.Module) -> torch.dtype:
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """Return a module of the same class that shares weights and settings, but neither what is put in place of its forward nor
-    compiled code, both of which belong to the other.
+    """Return a module of the same class that shares weights and settings, but neither what is put in place of its forward,
+    as accelerate's with the autocast, nor compiled code, both of which belong to the other.
     """
     twin = module.__new__(type(module))
     twin.__dict__ = {
