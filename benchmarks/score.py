@@ -104,7 +104,7 @@ from benchmarks.hardware import (
 )  # fmt: skip
 from benchmarks.models import fresh_scorer
 from benchmarks.paths import PROMPTS, TINY
-from benchmarks.trace import NotingPrepare, traced
+from benchmarks.scoring_trace import NotingPrepare, traced
 from data_build import score as program
 from data_build.scoring import Batch, PrepareEntry, write_score_chunks
 from preftune.images import opened
