@@ -103,8 +103,8 @@ from benchmarks.hardware import (
     write_json,
 )  # fmt: skip
 from benchmarks.models import fresh_scorer
-from benchmarks.overlap import NotingPrepare, traced
 from benchmarks.paths import PROMPTS, TINY
+from benchmarks.scoring_trace import NotingPrepare, traced
 from data_build import score as program
 from data_build.scoring import Batch, PrepareEntry, write_score_chunks
 from preftune.images import opened

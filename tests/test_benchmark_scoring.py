@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import hpsv2_package, overlap, score
+from benchmarks import hpsv2_package, score, scoring_trace
 from preftune import cli
 
 
@@ -37,7 +37,7 @@ def test_what_went_on_at_once() -> None:
     """By hand: scoring from 0 to 4 s and from 5 to 6 s, workers from 3 to 5.5 s, two of them at once."""
     spans = [("score", 0, 4), ("score", 5, 6), ("prepare", 3, 5), ("prepare", 3.5, 5.5), ("write", 7, 8)]
     events = [{"name": name, "ts": begin * 1e6, "dur": (end - begin) * 1e6} for name, begin, end in spans]
-    assert overlap.summary(events) == {
+    assert scoring_trace.summary(events) == {
         "score": 5, "write": 1, "prepare": 2.5, "prepare while scoring": 1.5, "all": 8,
     }  # fmt: skip
     kernels = [
@@ -45,11 +45,11 @@ def test_what_went_on_at_once() -> None:
         {"name": "gemm", "cat": "kernel", "ts": 3e6, "dur": 4.5e6},
     ]
     copies = [{"name": "Memcpy", "cat": "gpu_memcpy", "ts": 2.5e6, "dur": 1e6}]
-    found = overlap.summary([*events, *kernels, *copies])
+    found = scoring_trace.summary([*events, *kernels, *copies])
     assert found["prepare while scoring"] == 2.5, "on a GPU what its kernels do"
     assert found["copies while kernels"] == 0.5
     assert found["write while kernels"] == 0.5
-    assert overlap.summary([])["all"] == 0
+    assert scoring_trace.summary([])["all"] == 0
 
 
 def test_the_hpsv2_package_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
