@@ -70,10 +70,10 @@ if __name__ == "__main__":  # flags are read before torch is imported, which tak
     declare_operators()  # before transformers imports torchvision
 
 import torch
-from PIL import Image
 
 from benchmarks.hardware import name_of_machine, write_json
 from benchmarks.score import write_images
+from preftune.images import opened
 from rewards import CARDS, Card
 from rewards.clip import ClipScorer, load_scorer
 from rewards.clip_state_dict import to_authors
@@ -105,13 +105,13 @@ def repaired(layers: int | None) -> Any:
         raise ValueError(
             "the hpsv2 package is not installed; pip install --no-deps hpsv2==1.2.0 torchvision timm clint requests"
         )
-    opened = gzip.open
-    gzip.open = functools.partial(vocabulary_or, opened)  # type: ignore[assignment]
+    original = gzip.open
+    gzip.open = functools.partial(vocabulary_or, original)  # type: ignore[assignment]
     try:
         package = importlib.import_module("hpsv2.src.open_clip")
         module = importlib.import_module("hpsv2.img_score")
     finally:
-        gzip.open = opened
+        gzip.open = original
     if layers is not None:
         sizes = importlib.import_module("hpsv2.src.open_clip.factory")._MODEL_CONFIGS["ViT-H-14"]
         sizes["vision_cfg"]["layers"] = sizes["text_cfg"]["layers"] = layers
@@ -121,18 +121,18 @@ def repaired(layers: int | None) -> Any:
     return module
 
 
-def vocabulary_or(opened: Callable[..., Any], path: Any, *arguments: Any, **named: Any) -> Any:
+def vocabulary_or(original: Callable[..., Any], path: Any, *arguments: Any, **named: Any) -> Any:
     """Open a gzip file, and our list of merges in place of the missing one of the package."""
     if not Path(path).is_file() and Path(path).name == "bpe_simple_vocab_16e6.txt.gz":
         return MERGES.open("rb")
-    return opened(path, *arguments, **named)
+    return original(path, *arguments, **named)
 
 
 def ours(scorer: ClipScorer, files: Sequence[Path]) -> list[float]:
     """Return our scores."""
     images = []
     for file in files:
-        with Image.open(file) as image:
+        with opened(file) as image:
             images.append(from_pil(image, scorer.card.preprocess))
     return scorer(torch.stack(images), [PROMPT] * len(images)).tolist()
 
