@@ -48,13 +48,13 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 import rewards
 from benchmarks import models
 from benchmarks.hardware import name_of_machine, seconds, write_json
 from benchmarks.paths import PROMPTS, TINY
+from preftune.images import opened
 from preftune.lora.tuning import LoRA, inject
 from preftune.order import items_at
 from preftune.prompts import read_prompts
@@ -290,7 +290,7 @@ def scores_of(scorer: Any, files: list[Path], prompts: list[str], device: str) -
     """Return scores (B,) and their gradient to the pixels, float32 on the CPU."""
     images = []
     for file in files:
-        with Image.open(file) as image:
+        with opened(file) as image:
             images.append(from_pil(image, scorer.card.preprocess))
     pixels = torch.stack(images).to(device).requires_grad_(True)
     scores = scorer(pixels, prompts)

@@ -178,7 +178,9 @@ def ours(trial: Trial) -> Update:
         first = index * trial.train_batch_size
         generators = [torch.Generator().manual_seed(first + i) for i in range(trial.train_batch_size)]
         pixels = refl.late_pixels(family, texts, generators, trial.late, resolution, config)
-        return refl.reward_loss(mix(pixels, texts).rewards, config.margin, config.reward_scale)
+        return refl.reward_loss(
+            refl.mean_reward(mix, pixels, texts, generators, config)[0], config.margin, config.reward_scale
+        )
 
     weights = [weight for weight in denoiser.parameters() if weight.requires_grad]
     optimizer = adamw(config.run, weights, learning_rate("refl", config.model.check(), config.model.train))

@@ -148,13 +148,13 @@ def freeze(parts: Iterable[nn.Module]) -> None:
 
 
 def cast(part: nn.Module, device: torch.device | str, dtype: torch.dtype | None) -> None:
-    """Move a part, and cast what is frozen: trained weights stay float32, because small updates would be
-    lost in half precision.
+    """Cast what is frozen, and move the part: a device needs no room for what it is cast from. Trained weights stay float32,
+    because small updates would be lost in half precision.
     """
-    part.to(device)
     for tensor in (*part.parameters(), *part.buffers()):
         if dtype is not None and quantization.is_castable(tensor) and not tensor.requires_grad:
             tensor.data = tensor.data.to(dtype)
+    part.to(device)
 
 
 def channels_last(part: nn.Module, device: torch.device) -> None:

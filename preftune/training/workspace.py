@@ -177,12 +177,13 @@ def load_model(
 ) -> tuple[Family, nn.Module]:
     """Return the model on its device in the run's precision, and the denoiser, opened for training."""
     dtype = DTYPES[run.mixed_precision or "no"]
-    first = device if model.quantization is None else "cpu"  # the whole of it need not fit on the device
-    family = families.load(model.pretrained.source(), first, torch.float32, model.vae)
+    family = families.load(
+        model.pretrained.source(), "cpu", torch.float32, model.vae
+    )  # float32 may not fit on the device
     if model.lora_start is not None:
         family.start_from(model.lora_start)
     if model.quantization is not None:
-        family.to(first, dtype).quantize(model.quantization, device)
+        family.to("cpu", dtype).quantize(model.quantization, device)
     denoiser = family.trainable(model.tuned(), run.seed)
     if train_text_encoders:
         family.open_text_encoders()
