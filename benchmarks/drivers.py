@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from benchmarks import models, sdxl
 from benchmarks.setting import Setting
 from finetune import refl
+from preftune.captioned_inputs import CaptionedInputs
 from preftune.diffusion_loss import captioned_loss
 from preftune.families import Pretrained, tiny
 from preftune.families.sd import SD
@@ -159,10 +160,8 @@ def data_loss(loaded: Loaded, folder: Path) -> Tensor:
     setting, size, image = loaded.setting, loaded.setting.size(), folder / "image.png"
     Image.new("RGB", (size.width, size.height)).save(image)
     texts, generators = loaded.prompts(setting.train_batch_size)
-    losses = captioned_loss(
-        loaded.family, [image] * len(texts), texts, generators, resolution=size, caption_dropout=0.0
-    )
-    return losses.mean()
+    inputs = CaptionedInputs(loaded.family, size)
+    return captioned_loss(inputs, [image] * len(texts), texts, generators, caption_dropout=0.0).mean()
 
 
 def loss_of(loaded: Loaded, folder: Path) -> Callable[[], Tensor]:

@@ -103,11 +103,14 @@ def test_seconds_are_bounded_by_the_card_and_the_host() -> None:
     product = Kernel("mm", torch.bfloat16, flop=989 * 10**9, read=0, written=0, cast=False)
     best, modelled = prediction.seconds([product], card)
     assert best == pytest.approx(1e-3)
-    assert modelled == pytest.approx(1e-3 / prediction.MATMUL)
+    assert modelled == pytest.approx(prediction.UNCOUNTED * 1e-3 / prediction.MATMUL)
+    assert prediction.seconds([product] * 2, card, replayed=True)[1] == pytest.approx(2 * modelled)
     copy = Kernel("clone", torch.float32, flop=0, read=int(1.675e9), written=int(1.675e9), cast=False)
     assert prediction.seconds([copy], card)[0] == pytest.approx(1e-3)
     small = Kernel("add", torch.float32, flop=0, read=4, written=4, cast=False)
     assert prediction.seconds([small] * 10, card)[1] == pytest.approx(10 * prediction.LAUNCH)
+    replayed = prediction.seconds([small] * 10, card, replayed=True)[1]
+    assert replayed == pytest.approx(10 * prediction.UNCOUNTED * prediction.SHORTEST), "a graph costs the host nothing"
 
 
 @pytest.mark.parametrize("method", ["refl", "raft", "pretrain"])
