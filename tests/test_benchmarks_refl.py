@@ -268,7 +268,7 @@ def test_table_and_json(
         ["tiny", "ours", "bf16", "lora", "on", "off", "off", "1"],
     ]
     assert [row["loop"] for row in written["rows"]] == [line.split()[1] for line in lines]
-    assert len(lines[3].split()) == 8 + 8"without CUDA: two times, speed, peak, before, and three ratios"
+    assert len(lines[3].split()) == 8 + 8, "without CUDA: two times, speed, peak, before, and three ratios"
     assert header.index("MFU") >= len(lines[3]) - 1
 
 
