@@ -110,7 +110,9 @@ def test_seconds_are_bounded_by_the_card_and_the_host() -> None:
     small = Kernel("add", torch.float32, flop=0, read=4, written=4, cast=False)
     assert prediction.seconds([small] * 10, card)[1] == pytest.approx(10 * prediction.LAUNCH)
     replayed = prediction.seconds([small] * 10, card, replayed=True)[1]
-    assert replayed == pytest.approx(10 * prediction.UNCOUNTED * prediction.SHORTEST), "a graph costs the host nothing"
+    assert replayed == pytest.approx(10 * prediction.UNCOUNTED * prediction.SHORTEST), (
+        "a graph costs the host nothing"
+    )
 
 
 @pytest.mark.parametrize("method", ["refl", "raft", "pretrain"])
