@@ -471,7 +471,7 @@ def test_graphs_go_with_the_copy_whose_passes_they_are(folder: Path, monkeypatch
             assert [weight.data_ptr() for weight in family._lean._copy.parameters()] == addresses
 
 
-def test_a_copy_is_gone_when_another_takes_its_place(folder: Path, tmp_path: Path) -> None:
+def test_copies_and_models_are_gone_when_nobody_uses_them(folder: Path, tmp_path: Path) -> None:
     family = opened(folder, LoRA(rank=2))
     family.save_tuned(tmp_path, LoRA(rank=2))
     lean(family)
@@ -481,6 +481,9 @@ def test_a_copy_is_gone_when_another_takes_its_place(folder: Path, tmp_path: Pat
         family.load_tuned(tmp_path)
         lean(family)
         assert not [part() for part in parts if part() is not None]
+        weights = [weakref.ref(weight) for weight in family.unet.parameters()]
+        del family
+        assert not [weight() for weight in weights if weight() is not None], "two models may not fit"
     finally:
         gc.enable()
 

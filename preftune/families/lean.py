@@ -11,6 +11,7 @@ weights in another precision, those of --train full. They are written anew, in p
 changed the weights since (an optimizer, a checkpoint, an average that was swapped in), no answer is stale.
 """
 
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -144,10 +145,8 @@ class Lean:
             self._graphs.keep_for([tensor.data_ptr() for tensor in self._copy.parameters()])
 
     def _forget(self) -> None:
-        """Drop the copy and its graphs; its memory is free at once."""
+        """Drop the copy and its graphs."""
         self._graphs.forget()
-        for part in () if self._copy is None else self._copy.modules():
-            part.__dict__.pop("forward", None)  # which holds the part itself
         self._copy, self._state, self._merged, self._cast = None, [], [], []
 
     def _copied(self, module: nn.Module) -> nn.Module:
@@ -164,9 +163,8 @@ class Lean:
             return copy
         copy = _twin(module)
         if isinstance(module, Attention) and not self._compiled:
-            copy.forward = partial(
-                module.processor, copy
-            )  # its own reads the processor's signature each time
+            # its own reads the processor's signature each time; a copy that held itself would outlive the last use of its weights
+            copy.forward = partial(module.processor, weakref.proxy(copy))
         self._cast_others(module, copy)
         copy._modules = {
             name: child if child is None else self._copied(child) for name, child in module._modules.items()
