@@ -102,7 +102,13 @@ class Trial:
         precision: Precision = "fp16" if self.device == "cuda" else self.precision
         checkpointing: Switch = "on" if train == "full" else "off"
         return replace(
-            self, loop=loop, train=train, precision=precision, checkpointing=checkpointing, compile="off"
+            self,
+            loop=loop,
+            train=train,
+            precision=precision,
+            checkpointing=checkpointing,
+            compile="off",
+            graphs="off",
         )
 
 
