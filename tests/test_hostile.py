@@ -37,6 +37,7 @@ from eval import pages
 from eval.models import check_scorers
 from preftune import cli, families, grid, images, prompts
 from preftune.cli.printable import printable, show
+from preftune.prepared_images import Recipe
 from preftune.prompts import read_prompts
 from preftune.records import read_imagefolder, read_rankings, write_jsonl
 from preftune.resolution import Resolution
@@ -92,7 +93,7 @@ def set_aside(data: Path) -> dict[str, str]:
     prepare = PrepareEntry(data=found)
     result = {}
     for *_, listed in readers.entries(found):
-        entry, _ = prepare(listed, ())
+        entry, _ = prepare(listed, Recipe(rules=(), on_device=False))
         result[f"{entry.file} {entry.member}".strip()] = getattr(entry, "reason", "usable")
     return result
 

@@ -277,6 +277,14 @@ def _given_functions(functions: Functions) -> contextlib.AbstractContextManager[
     return own.given(functions)
 
 
+def _forget_frames(error: BaseException) -> None:
+    """Let go of what the frames of an error hold, such as a model, and those of the errors that it followed."""
+    following: BaseException | None = error
+    while following is not None:
+        traceback.clear_frames(following.__traceback__)
+        following = following.__context__
+
+
 def _call(work: Callable[[], Any], types: Mapping[str, Any], name: str) -> Any:
     """Return what `work` returns; nothing in it ends the process, and its sentences name arguments instead of flags."""
     __tracebackhide__ = True  # a notebook shows the caller's line and the sentence
@@ -289,12 +297,12 @@ def _call(work: Callable[[], Any], types: Mapping[str, Any], name: str) -> Any:
             _cause(error),
             _reworded(ValueError(in_python(str(error), types, name)), error, types, name),
         )
-        traceback.clear_frames(error.__traceback__)
+        _forget_frames(error)
         if cause is not None:  # its frames have the pixels, and those the graph
             traceback.clear_frames(cause.__traceback__)
     except BaseException as error:  # a notebook keeps the last traceback, and so what its frames hold
         failure = _reworded(error, error, types, name)
-        traceback.clear_frames(error.__traceback__)
+        _forget_frames(error)
         if not isinstance(error, KeyboardInterrupt | FloatingPointError):  # of which the sentence says all
             _free()
             raise
