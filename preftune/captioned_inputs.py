@@ -44,7 +44,7 @@ class Reader:
     folder: Path | None = None
     """Of the store."""
     encoder: str = ""
-    """Digest of the autoencoder."""
+    """Digest of the autoencoder, and the kind of device that it computes on."""
     batch_size: int = 0
 
     def __call__(self, path: Path) -> ReadImage:
@@ -82,7 +82,7 @@ class CaptionedInputs:
         self._latents, self._texts = latents, texts
         reader = Reader(resolution=resolution)
         if latents is not None:
-            vae = encoded_store.digest_of([family.vae])
+            vae = f"{encoded_store.digest_of([family.vae])} {family.device.type}"
             reader = Reader(resolution=resolution, folder=latents.folder, encoder=vae, batch_size=batch_size)
         self._workers = WorkerProcesses(reader, workers)
         self._encoders = (
@@ -123,7 +123,9 @@ class CaptionedInputs:
             return self.family.encode(texts, framings=framings)
         kind = self.family.device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        names = [encoded_store.key("text", self._encoders, autocast, len(texts), text) for text in texts]
+        names = [
+            encoded_store.key("text", self._encoders, kind, autocast, len(texts), text) for text in texts
+        ]
         entries = [self._texts.get(name) for name in names]
         stored = [entry for entry in entries if entry is not None]
         if len(stored) == len(entries):

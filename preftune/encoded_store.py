@@ -39,7 +39,7 @@ def place(folder: Path, name: str) -> Path:
 
 
 def digest_of(modules: Iterable[nn.Module], tokenizers: Iterable[Any] = ()) -> str:
-    """Return a digest of what modules answer with: their classes, configurations, weights, precision and kind of device.
+    """Return a digest of what modules answer with: their classes, configurations, weights and precision.
 
     In a second for 500 MB. `tokenizers` are those of transformers.
     """
@@ -50,7 +50,7 @@ def digest_of(modules: Iterable[nn.Module], tokenizers: Iterable[Any] = ()) -> s
         public = {name: value for name, value in config.items() if not name.startswith("_")}
         found.update(f"{type(module).__name__} {json.dumps(public, sort_keys=True, default=str)}\n".encode())
         for name, tensor in module.state_dict().items():
-            found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.device.type}\n".encode())
+            found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             found.update(_bytes(tensor))
     for tokenizer in tokenizers:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -41,8 +41,8 @@ class Reading:
 
     def __init__(self, values: Tensor) -> None:
         """Begin to copy a tensor of any shape."""
-        # Into pinned memory where it comes from a GPU: Tensor.to sees to that where it need not block.
-        self._values = values.detach().to("cpu", non_blocking=True)
+        # Into pinned memory: Tensor.to sees to that where it need not block. Other devices have no event here: they are waited for.
+        self._values = values.detach().to("cpu", non_blocking=values.is_cuda)
         self._done = torch.cuda.Event() if values.is_cuda else None
         if self._done is not None:
             self._done.record(torch.cuda.current_stream(values.device))

@@ -1,7 +1,9 @@
 """Passes without gradient on the lean copy: the same answers, never those of earlier weights; on tiny real weights."""
 
 import copy
+import gc
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -450,6 +452,49 @@ def test_graphs_are_captured_again_where_weights_move(replayed: Any) -> None:
         now, wanted = on_gpu(replayed, 2), on_gpu(plain, 2)
     assert (now - wanted).square().mean() < 0.01 * wanted.square().mean()
     assert not torch.equal(now, before)
+    assert not replayed._lean._graphs._failed
+
+
+def test_graphs_go_with_the_copy_whose_passes_they_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where layers are quantized, whose LoRA is not merged: in float32 no weight of the copy is its own, nor has moved."""
+    monkeypatch.setattr("preftune.families.lean._is_plain", lambda layer: False)
+    family = opened(folder, LoRA(rank=2))
+    with family.lean():
+        copied, graphs = family._lean._copy, family._lean._graphs
+        addresses = [weight.data_ptr() for weight in copied.parameters()]
+        graphs._graphs, graphs._pool = {"a shape": "a pass with the LoRA"}, "where it computes"
+        family._lean.changed()
+        assert graphs._graphs
+        with family.reference():
+            assert not graphs._graphs
+            assert graphs._pool is None
+            assert [weight.data_ptr() for weight in family._lean._copy.parameters()] == addresses
+
+
+def test_copies_and_models_are_gone_when_nobody_uses_them(folder: Path, tmp_path: Path) -> None:
+    family = opened(folder, LoRA(rank=2))
+    family.save_tuned(tmp_path, LoRA(rank=2))
+    lean(family)
+    gc.disable()  # it would find what holds itself, at some time
+    try:
+        parts = [weakref.ref(part) for part in family._lean._copy.modules()]
+        family.load_tuned(tmp_path)
+        lean(family)
+        assert not [part() for part in parts if part() is not None]
+        weights = [weakref.ref(weight) for weight in family.unet.parameters()]
+        del family
+        assert not [weight() for weight in weights if weight() is not None], "two models may not fit"
+    finally:
+        gc.enable()
+
+
+def test_passes_in_inference_mode_leave_a_copy_that_others_can_write(folder: Path) -> None:
+    family = opened(folder, LoRA(rank=2))
+    with torch.inference_mode():
+        lean(family)
+    move(family)
+    wanted = said(family)
+    torch.testing.assert_close(lean(family), wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.gpu

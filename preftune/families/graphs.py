@@ -1,5 +1,6 @@
 """A module's forward as CUDA graphs, one for each shape of its inputs: a replay costs the host one launch instead of hundreds."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,8 +18,8 @@ _LIMIT = 16  # shapes with a graph; further ones are called
 class Graphs:
     """CUDA graphs of a function of tensors on a CUDA device.
 
-    A graph reads its weights, and whatever else the function holds, at their addresses: `forget` it where these change. What is
-    written in place comes into effect with the next call.
+    A graph reads its weights at their addresses, and does what the function did: `keep_for` looks at the addresses, `forget` it
+    where the function is another one. What is written in place comes into effect with the next call.
     """
 
     def __init__(self) -> None:
@@ -27,11 +28,17 @@ class Graphs:
         self._pool: Any = None
         self._failed = False
 
+    def forget(self) -> None:
+        """Drop all graphs, and their pool: torch captures into none whose graphs are gone, if a tensor of it is still there."""
+        self._graphs, self._pool = {}, None
+
     def keep_for(self, addresses: list[int]) -> None:
         """Keep the graphs as long as the weights are at these addresses."""
         if addresses != self._weights:
-            self._graphs, self._weights = {}, addresses
+            self.forget()
+            self._weights = addresses
 
+    @torch.inference_mode(False)  # in which tensors that stay could not be written later
     @torch.no_grad()
     def call(self, forward: Forward, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return forward(inputs), without gradient: replayed where these shapes were called before.
@@ -42,14 +49,16 @@ class Graphs:
         if key not in self._graphs:
             if self._failed or len(self._graphs) >= _LIMIT:
                 return forward(inputs)
-            stream = torch.cuda.current_stream()
-            try:
-                self._graphs[key] = self._captured(forward, inputs)
-            except RuntimeError as error:
-                self._failed = True
-                torch.cuda.set_stream(stream)  # a capture that breaks off leaves its own in place
-                say(f"passes without gradient go on without CUDA graphs: {str(error).splitlines()[0][:200]}")
-                return forward(inputs)
+            with torch.cuda.device(next(iter(inputs.values())).device):
+                stream = torch.cuda.current_stream()
+                try:
+                    self._graphs[key] = self._captured(forward, inputs)
+                except RuntimeError as error:
+                    self._failed = True
+                    torch.cuda.set_stream(stream)  # a capture that breaks off leaves its own in place
+                    reason = str(error).splitlines()[0][:200]
+                    say(f"passes without gradient go on without CUDA graphs: {reason}")
+                    return forward(inputs)
         graph, static, output = self._graphs[key]
         for name, value in inputs.items():
             static[name].copy_(value)
@@ -61,7 +70,7 @@ class Graphs:
     ) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor], Tensor]:
         """Return a graph, its inputs and its output, whose tensors stay where they are."""
         static = {name: value.clone() for name, value in inputs.items()}
-        stream = torch.cuda.Stream()
+        stream = _stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
@@ -71,6 +80,14 @@ class Graphs:
         if self._pool is None:  # of all graphs: an output is copied before the next replay can write over it
             self._pool = torch.cuda.graph_pool_handle()
         # others' threads, such as those that pin memory or watch over processes, go on meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             output = forward(static)
         return graph, static, output
+
+
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """The stream of a device that all captures and the calls before them are on: what libraries keep for each stream, as cuBLAS its
+    workspace of 32 MB, is there once, and lies in no graph's pool.
+    """
+    return torch.cuda.Stream(device)

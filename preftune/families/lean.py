@@ -11,6 +11,7 @@ weights in another precision, those of --train full. They are written anew, in p
 changed the weights since (an optimizer, a checkpoint, an average that was swapped in), no answer is stale.
 """
 
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -64,7 +65,7 @@ class Lean:
     def compile(self, *, graphs: bool, blocks: bool) -> None:
         """From now on replay the copy's passes as CUDA graphs or not, and compile its blocks or not; nothing on a CPU."""
         self._replayed, self._compiled = graphs, blocks and torch.cuda.is_available()
-        self._copy = None
+        self._forget()
 
     def call(
         self,
@@ -120,14 +121,15 @@ class Lean:
             weight: Any = base.weight
             self._lost[base] = (lost.to(weight.device), weight._version)
 
+    @torch.inference_mode(False)  # in which tensors that stay could not be written later
     @torch.no_grad()
     def refresh(self) -> None:
         """Write the copy's own tensors from the module's weights; make the copy where there is none of this structure."""
         state, key = _structure(self._module), (self._dtype, next(self._module.parameters()).device)
         if self._copy is None or key != self._key or not _same(self._state, state):
-            self._merged, self._cast, self._key = [], [], key
+            self._forget()
             self._copy = self._copied(self._module).eval()
-            self._state = state
+            self._key, self._state = key, state
             if self._compiled:
                 compile_blocks(self._copy)
         with torch.autocast(key[1].type, enabled=False):
@@ -141,6 +143,11 @@ class Lean:
             torch._foreach_copy_([own for own, _, _ in self._cast], sources)
         if self._replayed and key[1].type == "cuda":
             self._graphs.keep_for([tensor.data_ptr() for tensor in self._copy.parameters()])
+
+    def _forget(self) -> None:
+        """Drop the copy and its graphs."""
+        self._graphs.forget()
+        self._copy, self._state, self._merged, self._cast = None, [], [], []
 
     def _copied(self, module: nn.Module) -> nn.Module:
         """Return a module of the same class that shares submodules' settings and weights, but for those of `_merged` and `_cast`."""
@@ -156,9 +163,8 @@ class Lean:
             return copy
         copy = _twin(module)
         if isinstance(module, Attention) and not self._compiled:
-            copy.forward = partial(
-                module.processor, copy
-            )  # its own reads the processor's signature each time
+            # its own reads the processor's signature each time; a copy that held itself would outlive the last use of its weights
+            copy.forward = partial(module.processor, weakref.proxy(copy))
         self._cast_others(module, copy)
         copy._modules = {
             name: child if child is None else self._copied(child) for name, child in module._modules.items()

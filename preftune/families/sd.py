@@ -95,12 +95,7 @@ class SD:
         tuned = {"unet": unet, "text_encoder": text_encoder}
         unets.keep_layout(vae)
         self._lean = Lean(unet)
-        self._tuned = unets.Tuned(tuned, changed=self._changed)
-
-    def _changed(self) -> None:
-        """The parts answer differently from now on."""
-        self._negatives.clear()
-        self._lean.changed()
+        self._tuned = unets.Tuned(tuned, changed=(self._negatives.clear, self._lean.changed))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """Move all parts, and cast those that are frozen."""

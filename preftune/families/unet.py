@@ -166,13 +166,18 @@ def channels_last(part: nn.Module, device: torch.device) -> None:
 class Tuned:
     """What a LoRA may update of a model, a UNet and text encoders, and what was put on them.
 
-    `parts` are unet, text_encoder and so on. `changed` is called when they answer differently from then on.
+    `parts` are unet, text_encoder and so on. `changed` are called when they answer differently from then on; none of them may hold
+    the family, whose weights would stay in memory until the garbage collector runs.
     """
 
-    def __init__(self, parts: Mapping[str, nn.Module], changed: Callable[[], None]) -> None:
-        self._parts, self._changed = parts, changed
+    def __init__(self, parts: Mapping[str, nn.Module], changed: Sequence[Callable[[], None]]) -> None:
+        self._parts, self._told = parts, changed
         self._replaced = False
         self._start: Update | None = None
+
+    def _changed(self) -> None:
+        for told in self._told:
+            told()
 
     def open(self, lora: loras.LoRA | None, seed: int) -> nn.Module:
         """Open the LoRA of the frozen UNet, or with None all its weights, in float32; return the UNet."""
