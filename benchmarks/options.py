@@ -27,7 +27,7 @@ OPTIONS: dict[str, str] = {
     "few steps: dpm++, 3": "--rollout-solver dpm++ --rollout-steps 3",
     "few steps: ddim, 3": "--rollout-solver ddim --rollout-steps 3",
     "AutoencoderTiny": "--reward-vae {taesd}",
-    "fused AdamW": "--fused-adam True",
+    "fused AdamW": "--fused-adam",
     "8-bit AdamW": "--use-8bit-adam",
     "offload": "--offload",
     "base in 4 bits": "--quantization 4bit",
