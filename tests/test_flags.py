@@ -454,6 +454,19 @@ def test_such_a_switch_is_turned_off_and_refused_as_all_others(capsys: pytest.Ca
     assert "  --fused-adam, --no-fused-adam\n" in help_text(refl.Config, "")
 
 
+def test_wrong_folders_are_refused_with_the_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (file := tmp_path / "file").write_text("")
+    cached = f"--model x --prompts p.txt --data d --cache-latents --data-cache-dir {file}"
+    assert f"--data-cache-dir {file} cannot be written: Not a directory; choose another" in refused(
+        cached, capsys
+    )
+    assert parsed(f"{cached}s").cache.folder() == tmp_path / "files"
+    said = refused(f"--model x --prompts p.txt --reward-vae {tmp_path / 'absent'}", capsys)
+    assert (
+        "absent does not exist; name the folder of an autoencoder or a hub id, as madebyollin/taesd" in said
+    )
+
+
 def test_all_weights_in_place_of_the_lora_of_a_file(tmp_path: Path) -> None:
     (file := tmp_path / "a.yaml").write_text("lora: {rank: 8}\n")
     config = parsed(f"--config {file} --train full")
