@@ -49,7 +49,7 @@ class ModelConfig:
     anything: torchao's backward pass keeps the weights of all layers in half precision otherwise.
     """
     offload: bool = False
-    """Keep scorers and frozen text encoders in the CPU's memory but while they are used; each use copies them to the GPU."""
+    """Keep scorers and frozen text encoders in the CPU's memory except while they are used; each use copies them to the GPU."""
 
     def __post_init__(self) -> None:
         if self.resolution is not None:
