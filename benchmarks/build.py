@@ -33,6 +33,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.paths import PROMPTS, TINY, check_file
 from preftune.cli import exit_on_user_error, parse
 
 FULL_SIZE = "hpsv2.1"
@@ -68,6 +69,7 @@ class Config:
     """JSON file to write."""
 
     def __post_init__(self) -> None:
+        check_file(self.output)
         for name, least in (
             ("images", 1), ("side", 1), ("repeats", 1), ("batch_size", 1), ("workers", 0), ("threads", 0),
         ):  # fmt: skip
@@ -87,7 +89,6 @@ from PIL import Image
 
 from benchmarks.hardware import fresh, name_of_machine, peak_mib, seconds, write_json
 from benchmarks.models import fresh_scorer
-from benchmarks.paths import PROMPTS, TINY
 from data_build import diffusiondb as program
 from data_build import scoring
 from data_build.decode import Entry

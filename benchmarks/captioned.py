@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from benchmarks.paths import check_file
 from preftune.cli import parse
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny" / "pipeline"
@@ -52,6 +53,7 @@ class Config:
     """JSON file to write."""
 
     def __post_init__(self) -> None:
+        check_file(self.output)
         for name in ("images", "train_batch_size", "workers", "updates", "turns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.paths import check_file
 from benchmarks.setting import Model, Setting, Train
 from preftune.cli import exit_on_user_error, parse
 
@@ -34,6 +35,9 @@ class Config:
     """Show so many kinds of kernels of each row, those that move most bytes."""
     output: Path | None = None
     """JSON file."""
+
+    def __post_init__(self) -> None:
+        check_file(self.output)
 
     def settings(self) -> list[Setting]:
         """Return one setting a batch size; ValueError for a value that is out of range."""

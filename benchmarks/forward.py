@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.paths import check_file
 from preftune.cli import exit_on_user_error, parse
 
 
@@ -51,11 +52,13 @@ class Config:
     """JSON file with everything measured."""
 
     def __post_init__(self) -> None:
+        check_file(self.output)
         for name in ("repeats", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
         if not self.train_batch_size or min(self.train_batch_size) < 1:
-            raise ValueError(f"--train-batch-size must be at least 1, got {self.train_batch_size}")
+            sizes = " ".join(map(str, self.train_batch_size)) or "none"
+            raise ValueError(f"--train-batch-size must be at least 1, got {sizes}")
 
 
 if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds

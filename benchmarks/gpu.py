@@ -11,6 +11,7 @@ that needs CUDA is skipped by name in a dry run. The table, table.md, is written
 import contextlib
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -20,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from preftune.cli import parse
+from preftune.cli import exit_on_user_error, parse
+from preftune.files import check_writable
 
 PartName = Literal["limits", "weights", "updates", "forwards", "parity", "tests", "scoring", "compile"]
 
@@ -81,6 +83,14 @@ class Config:
     """Run on the CPU with the embedded models: shows that the code works, and measures nothing."""
     limit_scale: float = 1.0
     """Factor on the time limits, which are those of an H100."""
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError(f"--parts is empty; name some of {', '.join(PARTS)}, or leave it out for all")
+        if not 0 < self.limit_scale < math.inf:
+            raise ValueError(f"--limit-scale must be above 0 and finite, got {self.limit_scale:g}")
+        check_writable(self.output_dir)
+        check_writable(self.workdir, "--workdir")
 
 
 if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
@@ -147,8 +157,30 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _ask_for_cuda() -> None:
+    """End with exit code 0 where there is a CUDA device, in a process of its own: one that has asked cannot be forked."""
+    import torch
+
+    sys.exit(not torch.cuda.is_available())
+
+
+def check_device(config: Config) -> None:
+    """Raise ValueError where there is no CUDA device, but in a dry run."""
+    if config.dry:
+        return
+    process = multiprocessing.get_context("fork").Process(target=_ask_for_cuda)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise ValueError(
+            "torch finds no CUDA device (preftune doctor says why); --dry runs the same code on the CPU"
+        )
+
+
 def main(config: Config) -> int:
     """Run the parts; 1 where one failed or was cut."""
+    with exit_on_user_error():
+        check_device(config)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     config.output_dir.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()

@@ -110,6 +110,7 @@ def name_of_machine(cuda: bool) -> str:
 
 def write_json(path: Path, report: Mapping[str, Any]) -> None:
     """Write a table's figures, whole or not at all; values without a JSON type, such as paths, as text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
     partial.replace(path)

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.paths import check_file
 from preftune.cli import exit_on_user_error, parse
 
 
@@ -42,6 +43,7 @@ class Config:
     """JSON file to write."""
 
     def __post_init__(self) -> None:
+        check_file(self.output)
         for name in ("images", "repeats", "layers"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.paths import check_file
 from preftune.cli import exit_on_user_error, parse
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +28,7 @@ OPTIONS: dict[str, str] = {
     "few steps: dpm++, 3": "--rollout-solver dpm++ --rollout-steps 3",
     "few steps: ddim, 3": "--rollout-solver ddim --rollout-steps 3",
     "AutoencoderTiny": "--reward-vae {taesd}",
-    "fused AdamW": "--fused-adam True",
+    "fused AdamW": "--fused-adam",
     "8-bit AdamW": "--use-8bit-adam",
     "offload": "--offload",
     "base in 4 bits": "--quantization 4bit",
@@ -61,6 +62,7 @@ class Config:
     """JSON file to write."""
 
     def __post_init__(self) -> None:
+        check_file(self.output)
         unknown = [name for name in self.options if name not in OPTIONS]
         if unknown:
             raise ValueError(f"--options {unknown[0]} is unknown; one of {', '.join(OPTIONS)}")
@@ -207,6 +209,7 @@ def main(config: Config) -> int:
     rows = [row_of(option, config) for option in options]
     print(table(rows))
     if config.output is not None:
+        config.output.parent.mkdir(parents=True, exist_ok=True)
         config.output.write_text(json.dumps([asdict(row) for row in rows], indent=2))
     return 0
 

@@ -26,6 +26,7 @@ from typing import Annotated, Any
 import tyro
 
 from benchmarks.cards import CARDS
+from benchmarks.paths import check_file
 from benchmarks.setting import Method, Model, Precision, RewardPrecision, Setting, Switch, Train
 from preftune.cli import exit_on_user_error, parse
 from preftune.lora.config import LoRA
@@ -67,6 +68,14 @@ class Config:
     output: Path | None = None
     """JSON file with everything planned."""
 
+    def __post_init__(self) -> None:
+        check_file(self.output)
+        check_file(self.table, "--table")
+        if self.measured is None:
+            self.settings()
+        else:
+            read_measured(self.measured)
+
     def settings(self) -> list[Setting]:
         """Return what is planned; ValueError for a value that is out of range."""
         axes = ("model", "method", "train", "train_batch_size", "mixed_precision")
@@ -96,8 +105,19 @@ def read_measured(path: Path) -> list[tuple[Setting, dict[str, Any]]]:
         return _settings_of(rows)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(
-            f"--measured {path} is no result of benchmarks/refl_step.py --models sd1 --output FILE ({error}); make it anew"
+            f"--measured {path} is no result of benchmarks/refl_step.py --models sd1 --output FILE: {_reason(error)}; make it anew"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Why a file is no result, in words."""
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return "it is not JSON"
+    if isinstance(error, OSError):
+        return (error.strerror or str(error)).lower()
+    if isinstance(error, KeyError):
+        return f"'{error.args[0]}' is missing"
+    return "it has no rows" if isinstance(error, LookupError | TypeError) else str(error)
 
 
 def _settings_of(rows: list[dict[str, Any]]) -> list[tuple[Setting, dict[str, Any]]]:

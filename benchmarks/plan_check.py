@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.paths import check_file
 from benchmarks.setting import Setting
 from preftune.cli import exit_on_user_error, parse
 
@@ -35,6 +36,9 @@ class Config:
     """Which of the settings, by their place; at 256 px refl without and with checkpointing, pretrain, pretrain of all weights; refl at 512 px."""
     output: Path | None = None
     """JSON file."""
+
+    def __post_init__(self) -> None:
+        check_file(self.output)
 
 
 if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds

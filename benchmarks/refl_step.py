@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.paths import check_file
 from preftune.cli import exit_on_user_error, parse
 
 ModelName = Literal["tiny", "thin", "sd1"]
@@ -72,6 +73,7 @@ class Config:
     """JSON file with everything measured, written again after each row."""
 
     def __post_init__(self) -> None:
+        check_file(self.output)
         if not 0 <= self.late < self.num_inference_steps:
             raise ValueError(
                 f"--late {self.late} must lie in 0..{self.num_inference_steps - 1} (--num-inference-steps - 1)"

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.paths import check_file
 from preftune.cli import exit_on_user_error, parse
 from rewards import CARDS
 
@@ -56,6 +57,7 @@ class Config:
     """JSON file to write."""
 
     def __post_init__(self) -> None:
+        check_file(self.output)
         for name, least in (
             ("train_batch_size", 1),
             ("gradient_accumulation_steps", 1),

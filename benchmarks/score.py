@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.paths import PROMPTS, TINY, check_file
 from preftune.cli import exit_on_user_error, parse
 from preftune.cli.precision import Precision, batch_size_here, precision_here, workers_here
 
@@ -67,6 +68,7 @@ class Config:
     """JSON file to write."""
 
     def __post_init__(self) -> None:
+        check_file(self.output)
         for name, least in (
             ("images", 1),
             ("reload_images", 0),
@@ -103,7 +105,6 @@ from benchmarks.hardware import (
     write_json,
 )  # fmt: skip
 from benchmarks.models import fresh_scorer
-from benchmarks.paths import PROMPTS, TINY
 from benchmarks.scoring_trace import NotingPrepare, traced
 from data_build import score as program
 from data_build.scoring import Batch, PrepareEntry, write_score_chunks

@@ -68,7 +68,7 @@ class Config:
     batch_size: int | None = None
     """Images per forward pass; None = 128 on a CUDA GPU, 32 elsewhere."""
     workers: int | None = None
-    """Reading and decoding processes per scoring process; 0 = the scoring process reads, None = one for each core, with --ray
+    """Reading and decoding processes per scoring process; 0 = the scoring process reads; None = one for each core, with --ray
     divided by --ray-workers.
     """
     ray: str | None = None

@@ -51,7 +51,7 @@ class Config:
     batch_size: int | None = None
     """Images per forward pass; None = 128 on a CUDA GPU, 32 elsewhere."""
     workers: int | None = None
-    """Reading and decoding processes; 0 = read in the main process, None = one for each core."""
+    """Reading and decoding processes; 0 = read in the main process; None = one for each core."""
     chunk: int = 1000
     """Number of images between saves."""
     best: int = 4

@@ -70,7 +70,7 @@ class Config:
     """Prompts in the grid."""
     sample: Sampling = field(default_factory=Sampling)
     workers: int | None = None
-    """Processes that decode images for the scorers; 0 = the main process, None = one for each core."""
+    """Processes that decode images for the scorers; 0 = the main process; None = one for each core."""
     output_dir: Path = Path("runs/compare")
     """Folder of the report, with runs in runs/ and generated images in images/; both are reused."""
     overwrite_output_dir: bool = False

@@ -76,7 +76,7 @@ class Config:
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Precision of the models; scorers stay in fp32."""
     workers: int | None = None
-    """Processes that decode images for the scorers; 0 = the main process, None = one for each core."""
+    """Processes that decode images for the scorers; 0 = the main process; None = one for each core."""
     grid_rows: int = 32
     """Maximum number of rows in grid.png; index.html has all."""
     output_dir: Path = Path("grid")

@@ -57,7 +57,7 @@ class Config:
     batch_size: int = 16
     """Images per forward pass, each with all its views."""
     workers: int | None = None
-    """Reading and decoding processes; 0 = the main process, None = one for each core."""
+    """Reading and decoding processes; 0 = the main process; None = one for each core."""
     output_dir: Path = Path("runs/preference")
     """Folder of the report."""
     overwrite_output_dir: bool = False

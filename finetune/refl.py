@@ -33,7 +33,7 @@ from typing import Annotated, Literal
 import tyro
 
 from preftune.cli import dump, exit_on_user_error, parse
-from preftune.families import Pretrained
+from preftune.families import Pretrained, vae_folder
 from preftune.image_folders import Columns
 from preftune.training.cache_config import CacheConfig
 from preftune.training.config import (
@@ -114,9 +114,12 @@ class Config:
             f"--window {first} {last} must lie in 0..{steps - 1}, first no later than last": (
                 0 <= first <= last < steps
             ),
-            f"--rollout-solver {self.rollout_solver} and --rollout-steps {self.rollout_steps} need each other, as in"
-            " --rollout-solver dpm++ --rollout-steps 12": (self.rollout_solver is None)
-            == (self.rollout_steps is None),
+            f"--rollout-solver {self.rollout_solver} needs --rollout-steps, such as --rollout-steps 12": (
+                self.rollout_solver is None or self.rollout_steps is not None
+            ),
+            f"--rollout-steps {self.rollout_steps} needs --rollout-solver, which is dpm++, ddim or euler": (
+                self.rollout_solver is not None or self.rollout_steps is None
+            ),
             f"--jitter must be 0 or more, got {self.jitter}": self.jitter >= 0,
             f"--jitter-copies must be 1, or more with a --jitter, got {self.jitter_copies}": (
                 self.jitter_copies == 1 or (self.jitter_copies > 1 and self.jitter > 0)
@@ -133,6 +136,10 @@ class Config:
         for message, holds in demands.items():
             if not holds:
                 raise ValueError(message)
+        if self.window is not None:
+            check_rollout_steps(self, self.window)
+        if self.reward_vae is not None:
+            vae_folder(str(self.reward_vae), "--reward-vae")
         check_guidance(self.guidance_scale)
         check_dropout(self.caption_dropout)
         if self.cache.is_on and (self.data is None or self.pretraining == "off"):
@@ -140,6 +147,22 @@ class Config:
                 "--cache-latents and --cache-text-encoder-outputs keep what is made of --data in the pre-training loss, and there"
                 " is none; leave them out, or add --data IMAGEFOLDER"
             )
+
+
+def check_rollout_steps(config: Config, window: tuple[int, int]) -> None:
+    """Raise ValueError for as many --rollout-steps as the trajectory has before the step with gradient, or more, and for none."""
+    first, last = window
+    if config.rollout_steps is None or 1 <= config.rollout_steps <= first:
+        return
+    if first == 0:
+        raise ValueError(
+            f"--rollout-steps {config.rollout_steps} has nothing to shorten: --window {first} {last} begins with step 0; leave it and"
+            " --rollout-solver out, or give a later --window"
+        )
+    raise ValueError(
+        f"--rollout-steps {config.rollout_steps} must lie in 1..{first}, no more than --window {first} {last} has before the first step"
+        " with gradient; give another number, or leave it and --rollout-solver out"
+    )
 
 
 if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
@@ -264,12 +287,7 @@ def check_rollout(config: Config, defaults: Defaults) -> None:
     if config.rollout_solver is None or config.rollout_steps is None:
         return
     assert config.window is not None, "filled"
-    first, last = config.window
-    if not 1 <= config.rollout_steps <= first:
-        raise ValueError(
-            f"--rollout-steps {config.rollout_steps} must lie in 1..{first}: --window {first} {last} needs {first} to {last} steps"
-            " without --rollout-solver; give fewer, or leave both out"
-        )
+    check_rollout_steps(config, config.window)
     defaults.check_solver(config.rollout_solver, config.rollout_steps)
 
 

@@ -1,4 +1,4 @@
-"""Frozen modules whose weights stay in the CPU's memory but while they are used."""
+"""Frozen modules whose weights stay in the CPU's memory except while they are used."""
 
 from collections.abc import Iterable
 

@@ -151,15 +151,19 @@ def test_it_decodes_as_diffusers_does_with_a_gradient(taesd: Path) -> None:
 def test_what_does_not_fit_is_refused(taesd: Path, root: Path, tmp_path: Path) -> None:
     source = locate(str(root / "pipeline"))
     with pytest.raises(
-        ValueError, match=r"--reward-vae absent/x/y does not exist; name the folder of an autoencoder"
+        ValueError,
+        match=r"--reward-vae absent/x/y does not exist; name the folder of an autoencoder or a hub id, as madebyollin/taesd",
     ):
         reward_decoder.check(source, Path("absent/x/y"))
     other = shutil.copytree(taesd, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"latent_channels": 16}))
-    with pytest.raises(ValueError, match="16 latent channels and a factor of 8; expected 4 and 8"):
+    with pytest.raises(
+        ValueError,
+        match=r"--reward-vae .*other: .* has 16 latent channels and a factor of 8; expected 4 and 8",
+    ):
         reward_decoder.check(source, other)
     (other / "config.json").write_text(json.dumps(config))
     (other / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(ValueError, match="has no weights"):
+    with pytest.raises(ValueError, match=r"--reward-vae .*: .* has no weights"):
         reward_decoder.check(source, other)

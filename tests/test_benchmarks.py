@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rewards
-from benchmarks import build, full_size, hardware, models, paths, score
+from benchmarks import build, full_size, gpu, hardware, models, paths, score
 from benchmarks import reward_model as training
 from data_build import diffusiondb
 from finetune import refl, reward_model
@@ -260,6 +260,27 @@ def test_memory_that_grows_is_a_failure(
     assert build.main(build.Config(parts=(10, 19))) == 0
     assert build.main(build.Config(parts=(10, 21))) == 1
     assert "100 MiB at 10 parts, 111 MiB at 21 parts; they differ by 11.0%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--parts"], "--parts is empty; name some of limits, weights"),
+        (["--parts", "speed"], "--parts is 'speed'; it must be limits, weights, "),
+        (["--limit-scale", "0"], "--limit-scale must be above 0 and finite, got 0"),
+        (["--output-dir", "README.md/x"], "--output-dir README.md/x cannot be written: Not a directory"),
+        (["--workdir", "README.md"], "--workdir README.md cannot be written: Not a directory"),
+        ([], "torch finds no CUDA device (preftune doctor says why); --dry runs the same code on the CPU"),
+    ],
+)
+def test_wrong_flags_of_gpu(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        gpu.main(cli.parse(gpu.Config, words))
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["images", "parts", "repeats", "batch-size"])

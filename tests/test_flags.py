@@ -14,6 +14,7 @@ import pytest
 from data_build import generate
 from finetune import pretrain, raft, refl, reward_model, reward_weighted, weird_lora
 from preftune import cli
+from preftune.cli.help_text import help_text
 from preftune.cli.leaves import flag_of, leaves_of
 from preftune.cli.other_scripts import ALIASES, ELSEWHERE, SAME
 from preftune.cli.typed_flags import alias_of, as_here, instead
@@ -433,6 +434,45 @@ def refused(line: str, capsys: pytest.CaptureFixture[str], config: type = refl.C
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     return said
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [("", True), (" true", True), ("=False", False), (" None", None), ("=true", True)],
+)
+def test_a_switch_that_may_be_left_to_the_program(typed: str, value: bool | None) -> None:
+    assert parsed(f"--fused-adam{typed} --seed 1").run.fused_adam is value
+
+
+def test_such_a_switch_is_turned_off_and_refused_as_all_others(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parsed("--no-fused-adam").run.fused_adam is False
+    for typed in ("--fused-adam maybe", "--fused-adam=maybe"):
+        said = refused(f"--model x --prompts p.txt {typed}", capsys)
+        assert (
+            "--fused-adam is 'maybe'; write --fused-adam, --no-fused-adam, or neither for the default" in said
+        )
+    assert "  --fused-adam, --no-fused-adam\n" in help_text(refl.Config, "")
+
+
+def test_wrong_folders_are_refused_with_the_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (file := tmp_path / "file").write_text("")
+    cached = f"--model x --prompts p.txt --data d --cache-latents --data-cache-dir {file}"
+    assert f"--data-cache-dir {file} cannot be written: Not a directory; choose another" in refused(
+        cached, capsys
+    )
+    assert parsed(f"{cached}s").cache.folder() == tmp_path / "files"
+    said = refused(f"--model x --prompts p.txt --reward-vae {tmp_path / 'absent'}", capsys)
+    assert (
+        "absent does not exist; name the folder of an autoencoder or a hub id, as madebyollin/taesd" in said
+    )
+
+
+def test_all_weights_in_place_of_the_lora_of_a_file(tmp_path: Path) -> None:
+    (file := tmp_path / "a.yaml").write_text("lora: {rank: 8}\n")
+    config = parsed(f"--config {file} --train full")
+    assert config.model.train == "full"
+    assert config.model.lora == type(config.model.lora)()
+    assert parsed(f"--config {file}").model.lora.rank == 8
 
 
 @pytest.mark.parametrize("script", ["DIFFUSERS", "KOHYA", "TRL"])

@@ -152,8 +152,12 @@ def test_a_figure_between_two_batch_sizes() -> None:
         ("--train-batch-size 2 0", "--train-batch-size must be at least 1, got 0"),
         ("--resolution 510", "--resolution: resolution '510'"),
         ("--train lora full --lora.rank 8", "--lora settings do nothing with --train full"),
+        ("--model sd3", "--model is 'sd3'; it must be sd1 or sdxl"),
         ("--late 0", "--late must be at least 1, got 0"),
-        ("--measured nothing.json", "--measured nothing.json is no result of benchmarks/refl_step.py"),
+        ("--measured nothing.json", "--output FILE: no such file or directory; make it anew"),
+        ("--measured README.md", "--output FILE: it is not JSON; make it anew"),
+        ("--output docs", "--output docs is a folder; name a file in it, as docs/result.json"),
+        ("--table README.md/plan.md", "--table README.md/plan.md cannot be written: Not a directory"),
     ],
 )
 def test_wrong_flags_end_with_one_sentence(flags: str, sentence: str, capsys: pytest.CaptureFixture) -> None:

@@ -130,11 +130,10 @@ def test_what_cannot_be_is_refused(
             "--quantization fp8 needs torchao_absent: pip install torchao_absent, or leave the flag out",
         ),
     ):
-        config = parse(refl.Config, [*words.split(), *more.split()])
         monkeypatch.setattr(
             "preftune.families.quantization.LIBRARIES", {"fp8": "torchao_absent", "8bit": "math"}
         )
         with pytest.raises(SystemExit) as stop:
-            refl.main(config)
+            refl.main(parse(refl.Config, [*words.split(), *more.split()]))
         assert stop.value.code == 2
         assert message in capsys.readouterr().err

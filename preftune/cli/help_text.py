@@ -161,6 +161,8 @@ def _flags(boxes: str) -> dict[str, tuple[str, str]]:
         if re.match(r"  --?[a-z]", line):
             head, _, text = line.strip().partition("  ")
             last = "--help" if head.startswith("-h") else re.split(r"[ ,]", head)[0]
+            if head == f"{last} {{None,True,False}}":
+                head = f"{last}, {flag_of(last.removeprefix('--'), negated=True)}"
             flags[last] = (head.replace("{None}|", "").replace("{None,", "{"), text.strip())
         elif last and line.startswith("   "):
             head, text = flags[last]

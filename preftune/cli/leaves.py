@@ -21,6 +21,11 @@ class Leaf:
         return type(None) in typing.get_args(self.hint) or None in typing.get_args(self.hint)
 
     @property
+    def is_optional_switch(self) -> bool:
+        """Whether it is True, False, or None where the program chooses."""
+        return self.optional and bool in typing.get_args(self.hint)
+
+    @property
     def is_list(self) -> bool:
         """Whether it takes several values."""
         return any(

@@ -41,7 +41,7 @@ from rewards.own import OwnRewardError
 Config = TypeVar("Config")
 
 _RAISED = contextvars.ContextVar("errors are raised", default=False)
-_CHOICES = r"invalid choice (?P<value>.*) for argument '(?P<flag>--[\w.-]+)'\. Expected one of \(.*\)\."
+_CHOICES = r"invalid choice (?P<value>.*) for argument '(?P<flag>--[\w.-]+)'\. Expected one of \(.*\) ?\."
 _HELP = "--config FILE.yaml reads flags from a file, one `key: value` a line; it may be repeated, and the last value wins."
 
 

@@ -10,13 +10,20 @@ from preftune.cli.leaves import Leaf, flag_of, positive_of
 from preftune.cli.other_scripts import ALIASES, ELSEWHERE, EXCLUSIVE, ONE_VALUE, SAME, TEXTS
 from preftune.prompts import is_text
 
+_SWITCH = ("True", "False", "None")
+"""Values of a switch that may be left to the program."""
 _TYPOGRAPHIC = ("\u201c", "\u201d", "\u201e", "\u2018", "\u2019", "\u00ab", "\u00bb")
 """Quotes of a text."""
 
 
 def undone(tokens: Sequence[str], later: Sequence[str]) -> bool:
-    """Whether flags of a file are those of two that exclude each other, and the other one stands in a later place."""
+    """Whether flags of a file are those of two that exclude each other, and the other one stands in a later place.
+
+    The settings of a LoRA and --train full are such, too.
+    """
     own, after = ({*_words(some)} for some in (tokens, later))
+    if "--train=full" in after and any(word.startswith("--lora.") for word in own):
+        return True
     return any(one in own and other in after for one, other in itertools.permutations(EXCLUSIVE, 2))
 
 
@@ -50,6 +57,9 @@ def _as_here(token: str, values: list[str], leaves: Mapping[str, Leaf]) -> list[
     name, equals, value = token.partition("=")
     given = [value] * bool(equals) + values
     name = name.removeprefix("--").replace("-", "_")
+    positive = positive_of(name)
+    if positive != name and not given and positive in leaves and leaves[positive].is_optional_switch:
+        return [f"{flag_of(positive)}=False"]
     if name not in leaves:
         same = SAME.get(f"{name}={given[0]}".lower() if given and given[0].lower() != "true" else name)
         if same is not None and len(given) < 2 and (not same or _name(same) in leaves):
@@ -60,6 +70,8 @@ def _as_here(token: str, values: list[str], leaves: Mapping[str, Leaf]) -> list[
     leaf = leaves[name]
     if leaf.hint is bool and len(given) == 1 and given[0].lower() in ("true", "false"):
         return [flag_of(name, negated=given[0].lower() == "false")]
+    if leaf.is_optional_switch and len(given) < 2 and (word := (given or ["true"])[0].title()) in _SWITCH:
+        return [f"{flag_of(name)}={word}"]
     if leaf.numbers and len(given) == 1:
         return [flag_of(name), *given[0].split(",")]
     if name in TEXTS and not leaf.is_list and len(given) > 1 and all(is_text(Path(one)) for one in given):
@@ -90,6 +102,11 @@ def check_names(typed: Sequence[str], leaves: Mapping[str, Leaf]) -> None:
         if name in leaves and leaves[name].hint is bool and values:
             raise ValueError(
                 f"{flag_of(name)} takes no value, got {' '.join(map(repr, values))}: write {flag_of(name)} or {flag_of(name, negated=True)}"
+            )
+        given = [token.partition("=")[2]] * equals + values
+        if name in leaves and leaves[name].is_optional_switch and len(given) == 1 and given[0] not in _SWITCH:
+            raise ValueError(
+                f"{flag_of(name)} is {given[0]!r}; write {flag_of(name)}, {flag_of(name, negated=True)}, or neither for the default"
             )
         if name in leaves and not leaves[name].is_list and len(values) + equals > 1:
             raise ValueError(

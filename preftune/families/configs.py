@@ -121,7 +121,9 @@ def check_vae(folder: Path, like: Config | None = None) -> Config:
     """
     vae = read_json(folder / "config.json")
     if (kind := vae.get("_class_name")) not in AUTOENCODERS:
-        raise ValueError(f"{folder} is {kind}, not {' or '.join(AUTOENCODERS)}: its config.json says so")
+        raise ValueError(
+            f"{folder} is {kind}, not {' or '.join(AUTOENCODERS)}: its config.json says so; name the folder of such a one"
+        )
     name = "block_out_channels" if kind == "AutoencoderKL" else "decoder_block_out_channels"
     if not isinstance(vae.get(name), list):
         raise ValueError(f"{folder}: its config.json lacks the list {name}")

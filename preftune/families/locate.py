@@ -26,6 +26,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_PAGE = re.compile(
     r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)(?:/(?:blob|resolve)/([^/]+)/(.+))?/?"
 )
+AUTOENCODERS = {"--vae": "madebyollin/sdxl-vae-fp16-fix", "--reward-vae": "madebyollin/taesd"}
+"""A flag that names an autoencoder -> one that it may name."""
 _EXAMPLE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 P = ParamSpec("P")
 Found = TypeVar("Found")
@@ -167,7 +169,7 @@ def vae_folder(vae: str, flag: str = "--vae") -> Path | None:
     if not path.is_dir():
         raise ValueError(
             f"{flag} {vae} {'is a file' if path.exists() else 'does not exist'}; name the folder of an autoencoder or a hub id,"
-            " as madebyollin/sdxl-vae-fp16-fix"
+            f" as {AUTOENCODERS[flag]}"
         )
     return path
 

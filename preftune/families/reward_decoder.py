@@ -26,8 +26,12 @@ def check(source: Source, name: Path, vae: Path | None = None) -> Path:
     """
     folder = locate_vae(str(name), _FLAG)
     own = source.folder / "vae" if vae is None else locate_vae(str(vae))
-    configs.check_vae(folder, configs.check_vae(own))
-    weights.find(folder, "diffusers")
+    like = configs.check_vae(own)
+    try:
+        configs.check_vae(folder, like)
+        weights.find(folder, "diffusers")
+    except ValueError as error:
+        raise ValueError(f"{_FLAG} {name}: {error}") from error
     return folder
 
 

@@ -102,15 +102,15 @@ def _remove_leftovers(paths: Iterable[Path], only: str | None = None) -> None:
             remove(path)
 
 
-def check_writable(folder: Path) -> None:
-    """Raise ValueError for an --output-dir that cannot be written, or made where it is not there; nothing is left on the disk."""
+def check_writable(folder: Path, flag: str = "--output-dir") -> None:
+    """Raise ValueError for a flag's folder that cannot be written, or made where it is not there; nothing is left on the disk."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise ValueError(
-            f"--output-dir {folder} cannot be written: {error.strerror or error}; choose another folder"
+            f"{flag} {folder} cannot be written: {error.strerror or error}; choose another folder"
         ) from error
 
 

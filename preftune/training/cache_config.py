@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from preftune import files
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
@@ -23,6 +25,10 @@ class CacheConfig:
             raise ValueError(
                 f"--data-cache-dir {self.data_cache_dir} keeps nothing; add --cache-latents or --cache-text-encoder-outputs"
             )
+        if (
+            self.data_cache_dir is not None and not self.data_cache_dir.is_dir()
+        ):  # one of others may be read only
+            files.check_writable(self.data_cache_dir, "--data-cache-dir")
 
     @property
     def is_on(self) -> bool:

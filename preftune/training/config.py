@@ -49,7 +49,7 @@ class ModelConfig:
     anything: torchao's backward pass keeps the weights of all layers in half precision otherwise.
     """
     offload: bool = False
-    """Keep scorers and frozen text encoders in the CPU's memory but while they are used; each use copies them to the GPU."""
+    """Keep scorers and frozen text encoders in the CPU's memory except while they are used; each use copies them to the GPU."""
 
     def __post_init__(self) -> None:
         if self.resolution is not None:
@@ -57,6 +57,10 @@ class ModelConfig:
                 resolutions.parse(self.resolution)
             except ValueError as error:
                 raise ValueError(f"--resolution: {error}") from error
+        if self.quantization is not None and self.train == "full":
+            raise ValueError(
+                f"--quantization {self.quantization} freezes the weights that --train full trains; use --train lora"
+            )
 
     def tuned(self) -> LoRA | None:
         """Return the LoRA that is trained, or None for all weights."""
@@ -84,10 +88,6 @@ class ModelConfig:
                 f"--export {self.export} writes a LoRA, which --train full has not; use --train lora"
             )
         if self.quantization is not None:
-            if self.train == "full":
-                raise ValueError(
-                    f"--quantization {self.quantization} freezes the weights that --train full trains; use --train lora"
-                )
             quantization.check(self.quantization)
         if self.vae is not None:  # before a model is downloaded
             vae_folder(str(self.vae))
