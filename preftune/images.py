@@ -133,14 +133,10 @@ def load_pixels(path: Path, resolution: Resolution | int | None = None) -> torch
     return to_pixels(np.array(image))
 
 
-def load_with_framing(path: Path, resolution: Resolution) -> tuple[torch.Tensor, Framing]:
-    """An image file as `load_pixels` with a resolution reads it, and what was cut off."""
-    levels, framing = load_levels(path, resolution)
-    return to_pixels(levels), framing
-
-
 def load_levels(path: Path, resolution: Resolution) -> tuple[NDArray[np.uint8], Framing]:
-    """The same in the 256 levels of the file, (H, W, 3): a quarter of the bytes, and no torch."""
+    """What `load_pixels` with a resolution reads, in the 256 levels of the file, (H, W, 3): a quarter of the bytes, and no torch; and
+    what was cut off.
+    """
     image = _load(path)
     original = Resolution(image.height, image.width)
     scale = max(resolution.height / original.height, resolution.width / original.width)

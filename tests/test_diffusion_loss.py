@@ -15,7 +15,7 @@ from preftune import families
 from preftune.captioned_inputs import CaptionedInputs
 from preftune.diffusion_loss import captioned_loss, diffusion_loss
 from preftune.families.base import Family
-from preftune.images import load_pixels, load_with_framing
+from preftune.images import load_levels, load_pixels, to_pixels
 from preftune.noise import add_noise
 from preftune.resolution import Framing, Resolution
 
@@ -181,7 +181,8 @@ def test_pixels_at_a_resolution(files: list[Path]) -> None:
     """A square resolution is the old square; another keeps the shape of the image and cuts the middle out."""
     assert torch.equal(load_pixels(files[1], Resolution(64, 64)), load_pixels(files[1], 64))
     for path in files:
-        wide, framing = load_with_framing(path, Resolution(height=32, width=64))
+        levels, framing = load_levels(path, Resolution(height=32, width=64))
+        wide = to_pixels(levels)
         assert wide.shape == (3, 32, 64)
         assert torch.equal(wide, load_pixels(path, Resolution(height=32, width=64)))
         assert framing.original == Resolution(*load_pixels(path).shape[1:])
@@ -192,14 +193,14 @@ def test_a_crop_is_where_its_framing_says(tmp_path: Path) -> None:
     pixels = torch.zeros(128, 256, 3, dtype=torch.uint8)
     pixels[:, 100:104] = 255
     Image.fromarray(pixels.numpy()).save(tmp_path / "a.png")
-    image, framing = load_with_framing(tmp_path / "a.png", Resolution(64, 64))
+    levels, framing = load_levels(tmp_path / "a.png", Resolution(64, 64))
     assert framing == Framing(Resolution(128, 256), top=0, left=32)
-    assert int(image[0, 10].argmax()) + framing.left in (50, 51)
+    assert int(to_pixels(levels)[0, 10].argmax()) + framing.left in (50, 51)
 
 
 def test_exif_turns_the_original_size(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
     Image.new("RGB", (96, 64)).save(tmp_path / "a.jpg", exif=exif)
-    _, framing = load_with_framing(tmp_path / "a.jpg", Resolution(64, 64))
+    _, framing = load_levels(tmp_path / "a.jpg", Resolution(64, 64))
     assert framing == Framing(Resolution(height=96, width=64), top=16, left=0)
