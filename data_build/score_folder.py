@@ -39,6 +39,9 @@ CELL = 192
 MAX_CAPTION = 90
 """Characters of a prompt there."""
 
+_FLAGS = ("precision", "chunk")
+"""What of a job has a flag of its name, with whose value it goes on."""
+
 ScoreRow = Mapping[str, Any]
 """An image's line in a chunk: file and member, then text and scores, or reason and detail."""
 
@@ -55,9 +58,10 @@ def begin_job(folder: Path, job: Mapping[str, Any]) -> None:
     begun = read_jsonl(record)[0]
     for key in {**begun, **job}:
         if begun.get(key) != job.get(key):
+            same = f"go on with --{key} {begun[key]}, " if key in _FLAGS and key in begun else ""
             raise ValueError(
-                f"{folder} was begun with {key} {begun.get(key)}, not {job.get(key)}; choose another --output-dir, or remove"
-                " the folder"
+                f"{folder} was begun with {key} {begun.get(key)}, not {job.get(key)}; {same}choose another --output-dir, or"
+                " remove the folder"
             )
 
 
