@@ -39,9 +39,9 @@ class Part:
 
 _OWN = "benchmarks.gpu_parts"
 PARTS: dict[PartName, Part] = {
-    "limits": Part(limit=20, module=_OWN, flags="--part limits --output {out}", dry="--dry"),
+    "limits": Part(limit=15, module=_OWN, flags="--part limits --output {out}", dry="--dry"),
     "weights": Part(
-        limit=60, module=_OWN, flags="--part weights --output {out} --workdir {work}", dry="--dry"
+        limit=45, module=_OWN, flags="--part weights --output {out} --workdir {work}", dry="--dry"
     ),
     "forwards": Part(
         limit=45, module=_OWN, flags="--part forwards --output {out}", dry="--dry --train-batch-size 2"
@@ -60,12 +60,12 @@ PARTS: dict[PartName, Part] = {
         dry=None,
     ),
     "scoring": Part(
-        limit=60,
+        limit=75,
         module="benchmarks.score",
         flags="--scorers hpsv2.1 --precision bf16 --batch-size 128 --images 512 --workers 16 --reload-images 0 --workdir {work} --output {out}",
         dry="--scorers imagereward-tiny --precision fp32 --batch-size 32 --images 32 --workers 2",
     ),
-    "compile": Part(limit=90, module=_OWN, flags="--part compile --output {out}", dry=None),
+    "compile": Part(limit=60, module=_OWN, flags="--part compile --output {out}", dry=None),
 }
 
 
