@@ -76,7 +76,7 @@ class WorkerProcesses(Generic[Item, Result]):
         self._batches.clear()
         self._begun.clear()
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            _end(self._pool)
             self._pool = None
 
     def _result(self, item: Item, future: Future[tuple[Result] | None] | None) -> Result:
@@ -91,7 +91,7 @@ class WorkerProcesses(Generic[Item, Result]):
     def _give_up(self) -> None:
         if self._pool is not None:
             say("a worker process has died; images are decoded in the main process from now on")
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            _end(self._pool)
             self._pool = None
         self.number = 0
 
@@ -114,6 +114,14 @@ class WorkerProcesses(Generic[Item, Result]):
         except (BrokenProcessPool, OSError):  # OSError: no more processes are allowed
             self._give_up()
             return None
+
+
+def _end(pool: ProcessPoolExecutor) -> None:
+    """End a pool at once: its processes only read, so nothing is lost by killing one that is busy or does not end by itself."""
+    processes = list((pool._processes or {}).values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        process.kill()
 
 
 def _attempt(function: Callable[[Item], Result], item: Item) -> tuple[Result] | None:

@@ -1,5 +1,6 @@
 """Worker processes and stores on disk change nothing but the time that a training takes."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -8,9 +9,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -239,7 +242,28 @@ def square_in_worker(number: int) -> tuple[int, int]:
     return number**2, os.getpid()
 
 
+def children() -> set[int]:
+    """Process ids of the children that are at work. The operating system's word: two threads that wait for one child, the pool's and
+    a test's, can leave multiprocessing in the belief that it runs.
+    """
+    found = set()
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.status() != psutil.STATUS_ZOMBIE:
+                found.add(child.pid)
+    return found
+
+
+def assert_ended(before: set[int]) -> None:
+    """No process is left that was not there before, of another test."""
+    end = time.monotonic() + 30
+    while children() - before and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not children() - before
+
+
 def test_results_come_in_order_and_from_other_processes() -> None:
+    before = children()
     with WorkerProcesses(square_in_worker, 2) as ahead:
         ahead.expect([[i, i + 1] for i in range(0, 20, 2)])
         ahead.expect(([i] for i in range(100, 103)), stream=1)
@@ -252,9 +276,7 @@ def test_results_come_in_order_and_from_other_processes() -> None:
                 assert other[1] != os.getpid()
     assert [number for number, _ in found] == [i**2 for i in range(20)]
     assert os.getpid() not in {process for _, process in found}
-    for child in multiprocessing.active_children():
-        child.join(10)
-    assert not multiprocessing.active_children()
+    assert_ended(before)
 
 
 def test_another_expectation_replaces_the_first() -> None:
@@ -278,11 +300,12 @@ def test_an_error_of_a_worker_is_raised_where_its_item_is_taken() -> None:
 
 
 def test_killed_workers_cost_speed_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    before = children()
     with WorkerProcesses(square_in_worker, 2) as ahead:
         ahead.expect([[i, i + 1] for i in range(0, 200, 2)])
         found = [ahead.take([0, 1])]
-        for child in multiprocessing.active_children():
-            child.kill()
+        for child in children() - before:
+            os.kill(child, signal.SIGKILL)
         found += [ahead.take([i, i + 1]) for i in range(2, 200, 2)]
         assert found[-1][0] == (198**2, os.getpid())
     assert [number for batch in found for number, _ in batch] == [i**2 for i in range(200)]
@@ -290,12 +313,12 @@ def test_killed_workers_cost_speed_alone(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_ctrl_c_is_not_for_workers() -> None:
+    before = children()
     with WorkerProcesses(square_in_worker, 2) as ahead:
         ahead.expect([[i, i + 1] for i in range(0, 40, 2)])
         ahead.take([0, 1])
-        for child in multiprocessing.active_children():
-            assert child.pid is not None
-            os.kill(child.pid, signal.SIGINT)
+        for child in children() - before:
+            os.kill(child, signal.SIGINT)
         found = [ahead.take([i, i + 1]) for i in range(2, 40, 2)]
         assert os.getpid() not in {process for batch in found for _, process in batch}
 
@@ -371,13 +394,12 @@ def test_a_run_is_the_same_with_workers_and_caches(driver: str, root: Path, tmp_
             "--data-cache-dir",
             str(tmp_path / "encoded"),
         ]
+    before = children()
     plain, weights = trained(driver, root, tmp_path / "plain", "--dataloader-num-workers", "0")
     found, same_weights = trained(driver, root, tmp_path / "workers", *flags)
     assert found == plain
     assert all(torch.equal(weights[name], same_weights[name]) for name in weights)
-    for child in multiprocessing.active_children():
-        child.join(10)
-    assert not multiprocessing.active_children()
+    assert_ended(before)
 
 
 def test_a_resumed_run_may_take_workers_and_caches(root: Path, tmp_path: Path) -> None:
