@@ -7,9 +7,6 @@ scorer takes; or, where the device resizes (rewards.device_resize), the image as
 Letters: V views of an item, W views of a slice, H W pixels of any size.
 """
 
-import multiprocessing
-import os
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from preftune.worker_processes import end_with_parent
 from rewards import Preprocess
 from rewards.device_resize import equals_the_authors
 from rewards.pixels import can_wait, from_original, packed_from_pil, unpack
@@ -155,7 +153,7 @@ def prepared_slices(
         batch_size=None,
         num_workers=workers,
         pin_memory=on_cuda,
-        worker_init_fn=_end_with_parent if workers else None,
+        worker_init_fn=_begin_worker if workers else None,
     )
 
 
@@ -209,13 +207,6 @@ def _stacked(views: Sequence[View]) -> tuple[list[Stack], dict[torch.dtype, Tens
     return stacks, {dtype: torch.cat(some) for dtype, some in parts.items()}
 
 
-def _end_with_parent(_: int) -> None:
-    """Let a worker process end when its parent was killed; else it would wait forever to hand over its batch."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "runs in a worker process"
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _begin_worker(_: int) -> None:
+    """Let a worker process end with its parent; else it would wait forever to hand over its batch."""
+    end_with_parent()

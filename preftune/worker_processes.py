@@ -144,6 +144,11 @@ def _begin_worker() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if (torch := sys.modules.get("torch")) is not None:
         torch.set_num_threads(1)  # those of the parent are not there after a fork
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Let this worker process end when its parent does, also when that was killed; else it would wait for it forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in a worker process"
 
