@@ -99,7 +99,8 @@ from preftune.images import load_pixels, to_pil
 from preftune.records import write_jsonl
 from preftune.sampling import sample
 from preftune.sampling_config import Sampling
-from rewards.shapes import SIZE, Scene, judge
+from rewards.shapes import SIZE, Scene
+from rewards.shapes_judge import judge
 from rewards.shapes_rendering import change_one_word, place, random_defects, random_scene, render, to_bytes
 
 

@@ -82,7 +82,7 @@ _CARDS = (
     ),
     Card(
         name="shapes",
-        module="rewards.shapes",
+        module="rewards.shapes_judge",
         summary="the judge of the shapes world: does the rendering follow its caption, and is it clean",
         prompted=True,
         differentiable=False,

@@ -17,7 +17,8 @@ from preftune import families
 from preftune.images import load_pixels
 from preftune.records import read_imagefolder, read_jsonl, read_rankings
 from preftune.sampling import Sampling, sample
-from rewards.shapes import Scene, Thing, in_world, judge, parse_caption
+from rewards.shapes import Scene, Thing, in_world, parse_caption
+from rewards.shapes_judge import judge
 
 # ---------------------------------------------------------------- shapes
 

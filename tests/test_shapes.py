@@ -21,9 +21,9 @@ from rewards.shapes import (
     coverage,
     extent,
     in_world,
-    judge,
     parse_caption,
 )
+from rewards.shapes_judge import judge
 from rewards.shapes_rendering import (
     DEFECTS,
     Placed,

@@ -20,7 +20,8 @@ from preftune.prompts import read_prompts
 from preftune.records import Ranking, read_rankings
 from preftune.sampling import Sampling, sample
 from rewards.imagereward import ImageReward
-from rewards.shapes import SIZE, judge
+from rewards.shapes import SIZE
+from rewards.shapes_judge import judge
 
 HERE = Path(__file__).parent
 

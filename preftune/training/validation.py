@@ -27,7 +27,8 @@ from preftune.records import read_jsonl, write_jsonl
 from preftune.sampling import Sampling, sample, sharded
 from preftune.training.run import Run
 from rewards.mix import Mix
-from rewards.shapes import SIZE, in_world, judge
+from rewards.shapes import SIZE, in_world
+from rewards.shapes_judge import judge
 
 _KEPT = 16  # images of a moment that stay on the disk
 
