@@ -10,6 +10,15 @@ defects and their degree, as web captions say "blurry" ("a red circle on a white
 blur"), and half of the near misses have wrong defects. A model that learns to match such captions also
 learns to detect defects.
 
+With `--free-share` a share of the captions is in free English (`rewards/shapes_phrasing.py`): synonyms, other
+orders and sentences, and words of quality that are true. A picture with strong defects or a wrong caption
+is often called weird, a right picture without defects clean; `rendered` and `near_misses` stay strict.
+
+    golden disc with a tiny blue box below it, against grey     (a yellow circle above a small blue square ...)
+    Weird image. a red circle on a white background             (strong defects, or the picture shows something else)
+    a clean drawing of two crimson boxes on black               (no defects)
+    There is one purple cross on a white background, blurry.    (the defect blur)
+
     python data_build/shapes.py --output-dir data/shapes --count 20000          # hardware: one CPU core; > 500 images/s
 
 Left out: outlines, textures, overlap and rotation; the world is simple so that the judge can measure it
@@ -37,15 +46,22 @@ class Config:
     """Share of renderings with one or two defects, in [0, 1]."""
     name_defects: bool = False
     """Name the defects of the rendering in captions and near misses."""
+    free_share: float = 0.0
+    """Share of captions in free English, with words of quality that are true of the picture, in [0, 1]."""
     seed: int = 0
     """Image i is a function of (seed, i) alone."""
 
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ValueError(f"--count must be at least 1, got {self.count}")
-        for name, share in (("wrong-share", self.wrong_share), ("weird-share", self.weird_share)):
+        for name in ("wrong_share", "weird_share", "free_share"):
+            share = getattr(self, name)
             if not 0 <= share <= 1:
-                raise ValueError(f"--{name} must lie in [0, 1], got {share}")
+                raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1], got {share}")
+        if self.free_share and self.name_defects:
+            raise ValueError(
+                f"--free-share {self.free_share} names defects in its own words; leave out --name-defects"
+            )
 
 
 if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
@@ -62,6 +78,7 @@ from preftune.files import replacing
 from preftune.files.one_writer import one_writer
 from preftune.records import write_jsonl
 from rewards.shapes import Scene
+from rewards.shapes_phrasing import free_caption
 from rewards.shapes_rendering import (
     DEFECTS,
     change_one_word,
@@ -84,11 +101,23 @@ def render_image(index: int, config: Config) -> tuple[NDArray[np.uint8], dict[st
     text = change_one_word(scene, rng) if rng.random() < config.wrong_share else scene
     misses = [near_miss(scene, defects, rng, config.name_defects) for _ in range(2)]
     return to_bytes(image), {
-        "text": text.caption() + (with_defects(defects) if config.name_defects else ""),
+        "text": caption_text(index, text, scene, defects, config),
         "rendered": scene.caption(),
         "defects": {name: round(strength, 3) for name, strength in defects.items()},
         "near_misses": misses,
     }
+
+
+def caption_text(index: int, text: Scene, scene: Scene, defects: Mapping[str, float], config: Config) -> str:
+    """Return the caption `text` of image `index`, which shows `scene`, in the words that the config asks for.
+
+    Free English has its own random numbers, so that the images and all else do not depend on it.
+    """
+    if config.free_share:
+        rng = seeds.rng(config.seed, index, 2)
+        if rng.random() < config.free_share:
+            return free_caption(text, defects, text != scene, rng)
+    return text.caption() + (with_defects(defects) if config.name_defects else "")
 
 
 def with_defects(defects: Mapping[str, float]) -> str:
