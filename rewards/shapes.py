@@ -138,11 +138,10 @@ def check_judgeable(captions: Sequence[str], size: tuple[int, int], what: str) -
 # ---------------------------------------------------------------- ideal shapes
 
 
-def coverage(shape: str, x: Floats, y: Floats, radius: float, edge: float = 1.0) -> Floats:
-    """Return the coverage in [0, 1] of an ideal shape of area pi radius^2 at offsets x, y from its centroid.
+def coverage(shape: str, x: Floats, y: Floats, radius: float) -> Floats:
+    """Return the anti-aliased coverage in [0, 1] of an ideal shape of area pi radius^2 at offsets x, y from its centroid.
 
-    x and y are pixels, y pointing down; they broadcast against each other. `edge` is how many pixels it takes from
-    inside to outside: 1 = anti-aliased, more = blurred.
+    x and y are pixels, y pointing down; they broadcast against each other.
     """
     if shape == "circle":
         distance = np.sqrt(x * x + y * y) - radius
@@ -157,7 +156,7 @@ def coverage(shape: str, x: Floats, y: Floats, radius: float, edge: float = 1.0)
         distance = np.minimum(np.maximum(ax - half, ay - half / 3), np.maximum(ax - half / 3, ay - half))
     else:
         raise ValueError(f"unknown shape {shape!r}; one of {', '.join(SHAPES)}")
-    return np.clip(0.5 - distance / np.float32(edge), 0, 1).astype(np.float32)
+    return np.clip(0.5 - distance, 0, 1).astype(np.float32)
 
 
 def extent(shape: str, radius: float) -> float:

@@ -52,7 +52,7 @@ FLOOR = 0.4  # the share of gold that an image of no fidelity keeps
 MISSING, UNWANTED, WRONG_COLOUR, WRONG_SHAPE = 1.5, 1.0, 1.0, 1.0  # errors
 WRONG_BACKGROUND, WRONG_RELATION, WRONG_SIZE = 1.0, 1.0, 0.5
 
-_EDGES = (1.0, 2.5, 4.2, 6.2)  # pixels from inside to outside: how far the ideal shapes are blurred
+_BLURS = (0.7, 1.2, 1.8)  # standard deviations, pixels, by which the ideal shapes are blurred, too
 _COLOUR_NOISE = 0.08  # standard deviation of an object's colour
 _SHAPE_NOISE = 0.015  # by how much less an outline overlaps, when the shape is e times less likely
 _FIT = (0.62, 0.93)  # intersection over union with the crisp ideal that counts 0 and 1
@@ -181,11 +181,12 @@ def _measure(smooth: Floats, image: Floats, mask: NDArray[np.bool_], background:
     x = float((soft.sum(0) @ _GRID[columns]) / area)
     y = float((soft.sum(1) @ _GRID[rows]) / area)
     dx, dy = _GRID[columns][None, :] - np.float32(x), _GRID[rows][:, None] - np.float32(y)
-    ideals = np.stack([[coverage(shape, dx, dy, radius, edge) for edge in _EDGES] for shape in SHAPES])
-    overlap = (np.minimum(ideals, soft).sum((2, 3)) / np.maximum(ideals, soft).sum((2, 3))).max(1)  # (4,)
+    ideals = np.stack([coverage(shape, dx, dy, radius) for shape in SHAPES])
+    blurred = np.stack([ideals, *(ndimage.gaussian_filter(ideals, (0, blur, blur)) for blur in _BLURS)])
+    overlap = (np.minimum(blurred, soft).sum((2, 3)) / np.maximum(blurred, soft).sum((2, 3))).max(0)  # (4,)
     best = int(overlap.argmax())
     crisp = np.clip((image[rows, columns] - background) @ direction / norm, 0, 1) * near
-    ideal = ideals[best, 0]
+    ideal = ideals[best]
     return _Object(
         colour=_colour_probabilities(rgb, background),
         shape=_softmax(overlap / _SHAPE_NOISE),

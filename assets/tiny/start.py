@@ -24,13 +24,13 @@ class Config:
     """Imagefolder whose captions the tokenizer learns its vocabulary from."""
     output_dir: Path
     """Pipeline folder to write."""
-    widths: tuple[int, ...] = (64, 128)
+    widths: tuple[int, ...] = (80, 160)
     """Channels of the UNet's levels."""
-    text_width: int = 96
+    text_width: int = 128
     """Width of the text states."""
     text_layers: int = 3
     """Layers of the text encoder."""
-    max_length: int = 32
+    max_length: int = 48
     """Tokens of a prompt, start and end included."""
     seed: int = 0
     """Seed of the random weights."""
@@ -41,7 +41,7 @@ def main(config: Config) -> None:
     vae = AutoencoderKL.from_pretrained(config.vae)
     captions = [sample.text for sample in read_imagefolder(config.data)]
     tokenizer = build_tokenizer(
-        captions, config.output_dir / "tokenizer", num_merges=160, max_length=config.max_length
+        captions, config.output_dir / "tokenizer", num_merges=400, max_length=config.max_length
     )
     latent_size = int(vae.config["sample_size"]) // 8
     SD(
@@ -49,7 +49,7 @@ def main(config: Config) -> None:
         vae=vae,
         text_encoder=build_text_encoder(tokenizer, config.text_width, config.text_layers, config.seed),
         tokenizer=tokenizer,
-        scheduler_config=SCHEDULER_CONFIG,
+        scheduler_config=SCHEDULER_CONFIG | {"prediction_type": "v_prediction"},
     ).save_pipeline(config.output_dir)
 
 
