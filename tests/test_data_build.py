@@ -269,6 +269,20 @@ def test_rendered_images_are_right_or_nearly(tmp_path: Path) -> None:
     assert alignment.std() > 0.1
 
 
+def test_people_disagree_as_much_and_gold_has_all_levels(tmp_path: Path) -> None:
+    """Two annotators agree on 65 % of rendered pairs, as people do, and neither bad nor good images crowd the others out."""
+    simulate_rankings.main(simulate_rankings.Config(output_dir=tmp_path / "data", count=60, images=8))
+    summary = json.loads((tmp_path / "data" / "summary.json").read_text())
+    assert summary["annotator_agrees_with_annotator"] == pytest.approx(0.65, abs=0.025)
+    rows = read_jsonl(tmp_path / "data" / "rankings.jsonl")
+    gold = np.array([row["gold"] for row in rows])
+    assert (gold < 0.1).mean() < 0.25
+    assert (np.histogram(gold, np.linspace(0, 1, 6))[0] / gold.size > 0.04).all()
+    i, j = np.triu_indices(8, 1)
+    right = gold > 0.4  # no error: what is left is quality
+    assert (right[:, i] & right[:, j]).mean() > 0.15
+
+
 def test_generated_rankings(tmp_path: Path) -> None:
     """Image k of ranking i is the pipeline's for the caption of ranking i and the seed of its row."""
     model = tiny.pipeline_folder(tmp_path / "model")
