@@ -79,7 +79,9 @@ class Judgement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Object:
+class Found:
+    """One object of an image, as it was measured."""
+
     colour: Floats  # (9,) probabilities over the palette
     shape: Floats  # (4,) probabilities
     x: float
@@ -90,6 +92,7 @@ class _Object:
     off_palette: float  # distance of its colour to the nearest of the palette, in [0, sqrt(3)]
     window: tuple[slice, slice]
     ideal: Floats  # coverage of that ideal shape inside the window
+    soft: Floats  # the object's own coverage inside the window
 
 
 def _ramp(value: float, low: float, high: float) -> float:
@@ -159,7 +162,7 @@ def _components(label: NDArray[np.intp], part: Floats) -> list[NDArray[np.bool_]
     return masks
 
 
-def _measure(smooth: Floats, image: Floats, mask: NDArray[np.bool_], background: Floats) -> _Object | None:
+def _measure(smooth: Floats, image: Floats, mask: NDArray[np.bool_], background: Floats) -> Found | None:
     """Measure one object."""
     ys, xs = np.nonzero(mask)
     rows = slice(max(int(ys.min()) - 4, 0), int(ys.max()) + 5)
@@ -187,7 +190,7 @@ def _measure(smooth: Floats, image: Floats, mask: NDArray[np.bool_], background:
     best = int(overlap.argmax())
     crisp = np.clip((image[rows, columns] - background) @ direction / norm, 0, 1) * near
     ideal = ideals[best]
-    return _Object(
+    return Found(
         colour=_colour_probabilities(rgb, background),
         shape=_softmax(overlap / _SHAPE_NOISE),
         x=x,
@@ -198,6 +201,7 @@ def _measure(smooth: Floats, image: Floats, mask: NDArray[np.bool_], background:
         off_palette=float(np.sqrt(((PALETTE - rgb) ** 2).sum(-1).min())),
         window=(rows, columns),
         ideal=ideal,
+        soft=soft,
     )
 
 
@@ -209,7 +213,7 @@ def _colour_probabilities(rgb: Floats, background: Floats) -> Floats:
     return _softmax(-away / (2 * _COLOUR_NOISE**2))
 
 
-def _detect(image: Floats) -> tuple[Floats, Floats, list[_Object]]:
+def detect(image: Floats) -> tuple[Floats, Floats, list[Found]]:
     """Return the background's colour and its probabilities, and the objects, the largest first."""
     smooth = ndimage.median_filter(image, size=(3, 3, 1))
     background, probabilities = _background(smooth)
@@ -222,7 +226,7 @@ def _detect(image: Floats) -> tuple[Floats, Floats, list[_Object]]:
 # ---------------------------------------------------------------- scores
 
 
-def _fidelity(image: Floats, ground: int, objects: list[_Object]) -> float:
+def _fidelity(image: Floats, ground: int, objects: list[Found]) -> float:
     ideal = np.broadcast_to(PALETTE[NUM_COLOURS + ground], image.shape).copy()
     for one in objects:
         alpha = (one.ideal * one.weight)[..., None]
@@ -245,7 +249,7 @@ def _doubt(probability: np.float32) -> float:
     return wrong * wrong * (3 - 2 * wrong)
 
 
-def _errors(thing: Thing, one: _Object) -> float:
+def errors_of(thing: Thing, one: Found) -> float:
     """Return the errors of an object that stands for a thing; a faint one is in part missing."""
     wrong = WRONG_COLOUR * _doubt(one.colour[list(COLOURS).index(thing.colour)])
     wrong += WRONG_SHAPE * _doubt(one.shape[SHAPES.index(thing.shape)])
@@ -255,21 +259,25 @@ def _errors(thing: Thing, one: _Object) -> float:
     return one.weight * wrong + (1 - one.weight) * MISSING
 
 
-def _alignment(scene: Scene, grounds: Floats, objects: list[_Object]) -> float:
-    """Return exp(-errors) under the assignment of objects to things that has the fewest."""
+def assign(scene: Scene, objects: list[Found]) -> list[Found | None]:
+    """Return the object that stands for each thing, or None where it is missing, such that errors are the fewest."""
     number = len(scene.things)
-    fewest = min(
-        _assigned(scene, [objects[k] if k < len(objects) else None for k in chosen], objects)
-        for chosen in set(itertools.permutations([*range(len(objects)), *[len(objects)] * number], number))
-    )
+    ways = set(itertools.permutations([*range(len(objects)), *[len(objects)] * number], number))
+    chosen = ([objects[k] if k < len(objects) else None for k in way] for way in sorted(ways))
+    return min(chosen, key=lambda way: _assigned(scene, way, objects))
+
+
+def _alignment(scene: Scene, grounds: Floats, objects: list[Found]) -> float:
+    """Return exp(-errors) under the assignment of objects to things that has the fewest."""
+    fewest = _assigned(scene, assign(scene, objects), objects)
     background = WRONG_BACKGROUND * (1 - float(grounds[list(BACKGROUNDS).index(scene.background)]))
     return float(np.exp(-fewest - background))
 
 
-def _assigned(scene: Scene, chosen: list[_Object | None], objects: list[_Object]) -> float:
+def _assigned(scene: Scene, chosen: list[Found | None], objects: list[Found]) -> float:
     """Return the errors, but for the background's, when chosen[k] stands for thing k; None is missing."""
     wanted = [
-        MISSING if one is None else _errors(thing, one)
+        MISSING if one is None else errors_of(thing, one)
         for thing, one in zip(scene.things, chosen, strict=True)
     ]
     taken = {id(one) for one in chosen if one is not None}
@@ -299,7 +307,7 @@ def judge(pixels: Tensor, captions: Sequence[str]) -> Judgement:
     alignment, fidelity = [], []
     for image, scene in zip(images, scenes, strict=True):
         image = np.ascontiguousarray(image)
-        _, grounds, objects = _detect(image)
+        _, grounds, objects = detect(image)
         alignment.append(_alignment(scene, grounds, objects))
         fidelity.append(_fidelity(image, int(grounds.argmax()), objects))
     return Judgement(
