@@ -56,6 +56,7 @@ _BLURS = (0.7, 1.2, 1.8)  # standard deviations, pixels, by which the ideal shap
 _COLOUR_NOISE = 0.08  # standard deviation of an object's colour
 _SHAPE_NOISE = 0.015  # by how much less an outline overlaps, when the shape is e times less likely
 _FIT = (0.62, 0.93)  # intersection over union with the crisp ideal that counts 0 and 1
+_SAME_COLOUR = 0.2  # two parts of one object differ by less
 _STRAY_RADIUS = (2.6, 4.0)  # below: a fleck; above: an object
 _OFF_PALETTE = (0.06, 0.35)  # colour distance that counts nothing, and half of the object's fidelity
 _RESIDUAL = (0.004, 0.03)  # mean absolute error that is free, and the scale of the exponential beyond it
@@ -134,8 +135,11 @@ def _unmix(smooth: Floats, background: Floats) -> tuple[NDArray[np.intp], Floats
     return label, np.where(far, np.maximum(chosen, 0.51), chosen)
 
 
-def _components(label: NDArray[np.intp], part: Floats) -> list[NDArray[np.bool_]]:
-    """Return masks (H, W) of connected foreground; two colours that touch are apart when each has a core."""
+def _components(smooth: Floats, label: NDArray[np.intp], part: Floats) -> list[NDArray[np.bool_]]:
+    """Return masks (H, W) of connected foreground; two colours that touch are apart when each has a core.
+
+    A colour between two of the palette, of which some pixels are nearer to the one and some to the other, is one.
+    """
     masks: list[NDArray[np.bool_]] = []
     groups, number = ndimage.label(part > 0.5)
     for k, window in enumerate(ndimage.find_objects(groups), 1):
@@ -144,15 +148,20 @@ def _components(label: NDArray[np.intp], part: Floats) -> list[NDArray[np.bool_]
             continue
         inside = np.pad(group, 1)
         labels = np.pad(np.where(group, label[window], -1), 1, constant_values=-1)
-        cores = {}
+        cores: list[NDArray[np.bool_]] = []
+        colours: list[Floats] = []
         for colour in np.unique(label[window][group]):
             core = ndimage.binary_erosion(labels == colour, np.ones((3, 3)))
-            if core.sum() >= 4:
-                cores[int(colour)] = core
+            if core.sum() < 4:
+                continue
+            rgb = np.median(smooth[window][core[1:-1, 1:-1]], axis=0)
+            if all(((rgb - one) ** 2).sum() > _SAME_COLOUR**2 for one in colours):
+                cores.append(core)
+                colours.append(rgb)
         if len(cores) < 2:
             parts = [inside]
         else:  # every pixel goes to the nearest core
-            away = np.stack([ndimage.distance_transform_edt(~core) for core in cores.values()])
+            away = np.stack([ndimage.distance_transform_edt(~core) for core in cores])
             parts = [inside & (away.argmin(0) == i) for i in range(len(cores))]
         for piece in parts:
             mask = np.zeros(label.shape, bool)
@@ -162,13 +171,15 @@ def _components(label: NDArray[np.intp], part: Floats) -> list[NDArray[np.bool_]
     return masks
 
 
-def _measure(smooth: Floats, image: Floats, mask: NDArray[np.bool_], background: Floats) -> Found | None:
-    """Measure one object."""
+def _measure(
+    smooth: Floats, image: Floats, mask: NDArray[np.bool_], others: NDArray[np.bool_], background: Floats
+) -> Found | None:
+    """Measure one object; `others` are the pixels of all others."""
     ys, xs = np.nonzero(mask)
     rows = slice(max(int(ys.min()) - 4, 0), int(ys.max()) + 5)
     columns = slice(max(int(xs.min()) - 4, 0), int(xs.max()) + 5)
     inside = mask[rows, columns]
-    near = ndimage.binary_dilation(inside, np.ones((3, 3)), iterations=4)
+    near = ndimage.binary_dilation(inside, np.ones((3, 3)), iterations=4) & ~others[rows, columns]
     middle = ndimage.binary_erosion(inside, np.ones((3, 3)))
     patch = smooth[rows, columns]
     rgb = np.median(patch[middle if middle.sum() >= 4 else inside], axis=0)
@@ -218,7 +229,9 @@ def detect(image: Floats) -> tuple[Floats, Floats, list[Found]]:
     smooth = ndimage.median_filter(image, size=(3, 3, 1))
     background, probabilities = _background(smooth)
     label, part = _unmix(smooth, background)
-    found = (_measure(smooth, image, mask, background) for mask in _components(label, part))
+    masks = _components(smooth, label, part)
+    covered = np.sum(masks, axis=0, dtype=bool) if masks else np.zeros(label.shape, bool)
+    found = (_measure(smooth, image, mask, covered & ~mask, background) for mask in masks)
     objects = sorted((one for one in found if one is not None), key=lambda one: -one.radius)
     return background, probabilities, objects[:_MAX_OBJECTS]
 

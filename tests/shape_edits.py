@@ -226,7 +226,7 @@ def _related(scene: Scene, placed: list[Placed]) -> bool:
 
 
 def generated(kind: str, image: Floats, scene: Scene, rng: Generator) -> Edited | None:
-    """Edit the pixels of an image that shows at least one thing as its caption says, and nothing that it does not."""
+    """Edit the pixels of an image that shows what its caption says (for its background: on the one it says), no more."""
     _, grounds, objects = detect(image)
     chosen = assign(scene, objects)
     there = [one for one in chosen if one is not None]
@@ -239,8 +239,7 @@ def generated(kind: str, image: Floats, scene: Scene, rng: Generator) -> Edited 
     spoilt = edited(kind, scene, placed, scene.background, rng)
     if spoilt is None:
         return None
-    changed = [k for k, one in enumerate(placed) if one not in spoilt[0]]
-    if not all(fits[k] for k in changed) or (kind == "side" and not _related(scene, placed)):
+    if (kind != "background" and not all(fits)) or (kind == "side" and not _related(scene, placed)):
         return None
     after = _pixels(kind, image, there, placed, spoilt)
     if after is None:
