@@ -5,8 +5,8 @@ measures reward hacking.
 
 The judge reads one image at a time. Most of the pixels that have a background's colour are the background; every
 other pixel is unmixed into background and one palette colour. Connected pixels that are more object than
-background are an object, and its soft outline is compared with the four ideal shapes of its own area and centre,
-blurred by several degrees, so that a blurred square is still a square.
+background are an object, and its soft outline is compared with the four shapes, crisp, blurred and wobbled, of its own
+area and centre (`rewards.shapes_outlines`), so that a badly drawn square is still a square.
 
 *Alignment* is exp(-errors): the errors of the best assignment of objects to the things of the caption. A colour or
 a shape that is wrong is one error, a thing that is missing one and a half, an object that nobody asked for one, a
@@ -47,14 +47,13 @@ from rewards.shapes import (
     coverage,
     parse_caption,
 )
+from rewards.shapes_outlines import shape_probabilities
 
 FLOOR = 0.4  # the share of gold that an image of no fidelity keeps
 MISSING, UNWANTED, WRONG_COLOUR, WRONG_SHAPE = 1.5, 1.0, 1.0, 1.0  # errors
 WRONG_BACKGROUND, WRONG_RELATION, WRONG_SIZE = 1.0, 1.0, 0.5
 
-_BLURS = (0.7, 1.2, 1.8)  # standard deviations, pixels, by which the ideal shapes are blurred, too
 _COLOUR_NOISE = 0.08  # standard deviation of an object's colour
-_SHAPE_NOISE = 0.015  # by how much less an outline overlaps, when the shape is e times less likely
 _FIT = (0.62, 0.93)  # intersection over union with the crisp ideal that counts 0 and 1
 _SAME_COLOUR = 0.2  # two parts of one object differ by less
 _STRAY_RADIUS = (2.6, 4.0)  # below: a fleck; above: an object
@@ -195,15 +194,12 @@ def _measure(
     x = float((soft.sum(0) @ _GRID[columns]) / area)
     y = float((soft.sum(1) @ _GRID[rows]) / area)
     dx, dy = _GRID[columns][None, :] - np.float32(x), _GRID[rows][:, None] - np.float32(y)
-    ideals = np.stack([coverage(shape, dx, dy, radius) for shape in SHAPES])
-    blurred = np.stack([ideals, *(ndimage.gaussian_filter(ideals, (0, blur, blur)) for blur in _BLURS)])
-    overlap = (np.minimum(blurred, soft).sum((2, 3)) / np.maximum(blurred, soft).sum((2, 3))).max(0)  # (4,)
-    best = int(overlap.argmax())
+    shape = shape_probabilities(soft, x - columns.start, y - rows.start, radius)
+    ideal = coverage(SHAPES[int(shape.argmax())], dx, dy, radius)
     crisp = np.clip((image[rows, columns] - background) @ direction / norm, 0, 1) * near
-    ideal = ideals[best]
     return Found(
         colour=_colour_probabilities(rgb, background),
-        shape=_softmax(overlap / _SHAPE_NOISE),
+        shape=shape,
         x=x,
         y=y,
         radius=radius,

@@ -167,7 +167,9 @@ def sampled(prompts: list[str]) -> list[Floats]:
 
 
 def _as_placed(one: Found) -> Placed:
-    thing = Thing(colour=list(COLOURS)[int(one.colour[:NUM_COLOURS].argmax())], shape=SHAPES[one.shape.argmax()])
+    thing = Thing(
+        colour=list(COLOURS)[int(one.colour[:NUM_COLOURS].argmax())], shape=SHAPES[one.shape.argmax()]
+    )
     return Placed(thing=thing, x=one.x, y=one.y, radius=one.radius)
 
 
@@ -194,9 +196,7 @@ def _pixels(
             shift = PALETTE[list(COLOURS).index(new.thing.colour)] - PALETTE[one.colour.argmax()]
             after[one.window] += one.soft[..., None] * shift
         else:
-            after[one.window] += ndimage.maximum_filter(one.soft, 5)[..., None] * (
-                ground - after[one.window]
-            )
+            after[one.window] += ndimage.maximum_filter(one.soft, 5)[..., None] * (ground - after[one.window])
             after = _painted(after, new) if kind == "shape" and new else after
     return _swapped(image, after, objects) if kind == "side" else np.clip(after, 0, 1)
 
