@@ -36,9 +36,11 @@ def _bank() -> tuple[Floats, Floats]:
     axis = np.arange(-half, half, dtype=np.float32)
     x, y = np.broadcast_arrays(axis[None, :], axis[:, None])
     grids = [(x, y, blur, 0.0) for blur in _BLURS]
-    for strength in _WOBBLES:
-        for phases in np.stack(np.meshgrid(_PHASES, _PHASES), -1).reshape(-1, 2):
-            grids.append((*wobbled(x, y, radius, strength, phases), 0.08, strength))
+    grids += [
+        (*wobbled(x, y, radius, strength, phases), 0.08, strength)
+        for strength in _WOBBLES
+        for phases in np.stack(np.meshgrid(_PHASES, _PHASES), -1).reshape(-1, 2)
+    ]
     bank = []
     for shape in SHAPES:
         for along, down, blur, _ in grids:

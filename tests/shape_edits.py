@@ -28,6 +28,7 @@ from rewards.shapes import (
     Scene,
     Thing,
     coverage,
+    parse_caption,
 )
 from rewards.shapes_judge import Found, assign, detect, errors_of, judge
 from rewards.shapes_rendering import DEFECTS, Placed, place, random_scene, render, to_bytes
@@ -35,8 +36,9 @@ from rewards.shapes_rendering import DEFECTS, Placed, place, random_scene, rende
 EDITS = ("vanish", "colour", "shape", "background", "add", "side")
 QUALITIES = ("clean", *DEFECTS, "two")
 """How a rendering is drawn before and after the edit; "two" is two defects of at most 0.6 each."""
-STRONGEST = {"off_palette": 0.6, "two": 0.6}
-"""Beyond this a colour is nearer to another of the palette than to its own: the edit may then mend the image."""
+STRONGEST = {"off_palette": 0.5}
+"""Beyond this a colour may be nearer to another of the palette, or to its background, than to its own: an edit may then mend it."""
+STRONGEST_OF_TWO = 0.6
 FITS = 0.3
 """Errors up to which a detected object is what its thing says."""
 
@@ -100,10 +102,10 @@ def edited(
         return placed[:k] + placed[k + 1 :], ground
     if kind == "colour":
         new = replace(first, thing=replace(first.thing, colour=colour))
-        return placed[:k] + [new] + placed[k + 1 :], ground
+        return [*placed[:k], new, *placed[k + 1 :]], ground
     if kind == "shape":
         new = replace(first, thing=replace(first.thing, shape=shape))
-        return placed[:k] + [new] + placed[k + 1 :], ground
+        return [*placed[:k], new, *placed[k + 1 :]], ground
     if kind == "background":
         return placed, other(rng, list(BACKGROUNDS), {ground})
     if kind == "add":
@@ -142,7 +144,11 @@ def drawn(kind: str, quality: str, count: int, seed: int) -> list[Edited]:
         if spoilt is None:
             continue
         names = {"clean": [], "two": list(rng.permutation(DEFECTS)[:2])}.get(quality, [quality])
-        defects = {str(name): float(rng.uniform(0.15, STRONGEST.get(quality, 1.0))) for name in names}
+        strongest = STRONGEST_OF_TWO if quality == "two" else 1.0
+        defects = {
+            str(name): float(rng.uniform(0.15, min(strongest, STRONGEST.get(str(name), 1.0))))
+            for name in names
+        }
         found.append(
             Edited(
                 caption=scene.caption(),
@@ -223,6 +229,15 @@ def _painted(image: Floats, one: Placed) -> Floats:
 def _related(scene: Scene, placed: list[Placed]) -> bool:
     dx, dy = RELATIONS[str(scene.relation)]
     return dx * (placed[0].x - placed[1].x) + dy * (placed[0].y - placed[1].y) > 4
+
+
+def of_generated(kind: str, images: list[Floats], captions: list[str], seed: int) -> list[Edited]:
+    """Return the edits of one kind of those images that have something to spoil."""
+    found = (
+        generated(kind, image, parse_caption(caption), default_rng((seed, EDITS.index(kind), i)))
+        for i, (image, caption) in enumerate(zip(images, captions, strict=True))
+    )
+    return [one for one in found if one is not None]
 
 
 def generated(kind: str, image: Floats, scene: Scene, rng: Generator) -> Edited | None:
