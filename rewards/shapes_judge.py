@@ -56,6 +56,7 @@ WRONG_BACKGROUND, WRONG_RELATION, WRONG_SIZE = 1.0, 1.0, 0.5
 _COLOUR_NOISE = 0.08  # standard deviation of an object's colour
 _FIT = (0.62, 0.93)  # intersection over union with the crisp ideal that counts 0 and 1
 _SAME_COLOUR = 0.2  # two parts of one object differ by less
+_THICK = 30  # pixels that are left of an object's part when its rim, two pixels, is taken away
 _STRAY_RADIUS = (2.6, 4.0)  # below: a fleck; above: an object
 _OFF_PALETTE = (0.06, 0.35)  # colour distance that counts nothing, and half of the object's fidelity
 _RESIDUAL = (0.004, 0.03)  # mean absolute error that is free, and the scale of the exponential beyond it
@@ -135,28 +136,14 @@ def _unmix(smooth: Floats, background: Floats) -> tuple[NDArray[np.intp], Floats
 
 
 def _components(smooth: Floats, label: NDArray[np.intp], part: Floats) -> list[NDArray[np.bool_]]:
-    """Return masks (H, W) of connected foreground; two colours that touch are apart when each has a core.
-
-    A colour between two of the palette, of which some pixels are nearer to the one and some to the other, is one.
-    """
+    """Return masks (H, W) of connected foreground; those that touch are apart when each has a core."""
     masks: list[NDArray[np.bool_]] = []
-    groups, number = ndimage.label(part > 0.5)
+    groups, _ = ndimage.label(part > 0.5)
     for k, window in enumerate(ndimage.find_objects(groups), 1):
-        group = groups[window] == k
-        if group.sum() < 9:
+        inside = groups[window] == k
+        if inside.sum() < 9:
             continue
-        inside = np.pad(group, 1)
-        labels = np.pad(np.where(group, label[window], -1), 1, constant_values=-1)
-        cores: list[NDArray[np.bool_]] = []
-        colours: list[Floats] = []
-        for colour in np.unique(label[window][group]):
-            core = ndimage.binary_erosion(labels == colour, np.ones((3, 3)))
-            if core.sum() < 4:
-                continue
-            rgb = np.median(smooth[window][core[1:-1, 1:-1]], axis=0)
-            if all(((rgb - one) ** 2).sum() > _SAME_COLOUR**2 for one in colours):
-                cores.append(core)
-                colours.append(rgb)
+        cores = _cores(smooth[window], np.where(inside, label[window], -1))
         if len(cores) < 2:
             parts = [inside]
         else:  # every pixel goes to the nearest core
@@ -164,10 +151,32 @@ def _components(smooth: Floats, label: NDArray[np.intp], part: Floats) -> list[N
             parts = [inside & (away.argmin(0) == i) for i in range(len(cores))]
         for piece in parts:
             mask = np.zeros(label.shape, bool)
-            mask[window] = piece[1:-1, 1:-1]
+            mask[window] = piece
             masks.append(mask)
-    assert number >= 0
     return masks
+
+
+def _cores(smooth: Floats, labels: NDArray[np.intp]) -> list[NDArray[np.bool_]]:
+    """Return what is well inside each object of a group, where labels (h, w) are palette colours and -1 is outside.
+
+    A colour between two of the palette, of which some pixels are nearer to the one and some to the other, is one.
+    One colour is two objects where a thin bridge joins two thick parts.
+    """
+    cores: list[NDArray[np.bool_]] = []
+    colours: list[Floats] = []
+    for colour in np.unique(labels[labels >= 0]):
+        core = ndimage.binary_erosion(labels == colour, np.ones((3, 3)))
+        if core.sum() < 4:
+            continue
+        rgb = np.median(smooth[core], axis=0)
+        if any(((rgb - one) ** 2).sum() <= _SAME_COLOUR**2 for one in colours):
+            continue
+        colours.append(rgb)
+        cores.append(core)
+    if len(cores) > 1:
+        return cores
+    thick, number = ndimage.label(ndimage.binary_erosion(labels >= 0, np.ones((5, 5))))
+    return [thick == i for i in range(1, number + 1) if (thick == i).sum() >= _THICK]
 
 
 def _measure(
