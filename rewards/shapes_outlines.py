@@ -13,6 +13,7 @@ from rewards.shapes import SHAPES, Floats, coverage, wobbled
 
 _CELLS, _REACH = 24, 2.0  # outlines are compared on 24 x 24 cells that reach two radii from the centre
 _STEP = 2 * _REACH / _CELLS
+_CELL = _STEP**2 / np.pi  # the area of a cell, in parts of an outline's
 _BLURS = (0.0, 0.12, 0.22, 0.32)  # standard deviations, radii
 _WOBBLES = (0.25, 0.5, 0.75, 1.0)  # strengths; each is blurred by a pixel or so, too
 _PHASES = 2 * np.pi * np.arange(6) / 6
@@ -31,7 +32,7 @@ def _scaled(outline: Floats, x: float, y: float, radius: float) -> Floats:
 
 @cache
 def _bank() -> tuple[Floats, Floats]:
-    """Return outlines (4, number, cells) and what each costs, (number,)."""
+    """Return outlines (4, number, cells), and what each one's squares (in parts of the area) and wobble add to a distance, (4, number)."""
     radius, half = 12.0, 32
     axis = np.arange(-half, half, dtype=np.float32)
     x, y = np.broadcast_arrays(axis[None, :], axis[:, None])
@@ -49,14 +50,14 @@ def _bank() -> tuple[Floats, Floats]:
             centre = (outline.sum(0) @ axis / area + half, outline.sum(1) @ axis / area + half)
             bank.append(_scaled(outline, *centre, float(np.sqrt(area / np.pi))))
     costs = np.array([_WOBBLE_COST * strength for *_, strength in grids], np.float32)
-    return np.stack(bank).reshape(len(SHAPES), len(grids), -1), costs
+    outlines = np.stack(bank).reshape(len(SHAPES), len(grids), -1)
+    return outlines, (outlines * outlines).sum(-1) * _CELL + costs
 
 
 def shape_probabilities(outline: Floats, x: float, y: float, radius: float) -> Floats:
     """Return probabilities (4,) over SHAPES of an outline (h, w) in [0, 1] with this centroid and radius, in its pixels."""
     bank, costs = _bank()
     one = _scaled(outline, x, y, radius)
-    apart = (bank * bank).sum(-1) - 2 * bank @ one + one @ one  # (4, number)
-    nearest = (apart * (_STEP**2 / np.pi) + costs).min(-1)
+    nearest = (costs - 2 * _CELL * (bank @ one)).min(-1)  # but for one @ one, which all share
     weights = np.exp((nearest.min() - nearest) / _NOISE)
     return weights / weights.sum()
