@@ -35,6 +35,7 @@ RELATIONS: dict[str, tuple[int, int]] = {
     "left of": (-1, 0),
     "right of": (1, 0),
 }
+WOBBLE = 0.32  # how far a wobbly outline swings at strength 1, in radii
 COUNTS = {2: "two", 3: "three"}
 
 PALETTE: NDArray[np.float32] = np.divide(
@@ -157,6 +158,14 @@ def coverage(shape: str, x: Floats, y: Floats, radius: float) -> Floats:
     else:
         raise ValueError(f"unknown shape {shape!r}; one of {', '.join(SHAPES)}")
     return np.clip(0.5 - distance, 0, 1).astype(np.float32)
+
+
+def wobbled(
+    x: Floats, y: Floats, radius: float, strength: float, phases: NDArray[np.float64]
+) -> tuple[Floats, Floats]:
+    """Return the offsets at which a shape of wobbly outline has the coverage that `coverage` gives it at x, y."""
+    swing, wave = WOBBLE * radius * strength, 2 * np.pi / (1.6 * radius)
+    return x + swing * np.sin(wave * y + phases[0]), y + swing * np.sin(wave * x + phases[1])
 
 
 def extent(shape: str, radius: float) -> float:

@@ -5,8 +5,8 @@ measures reward hacking.
 
 The judge reads one image at a time. Most of the pixels that have a background's colour are the background; every
 other pixel is unmixed into background and one palette colour. Connected pixels that are more object than
-background are an object, and its soft outline is compared with the four ideal shapes of its own area and centre,
-blurred by several degrees, so that a blurred square is still a square.
+background are an object, and its soft outline is compared with the four shapes, crisp, blurred and wobbled, of its own
+area and centre (`rewards.shapes_outlines`), so that a badly drawn square is still a square.
 
 *Alignment* is exp(-errors): the errors of the best assignment of objects to the things of the caption. A colour or
 a shape that is wrong is one error, a thing that is missing one and a half, an object that nobody asked for one, a
@@ -47,15 +47,16 @@ from rewards.shapes import (
     coverage,
     parse_caption,
 )
+from rewards.shapes_outlines import shape_probabilities
 
 FLOOR = 0.4  # the share of gold that an image of no fidelity keeps
 MISSING, UNWANTED, WRONG_COLOUR, WRONG_SHAPE = 1.5, 1.0, 1.0, 1.0  # errors
 WRONG_BACKGROUND, WRONG_RELATION, WRONG_SIZE = 1.0, 1.0, 0.5
 
-_BLURS = (0.7, 1.2, 1.8)  # standard deviations, pixels, by which the ideal shapes are blurred, too
 _COLOUR_NOISE = 0.08  # standard deviation of an object's colour
-_SHAPE_NOISE = 0.015  # by how much less an outline overlaps, when the shape is e times less likely
 _FIT = (0.62, 0.93)  # intersection over union with the crisp ideal that counts 0 and 1
+_SAME_COLOUR = 0.2  # two parts of one object differ by less
+_THICK = 30  # pixels that are left of an object's part when its rim, two pixels, is taken away
 _STRAY_RADIUS = (2.6, 4.0)  # below: a fleck; above: an object
 _OFF_PALETTE = (0.06, 0.35)  # colour distance that counts nothing, and half of the object's fidelity
 _RESIDUAL = (0.004, 0.03)  # mean absolute error that is free, and the scale of the exponential beyond it
@@ -79,7 +80,9 @@ class Judgement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Object:
+class Found:
+    """One object of an image, as it was measured."""
+
     colour: Floats  # (9,) probabilities over the palette
     shape: Floats  # (4,) probabilities
     x: float
@@ -90,6 +93,7 @@ class _Object:
     off_palette: float  # distance of its colour to the nearest of the palette, in [0, sqrt(3)]
     window: tuple[slice, slice]
     ideal: Floats  # coverage of that ideal shape inside the window
+    soft: Floats  # the object's own coverage inside the window
 
 
 def _ramp(value: float, low: float, high: float) -> float:
@@ -131,41 +135,59 @@ def _unmix(smooth: Floats, background: Floats) -> tuple[NDArray[np.intp], Floats
     return label, np.where(far, np.maximum(chosen, 0.51), chosen)
 
 
-def _components(label: NDArray[np.intp], part: Floats) -> list[NDArray[np.bool_]]:
-    """Return masks (H, W) of connected foreground; two colours that touch are apart when each has a core."""
+def _components(smooth: Floats, label: NDArray[np.intp], part: Floats) -> list[NDArray[np.bool_]]:
+    """Return masks (H, W) of connected foreground; those that touch are apart when each has a core."""
     masks: list[NDArray[np.bool_]] = []
-    groups, number = ndimage.label(part > 0.5)
+    groups, _ = ndimage.label(part > 0.5)
     for k, window in enumerate(ndimage.find_objects(groups), 1):
-        group = groups[window] == k
-        if group.sum() < 9:
+        inside = groups[window] == k
+        if inside.sum() < 9:
             continue
-        inside = np.pad(group, 1)
-        labels = np.pad(np.where(group, label[window], -1), 1, constant_values=-1)
-        cores = {}
-        for colour in np.unique(label[window][group]):
-            core = ndimage.binary_erosion(labels == colour, np.ones((3, 3)))
-            if core.sum() >= 4:
-                cores[int(colour)] = core
+        cores = _cores(smooth[window], np.where(inside, label[window], -1))
         if len(cores) < 2:
             parts = [inside]
         else:  # every pixel goes to the nearest core
-            away = np.stack([ndimage.distance_transform_edt(~core) for core in cores.values()])
+            away = np.stack([ndimage.distance_transform_edt(~core) for core in cores])
             parts = [inside & (away.argmin(0) == i) for i in range(len(cores))]
         for piece in parts:
             mask = np.zeros(label.shape, bool)
-            mask[window] = piece[1:-1, 1:-1]
+            mask[window] = piece
             masks.append(mask)
-    assert number >= 0
     return masks
 
 
-def _measure(smooth: Floats, image: Floats, mask: NDArray[np.bool_], background: Floats) -> _Object | None:
-    """Measure one object."""
+def _cores(smooth: Floats, labels: NDArray[np.intp]) -> list[NDArray[np.bool_]]:
+    """Return what is well inside each object of a group, where labels (h, w) are palette colours and -1 is outside.
+
+    A colour between two of the palette, of which some pixels are nearer to the one and some to the other, is one.
+    One colour is two objects where a thin bridge joins two thick parts.
+    """
+    cores: list[NDArray[np.bool_]] = []
+    colours: list[Floats] = []
+    for colour in np.unique(labels[labels >= 0]):
+        core = ndimage.binary_erosion(labels == colour, np.ones((3, 3)))
+        if core.sum() < 4:
+            continue
+        rgb = np.median(smooth[core], axis=0)
+        if any(((rgb - one) ** 2).sum() <= _SAME_COLOUR**2 for one in colours):
+            continue
+        colours.append(rgb)
+        cores.append(core)
+    if len(cores) > 1:
+        return cores
+    thick, number = ndimage.label(ndimage.binary_erosion(labels >= 0, np.ones((5, 5))))
+    return [thick == i for i in range(1, number + 1) if (thick == i).sum() >= _THICK]
+
+
+def _measure(
+    smooth: Floats, image: Floats, mask: NDArray[np.bool_], others: NDArray[np.bool_], background: Floats
+) -> Found | None:
+    """Measure one object; `others` are the pixels of all others."""
     ys, xs = np.nonzero(mask)
     rows = slice(max(int(ys.min()) - 4, 0), int(ys.max()) + 5)
     columns = slice(max(int(xs.min()) - 4, 0), int(xs.max()) + 5)
     inside = mask[rows, columns]
-    near = ndimage.binary_dilation(inside, np.ones((3, 3)), iterations=4)
+    near = ndimage.binary_dilation(inside, np.ones((3, 3)), iterations=4) & ~others[rows, columns]
     middle = ndimage.binary_erosion(inside, np.ones((3, 3)))
     patch = smooth[rows, columns]
     rgb = np.median(patch[middle if middle.sum() >= 4 else inside], axis=0)
@@ -181,15 +203,12 @@ def _measure(smooth: Floats, image: Floats, mask: NDArray[np.bool_], background:
     x = float((soft.sum(0) @ _GRID[columns]) / area)
     y = float((soft.sum(1) @ _GRID[rows]) / area)
     dx, dy = _GRID[columns][None, :] - np.float32(x), _GRID[rows][:, None] - np.float32(y)
-    ideals = np.stack([coverage(shape, dx, dy, radius) for shape in SHAPES])
-    blurred = np.stack([ideals, *(ndimage.gaussian_filter(ideals, (0, blur, blur)) for blur in _BLURS)])
-    overlap = (np.minimum(blurred, soft).sum((2, 3)) / np.maximum(blurred, soft).sum((2, 3))).max(0)  # (4,)
-    best = int(overlap.argmax())
+    shape = shape_probabilities(soft, x - columns.start, y - rows.start, radius)
+    ideal = coverage(SHAPES[int(shape.argmax())], dx, dy, radius)
     crisp = np.clip((image[rows, columns] - background) @ direction / norm, 0, 1) * near
-    ideal = ideals[best]
-    return _Object(
+    return Found(
         colour=_colour_probabilities(rgb, background),
-        shape=_softmax(overlap / _SHAPE_NOISE),
+        shape=shape,
         x=x,
         y=y,
         radius=radius,
@@ -198,6 +217,7 @@ def _measure(smooth: Floats, image: Floats, mask: NDArray[np.bool_], background:
         off_palette=float(np.sqrt(((PALETTE - rgb) ** 2).sum(-1).min())),
         window=(rows, columns),
         ideal=ideal,
+        soft=soft,
     )
 
 
@@ -209,12 +229,14 @@ def _colour_probabilities(rgb: Floats, background: Floats) -> Floats:
     return _softmax(-away / (2 * _COLOUR_NOISE**2))
 
 
-def _detect(image: Floats) -> tuple[Floats, Floats, list[_Object]]:
+def detect(image: Floats) -> tuple[Floats, Floats, list[Found]]:
     """Return the background's colour and its probabilities, and the objects, the largest first."""
     smooth = ndimage.median_filter(image, size=(3, 3, 1))
     background, probabilities = _background(smooth)
     label, part = _unmix(smooth, background)
-    found = (_measure(smooth, image, mask, background) for mask in _components(label, part))
+    masks = _components(smooth, label, part)
+    covered = np.sum(masks, axis=0, dtype=bool) if masks else np.zeros(label.shape, bool)
+    found = (_measure(smooth, image, mask, covered & ~mask, background) for mask in masks)
     objects = sorted((one for one in found if one is not None), key=lambda one: -one.radius)
     return background, probabilities, objects[:_MAX_OBJECTS]
 
@@ -222,7 +244,7 @@ def _detect(image: Floats) -> tuple[Floats, Floats, list[_Object]]:
 # ---------------------------------------------------------------- scores
 
 
-def _fidelity(image: Floats, ground: int, objects: list[_Object]) -> float:
+def _fidelity(image: Floats, ground: int, objects: list[Found]) -> float:
     ideal = np.broadcast_to(PALETTE[NUM_COLOURS + ground], image.shape).copy()
     for one in objects:
         alpha = (one.ideal * one.weight)[..., None]
@@ -245,7 +267,7 @@ def _doubt(probability: np.float32) -> float:
     return wrong * wrong * (3 - 2 * wrong)
 
 
-def _errors(thing: Thing, one: _Object) -> float:
+def errors_of(thing: Thing, one: Found) -> float:
     """Return the errors of an object that stands for a thing; a faint one is in part missing."""
     wrong = WRONG_COLOUR * _doubt(one.colour[list(COLOURS).index(thing.colour)])
     wrong += WRONG_SHAPE * _doubt(one.shape[SHAPES.index(thing.shape)])
@@ -255,21 +277,25 @@ def _errors(thing: Thing, one: _Object) -> float:
     return one.weight * wrong + (1 - one.weight) * MISSING
 
 
-def _alignment(scene: Scene, grounds: Floats, objects: list[_Object]) -> float:
-    """Return exp(-errors) under the assignment of objects to things that has the fewest."""
+def assign(scene: Scene, objects: list[Found]) -> list[Found | None]:
+    """Return the object that stands for each thing, or None where it is missing, such that errors are the fewest."""
     number = len(scene.things)
-    fewest = min(
-        _assigned(scene, [objects[k] if k < len(objects) else None for k in chosen], objects)
-        for chosen in set(itertools.permutations([*range(len(objects)), *[len(objects)] * number], number))
-    )
+    ways = set(itertools.permutations([*range(len(objects)), *[len(objects)] * number], number))
+    chosen = ([objects[k] if k < len(objects) else None for k in way] for way in sorted(ways))
+    return min(chosen, key=lambda way: _assigned(scene, way, objects))
+
+
+def _alignment(scene: Scene, grounds: Floats, objects: list[Found]) -> float:
+    """Return exp(-errors) under the assignment of objects to things that has the fewest."""
+    fewest = _assigned(scene, assign(scene, objects), objects)
     background = WRONG_BACKGROUND * (1 - float(grounds[list(BACKGROUNDS).index(scene.background)]))
     return float(np.exp(-fewest - background))
 
 
-def _assigned(scene: Scene, chosen: list[_Object | None], objects: list[_Object]) -> float:
+def _assigned(scene: Scene, chosen: list[Found | None], objects: list[Found]) -> float:
     """Return the errors, but for the background's, when chosen[k] stands for thing k; None is missing."""
     wanted = [
-        MISSING if one is None else _errors(thing, one)
+        MISSING if one is None else errors_of(thing, one)
         for thing, one in zip(scene.things, chosen, strict=True)
     ]
     taken = {id(one) for one in chosen if one is not None}
@@ -299,7 +325,7 @@ def judge(pixels: Tensor, captions: Sequence[str]) -> Judgement:
     alignment, fidelity = [], []
     for image, scene in zip(images, scenes, strict=True):
         image = np.ascontiguousarray(image)
-        _, grounds, objects = _detect(image)
+        _, grounds, objects = detect(image)
         alignment.append(_alignment(scene, grounds, objects))
         fidelity.append(_fidelity(image, int(grounds.argmax()), objects))
     return Judgement(

@@ -19,10 +19,12 @@ from rewards.shapes import (
     SHAPES,
     SIZE,
     SIZES,
+    WOBBLE,
     Scene,
     Thing,
     coverage,
     extent,
+    wobbled,
 )
 
 Floats = NDArray[np.float32]
@@ -173,12 +175,11 @@ def render(placed: list[Placed], background: str, rng: Generator, defects: dict[
     image = np.empty((SIZE, SIZE, 3), np.float32)
     image[:] = np.array(BACKGROUNDS[background], np.float32) / 255
     for item in placed:
-        wobble = 0.32 * item.radius * defects.get("wobble", 0.0)
-        rows, columns, x, y = _window(item.x, item.y, extent(item.thing.shape, item.radius) + wobble)
+        wobble = defects.get("wobble", 0.0)
+        reach = extent(item.thing.shape, item.radius) + WOBBLE * item.radius * wobble
+        rows, columns, x, y = _window(item.x, item.y, reach)
         if wobble:
-            phase = rng.uniform(0, 2 * np.pi, 2)
-            wave = 2 * np.pi / (1.6 * item.radius)
-            x, y = x + wobble * np.sin(wave * y + phase[0]), y + wobble * np.sin(wave * x + phase[1])
+            x, y = wobbled(x, y, item.radius, wobble, rng.uniform(0, 2 * np.pi, 2))
         rgb = np.array(COLOURS[item.thing.colour], np.float32) / 255
         if off:
             direction = rng.normal(size=3)
