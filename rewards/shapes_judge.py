@@ -8,9 +8,10 @@ other pixel is unmixed into background and one palette colour. Connected pixels 
 background are an object, and its soft outline is compared with the four shapes, crisp, blurred and wobbled, of its own
 area and centre (`rewards.shapes_outlines`), so that a badly drawn square is still a square.
 
-*Alignment* is exp(-errors): the errors of the best assignment of objects to the things of the caption. A colour or
-a shape that is wrong is one error, a thing that is missing one and a half, an object that nobody asked for one, a
-wrong background one, a wrong relation one, a wrong size a half; doubtful ones count in part.
+*Alignment* is exp(-errors): the errors of the best assignment of objects to the things of the caption. An object that
+nobody asked for, a wrong background and a wrong relation count 1 each, a colour or a shape that is wrong 1.2, a thing
+that is missing 1.6, a wrong size 0.5; doubtful ones count in part. A wrong colour counts more than an unwanted object,
+so that an object that nobody asked for cannot stand in for a lost one at no cost.
 *Fidelity* is how well a clean rendering of what was found explains the pixels, whatever the caption.
 
     gold = alignment x (0.4 + 0.6 fidelity)
@@ -50,7 +51,7 @@ from rewards.shapes import (
 from rewards.shapes_outlines import shape_probabilities
 
 FLOOR = 0.4  # the share of gold that an image of no fidelity keeps
-MISSING, UNWANTED, WRONG_COLOUR, WRONG_SHAPE = 1.5, 1.0, 1.0, 1.0  # errors
+MISSING, UNWANTED, WRONG_COLOUR, WRONG_SHAPE = 1.6, 1.0, 1.2, 1.2  # errors
 WRONG_BACKGROUND, WRONG_RELATION, WRONG_SIZE = 1.0, 1.0, 0.5
 
 _COLOUR_NOISE = 0.08  # standard deviation of an object's colour
