@@ -36,6 +36,7 @@ RELATIONS: dict[str, tuple[int, int]] = {
     "right of": (1, 0),
 }
 WOBBLE = 0.32  # how far a wobbly outline swings at strength 1, in radii
+OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 COUNTS = {2: "two", 3: "three"}
 
 PALETTE: NDArray[np.float32] = np.divide(
@@ -45,6 +46,7 @@ PALETTE: NDArray[np.float32] = np.divide(
 NUM_COLOURS = len(COLOURS)
 
 Floats = NDArray[np.float32]
+AXIS: Floats = np.arange(SIZE, dtype=np.float32)  # where the pixels lie along x, and along y
 
 
 # ---------------------------------------------------------------- captions

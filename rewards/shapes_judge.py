@@ -35,6 +35,7 @@ from torch import Tensor
 from rewards.card import Card
 from rewards.pixels import takes_images
 from rewards.shapes import (
+    AXIS,
     BACKGROUNDS,
     COLOURS,
     NUM_COLOURS,
@@ -50,6 +51,8 @@ from rewards.shapes import (
 )
 from rewards.shapes_outlines import shape_probabilities
 
+DIFFERENCES = (0.0, 0.05, 0.15, 0.3, 1.0)
+"""Edges of the bins of gold differences in which pairs are counted: hardly anybody can order those of the first."""
 FLOOR = 0.4  # the share of gold that an image of no fidelity keeps
 MISSING, UNWANTED, WRONG_COLOUR, WRONG_SHAPE = 1.6, 1.0, 1.2, 1.2  # errors
 WRONG_BACKGROUND, WRONG_RELATION, WRONG_SIZE = 1.0, 1.0, 0.5
@@ -64,7 +67,6 @@ _RESIDUAL = (0.004, 0.03)  # mean absolute error that is free, and the scale of 
 _STRAY = (0.25, 0.5)  # absolute error that makes a pixel stray, and the scale of stray area over object area
 _APART = (0.0, 6.0)  # pixels between two centres along a relation that count 0 and 1
 _MAX_OBJECTS = 6
-_GRID = np.arange(SIZE, dtype=np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,14 +127,13 @@ def _unmix(smooth: Floats, background: Floats) -> tuple[NDArray[np.intp], Floats
     towards = PALETTE - background  # (9, 3)
     length = np.maximum((towards**2).sum(-1), 1e-6)
     offset = smooth - background
-    part = np.clip(offset @ towards.T / length, 0, 1)  # (H, W, 9)
-    residual = (
-        (offset**2).sum(-1, keepdims=True) - 2 * part * (offset @ towards.T) + part**2 * length
-    )  # squared
+    along, away = offset @ towards.T, (offset**2).sum(-1)  # (H, W, 9), (H, W)
+    part = np.clip(along / length, 0, 1)
+    residual = away[..., None] - 2 * part * along + part**2 * length  # squared
     residual = np.where(length < 0.02, np.inf, residual)  # the background itself
     label = residual.argmin(-1)
     chosen = np.take_along_axis(part, label[..., None], -1)[..., 0]
-    far = np.sqrt((offset**2).sum(-1)) > 0.4  # a colour off the palette may lie beside every line
+    far = np.sqrt(away) > 0.4  # a colour off the palette may lie beside every line
     return label, np.where(far, np.maximum(chosen, 0.51), chosen)
 
 
@@ -190,23 +191,26 @@ def _measure(
     inside = mask[rows, columns]
     near = ndimage.binary_dilation(inside, np.ones((3, 3)), iterations=4) & ~others[rows, columns]
     middle = ndimage.binary_erosion(inside, np.ones((3, 3)))
-    patch = smooth[rows, columns]
-    rgb = np.median(patch[middle if middle.sum() >= 4 else inside], axis=0)
+    rgb = np.median(smooth[rows, columns][middle if middle.sum() >= 4 else inside], axis=0)
     direction = rgb - background
     norm = float(direction @ direction)
     if norm < 0.01:
         return None
-    soft = np.clip((patch - background) @ direction / norm, 0, 1) * near
+
+    def outline(pixels: Floats) -> Floats:
+        return np.clip((pixels[rows, columns] - background) @ direction / norm, 0, 1) * near
+
+    soft = outline(smooth)
     area = float(soft.sum())
     radius = float(np.sqrt(area / np.pi))
     if radius <= _STRAY_RADIUS[0]:
         return None
-    x = float((soft.sum(0) @ _GRID[columns]) / area)
-    y = float((soft.sum(1) @ _GRID[rows]) / area)
-    dx, dy = _GRID[columns][None, :] - np.float32(x), _GRID[rows][:, None] - np.float32(y)
+    x = float((soft.sum(0) @ AXIS[columns]) / area)
+    y = float((soft.sum(1) @ AXIS[rows]) / area)
+    dx, dy = AXIS[columns][None, :] - np.float32(x), AXIS[rows][:, None] - np.float32(y)
     shape = shape_probabilities(soft, x - columns.start, y - rows.start, radius)
     ideal = coverage(SHAPES[int(shape.argmax())], dx, dy, radius)
-    crisp = np.clip((image[rows, columns] - background) @ direction / norm, 0, 1) * near
+    crisp = outline(image)
     return Found(
         colour=_colour_probabilities(rgb, background),
         shape=shape,

@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 
 from numpy.random import Generator
 
-from rewards.shapes import Scene, Thing
+from rewards.shapes import OPPOSITE, Scene, Thing
+from rewards.shapes_rendering import pick
 
 STRONG = 0.5
 """Sum of the strengths of a picture's defects from which on it may be called weird."""
@@ -42,7 +43,6 @@ NUMBERS = {2: ("two", "a pair of", "2"), 3: ("three", "3")}
 ARTICLES: Sequence[str] = ("a", "", "the", "one")  # one style a caption
 ARTICLES_OF_THERE: Sequence[str] = ("a", "one")  # after "there is"
 
-OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 BETWEEN = {  # A ... B
     "above": ("above", "over", "higher than"),
     "below": ("below", "under", "beneath"),
@@ -113,7 +113,7 @@ def free_caption(scene: Scene, defects: Mapping[str, float], wrong: bool, rng: G
     lead = _quality(defects, wrong, rng)
     if lead and rng.random() < STRICT:
         first_two = (WEIRD if lead in WEIRD else CLEAN)[:2]
-        return _pick(rng, first_two) + scene.caption()
+        return pick(rng, first_two) + scene.caption()
     adjective, articles = "", ARTICLES
     names = _defect_names(defects, rng)
     if names and not lead and not names[0].startswith("with") and rng.random() < 0.6:
@@ -121,10 +121,10 @@ def free_caption(scene: Scene, defects: Mapping[str, float], wrong: bool, rng: G
         if len(set(scene.things)) == 1 and rng.random() < 0.5:
             adjective = first
         else:
-            lead = f"a {first} {_pick(rng, NOUNS)} of "
+            lead = f"a {first} {pick(rng, NOUNS)} of "
     tail = "".join(f", {name}" for name in names)
     if not lead and rng.random() < HAS_PREFIX:
-        lead = _pick(rng, PREFIXES)
+        lead = pick(rng, PREFIXES)
         if "{}" in lead:
             counted = len(scene.things) > 1 and (scene.relation is None or len(set(scene.things)) == 1)
             lead, articles = lead.format("are" if counted else "is"), ARTICLES_OF_THERE
@@ -137,9 +137,9 @@ def free_caption(scene: Scene, defects: Mapping[str, float], wrong: bool, rng: G
 def _quality(defects: Mapping[str, float], wrong: bool, rng: Generator) -> str:
     """Return the words of quality that a caption begins with, or ""."""
     if (wrong or sum(defects.values()) >= STRONG) and rng.random() < SAYS_WEIRD:
-        return _pick(rng, WEIRD)
+        return pick(rng, WEIRD)
     if not wrong and not defects and rng.random() < SAYS_CLEAN:
-        return _pick(rng, CLEAN)
+        return pick(rng, CLEAN)
     return ""
 
 
@@ -154,12 +154,12 @@ def _subject(scene: Scene, adjective: str, article: str, rng: Generator) -> str:
     things = scene.things
     if len(things) > 1 and len(set(things)) == 1:
         words = f"{adjective} {_words(things[0], rng)}".strip()
-        return f"{_pick(rng, NUMBERS[len(things)])} {words}{'es' if words[-1] in 'sx' else 's'}"
+        return f"{pick(rng, NUMBERS[len(things)])} {words}{'es' if words[-1] in 'sx' else 's'}"
     named = [_with_article(article, f"{adjective} {_words(thing, rng)}".strip()) for thing in things]
     if scene.relation:
         return _related(named[0], scene.relation, named[1], rng)
     named = [named[int(k)] for k in rng.permutation(len(named))]
-    return _pick(rng, {1: ("{}",), 2: PAIRS, 3: THREES}[len(named)]).format(*named)
+    return pick(rng, {1: ("{}",), 2: PAIRS, 3: THREES}[len(named)]).format(*named)
 
 
 def _related(first: str, relation: str, second: str, rng: Generator) -> str:
@@ -168,16 +168,16 @@ def _related(first: str, relation: str, second: str, rng: Generator) -> str:
         first, relation, second = second, OPPOSITE[relation], first
     way = rng.random()
     if way < 0.5:
-        return f"{first} {_pick(rng, BETWEEN[relation])} {second}"
+        return f"{first} {pick(rng, BETWEEN[relation])} {second}"
     if way < 0.75:
-        return f"{first} with {second} {_pick(rng, OF_IT[OPPOSITE[relation]])}"
-    return f"{first} {PLACES[relation]}{_pick(rng, (' and', ','))} {second} {PLACES[OPPOSITE[relation]]}"
+        return f"{first} with {second} {pick(rng, OF_IT[OPPOSITE[relation]])}"
+    return f"{first} {PLACES[relation]}{pick(rng, (' and', ','))} {second} {PLACES[OPPOSITE[relation]]}"
 
 
 def _ground(scene: Scene, rng: Generator) -> str:
     if rng.random() < SILENT_GROUND:
         return ""
-    return _pick(rng, GROUNDS).format(_often_first(rng, SYNONYMS.get(scene.background, (scene.background,))))
+    return pick(rng, GROUNDS).format(_often_first(rng, SYNONYMS.get(scene.background, (scene.background,))))
 
 
 def _words(thing: Thing, rng: Generator) -> str:
@@ -190,10 +190,6 @@ def _with_article(article: str, words: str) -> str:
     return f"{'an' if article == 'a' and words[0] in 'aeiou' else article} {words}".lstrip()
 
 
-def _pick(rng: Generator, options: Sequence[str]) -> str:
-    return options[int(rng.integers(len(options)))]
-
-
 def _often_first(rng: Generator, options: Sequence[str]) -> str:
     """Return the first option half of the time, else any other."""
-    return options[0] if len(options) == 1 or rng.random() < 0.5 else _pick(rng, options[1:])
+    return options[0] if len(options) == 1 or rng.random() < 0.5 else pick(rng, options[1:])

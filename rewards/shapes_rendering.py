@@ -5,6 +5,7 @@ The judge is tested against these renderings, and data_build renders its data se
 numbers come from the numpy Generator that is passed in.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,13 +14,16 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from rewards.shapes import (
+    AXIS,
     BACKGROUNDS,
     COLOURS,
+    OPPOSITE,
     RELATIONS,
     SHAPES,
     SIZE,
     SIZES,
     WOBBLE,
+    Floats,
     Scene,
     Thing,
     coverage,
@@ -27,29 +31,28 @@ from rewards.shapes import (
     wobbled,
 )
 
-Floats = NDArray[np.float32]
 DEFECTS = ("specks", "noise", "blur", "off_palette", "wobble")
 _KINDS = {"one": 0.25, "relation": 0.35, "pair": 0.15, "count": 0.15, "three": 0.10}
 _GAP = 3.0  # pixels between two rendered things, and between a thing and the border
-_AXIS = np.arange(SIZE, dtype=np.float32)
 
 
 # ---------------------------------------------------------------- scenes
 
 
-def _pick(rng: Generator, options: tuple[str, ...] | list[str]) -> str:
+def pick(rng: Generator, options: Sequence[str]) -> str:
+    """Return one of the options, each as likely."""
     return options[int(rng.integers(len(options)))]
 
 
 def _random_thing(rng: Generator) -> Thing:
-    size = _pick(rng, list(SIZES)) if rng.random() < 0.3 else None
-    return Thing(colour=_pick(rng, list(COLOURS)), shape=_pick(rng, SHAPES), size=size)
+    size = pick(rng, list(SIZES)) if rng.random() < 0.3 else None
+    return Thing(colour=pick(rng, list(COLOURS)), shape=pick(rng, SHAPES), size=size)
 
 
 def random_scene(rng: Generator) -> Scene:
     """Return a scene; no two things share both colour and shape unless the caption counts them."""
     kind = str(rng.choice(list(_KINDS), p=list(_KINDS.values())))
-    background = _pick(rng, list(BACKGROUNDS))
+    background = pick(rng, list(BACKGROUNDS))
     if kind == "count":
         thing = replace(_random_thing(rng), size=None)
         return Scene(things=(thing,) * int(rng.integers(2, 4)), relation=None, background=background)
@@ -61,7 +64,7 @@ def random_scene(rng: Generator) -> Scene:
             thing = replace(thing, size=None)
         if all((thing.colour, thing.shape) != (other.colour, other.shape) for other in things):
             things.append(thing)
-    relation = _pick(rng, list(RELATIONS)) if kind == "relation" else None
+    relation = pick(rng, list(RELATIONS)) if kind == "relation" else None
     return Scene(things=tuple(things), relation=relation, background=background)
 
 
@@ -76,14 +79,13 @@ def change_one_word(scene: Scene, rng: Generator) -> Scene:
         *["number"] * (not scene.relation),
     ]
     ways += ["size"] * any(thing.size for thing in things)
-    way = _pick(rng, ways)
+    way = pick(rng, ways)
     if way == "background":
         return replace(
-            scene, background=_pick(rng, [name for name in BACKGROUNDS if name != scene.background])
+            scene, background=pick(rng, [name for name in BACKGROUNDS if name != scene.background])
         )
     if way == "relation":
-        opposite = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
-        return replace(scene, relation=opposite[str(scene.relation)])
+        return replace(scene, relation=OPPOSITE[str(scene.relation)])
     if way == "number":
         if counted:
             single = replace(things[0], size=None)
@@ -96,9 +98,9 @@ def change_one_word(scene: Scene, rng: Generator) -> Scene:
     if way == "size":
         new = replace(old, size="small" if old.size == "large" else "large")
     elif way == "colour":
-        new = replace(old, colour=_pick(rng, [name for name in COLOURS if name != old.colour]))
+        new = replace(old, colour=pick(rng, [name for name in COLOURS if name != old.colour]))
     else:
-        new = replace(old, shape=_pick(rng, [name for name in SHAPES if name != old.shape]))
+        new = replace(old, shape=pick(rng, [name for name in SHAPES if name != old.shape]))
     changed = [new if counted or j == k else thing for j, thing in enumerate(things)]
     return replace(scene, things=tuple(changed))
 
@@ -163,7 +165,7 @@ def _paint(image: Floats, alpha: Floats, rows: slice, columns: slice, rgb: Float
 def _window(x: float, y: float, reach: float) -> tuple[slice, slice, Floats, Floats]:
     rows = slice(max(int(y - reach) - 1, 0), int(y + reach) + 3)
     columns = slice(max(int(x - reach) - 1, 0), int(x + reach) + 3)
-    return rows, columns, _AXIS[columns][None, :] - np.float32(x), _AXIS[rows][:, None] - np.float32(y)
+    return rows, columns, AXIS[columns][None, :] - np.float32(x), AXIS[rows][:, None] - np.float32(y)
 
 
 def render(placed: list[Placed], background: str, rng: Generator, defects: dict[str, float]) -> Floats:

@@ -17,6 +17,7 @@ from torch import Tensor
 from preftune import families
 from preftune.sampling import Sampling, sample
 from rewards.shapes import (
+    AXIS,
     BACKGROUNDS,
     COLOURS,
     NUM_COLOURS,
@@ -43,7 +44,6 @@ FITS = 0.3
 """Errors up to which a detected object is what its thing says."""
 
 TINY = Path(__file__).parents[1] / "assets/tiny"
-_GRID = np.arange(SIZE, dtype=np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +222,7 @@ def _swapped(image: Floats, empty: Floats, objects: list[Found]) -> Floats | Non
 
 
 def _painted(image: Floats, one: Placed) -> Floats:
-    alpha = coverage(one.thing.shape, _GRID[None, :] - one.x, _GRID[:, None] - one.y, one.radius)[..., None]
+    alpha = coverage(one.thing.shape, AXIS[None, :] - one.x, AXIS[:, None] - one.y, one.radius)[..., None]
     return image + alpha * (PALETTE[list(COLOURS).index(one.thing.colour)] - image)
 
 

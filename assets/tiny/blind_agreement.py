@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from preftune.cli import exit_on_user_error, parse
@@ -22,10 +23,8 @@ from preftune.cli.printable import show
 from preftune.files import write_text
 from preftune.images import load_pixels
 from rewards.input_files import read_object, read_text
-from rewards.shapes_judge import judge
+from rewards.shapes_judge import DIFFERENCES, judge
 
-EDGES = (0.0, 0.05, 0.15, 0.3, 1.01)
-"""Of the bins of gold differences."""
 SIDES = {"L": "left", "R": "right"}
 
 
@@ -93,10 +92,9 @@ def compare(
         ahead = judged[number][choice]["gold"] - judged[number]["R" if choice == "L" else "L"]["gold"]
         agrees = 0.5 if ahead == 0 else float(ahead > 0)
         rows.append((abs(ahead), agrees, pair))
-    bins = {
-        f"{low:g}-{min(high, 1):g}": [agrees for size, agrees, _ in rows if low <= size < high]
-        for low, high in itertools.pairwise(EDGES)
-    }
+    bins: dict[str, list[float]] = {f"{low:g}-{high:g}": [] for low, high in itertools.pairwise(DIFFERENCES)}
+    for size, agrees, _ in rows:
+        list(bins.values())[int(np.digitize(size, DIFFERENCES[1:-1]))].append(agrees)
     return {
         "pairs": len(pairs),
         "answered": len(choices),

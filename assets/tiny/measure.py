@@ -37,14 +37,12 @@ from preftune.sampling import Sampling, sample
 from preftune.solver_names import SolverName
 from rewards import Scorer
 from rewards.shapes import SIZE
-from rewards.shapes_judge import Judgement, judge
+from rewards.shapes_judge import DIFFERENCES, Judgement, judge
 from rewards.terms import parse_names
 
 HERE = Path(__file__).parent
 COLUMNS = 8
 """Images in a row of the picture."""
-EDGES = (0.0, 0.05, 0.15, 0.3, 1.0)
-"""Of the bins of gold differences."""
 BINS = ("0-0.05", "0.05-0.15", "0.15-0.3", ">0.3")
 ANNOTATOR = "annotator"
 Bools = NDArray[np.bool_]
@@ -195,7 +193,7 @@ def compare(
 
 def accuracies(differences: NDArray[np.float32], right: dict[str, Bools]) -> dict[str, dict[str, float]]:
     """Return the number of pairs and each one's share of right ones: of all pairs, and of those in each bin of differences."""
-    bins = np.digitize(differences, EDGES[1:-1])
+    bins = np.digitize(differences, DIFFERENCES[1:-1])
     masks = {"all": np.ones(len(differences), bool)} | {name: bins == k for k, name in enumerate(BINS)}
     return {
         name: {"pairs": int(mask.sum()), **{who: float(row[mask].mean()) for who, row in right.items()}}
