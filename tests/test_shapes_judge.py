@@ -304,6 +304,17 @@ def test_images_of_nothing_are_finite_and_low() -> None:
     assert torch.isfinite(overshoot.gold).all()
 
 
+@pytest.mark.parametrize("colour", COLOURS)
+def test_an_image_of_one_colour_shows_no_square(colour: str) -> None:
+    """No background is seen, so the one that is asked for is wrong, and what fills the image is no object."""
+    pixels = (torch.tensor(COLOURS[colour]) / 255)[:, None, None].expand(3, SIZE, SIZE)
+    article = "an" if colour == "orange" else "a"
+    captions = [f"{article} {colour} square on a {ground} background" for ground in BACKGROUNDS]
+    judged = judge(pixels.expand(len(captions), -1, -1, -1), captions)
+    torch.testing.assert_close(judged.alignment, torch.full_like(judged.alignment, exp(-1.6 - 1)))
+    assert judged.fidelity.max() == 0
+
+
 def test_what_the_judge_refuses() -> None:
     caption = ["a red circle on a white background"]
     with pytest.raises(ValueError, match=r"\(B, 3, 64, 64\) pixels, got \(1, 3, 32, 32\)"):
