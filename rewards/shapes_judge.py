@@ -86,7 +86,7 @@ class Found:
     """One object of an image, as it was measured."""
 
     colour: Floats  # (9,) probabilities over the palette
-    shape: Floats  # (4,) probabilities
+    shape: Floats  # (4,) probabilities; what they lack to 1 is that of no shape
     x: float
     y: float
     radius: float

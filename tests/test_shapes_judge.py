@@ -304,6 +304,17 @@ def test_images_of_nothing_are_finite_and_low() -> None:
     assert torch.isfinite(overshoot.gold).all()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_line_and_a_frame_are_no_shape(shape: str) -> None:
+    pixels = torch.ones(2, 3, SIZE, SIZE)
+    rgb = (torch.tensor(COLOURS["red"]) / 255)[:, None, None]
+    pixels[0, :, 30:33, 5:60] = rgb
+    block(pixels[1], 20, 20, "red", 24)
+    pixels[1, :, 24:40, 24:40] = 1
+    judged = judge(pixels, [f"a red {shape} on a white background"] * 2)
+    torch.testing.assert_close(judged.alignment, torch.full((2,), exp(-1.2)), rtol=0.01, atol=0)
+
+
 @pytest.mark.parametrize("colour", COLOURS)
 def test_an_image_of_one_colour_shows_no_square(colour: str) -> None:
     """No background is seen, so the one that is asked for is wrong, and what fills the image is no object."""
