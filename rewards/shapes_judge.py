@@ -64,7 +64,9 @@ _RESIDUAL = (0.004, 0.03)  # mean absolute error that is free, and the scale of 
 _STRAY = (0.25, 0.5)  # absolute error that makes a pixel stray, and the scale of stray area over object area
 _APART = (0.0, 6.0)  # pixels between two centres along a relation that count 0 and 1
 _MAX_OBJECTS = 6
-_LEAST_GROUND = 50  # pixels; with no more of any background's colour, an image has no background and nothing on it
+_LEAST_GROUND = (
+    50  # pixels; with no more of any background's colour, an image has no background and nothing on it
+)
 _GRID = np.arange(SIZE, dtype=np.float32)
 
 
