@@ -1,7 +1,8 @@
 """Which of the four shapes an outline is, in the shapes world: the nearest of a bank of outlines.
 
 The bank holds every shape crisp, blurred, and wobbled by several strengths and phases, each scaled to the same
-area and centre, as the outline that is compared is. A blurred or wobbly square is therefore still a square.
+area and centre, as the outline that is compared is. A blurred or wobbly square is therefore still a square. What is far
+from all of them, as a line or a ring is, is none of the shapes.
 """
 
 from functools import cache
@@ -18,6 +19,7 @@ _BLURS = (0.0, 0.12, 0.22, 0.32)  # standard deviations, radii
 _WOBBLES = (0.25, 0.5, 0.75, 1.0)  # strengths; each is blurred by a pixel or so, too
 _PHASES = 2 * np.pi * np.arange(6) / 6
 _WOBBLE_COST = 0.08  # as if this part of the area differed, at strength 1: a shape is as plain as it can be
+_NONE = 0.3  # a distance beyond which an outline (a line, a ring) is of no shape; those of wobble 1 stay below 0.16
 _NOISE = 0.005  # mean squared difference, in parts of the area, that makes a shape e times less likely
 
 
@@ -55,9 +57,13 @@ def _bank() -> tuple[Floats, Floats]:
 
 
 def shape_probabilities(outline: Floats, x: float, y: float, radius: float) -> Floats:
-    """Return probabilities (4,) over SHAPES of an outline (h, w) in [0, 1] with this centroid and radius, in its pixels."""
+    """Return probabilities (4,) over SHAPES of an outline (h, w) in [0, 1] with this centroid and radius, in its pixels.
+
+    They sum to less than 1 where the outline may be of none.
+    """
     bank, costs = _bank()
     one = _scaled(outline, x, y, radius)
-    nearest = (costs - 2 * _CELL * (bank @ one)).min(-1)  # but for one @ one, which all share
-    weights = np.exp((nearest.min() - nearest) / _NOISE)
-    return weights / weights.sum()
+    nearest = (costs - 2 * _CELL * (bank @ one)).min(-1) + _CELL * (one @ one)
+    distances = np.append(nearest, np.float32(_NONE))
+    weights = np.exp((distances.min() - distances) / _NOISE)
+    return (weights / weights.sum())[:-1]

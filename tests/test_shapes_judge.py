@@ -304,6 +304,28 @@ def test_images_of_nothing_are_finite_and_low() -> None:
     assert torch.isfinite(overshoot.gold).all()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_line_and_a_frame_are_no_shape(shape: str) -> None:
+    pixels = torch.ones(2, 3, SIZE, SIZE)
+    rgb = (torch.tensor(COLOURS["red"]) / 255)[:, None, None]
+    pixels[0, :, 30:33, 5:60] = rgb
+    block(pixels[1], 20, 20, "red", 24)
+    pixels[1, :, 24:40, 24:40] = 1
+    judged = judge(pixels, [f"a red {shape} on a white background"] * 2)
+    torch.testing.assert_close(judged.alignment, torch.full((2,), exp(-1.2)), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_an_image_of_one_colour_shows_no_square(colour: str) -> None:
+    """No background is seen, so the one that is asked for is wrong, and what fills the image is no object."""
+    pixels = (torch.tensor(COLOURS[colour]) / 255)[:, None, None].expand(3, SIZE, SIZE)
+    article = "an" if colour == "orange" else "a"
+    captions = [f"{article} {colour} square on a {ground} background" for ground in BACKGROUNDS]
+    judged = judge(pixels.expand(len(captions), -1, -1, -1), captions)
+    torch.testing.assert_close(judged.alignment, torch.full_like(judged.alignment, exp(-1.6 - 1)))
+    assert judged.fidelity.max() == 0
+
+
 def test_what_the_judge_refuses() -> None:
     caption = ["a red circle on a white background"]
     with pytest.raises(ValueError, match=r"\(B, 3, 64, 64\) pixels, got \(1, 3, 32, 32\)"):
