@@ -12,7 +12,8 @@ learns to detect defects.
 
 With `--free-share` a share of the captions is in free English (`rewards/shapes_phrasing.py`): synonyms, other
 orders and sentences, and words of quality that are true. A picture with strong defects or a wrong caption
-is often called weird, a right picture without defects clean; `rendered` and `near_misses` stay strict.
+is often called weird, a right picture without defects clean. Near misses are then worded as the caption is, and some are
+wrong about the quality alone; `rendered` stays strict. `--name-defects` is of the strict captions beside them.
 
     golden disc with a tiny blue box below it, against grey     (a yellow circle above a small blue square ...)
     Weird image. a red circle on a white background             (strong defects, or the picture shows something else)
@@ -45,7 +46,7 @@ class Config:
     weird_share: float = 0.35
     """Share of renderings with one or two defects, in [0, 1]."""
     name_defects: bool = False
-    """Name the defects of the rendering in captions and near misses."""
+    """Name the defects of the rendering in strict captions and near misses."""
     free_share: float = 0.0
     """Share of captions in free English, with words of quality that are true of the picture, in [0, 1]."""
     seed: int = 0
@@ -58,10 +59,6 @@ class Config:
             share = getattr(self, name)
             if not 0 <= share <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1], got {share}")
-        if self.free_share and self.name_defects:
-            raise ValueError(
-                f"--free-share {self.free_share} names defects in its own words; leave out --name-defects"
-            )
 
 
 if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
@@ -78,10 +75,11 @@ from preftune.files import replacing
 from preftune.files.one_writer import one_writer
 from preftune.records import write_jsonl
 from rewards.shapes import Scene
-from rewards.shapes_phrasing import free_caption
+from rewards.shapes_phrasing import free_caption, tells_quality
 from rewards.shapes_rendering import (
     DEFECTS,
     change_one_word,
+    pick,
     place,
     random_defects,
     random_scene,
@@ -98,26 +96,40 @@ def render_image(index: int, config: Config) -> tuple[NDArray[np.uint8], dict[st
     scene = random_scene(rng)
     defects = random_defects(rng, config.weird_share)
     image = render(place(scene, rng), scene.background, rng, defects)
-    text = change_one_word(scene, rng) if rng.random() < config.wrong_share else scene
+    said = change_one_word(scene, rng) if rng.random() < config.wrong_share else scene
     misses = [near_miss(scene, defects, rng, config.name_defects) for _ in range(2)]
+    text = said.caption() + (with_defects(defects) if config.name_defects else "")
+    if (words := free_words(index, config)) is not None:
+        text = free_caption(said, defects, said != scene, words)
+        misses = [free_near_miss(scene, said != scene, defects, words) for _ in range(2)]
     return to_bytes(image), {
-        "text": caption_text(index, text, scene, defects, config),
+        "text": text,
         "rendered": scene.caption(),
         "defects": {name: round(strength, 3) for name, strength in defects.items()},
         "near_misses": misses,
     }
 
 
-def caption_text(index: int, text: Scene, scene: Scene, defects: Mapping[str, float], config: Config) -> str:
-    """Return the caption `text` of image `index`, which shows `scene`, in the words that the config asks for.
+def free_words(index: int, config: Config) -> Generator | None:
+    """Return the random numbers for the free English of image `index`, or None where its captions are strict.
 
-    Free English has its own random numbers, so that the images and all else do not depend on it.
+    They are apart from all others, so that the images do not depend on the words.
     """
-    if config.free_share:
-        rng = seeds.rng(config.seed, index, 2)
-        if rng.random() < config.free_share:
-            return free_caption(text, defects, text != scene, rng)
-    return text.caption() + (with_defects(defects) if config.name_defects else "")
+    rng = seeds.rng(config.seed, index, 2)
+    return rng if rng.random() < config.free_share else None
+
+
+def free_near_miss(scene: Scene, wrong: bool, defects: Mapping[str, float], rng: Generator) -> str:
+    """Return a caption in free English that is wrong about one word or, at most half the time, about the quality.
+
+    The image's own caption is worded in the same ways, so that a near miss cannot be told by its style.
+    """
+    if rng.random() < 0.5:
+        other = {} if defects else {pick(rng, DEFECTS): 1.0}
+        text = free_caption(scene, other, False, rng)
+        if tells_quality(text):
+            return text
+    return free_caption(change_one_word(scene, rng), defects, wrong, rng)
 
 
 def with_defects(defects: Mapping[str, float]) -> str:

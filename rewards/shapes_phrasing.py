@@ -126,12 +126,18 @@ def free_caption(scene: Scene, defects: Mapping[str, float], wrong: bool, rng: G
     if not lead and rng.random() < HAS_PREFIX:
         lead = pick(rng, PREFIXES)
         if "{}" in lead:
-            counted = len(scene.things) > 1 and (scene.relation is None or len(set(scene.things)) == 1)
+            counted = len(scene.things) > 1 and len(set(scene.things)) == 1
             lead, articles = lead.format("are" if counted else "is"), ARTICLES_OF_THERE
     text = lead + _subject(scene, adjective, _often_first(rng, articles), rng) + _ground(scene, rng) + tail
     if rng.random() < CAPITAL:
         text = text[0].upper() + text[1:]
     return text + "." * (rng.random() < PERIOD)
+
+
+def tells_quality(text: str) -> bool:
+    """Return whether a caption has words of quality or names a defect."""
+    lower = text.lower()
+    return any(words.lower() in lower for words in (*WEIRD, *CLEAN, *DEFECT_NAMES.values()))
 
 
 def _quality(defects: Mapping[str, float], wrong: bool, rng: Generator) -> str:

@@ -163,7 +163,9 @@ def test_blind_pairs_of_folders_and_what_the_judge_says(
 def test_blind_pairs_of_a_model(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same command writes the same; the number of pages is that of the pairs; a folder that exists is left alone."""
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(f"{text} {k}" for k in range(5) for text in PROMPTS))
+    prompts.write_text(
+        "".join((ROOT / "assets/tiny/held_out.txt").read_text().splitlines(keepends=True)[:25])
+    )
     flags = f"--prompts {prompts} --first.model {model} --second.model {model} --first.num-inference-steps 1 --second.num-inference-steps 1"
     for name in ("one", "two"):
         start("blind_pairs", "--output-dir", tmp_path / name, *flags.split(), monkeypatch=monkeypatch)
@@ -180,6 +182,10 @@ def test_blind_pairs_of_a_model(model: Path, tmp_path: Path, monkeypatch: pytest
     assert len({content for path, content in one.items() if path.parent.name == "images"}) == 50, "two seeds"
     with pytest.raises(SystemExit) as stop:
         start("blind_pairs", "--output-dir", tmp_path / "one", *flags.split(), monkeypatch=monkeypatch)
+    assert stop.value.code == 2
+    prompts.write_text("a cat\n")  # the judge could not read it
+    with pytest.raises(SystemExit) as stop:
+        start("blind_pairs", "--output-dir", tmp_path / "three", *flags.split(), monkeypatch=monkeypatch)
     assert stop.value.code == 2
 
 

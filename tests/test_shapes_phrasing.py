@@ -233,7 +233,9 @@ def test_the_share_is_as_asked_and_all_else_is_unchanged(tmp_path: Path) -> None
         for config in (some, every):
             other, new = shapes.render_image(i, config)
             assert (other == image).all()
-            assert new | {"text": ""} == row | {"text": ""}
+            assert {name: new[name] for name in ("rendered", "defects")} == {
+                name: row[name] for name in ("rendered", "defects")
+            }
             if config is every or new["text"] != row["text"]:
                 things, _, _ = read(str(new["text"]))
                 assert things == Counter(parse_caption(str(row["text"])).things)
@@ -244,8 +246,39 @@ def test_the_share_is_as_asked_and_all_else_is_unchanged(tmp_path: Path) -> None
     assert changed == pytest.approx(0.3 * 600, abs=4 * (0.21 * 600) ** 0.5)
 
 
-def test_free_captions_exclude_named_defects(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--free-share 0\.5 .*leave out --name-defects"):
-        shapes.Config(output_dir=tmp_path, free_share=0.5, name_defects=True)
+def test_near_misses_of_free_captions_are_worded_alike_and_wrong(tmp_path: Path) -> None:
+    config = shapes.Config(output_dir=tmp_path, seed=3, wrong_share=0, free_share=1.0)
+    about_quality = 0
+    own, others = Counter[str](), Counter[str]()
+    for i in range(1500):
+        row = shapes.render_image(i, config)[1]
+        own.update(str(row["text"]).lower().split())
+        for miss in row["near_misses"]:
+            others.update(miss.lower().split())
+            things, _, _ = read(miss)
+            if things != Counter(parse_caption(str(row["rendered"])).things):
+                continue
+            said = miss.lower()
+            if (
+                BAD_WORDS.search(said)
+                or GOOD_WORDS.search(said)
+                or any(name in said for name in NAMES.values())
+            ):
+                about_quality += 1
+    assert 900 < about_quality < 1700  # of 3,000
+    for word in ("a", "the", "disc", "background", "picture", "against", "golden"):
+        assert others[word] == pytest.approx(2 * own[word], rel=0.35, abs=30), word
+
+
+def test_free_captions_beside_named_defects(tmp_path: Path) -> None:
+    config = shapes.Config(output_dir=tmp_path, seed=2, weird_share=1, free_share=0.5, name_defects=True)
+    plain = replace(config, free_share=0)
+    rows = [(shapes.render_image(i, config)[1], shapes.render_image(i, plain)[1]) for i in range(300)]
+    strict = [row for row, old in rows if row == old]
+    assert len(strict) == pytest.approx(150, abs=35)
+    assert all(", with " in row["text"] for row in strict)
+
+
+def test_a_free_share_outside_its_range(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--free-share must lie in \[0, 1\], got -0.1"):
         shapes.Config(output_dir=tmp_path, free_share=-0.1)

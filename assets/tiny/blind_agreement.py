@@ -124,7 +124,10 @@ def _mean(values: Sequence[float]) -> float | None:
 def main(config: Config) -> None:
     """Judge the pairs, compare, and write agreement.json."""
     with exit_on_user_error():
-        pairs = read_object(config.folder / "key.json")["pairs"]
+        key = read_object(config.folder / "key.json")
+        if "pairs" not in key:
+            raise ValueError(f"--folder: {config.folder / 'key.json'} has no pairs; blind_pairs.py writes it")
+        pairs = key["pairs"]
         choices = read_choices(
             read_text(config.choices, what="the choices "), [pair["number"] for pair in pairs]
         )

@@ -31,7 +31,7 @@ from preftune.prompts import read_prompts
 from preftune.records import read_imagefolder
 from preftune.sampling import Sampling, sample
 from preftune.solver_names import SolverName
-from rewards.shapes import SIZE
+from rewards.shapes import SIZE, parse_caption
 
 HERE = Path(__file__).parent
 PAIRS, COLUMNS = 20, 4
@@ -175,6 +175,8 @@ def main(config: Config) -> None:
         files = {name: files_of(source) for name, source in sources.items()}
         captions = [[*found] for found in files.values() if found is not None]
         prompts = choose(captions or [read_prompts(config.prompts)], config.count, config.seed)
+        for prompt in prompts:
+            parse_caption(prompt)  # what blind_agreement.py will judge
         images = {name: images_of(source, files[name], prompts) for name, source in sources.items()}
     with replacing(config.output_dir) as folder:
         write_pairs(config, prompts, images, folder)
