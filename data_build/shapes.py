@@ -47,6 +47,8 @@ class Config:
     """Share of renderings with one or two defects, in [0, 1]."""
     name_defects: bool = False
     """Name the defects of the rendering in strict captions and near misses."""
+    single: bool = False
+    """Scenes of one thing alone: a first lesson, in which a model learns shapes much sooner than from all scenes."""
     free_share: float = 0.0
     """Share of captions in free English, with words of quality that are true of the picture, in [0, 1]."""
     seed: int = 0
@@ -93,7 +95,7 @@ DEFECT_WORDS = dict(zip(DEFECTS, DEFECTS, strict=True)) | {"off_palette": "tint"
 def render_image(index: int, config: Config) -> tuple[NDArray[np.uint8], dict[str, object]]:
     """Return image `index` (SIZE, SIZE, 3) uint8 and its metadata row without file_name."""
     rng = seeds.rng(config.seed, index)
-    scene = random_scene(rng)
+    scene = random_scene(rng, single=config.single)
     defects = random_defects(rng, config.weird_share)
     image = render(place(scene, rng), scene.background, rng, defects)
     said = change_one_word(scene, rng) if rng.random() < config.wrong_share else scene

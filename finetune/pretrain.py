@@ -8,8 +8,7 @@ Salimans 2022, arXiv 2207.12598).
     python finetune/pretrain.py --config finetune/configs/pretrain/tiny.yaml     # trains the embedded model
 
 Hardware: the tiny configuration takes about 20 minutes on two CPU cores; LoRA on Stable Diffusion 1.x needs
-a GPU. Left out: aspect-ratio buckets, random crops and flips (a flip makes "left of" wrong), offset noise,
-min-SNR weights.
+a GPU. Left out: aspect-ratio buckets, random crops and flips (a flip makes "left of" wrong), offset noise.
 """
 
 import sys
@@ -26,6 +25,7 @@ from preftune.image_folders import Columns
 from preftune.training.cache_config import CacheConfig
 from preftune.training.config import ModelConfig, ValidationConfig, check_dropout
 from preftune.training.defaults import learning_rate, of_model
+from preftune.training.noise_levels import NoiseLevels
 from preftune.training.run_config import RunConfig, check
 
 
@@ -40,6 +40,7 @@ class Config:
     """Also train all weights of the text encoders; only with --train full."""
     caption_dropout: float = 0.1
     """Share of captions left empty, in [0, 1)."""
+    noise_levels: Annotated[NoiseLevels, tyro.conf.arg(name="")] = field(default_factory=NoiseLevels)
     cache: Annotated[CacheConfig, tyro.conf.arg(name="")] = field(default_factory=CacheConfig)
     model: Annotated[ModelConfig, tyro.conf.arg(name="")]
     validation: Annotated[ValidationConfig, tyro.conf.arg(name="")] = field(default_factory=ValidationConfig)
@@ -114,6 +115,7 @@ def main(config: Config) -> int:
         named = config.validation.named()
         defaults = config.model.check()
         config.validation.check(defaults)
+        config.noise_levels.check(defaults)
         config = of_model(config, "pretrain", defaults)
         samples, skipped = data.read(config.data, config.columns)
         prompts = named or config.validation.first([sample.text for sample in samples])
@@ -127,7 +129,7 @@ def main(config: Config) -> int:
         )
     if run.is_main:
         data.write_report(run.folder, skipped)
-    resolution = config.model.size(defaults)
+    resolution, levels = config.model.size(defaults), config.noise_levels
     inputs = captioned_inputs(family, resolution, run, config.cache)
     inputs.expect([sample.path for sample in batch] for batch in upcoming(run, samples))
     sample_at = partial(validate_at, family, prompts, config.validation.sample.at(resolution), run)
@@ -145,7 +147,9 @@ def main(config: Config) -> int:
                 with run.autocast():  # as in the prepared module
                     cond = inputs.cond(texts, framings) if config.cache.cache_text_encoder_outputs else None
                 predict = partial(module, prompts=texts, framings=framings, cond=cond)
-                run.update(diffusion_loss(family, predict, x0, generators).mean())
+                timesteps = levels.draw(defaults.num_train_timesteps, generators)
+                loss = diffusion_loss(family, predict, x0, generators, timesteps, levels.snr_gamma)
+                run.update(loss.mean())
         if step + 1 == config.run.max_train_steps and run.is_main:
             write_result(family, config, run)  # before its images
         if run.due("validation_steps", step):

@@ -10,24 +10,47 @@ from preftune.ahead import initial_noise
 from preftune.captioned_inputs import CaptionedInputs
 from preftune.families.base import Family
 from preftune.noise import add_noise, target
+from preftune.solver_names import PredictionType
 from rewards.on_device import upload
 
 
 def diffusion_loss(
-    family: Family, predict: Callable[[Tensor, Tensor], Tensor], x0: Tensor, generators: Sequence[Generator]
+    family: Family,
+    predict: Callable[[Tensor, Tensor], Tensor],
+    x0: Tensor,
+    generators: Sequence[Generator],
+    timesteps: Tensor | None = None,
+    snr_gamma: float | None = None,
 ) -> Tensor:
     """Return the squared error (B,) of the network's output at a random timestep, the mean over elements.
 
     For epsilon it is Ho et al. 2020 (arXiv 2006.11239, eq. 14), ImageReward's pre-training loss (arXiv
     2304.05977, eq. 3); other prediction types are compared with their own target. predict(x_t (B, C, h, w),
     t (B,)) returns the network's output; x0 are latents. Each image's timestep, from the family's
-    distribution, and its noise come from its own generator, in this order.
+    distribution, and its noise come from its own generator, in this order; timesteps (B,) that are given are taken as they are.
+    snr_gamma weights each image's loss by `min_snr`.
     """
-    t = upload(family.training_timesteps(generators), x0.device)
+    t = upload(family.training_timesteps(generators) if timesteps is None else timesteps, x0.device)
     eps = initial_noise(x0.shape[1:], generators, x0.device).to(x0)
     alpha, sigma = family.schedule(t)
     output = predict(add_noise(x0, eps, alpha, sigma), t)
-    return (output - target(x0, eps, alpha, sigma, family.prediction_type)).square().flatten(1).mean(1)
+    losses = (output - target(x0, eps, alpha, sigma, family.prediction_type)).square().flatten(1).mean(1)
+    return losses if snr_gamma is None else losses * min_snr(alpha, sigma, family.prediction_type, snr_gamma)
+
+
+def min_snr(alpha: Tensor, sigma: Tensor, prediction_type: PredictionType, gamma: float) -> Tensor:
+    """Return the Min-SNR-gamma weight of a loss at each noise level, in the shape of alpha.
+
+    Hang et al. 2023 (arXiv 2303.09556, section 3.4 and appendix): the error of x0 counts min(SNR, gamma) times, SNR =
+    (alpha / sigma)^2, which is min(SNR, gamma) / SNR of the error of epsilon and min(SNR, gamma) / (SNR + 1) of that of v.
+    With either, the noisiest levels, where little can be learnt, count as they do in the loss of epsilon.
+    """
+    snr = (alpha / sigma) ** 2
+    if prediction_type == "epsilon":
+        return gamma / snr.clamp(min=gamma)  # min(SNR, gamma) / SNR, which is 1 where SNR is 0
+    if prediction_type == "v_prediction":
+        return snr.clamp(max=gamma) / (snr + 1)
+    raise ValueError(f"Min-SNR weights are of epsilon and v_prediction, not of {prediction_type}")
 
 
 def captioned_loss(

@@ -365,3 +365,10 @@ def test_agreement_against_simulated_annotators() -> None:
     with_judge = (order == (golds[:, i] > golds[:, j])).mean()
     assert found["annotator_agrees_with_judge"] == pytest.approx(with_judge, abs=0.004)
     assert found["annotator_agrees_with_annotator"] == pytest.approx((order[0] == order[1]).mean(), abs=0.004)
+
+
+def test_single_scenes(tmp_path: Path) -> None:
+    config = shapes.Config(output_dir=tmp_path, single=True, wrong_share=0)
+    scenes = [parse_caption(str(shapes.render_image(i, config)[1]["rendered"])) for i in range(200)]
+    assert {len(scene.things) for scene in scenes} == {1}
+    assert {scene.things[0].shape for scene in scenes} == {"circle", "square", "triangle", "cross"}

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 import tiny
 from preftune import families
 from preftune.captioned_inputs import CaptionedInputs
-from preftune.diffusion_loss import captioned_loss, diffusion_loss
+from preftune.diffusion_loss import captioned_loss, diffusion_loss, min_snr
 from preftune.families.base import Family
 from preftune.images import load_levels, load_pixels, to_pixels
 from preftune.noise import add_noise
@@ -204,3 +204,40 @@ def test_exif_turns_the_original_size(tmp_path: Path) -> None:
     Image.new("RGB", (96, 64)).save(tmp_path / "a.jpg", exif=exif)
     _, framing = load_levels(tmp_path / "a.jpg", Resolution(64, 64))
     assert framing == Framing(Resolution(height=96, width=64), top=16, left=0)
+
+
+def test_min_snr_by_hand() -> None:
+    """Hang et al. 2023: min(SNR, gamma) times the error of x0, whatever is predicted."""
+    alpha, sigma = (
+        torch.tensor([0.5, 10 / 11, 0.0]).sqrt(),
+        torch.tensor([0.5, 1 / 11, 1.0]).sqrt(),
+    )  # SNR 1, 10, 0
+    torch.testing.assert_close(min_snr(alpha, sigma, "epsilon", 5), torch.tensor([1, 0.5, 1]))
+    torch.testing.assert_close(min_snr(alpha, sigma, "v_prediction", 5), torch.tensor([0.5, 5 / 11, 0]))
+    with pytest.raises(ValueError, match="not of flow"):
+        min_snr(alpha, sigma, "flow", 5)
+
+
+def test_min_snr_is_the_same_for_epsilon_and_v() -> None:
+    """An error of x0 by d is one of epsilon by d alpha / sigma and one of v by d / sigma."""
+    alpha = torch.linspace(0.1, 0.99, 20)
+    sigma = (1 - alpha**2).sqrt()
+    by_epsilon = min_snr(alpha, sigma, "epsilon", 5) * (alpha / sigma) ** 2
+    by_v = min_snr(alpha, sigma, "v_prediction", 5) / sigma**2
+    torch.testing.assert_close(by_epsilon, by_v)
+    torch.testing.assert_close(by_v, (alpha / sigma).square().clamp(max=5))
+
+
+def test_the_weighted_loss_and_given_timesteps(family: Family) -> None:
+    x0 = torch.zeros(3, 4, 8, 8)
+    times = torch.tensor([20, 500, 900])
+
+    def idle(x: Tensor, t: Tensor) -> Tensor:
+        assert torch.equal(t, times)
+        return torch.zeros_like(x)
+
+    plain = diffusion_loss(family, idle, x0, generators(0, 1, 2), times)
+    weighted = diffusion_loss(family, idle, x0, generators(0, 1, 2), times, 5.0)
+    weights = min_snr(*family.schedule(times), family.prediction_type, 5.0)
+    assert weights[0] < 0.6
+    torch.testing.assert_close(weighted, plain * weights)
