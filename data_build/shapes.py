@@ -47,8 +47,9 @@ class Config:
     """Share of renderings with one or two defects, in [0, 1]."""
     name_defects: bool = False
     """Name the defects of the rendering in strict captions and near misses."""
-    single: bool = False
-    """Scenes of one thing alone: a first lesson, in which a model learns shapes much sooner than from all scenes."""
+    single_share: float = 0.0
+    """Share of scenes with one thing alone, beside the quarter of the others that have, in [0, 1]: from them a model learns
+    shapes sooner."""
     free_share: float = 0.0
     """Share of captions in free English, with words of quality that are true of the picture, in [0, 1]."""
     seed: int = 0
@@ -57,7 +58,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ValueError(f"--count must be at least 1, got {self.count}")
-        for name in ("wrong_share", "weird_share", "free_share"):
+        for name in ("wrong_share", "weird_share", "single_share", "free_share"):
             share = getattr(self, name)
             if not 0 <= share <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1], got {share}")
@@ -95,7 +96,7 @@ DEFECT_WORDS = dict(zip(DEFECTS, DEFECTS, strict=True)) | {"off_palette": "tint"
 def render_image(index: int, config: Config) -> tuple[NDArray[np.uint8], dict[str, object]]:
     """Return image `index` (SIZE, SIZE, 3) uint8 and its metadata row without file_name."""
     rng = seeds.rng(config.seed, index)
-    scene = random_scene(rng, single=config.single)
+    scene = random_scene(rng, single=config.single_share)
     defects = random_defects(rng, config.weird_share)
     image = render(place(scene, rng), scene.background, rng, defects)
     said = change_one_word(scene, rng) if rng.random() < config.wrong_share else scene

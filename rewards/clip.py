@@ -42,6 +42,7 @@ from rewards.pixels import at_least_float32, one_each, prepare, takes_images
 from rewards.text_cache import TextCache
 from rewards.towers import Tower
 from rewards.trained_cards import to_json, with_statistics
+from rewards.vit_init import initialise_image_embeddings, initialise_layers, initialise_text_embeddings
 from rewards.weights import FOLDER_FILE, check, find_file, read, write_folder
 
 HEAD = "mlp.layers."
@@ -124,10 +125,18 @@ class ClipScorer(nn.Module):
 
     @classmethod
     def build(cls, card: Card, vocab: Path, seed: int, temperature: float) -> "ClipScorer":
-        """Return a scorer whose random weights depend on seed alone: projections N(0, 1 / width), logit_scale -ln(temperature)."""
+        """Return a scorer whose random weights depend on seed alone: OpenAI's (rewards/vit_init.py), logit_scale -ln(temperature)."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             model = cls(card, vocab)
+            vision, text = model.vision.vision_model, model.text.text_model
+            for tower in (vision, text):
+                initialise_layers(tower, tower.config.hidden_size, tower.config.num_hidden_layers)
+            image = vision.embeddings
+            initialise_image_embeddings(
+                image.patch_embedding, image.position_embedding.weight, image.class_embedding
+            )
+            initialise_text_embeddings(text.embeddings.token_embedding, text.embeddings.position_embedding)
             for projection in (model.vision.visual_projection, model.text.text_projection):
                 nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
             nn.init.constant_(model.logit_scale, -math.log(temperature))

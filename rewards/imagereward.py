@@ -32,6 +32,7 @@ from rewards.on_device import upload
 from rewards.pixels import at_least_float32, one_each, prepare, takes_images
 from rewards.towers import Tower
 from rewards.trained_cards import CARD_FILE, card_of, facts_to_json, imagereward_card
+from rewards.vit_init import initialise_image_embeddings, initialise_layers
 from rewards.weights import FOLDER_FILE, check, find, read, verify, write_folder
 
 VOCAB = Path(__file__).with_name("vocabularies") / "bert_vocab.txt"
@@ -79,10 +80,19 @@ class ImageReward(nn.Module):
 
     @classmethod
     def build(cls, config: ImageRewardConfig, vocab_path: Path, seed: int) -> "ImageReward":
-        """Return a model whose random weights depend on seed alone: towers N(0, 0.02), head as the authors'."""
+        """Return a model whose random weights depend on seed alone.
+
+        The image tower's are those of OpenAI's CLIP (rewards/vit_init.py), the text tower's N(0, 0.02), the head's the authors'.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             model = cls(config, vocab_path.read_text(encoding="utf-8"))
+            vision = model.vision_model
+            initialise_layers(vision, config.vision_width, config.vision_layers)
+            image = vision.embeddings
+            initialise_image_embeddings(
+                image.patch_embedding, image.position_embedding, image.class_embedding
+            )
             initialise(model.mlp)
         return model
 

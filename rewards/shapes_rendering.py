@@ -49,9 +49,13 @@ def _random_thing(rng: Generator) -> Thing:
     return Thing(colour=pick(rng, list(COLOURS)), shape=pick(rng, SHAPES), size=size)
 
 
-def random_scene(rng: Generator, *, single: bool = False) -> Scene:
-    """Return a scene, of one thing where `single`; no two things share both colour and shape unless the caption counts them."""
-    kind = "one" if single else str(rng.choice(list(_KINDS), p=list(_KINDS.values())))
+def random_scene(rng: Generator, *, single: float = 0.0) -> Scene:
+    """Return a scene; no two things share both colour and shape unless the caption counts them.
+
+    A share `single` in [0, 1] has one thing alone, beside the quarter of the others that have.
+    """
+    alone = single > 0 and rng.random() < single
+    kind = "one" if alone else str(rng.choice(list(_KINDS), p=list(_KINDS.values())))
     background = pick(rng, list(BACKGROUNDS))
     if kind == "count":
         thing = replace(_random_thing(rng), size=None)

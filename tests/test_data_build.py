@@ -367,8 +367,12 @@ def test_agreement_against_simulated_annotators() -> None:
     assert found["annotator_agrees_with_annotator"] == pytest.approx((order[0] == order[1]).mean(), abs=0.004)
 
 
-def test_single_scenes(tmp_path: Path) -> None:
-    config = shapes.Config(output_dir=tmp_path, single=True, wrong_share=0)
-    scenes = [parse_caption(str(shapes.render_image(i, config)[1]["rendered"])) for i in range(200)]
-    assert {len(scene.things) for scene in scenes} == {1}
-    assert {scene.things[0].shape for scene in scenes} == {"circle", "square", "triangle", "cross"}
+def test_the_share_of_single_scenes(tmp_path: Path) -> None:
+    def singles(share: float) -> int:
+        config = shapes.Config(output_dir=tmp_path, single_share=share, wrong_share=0)
+        rows = (shapes.render_image(i, config)[1] for i in range(400))
+        return sum(len(parse_caption(str(row["rendered"])).things) == 1 for row in rows)
+
+    assert singles(1) == 400
+    assert singles(0.4) == pytest.approx(400 * (0.4 + 0.6 * 0.25), abs=40)  # four deviations
+    assert singles(0) == pytest.approx(100, abs=35)
