@@ -4,8 +4,8 @@ purpose.
 A share of the captions is wrong (one word of the scene was changed after rendering), and a share of the
 renderings has defects (specks, noise, blur, colours off the palette, wobbly outlines), so that a model
 trained on the folder can still be improved. `metadata.jsonl` rows: file_name, text, rendered (the caption
-of what was actually rendered), defects ({name: strength}), near_misses (captions that differ from
-`rendered` in one word: hard negatives for image-text matching). With `--name-defects` the captions name the
+of what was actually rendered), defects ({name: strength}), near_misses (two captions that differ from
+`rendered` in one word: hard negatives for image-text matching; the first in a shape or the relation, which small models learn last). With `--name-defects` the captions name the
 defects and their degree, as web captions say "blurry" ("a red circle on a white background, with strong
 blur"), and half of the near misses have wrong defects. A model that learns to match such captions also
 learns to detect defects.
@@ -90,6 +90,7 @@ from rewards.shapes_rendering import (
     to_bytes,
 )
 
+HARD_WORDS = ("shape", "relation")
 DEFECT_WORDS = dict(zip(DEFECTS, DEFECTS, strict=True)) | {"off_palette": "tint"}
 
 
@@ -100,11 +101,19 @@ def render_image(index: int, config: Config) -> tuple[NDArray[np.uint8], dict[st
     defects = random_defects(rng, config.weird_share)
     image = render(place(scene, rng), scene.background, rng, defects)
     said = change_one_word(scene, rng) if rng.random() < config.wrong_share else scene
-    misses = [near_miss(scene, defects, rng, config.name_defects) for _ in range(2)]
+    misses = [
+        change_one_word(scene, rng, HARD_WORDS).caption()
+        + (with_defects(defects) if config.name_defects else ""),
+        near_miss(scene, defects, rng, config.name_defects),
+    ]
     text = said.caption() + (with_defects(defects) if config.name_defects else "")
     if (words := free_words(index, config)) is not None:
         text = free_caption(said, defects, said != scene, words)
-        misses = [free_near_miss(scene, said != scene, defects, words) for _ in range(2)]
+        hard = change_one_word(scene, words, HARD_WORDS)
+        misses = [
+            free_caption(hard, defects, said != scene, words),
+            free_near_miss(scene, said != scene, defects, words),
+        ]
     return to_bytes(image), {
         "text": text,
         "rendered": scene.caption(),

@@ -72,18 +72,21 @@ def random_scene(rng: Generator, *, single: float = 0.0) -> Scene:
     return Scene(things=tuple(things), relation=relation, background=background)
 
 
-def change_one_word(scene: Scene, rng: Generator) -> Scene:
-    """Return a scene that differs in one thing: a colour, a shape, a size, the relation, the background or the number."""
+def change_one_word(scene: Scene, rng: Generator, ways: Sequence[str] = ()) -> Scene:
+    """Return a scene that differs in one thing: a colour, a shape, a size, the relation, the background or the number.
+
+    Of the `ways` that are given, those that the scene has, or all that it has.
+    """
     things, counted = list(scene.things), len(set(scene.things)) == 1
-    ways = [
+    has = [
         "colour",
         "shape",
         "background",
         *["relation"] * (scene.relation is not None),
         *["number"] * (not scene.relation),
     ]
-    ways += ["size"] * any(thing.size for thing in things)
-    way = pick(rng, ways)
+    has += ["size"] * any(thing.size for thing in things)
+    way = pick(rng, [way for way in has if way in ways] or has)
     if way == "background":
         return replace(
             scene, background=pick(rng, [name for name in BACKGROUNDS if name != scene.background])
