@@ -13,6 +13,7 @@ image, its own near miss.
 
     python finetune/pretrain_scorer.py --config finetune/configs/pretrain_scorer/tiny.yaml
     python finetune/pretrain_scorer.py --config finetune/configs/pretrain_scorer/tiny_clip.yaml
+    python finetune/pretrain_scorer.py --config finetune/configs/pretrain_scorer/tiny_clip_second.yaml     # goes on from it
 
 Left out: BLIP's momentum encoders, and the label smoothing and separate self-attention of its captioner.
 Output: `OUTPUT/scorer`, from which reward_model.py starts.
@@ -69,7 +70,9 @@ class Config:
     """Folder of captioned images: metadata.jsonl (file_name, text and, if it has them, near_misses) or what else
     finetune/pretrain.py reads."""
     columns: Annotated[Columns, tyro.conf.arg(name="")] = field(default_factory=Columns)
-    vocab: Path
+    model: Path | None = None
+    """Scorer folder that an earlier run wrote, to go on from with its sizes and vocabulary, as on harder images; None = random weights."""
+    vocab: Path | None = None
     """ImageReward: WordPiece vocab.txt, as bert-base-uncased's. CLIP: merges.txt, or the tokenizer.json of a pipeline."""
     architecture: Literal["imagereward", "clip"] = "imagereward"
     """imagereward: the text tower has cross-attention to the image; clip: the cosine of two separate towers.
@@ -84,6 +87,10 @@ class Config:
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"--temperature must be positive, got {self.temperature}")
+        if (self.model is None) == (self.vocab is None):
+            raise ValueError("give --vocab to start from random weights, or --model to go on from a scorer")
+        if self.model is not None and self.sizes != Sizes():
+            raise ValueError(f"--model {self.model} has its own sizes; leave out --sizes")
         if self.architecture == "clip" and self.sizes.head != Sizes().head:
             raise ValueError(
                 f"--sizes.head {self.sizes.head} is of an ImageReward; leave it out with --architecture clip"
@@ -118,6 +125,7 @@ from rewards.head import apply_head
 from rewards.imagereward import ImageReward
 from rewards.on_device import upload
 from rewards.trained_cards import clip_card
+from rewards.training import load_trainable
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, temperature: float) -> Tensor:
@@ -207,7 +215,26 @@ def hardest(images: Tensor, texts: Tensor, captions: Sequence[str]) -> list[int]
     return (images @ texts.T).masked_fill(same, -torch.inf).argmax(1).tolist()
 
 
-def build_clip(config: Config) -> ClipScorer:
+def build(config: Config) -> ClipScorer | ImageReward:
+    """Return the scorer to train; ValueError where a file is missing or --model is of another architecture."""
+    if config.model is not None:
+        loaded = load_trainable(str(config.model))
+        kind = ClipScorer if config.architecture == "clip" else ImageReward
+        if not isinstance(loaded, kind):
+            raise ValueError(
+                f"--model {config.model} is a {type(loaded).__name__}; --architecture {config.architecture} is another one"
+            )
+        return loaded
+    assert config.vocab is not None
+    if not config.vocab.is_file():
+        raise ValueError(
+            f"--vocab: there is no file {config.vocab}; python assets/tiny/vocab.py writes the tiny ImageReward's, and"
+            " the tiny CLIP's is assets/tiny/pipeline/tokenizer/tokenizer.json"
+        )
+    return (build_clip if config.architecture == "clip" else build_imagereward)(config, config.vocab)
+
+
+def build_clip(config: Config, vocab: Path) -> ClipScorer:
     """Return the CLIP with random weights."""
     sizes = config.sizes
     clip = Clip(
@@ -222,13 +249,13 @@ def build_clip(config: Config) -> ClipScorer:
         activation="gelu",
         tokenizer="transformers",
         context=sizes.max_length,
-        vocab_size=vocab_size(config.vocab),
+        vocab_size=vocab_size(vocab),
     )
     card = clip_card("random weights", clip, Preprocess(size=sizes.image))
-    return ClipScorer.build(card, config.vocab, config.run.seed, config.temperature)
+    return ClipScorer.build(card, vocab, config.run.seed, config.temperature)
 
 
-def build_imagereward(config: Config) -> ImageReward:
+def build_imagereward(config: Config, vocab: Path) -> ImageReward:
     """Return the ImageReward with random weights."""
     sizes = config.sizes
     layout = ImageRewardConfig(
@@ -237,7 +264,7 @@ def build_imagereward(config: Config) -> ImageReward:
         vision_width=sizes.width,
         vision_layers=sizes.vision_layers,
         vision_heads=sizes.width // 32,
-        vocab_size=len(config.vocab.read_text().split()) + 2,
+        vocab_size=len(vocab.read_text().split()) + 2,
         max_positions=sizes.max_length,
         max_length=sizes.max_length,
         text_width=sizes.width,
@@ -251,7 +278,7 @@ def build_imagereward(config: Config) -> ImageReward:
         mean=0.0,
         std=1.0,
     )
-    return ImageReward.build(layout, config.vocab, config.run.seed)
+    return ImageReward.build(layout, vocab, config.run.seed)
 
 
 @one_writer
@@ -261,21 +288,14 @@ def main(config: Config) -> int:
         check(config.run)
         rate = FROM_SCRATCH["pretrain_scorer"]
         config = filled(config, of_run(rate), "pretrain_scorer")
-        if not config.vocab.is_file():
-            raise ValueError(
-                f"--vocab: there is no file {config.vocab}; python assets/tiny/vocab.py writes the tiny ImageReward's, and"
-                " the tiny CLIP's is assets/tiny/pipeline/tokenizer/tokenizer.json"
-            )
         samples, skipped = data.read(config.data, config.columns)
         settings = data.as_setting(skipped)
         run = Run(config.run, driver="pretrain_scorer", config_text=dump(config), settings=settings)
-        scorer: ImageReward | ClipScorer
-        if config.architecture == "clip":
-            scorer = build_clip(config)
-            module = run.prepare(Contrast(scorer), learning_rate=rate)
-        else:
-            scorer = build_imagereward(config)
-            module = run.prepare(Pretraining(scorer, config.temperature), learning_rate=rate)
+        scorer = build(config)
+        losses_of = (
+            Contrast(scorer) if isinstance(scorer, ClipScorer) else Pretraining(scorer, config.temperature)
+        )
+        module = run.prepare(losses_of, learning_rate=rate)
 
     if run.is_main:
         data.write_report(run.folder, skipped)
@@ -284,7 +304,9 @@ def main(config: Config) -> int:
         with run.ema_weights():
             scorer.save(folder / "scorer")
 
-    paths, size = [sample.path for sample in samples], config.sizes.image
+    paths = [sample.path for sample in samples]
+    assert scorer.card.preprocess is not None
+    size = scorer.card.preprocess.size
     with images_ahead(run, paths, Resolution(size, size)) as load:
         for step in run.steps():
             for micro_batch in run.passes():
