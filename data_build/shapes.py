@@ -5,9 +5,10 @@ A share of the captions is wrong (one word of the scene was changed after render
 renderings has defects (specks, noise, blur, colours off the palette, wobbly outlines), so that a model
 trained on the folder can still be improved. `metadata.jsonl` rows: file_name, text, rendered (the caption
 of what was actually rendered), defects ({name: strength}), near_misses (two captions that differ from
-`rendered` in one word: hard negatives for image-text matching; the first in a shape or the relation, which small models learn last). With `--name-defects` the captions name the
+`rendered` in one word: hard negatives for image-text matching; the first in a shape or the relation, which
+small models learn last). With `--name-defects` the captions name the
 defects and their degree, as web captions say "blurry" ("a red circle on a white background, with strong
-blur"), and half of the near misses have wrong defects. A model that learns to match such captions also
+blur"), and half of the second near misses have wrong defects. A model that learns to match such captions also
 learns to detect defects.
 
 With `--free-share` a share of the captions is in free English (`rewards/shapes_phrasing.py`): synonyms, other
@@ -101,13 +102,13 @@ def render_image(index: int, config: Config) -> tuple[NDArray[np.uint8], dict[st
     defects = random_defects(rng, config.weird_share)
     image = render(place(scene, rng), scene.background, rng, defects)
     said = change_one_word(scene, rng) if rng.random() < config.wrong_share else scene
-    misses = [
-        change_one_word(scene, rng, HARD_WORDS).caption()
-        + (with_defects(defects) if config.name_defects else ""),
-        near_miss(scene, defects, rng, config.name_defects),
-    ]
-    text = said.caption() + (with_defects(defects) if config.name_defects else "")
-    if (words := free_words(index, config)) is not None:
+    words = free_words(index, config)
+    if words is None:
+        named = with_defects(defects) if config.name_defects else ""
+        text = said.caption() + named
+        hard = change_one_word(scene, rng, HARD_WORDS)
+        misses = [hard.caption() + named, near_miss(scene, defects, rng, config.name_defects)]
+    else:
         text = free_caption(said, defects, said != scene, words)
         hard = change_one_word(scene, words, HARD_WORDS)
         misses = [

@@ -7,7 +7,7 @@ Salimans 2022, arXiv 2207.12598).
     python finetune/pretrain.py --model PIPELINE_FOLDER --data IMAGEFOLDER --output-dir runs/mine
     python finetune/pretrain.py --config finetune/configs/pretrain/tiny.yaml     # trains the embedded model
 
-Hardware: the tiny configuration takes about 20 minutes on two CPU cores; LoRA on Stable Diffusion 1.x needs
+Hardware: the tiny configuration takes more than an hour on two CPU cores; LoRA on Stable Diffusion 1.x needs
 a GPU. Left out: aspect-ratio buckets, random crops and flips (a flip makes "left of" wrong), offset noise.
 """
 

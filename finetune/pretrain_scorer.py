@@ -23,7 +23,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import tyro
 
@@ -108,6 +108,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import rewards
 from preftune.cli.printable import show
 from preftune.files.one_writer import one_writer
 from preftune.order import items_at
@@ -125,7 +126,7 @@ from rewards.head import apply_head
 from rewards.imagereward import ImageReward
 from rewards.on_device import upload
 from rewards.trained_cards import clip_card
-from rewards.training import load_trainable
+from rewards.training import check_trainable, load_trainable
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, temperature: float) -> Tensor:
@@ -215,22 +216,27 @@ def hardest(images: Tensor, texts: Tensor, captions: Sequence[str]) -> list[int]
     return (images @ texts.T).masked_fill(same, -torch.inf).argmax(1).tolist()
 
 
-def build(config: Config) -> ClipScorer | ImageReward:
-    """Return the scorer to train; ValueError where a file is missing or --model is of another architecture."""
+def check_start(config: Config) -> None:
+    """Raise ValueError where a file is missing or --model is of another architecture; reads no weights."""
     if config.model is not None:
-        loaded = load_trainable(str(config.model))
-        kind = ClipScorer if config.architecture == "clip" else ImageReward
-        if not isinstance(loaded, kind):
+        check_trainable(str(config.model))
+        kind = "imagereward" if rewards.find_card(str(config.model)).clip is None else "clip"
+        if kind != config.architecture:
             raise ValueError(
-                f"--model {config.model} is a {type(loaded).__name__}; --architecture {config.architecture} is another one"
+                f"--model {config.model} is of --architecture {kind}, got --architecture {config.architecture}"
             )
-        return loaded
-    assert config.vocab is not None
-    if not config.vocab.is_file():
+    elif config.vocab is not None and not config.vocab.is_file():
         raise ValueError(
             f"--vocab: there is no file {config.vocab}; python assets/tiny/vocab.py writes the tiny ImageReward's, and"
             " the tiny CLIP's is assets/tiny/pipeline/tokenizer/tokenizer.json"
         )
+
+
+def build(config: Config) -> ClipScorer | ImageReward:
+    """Return the scorer to train."""
+    if config.model is not None:
+        return cast(ClipScorer | ImageReward, load_trainable(str(config.model)))
+    assert config.vocab is not None
     return (build_clip if config.architecture == "clip" else build_imagereward)(config, config.vocab)
 
 
@@ -288,6 +294,7 @@ def main(config: Config) -> int:
         check(config.run)
         rate = FROM_SCRATCH["pretrain_scorer"]
         config = filled(config, of_run(rate), "pretrain_scorer")
+        check_start(config)
         samples, skipped = data.read(config.data, config.columns)
         settings = data.as_setting(skipped)
         run = Run(config.run, driver="pretrain_scorer", config_text=dump(config), settings=settings)

@@ -13,17 +13,13 @@ from rewards.training import load_trainable
 STEPS = ("--max-train-steps", "1", "--learning-rate", "1e-9", "--mixed-precision", "no")
 
 
-def flags_of(root: Path, output: Path) -> list[str]:
-    return recorded.arguments("pretrain_scorer", root, output)
-
-
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "scorer" / "model.safetensors")
 
 
 @pytest.mark.usefixtures("cpu")
 def test_it_goes_on_from_an_earlier_scorer(root: Path, tmp_path: Path) -> None:
-    flags = flags_of(root, tmp_path / "first")
+    flags = recorded.arguments("pretrain_scorer", root, tmp_path / "first")
     recorded.train("pretrain_scorer", [*flags, "--max-train-steps", "2", "--seed", "3"])
     data = ["--data", f"{root}/images", "--train-batch-size", "2", *STEPS]
     second = [*data, "--model", f"{tmp_path}/first/scorer"]

@@ -18,8 +18,8 @@ class NoiseLevels:
     snr_gamma: float | None = None
     """Weight losses by Min-SNR (Hang et al. 2023, arXiv 2303.09556), which uses 5; None = all noise levels alike."""
     timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = "none"
-    """Which are drawn more often: the less noisy ones (earlier), the noisier ones, where a caption decides what is drawn (later), or
-    those from --timestep-bias-begin to --timestep-bias-end (range).
+    """Which are drawn more often: the less noisy ones (earlier), the noisier ones (later), or those from --timestep-bias-begin to
+    --timestep-bias-end (range).
     """
     timestep_bias_multiplier: float = 1.0
     """How many times as often as others."""
