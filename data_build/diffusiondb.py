@@ -39,7 +39,14 @@ import tyro
 from data_build.filters import Filters, Nsfw
 from data_build.selection import Selection
 from preftune.cli import exit_on_user_error, parse
-from preftune.cli.precision import Precision, batch_size_here, check_precision, precision_here, workers_here
+from preftune.cli.precision import (
+    Precision,
+    batch_size_here,
+    check_precision,
+    device_here,
+    precision_here,
+    workers_here,
+)
 from preftune.cli.scorer_flags import Files
 from rewards import CARDS, Scorer, check_all, find_card
 from rewards.terms import parse_files, parse_names
@@ -237,7 +244,7 @@ def score_here(config: Config, job: Job, parts: range, device: torch.device) -> 
 
 def part_scorer(config: Config, job: Job) -> Callable[[int], list[score_folder.ScoreRow]]:
     """Return what gives the rows of a part, with a separate scorer: for the processes of a cluster."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_here()
     scorers, prepare = load_scorer(config, job, device)
 
     @torch.no_grad()
@@ -287,7 +294,7 @@ def main(config: Config) -> None:
     with exit_on_user_error():
         job = check_inputs(config)
     if job is not None:
-        score_remaining_parts(config, job, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        score_remaining_parts(config, job, device_here())
         write_data_set(config, job)
     show(f"{selected_folder.summary_text(config.output_dir)}\n{config.output_dir}")
     with exit_on_user_error():

@@ -26,6 +26,7 @@ from typing import Annotated
 import tyro
 
 from preftune.cli import exit_on_user_error, parse
+from preftune.cli.precision import device_here
 from preftune.families import Pretrained
 from preftune.sampling_config import Resolved, Sampling
 
@@ -63,7 +64,6 @@ class Config:
 if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
     CONFIG = parse(Config)
 
-import torch
 from tqdm import tqdm
 
 from preftune import families, seeds
@@ -168,7 +168,7 @@ def write_part(config: Config, family: Family, prompts: list[str], part: int, pa
 @one_writer
 def main(config: Config) -> None:
     """Generate the parts that are not there."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_here()
     with exit_on_user_error():
         prompts, settings = check_folder(config)
         family = families.load(config.model.source(), device)

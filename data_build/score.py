@@ -22,7 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preftune.cli import exit_on_user_error, parse
-from preftune.cli.precision import Precision, batch_size_here, check_precision, precision_here, workers_here
+from preftune.cli.precision import (
+    Precision,
+    batch_size_here,
+    check_precision,
+    device_here,
+    precision_here,
+    workers_here,
+)
 from preftune.cli.scorer_flags import Files, Measured
 from rewards.terms import parse_files, parse_names
 
@@ -163,7 +170,7 @@ def score_rest(
 @torch.no_grad()
 def main(config: Config) -> None:
     """Score, conclude and report."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_here()
     with exit_on_user_error():
         data, total, files = check_inputs(config)
     if words := describe_passed_over(data.passed_over):

@@ -99,6 +99,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from preftune import seeds
+from preftune.cli.precision import device_here
 from preftune.cli.printable import show
 from preftune.files import replacing, write_text
 from preftune.files.one_writer import one_writer
@@ -143,7 +144,7 @@ def write_image(pixels: Tensor, path: Path) -> None:
 
 def write_generated(config: Config, model: Source, folder: Path) -> None:
     """Generate and write all images, in groups of equal settings."""
-    family = families.load(model)
+    family = families.load(model, device_here())
     settings, captions, names = [], [], []
     for index in range(config.count):
         scene, rng = scene_of(index, config)

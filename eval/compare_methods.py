@@ -33,7 +33,7 @@ import tyro
 from eval.flags import BASE
 from eval.trainings import check_commands, check_seeds, command_record, split_named, train
 from preftune.cli import exit_on_user_error, parse
-from preftune.cli.precision import workers_here
+from preftune.cli.precision import device_here, workers_here
 from preftune.cli.scorer_flags import Files, Measured
 from preftune.families import Pretrained
 from preftune.sampling_config import Resolved, Sampling
@@ -236,7 +236,7 @@ def images_by_method(config: Config, runs: Mapping[tuple[str, int], Path]) -> di
 @one_writer
 def main(config: Config) -> int:
     """Train, generate, judge, report."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_here()
     with exit_on_user_error():
         prompts, sampling = check_inputs(config)
         record = record_of(config, prompts, sampling)

@@ -48,6 +48,7 @@ from eval.agreement import (
 from eval.flags import check_crops, check_folders
 from eval.trainings import check_commands, check_seeds, command_record, split_named, train
 from preftune.cli import exit_on_user_error, parse
+from preftune.cli.precision import device_here
 
 REPORT, RECORD = ("table.csv", "seeds.csv", "accuracy.png"), "comparison.json"
 """Files of a report, and the one that says what it is of."""
@@ -327,7 +328,7 @@ def score_all(
 
     FloatingPointError names scorer and image for a score that is no finite number.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_here()
     columns, rejected = {}, held.rejected
     for run, folder in scorers.items():
         scorer = rewards.load(str(folder), device=device)  # one at a time: they may be large

@@ -32,7 +32,7 @@ import tyro
 
 from eval.flags import split_term
 from preftune.cli import exit_on_user_error, parse
-from preftune.cli.precision import check_precision, workers_here
+from preftune.cli.precision import check_precision, device_here, workers_here
 from preftune.cli.scorer_flags import Files, Weighted
 from preftune.families import Pretrained
 from preftune.sampling_config import Resolved, Sampling
@@ -283,7 +283,7 @@ def to_html(sheet: Sheet, config: Config, sampling: Resolved, thumbnails: Sequen
 @one_writer
 def main(config: Config) -> int:
     """Generate what is missing, score, and write the page and the grid."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_here()
     weights = config.weights()
     with exit_on_user_error():
         request = check_inputs(config)

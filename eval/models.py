@@ -5,11 +5,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 import rewards
 from eval.flags import split_term
 from preftune import families
+from preftune.cli.precision import device_here
 from preftune.families import Source
 from preftune.families.configs import read_json
 from preftune.families.digest import digest as digest_of_pipeline
@@ -147,7 +146,7 @@ def check_scorers(
     reward of the user's own that fails for random images.
     """
     rewards.check_all(names, files, download=False)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_here()
     mine = [rewards.load(name, device=device) for name in names if own.is_own(name)]
     try_out(mine, prompts, (resolution.width, resolution.height), gradient=False)
     if "shapes" in names:

@@ -33,7 +33,7 @@ from typing import Any
 
 from eval.flags import check_crops, check_folders
 from preftune.cli import exit_on_user_error, parse
-from preftune.cli.precision import workers_here
+from preftune.cli.precision import device_here, workers_here
 from preftune.cli.scorer_flags import Files, Measured
 from rewards.terms import parse_files, parse_names
 
@@ -175,7 +175,7 @@ def write_report(
 @one_writer
 def main(config: Config) -> int:
     """Score every image, compare, report."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_here()
     with exit_on_user_error():
         ranked = check_inputs(config)
         names = parse_names(config.rewards)

@@ -8,8 +8,11 @@ rankings. A negative caption is taken from the data set's `near_misses` column i
 is the most similar other caption in the batch (BLIP's hard negative, without sampling).
 
 `--architecture clip`: the contrastive loss alone (Radford et al. 2021, arXiv 2103.00020, section 2.3), with
-a learned logit_scale that is kept in [0, ln 100]. The cross-entropy over captions has one more column per
-image, its own near miss.
+a learned logit_scale that is kept in [0, ln 100].
+
+Both contrasts have one more column per image in the cross-entropy over captions, its own near miss, as
+NegCLIP does (Yuksekgonul et al. 2023, arXiv 2210.01936): other captions of a batch differ in so many words that a
+scorer need not look at shapes.
 
     python finetune/pretrain_scorer.py --config finetune/configs/pretrain_scorer/tiny.yaml
     python finetune/pretrain_scorer.py --config finetune/configs/pretrain_scorer/tiny_clip.yaml
@@ -129,11 +132,6 @@ from rewards.trained_cards import clip_card
 from rewards.training import check_trainable, load_trainable
 
 
-def contrastive_loss(images: Tensor, texts: Tensor, temperature: float) -> Tensor:
-    """Return the mean of the two cross-entropies of matching unit vectors (B, P) by row and by column."""
-    return by_row_and_column(images @ texts.T / temperature)
-
-
 def by_row_and_column(logits: Tensor, misses: Tensor | None = None) -> Tensor:
     """Return the mean of the two cross-entropies of logits (B, B), images by captions, whose diagonal is the truth.
 
@@ -170,10 +168,11 @@ class Pretraining(nn.Module):
         images = F.normalize(scorer.vision_proj(tokens[:, 0]), dim=1)
         texts = scorer.text_embedding(captions)
         wrong = negatives(misses, images, texts, captions)
+        near = near_logits(images, scorer.text_embedding(wrong), misses) / self.temperature
         read = scorer.read(captions + wrong, torch.cat([tokens, tokens]), pixels.device)
         fit, miss = apply_head(scorer.mlp, read).chunk(2)
         losses = {
-            "contrast": contrastive_loss(images, texts, self.temperature),
+            "contrast": by_row_and_column(images @ texts.T / self.temperature, near),
             "matching": matching_loss(fit, miss),
             "captioning": captioning_loss(*scorer.next_tokens(captions, tokens)),
         }
@@ -194,10 +193,15 @@ class Contrast(nn.Module):
         scorer = self.scorer
         scale, images, texts = scorer.logit_scale.exp(), scorer.vision(pixels), scorer.texts(captions)
         logits = scale * images @ texts.T
-        near = scale * (images * scorer.texts(negatives(misses, images, texts, captions))).sum(1)
-        absent = upload(torch.tensor([miss is None for miss in misses]), pixels.device)
-        loss = by_row_and_column(logits, near.masked_fill(absent, -torch.inf))
-        return {"contrast": loss}, (logits.diagonal() > near).float().mean()
+        wrong = scorer.texts(negatives(misses, images, texts, captions))
+        loss = by_row_and_column(logits, scale * near_logits(images, wrong, misses))
+        return {"contrast": loss}, ((images * texts).sum(1) > (images * wrong).sum(1)).float().mean()
+
+
+def near_logits(images: Tensor, wrong: Tensor, misses: Sequence[str | None]) -> Tensor:
+    """Return the products (B,) of unit vectors of images and of their near misses (B, P); -inf where one has none of its own."""
+    absent = upload(torch.tensor([miss is None for miss in misses]), images.device)
+    return (images * wrong).sum(1).masked_fill(absent, -torch.inf)
 
 
 def negatives(

@@ -241,13 +241,19 @@ def test_the_best_accuracy_outlives_a_stop(root: Path, tmp_path: Path) -> None:
 
 
 def test_contrast_by_hand() -> None:
-    """Two images, two captions, likenesses [[1, 0], [0.6, 0.8]], temperature 0.5."""
+    """Two images, two captions, likenesses [[1, 0], [0.6, 0.8]], temperature 0.5; then a near miss of likeness 0.5 for the second."""
     images = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     texts = torch.eye(2)
     by_row = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-0.4))) / 2
     by_column = (math.log(1 + math.exp(-0.8)) + math.log(1 + math.exp(-1.6))) / 2
-    loss = pretrain_scorer.contrastive_loss(images, texts, 0.5)
+    loss = pretrain_scorer.by_row_and_column(images @ texts.T / 0.5)
     assert loss.item() == pytest.approx((by_row + by_column) / 2, abs=1e-6)
+    wrong = torch.tensor([[0.0, 1.0], [0.3, 0.4]])
+    near = pretrain_scorer.near_logits(images, wrong, [None, "a near miss"]) / 0.5
+    assert near.tolist() == [-math.inf, pytest.approx(1.0)]
+    with_miss = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-0.4) + math.exp(-0.6))) / 2
+    loss = pretrain_scorer.by_row_and_column(images @ texts.T / 0.5, near)
+    assert loss.item() == pytest.approx((with_miss + by_column) / 2, abs=1e-6)
 
 
 def test_matching_is_binary_cross_entropy() -> None:

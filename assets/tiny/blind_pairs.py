@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from preftune import families, seeds
 from preftune.cli import exit_on_user_error, parse
+from preftune.cli.precision import device_here
 from preftune.files import replacing, write_text
 from preftune.files.one_writer import one_writer
 from preftune.images import load_pixels, save_image, to_pil
@@ -116,7 +117,9 @@ def images_of(source: Source, files: dict[str, Path] | None, prompts: Sequence[s
         batch_size=64,
     )
     image_seeds = [source.seed * 1_000_003 + index for index in range(len(prompts))]
-    batches = sample(families.load(source.model), prompts, image_seeds, sampling, progress="sampling")
+    batches = sample(
+        families.load(source.model, device_here()), prompts, image_seeds, sampling, progress="sampling"
+    )
     return [to_pil(pixels) for batch in batches for pixels in batch]
 
 

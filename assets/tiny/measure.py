@@ -26,6 +26,7 @@ from tqdm import tqdm
 import rewards
 from preftune import families, seeds
 from preftune.cli import exit_on_user_error, parse
+from preftune.cli.precision import device_here
 from preftune.cli.printable import show
 from preftune.cli.scorer_flags import Measured
 from preftune.families.base import Family
@@ -223,7 +224,7 @@ def main(config: Config) -> None:
     if config.guidance_scales or config.picture is not None:
         with exit_on_user_error():
             prompts = read_prompts(config.prompts)
-            family = families.load(config.model)
+            family = families.load(config.model, device_here())
         if config.guidance_scales:
             measure_model(config, family, prompts)
         if config.picture is not None:

@@ -1,8 +1,11 @@
 """--precision, --batch-size and --workers of the programs for scoring and showing: checks, and what they are where nothing is asked."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from preftune.machine.cores import cores
+
+if TYPE_CHECKING:
+    import torch
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
@@ -20,6 +23,13 @@ def check_precision(precision: Precision | None) -> None:
         raise ValueError("--precision fp16 needs a GPU; use fp32 or bf16")
 
 
+def device_here() -> "torch.device":
+    """Return the device of the programs that score and sample: the first CUDA GPU, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def precision_here(asked: Precision | None) -> Precision:
     """Return the precision of scorers: what is asked; else bf16 on a CUDA GPU, fp16 on one before Ampere, fp32 elsewhere."""
     import torch
@@ -33,9 +43,7 @@ def precision_here(asked: Precision | None) -> Precision:
 
 def batch_size_here(asked: int | None) -> int:
     """Return the images per forward pass of a scorer: what is asked, else what suits this machine."""
-    import torch
-
-    return asked or BATCH_SIZE["cuda" if torch.cuda.is_available() else "cpu"]
+    return asked or BATCH_SIZE[device_here().type]
 
 
 def workers_here(asked: int | None, *, programs: int = 1) -> int:
