@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 # Stable Diffusion 1.x's own scheduler_config.json
 SCHEDULER_CONFIG: dict[str, object] = {
@@ -67,25 +67,6 @@ def build_unet(
             attention_head_dim=4,
             norm_num_groups=16,
         )
-
-
-def build_text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int, seed: int) -> CLIPTextModel:
-    """Return a CLIP text encoder for this tokenizer, with four heads and QuickGELU as Stable Diffusion 1.x's."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            max_position_embeddings=tokenizer.model_max_length,
-            projection_dim=width,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        return CLIPTextModel(config)
 
 
 def build_tokenizer(
