@@ -36,6 +36,7 @@ PROGRAMS = {
     "shapes": "data_build.shapes",
     "simulate-rankings": "data_build.simulate_rankings",
     "grid": "eval.grid",
+    "benchmark-images": "eval.generate",
     "compare-methods": "eval.compare_methods",
     "compare-reward-models": "eval.compare_reward_models",
     "preference-accuracy": "eval.preference_accuracy",
