@@ -34,7 +34,7 @@ from eval.agreement import (
     predicted_ties,
     references,
 )
-from preftune.bootstrap import ratios
+from preftune.statistics.bootstrap import ratios
 
 
 @dataclass(frozen=True, kw_only=True)

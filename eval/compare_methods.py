@@ -143,7 +143,6 @@ from eval.pages import base64_of, render
 from eval.report_folder import check_report, write_record
 from eval.win_rates import MethodResult, heat_maps, method_table, scores_csv, to_csv, to_text
 from preftune import families
-from preftune.bootstrap import interval
 from preftune.cli.printable import show
 from preftune.files import check_writable, tidy, write_text
 from preftune.files.one_writer import one_writer
@@ -151,6 +150,7 @@ from preftune.grid import captioned_grid
 from preftune.images import save_image
 from preftune.prompts import read_prompts
 from preftune.records import read_jsonl
+from preftune.statistics.bootstrap import interval
 from rewards.shared_towers import load_all
 
 

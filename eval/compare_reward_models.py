@@ -134,12 +134,12 @@ from eval.rankings import (
 from eval.report_folder import check_report, write_record
 from eval.view_scores import score_views, view_names
 from eval.win_rates import csv_text
-from preftune.bootstrap import interval
 from preftune.cli.printable import show
 from preftune.files import check_writable, tidy, write_text
 from preftune.files.one_writer import one_writer
 from preftune.images import save_figure
 from preftune.records import write_jsonl
+from preftune.statistics.bootstrap import interval
 from rewards.shapes import in_world
 
 

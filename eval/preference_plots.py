@@ -29,8 +29,8 @@ from eval.agreement import (
 )
 from eval.agreement_table import Measurement
 from eval.correlation import centred, correlation, interpolation
-from preftune.bootstrap import interval
 from preftune.images import save_figure
+from preftune.statistics.bootstrap import interval
 
 
 @dataclass(frozen=True, kw_only=True)

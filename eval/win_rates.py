@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.flags import BASE
-from preftune import bootstrap
-from preftune.bootstrap import interval
 from preftune.images import save_figure
+from preftune.statistics import bootstrap
+from preftune.statistics.bootstrap import interval
+from preftune.statistics.paired import wins_ties_losses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +43,6 @@ class MethodResult:
         return self.wins / (self.wins + self.losses) if self.wins + self.losses else math.nan
 
 
-def wins_of(one: NDArray[np.float64], other: NDArray[np.float64]) -> tuple[int, int, int]:
-    """Return how often the first is better, equal and worse."""
-    return int((one > other).sum()), int((one == other).sum()), int((one < other).sum())
-
-
 def method_table(
     scores: Mapping[str, NDArray[np.float64]], scorers: Sequence[str], images: Mapping[str, int]
 ) -> list[MethodResult]:
@@ -57,7 +53,7 @@ def method_table(
         for column, scorer in enumerate(scorers):
             difference = found[:, :, column] - base[:, :, column]
             change, low, high = bootstrap.mean(difference.mean(0))
-            wins, ties, losses = wins_of(found[:, :, column], base[:, :, column])
+            wins, ties, losses = wins_ties_losses(difference)
             rows.append(
                 MethodResult(
                     method=name, scorer=scorer, mean=float(found[:, :, column].mean()), change=change, low=low, high=high,
@@ -75,7 +71,8 @@ def win_rates(scores: Mapping[str, NDArray[np.float64]], column: int) -> NDArray
     rates = np.full((len(names), len(names)), np.nan)
     for i, one in enumerate(names):
         for j, other in enumerate(names):
-            wins, _, losses = wins_of(scores[one][:, :, column], scores[other][:, :, column])
+            difference = scores[one][:, :, column] - scores[other][:, :, column]
+            wins, _, losses = wins_ties_losses(difference)
             if wins + losses:
                 rates[i, j] = wins / (wins + losses)
     return rates

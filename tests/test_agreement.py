@@ -22,7 +22,7 @@ from eval.agreement import (
     RankedSet,
 )
 from eval.agreement_table import agreement_table
-from preftune.bootstrap import mean, ratios
+from preftune.statistics.bootstrap import mean, ratios
 
 
 def rows(*values: list[float]) -> agreement.Floats:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from preftune import bootstrap
+from preftune.statistics import bootstrap
 
 
 def test_mean_of_two_by_hand() -> None:

@@ -14,7 +14,8 @@ import tiny
 from conftest import run_here
 from eval import compare_methods, trainings, win_rates
 from eval.report_folder import write_record
-from preftune import bootstrap, cli
+from preftune import cli
+from preftune.statistics import bootstrap
 
 pytestmark = pytest.mark.usefixtures("cpu")
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from preftune import bootstrap, files
+from preftune import files
 from preftune.cli.notes import counted
 from preftune.cli.printable import show
 from preftune.families.base import Family
@@ -25,6 +25,7 @@ from preftune.grid import captioned_grid
 from preftune.images import load_pixels, save_image, to_pil
 from preftune.records import read_jsonl, write_jsonl
 from preftune.sampling import Sampling, sample, sharded
+from preftune.statistics import bootstrap
 from preftune.training.run import Run
 from rewards.mix import Mix
 from rewards.shapes import SIZE, in_world
