@@ -37,6 +37,7 @@ PROGRAMS = {
     "simulate-rankings": "data_build.simulate_rankings",
     "grid": "eval.grid",
     "benchmark-images": "eval.generate",
+    "benchmark": "eval.benchmark",
     "compare-methods": "eval.compare_methods",
     "compare-reward-models": "eval.compare_reward_models",
     "preference-accuracy": "eval.preference_accuracy",
