@@ -126,6 +126,7 @@ from preftune.cli.printable import show
 from preftune.files import remove
 from preftune.files.one_writer import one_writer
 from preftune.machine.tf32 import set_tf32
+from preftune.scorer_digests import digests
 from rewards.digests import sha256_of
 from rewards.shared_towers import load_all
 
@@ -191,7 +192,7 @@ def check_inputs(config: Config) -> Job | None:
     filters = asdict(config.filters)
     if config.filters.metadata is not None:
         filters["metadata"] = sha256_of(config.filters.metadata)
-    weights = scoring.digests([config.scorer], files)
+    weights = digests([config.scorer], files)
     scores = {
         "rewards": config.scorer,
         "data": digest,

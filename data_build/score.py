@@ -89,13 +89,14 @@ from tqdm import tqdm
 from data_build import score_folder, scoring
 from data_build.decode import Entry
 from data_build.readers import DataSet, entries, find_data_set, survey
-from data_build.scoring import DTYPES, Batch, PrepareEntry, check_judge, digests
+from data_build.scoring import DTYPES, Batch, PrepareEntry, check_judge
 from preftune.cli.notes import say
 from preftune.cli.printable import show
 from preftune.files import lock, tidy_beside
 from preftune.files.one_writer import one_writer
 from preftune.image_folders import describe_passed_over
 from preftune.machine.tf32 import set_tf32
+from preftune.scorer_digests import digests
 from rewards import Scorer, check_all, embedded, find_card
 from rewards.shared_towers import load_all
 

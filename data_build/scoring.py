@@ -7,7 +7,7 @@ it was rejected or filtered. The caller decides how entries are batched.
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,15 +15,13 @@ import torch
 from PIL import Image
 from torch.profiler import record_function
 
-import rewards
 from data_build import score_folder
 from data_build.decode import Entry, Filtered, ImageEntry, UnusableError, decode, or_unusable, upright
 from data_build.readers import DataSet, entries, read_bytes
 from data_build.score_folder import ScoreRow
 from preftune.prepared_images import Recipe, View
 from preftune.score_files import ScoredItem, score_files
-from rewards import Scorer, own
-from rewards.digests import sha256_of
+from rewards import Scorer
 from rewards.shapes import check_judgeable
 
 JUDGE = "shapes"
@@ -32,13 +30,6 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 Unwanted = Callable[[Image.Image], str | None]
 """What filters decoded images in the worker processes: the name of the filter that one does not pass, or None."""
-
-
-def digests(names: Sequence[str], files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
-    """Return the digests of the weights of scorers, which tell a job from others; ValueError where some are neither here nor on the hub."""
-    found = rewards.check_all(names, files)
-    weights = {name: {path.name: sha256_of(path) for path in paths} for name, paths in found.items()}
-    return weights | {name: {"source": own.source_digest(name)} for name in names if own.is_given(name)}
 
 
 def check_judge(names: Sequence[str], data: DataSet) -> None:

@@ -4,15 +4,17 @@
     images/TITLE/metadata.jsonl   file_name, text, seed: `datasets.load_dataset("imagefolder")` reads the folder
     images/TITLE/generated.json   SHA-256 of the weights and of the prompts, seeds, sampling settings
 
-A folder appears only when it is complete. A folder of that name with other images is refused, or with
-`overwrite` replaced. Characters of a title that are not allowed in file names become _ in the folder name.
+generated.json is written first and metadata.jsonl last, so a folder with metadata.jsonl is complete. In between images appear
+one by one, each in one piece; a program that was stopped goes on with the first batch that lacks one. Batches are the same
+then, so the bytes are. A folder of that name with other images is refused, or with `overwrite` replaced. Characters of a title
+that are not allowed in file names become _ in the folder name.
 """
 
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,14 +33,15 @@ from preftune.families.base import Family
 from preftune.families.digest import digest_of_part
 from preftune.families.locate import locate_vae
 from preftune.files import replacing, tidy, write_text
-from preftune.images import to_pil
+from preftune.images import save_image
+from preftune.processes import ALONE, Processes
 from preftune.records import write_jsonl
 from preftune.sampling import sample
 from preftune.sampling_config import Resolved
 from rewards import Scorer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-RECORD = "generated.json"
+METADATA, RECORD = "metadata.jsonl", "generated.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +59,13 @@ class Request:
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     vae: Path | None = None
     """Folder of an autoencoder to use instead of each pipeline's."""
+    groups: Sequence[str] = ()
+    """Group of each image, such as a style; none where there are none."""
 
     def files(self, title: str) -> list[Path]:
         """Return the N images of a column."""
-        return [self.folder_of(title) / f"{index:04d}.png" for index in range(len(self.prompts))]
+        folder = self.folder_of(title)
+        return [folder / f"{index:04d}.png" for index in range(len(self.prompts))]
 
     def folder_of(self, title: str) -> Path:
         """Return the folder of a column."""
@@ -74,13 +80,24 @@ class Request:
         """Return all that decides the images of a column; the batch size does not."""
         return {
             "weights": column.digest(),
-            "prompts": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
+            "prompts": _digest_of(self.prompts),
             "seeds": list(self.seeds),
             "negative": self.negatives.get(column.title, ""),
             "precision": self.precision,
             "vae": digest_of_part(locate_vae(str(self.vae))) if self.vae is not None else "",
             **settings_of(self.sampling),
+            **({"groups": _digest_of(self.groups)} if self.groups else {}),
         }
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the lines of metadata.jsonl, the same for all columns."""
+        for index, (prompt, seed) in enumerate(zip(self.prompts, self.seeds, strict=True)):
+            row = {"file_name": f"{index:04d}.png", "text": prompt, "seed": seed}
+            yield row | ({"group": self.groups[index]} if self.groups else {})
+
+
+def _digest_of(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 def settings_of(sampling: Resolved) -> dict[str, Any]:
@@ -105,24 +122,43 @@ def missing_columns(request: Request, *, overwrite: bool) -> list[Column]:
             raise ValueError(
                 f"{folder} holds other images ({differs}); add --overwrite-output-dir, or choose another --output-dir"
             )
-        if differs or not all(path.is_file() for path in request.files(column.title)):
+        files = [*request.files(column.title), folder / METADATA]
+        if differs or not all(map(_is_written, files)):
             missing.append(column)
     return missing
 
 
-def generate(request: Request, columns: Sequence[Column], device: torch.device) -> None:
+def _is_written(path: Path) -> bool:
+    """Return whether a file is there, and not as a power cut leaves one."""
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
+def generate(
+    request: Request,
+    columns: Sequence[Column],
+    device: torch.device,
+    processes: Processes = ALONE,
+) -> None:
     """Generate and write the images of these columns; a pipeline is loaded once for all columns that share it.
 
-    Exits with code 2 for weights that do not fit, before the first image of their pipeline.
+    Each of several processes generates every so many-th batch. Exits with code 2 for weights that do not fit, before the first
+    image of their pipeline.
     """
-    tidy(request.folder, request.folder.parent)
+    if processes.is_main:
+        tidy(request.folder, request.folder.parent)
     for pipeline in dict.fromkeys(column.pipeline for column in columns):
         group = [column for column in columns if column.pipeline == pipeline]
-        _generate_group(request, group, pipeline, device)
+        _generate_group(request, group, pipeline, device, processes)
+    processes.wait()
+    for column in columns if processes.is_main else ():
+        write_jsonl(request.folder_of(column.title) / METADATA, request.rows())
 
 
 def _generate_group(
-    request: Request, group: Sequence[Column], pipeline: Source, device: torch.device
+    request: Request, group: Sequence[Column], pipeline: Source, device: torch.device, processes: Processes
 ) -> None:
     """Generate the columns of one pipeline: with a LoRA on or off; a UNet replaces that of the pipeline, which is then
     loaded again.
@@ -134,37 +170,56 @@ def _generate_group(
         for column in group:  # a LoRA that does not fit is found before the first image
             if column.tuned is not None and column.has_lora:
                 family.load_tuned(column.tuned)
+    for column in group if processes.is_main else ():
+        _begin_folder(request, column)
+    processes.wait()
     for column in group:
         if family is None:
             family = families.load(pipeline, device, dtype, request.vae)
         if column.tuned is None:
             with family.reference():
-                _write_folder(request, column, family)
+                _write_images(request, column, family, processes)
             continue
         with exit_on_user_error():
             family.load_tuned(column.tuned, column.weight)
-        _write_folder(request, column, family.to(device, dtype))
+        _write_images(request, column, family.to(device, dtype), processes)
         if not column.has_lora:
             family = None
 
 
-def _write_folder(request: Request, column: Column, family: Family) -> None:
-    """Write the images of a column as they are generated, then what they are; no more than a batch is in memory."""
-    negative = request.negatives.get(column.title, "")
-    batches = sample(
-        family, request.prompts, request.seeds, request.sampling, negative=negative, progress=column.title
+def _begin_folder(request: Request, column: Column) -> None:
+    """Make the folder of a column and write what its images are; one that was begun alike is kept, and one of other images
+    replaced.
+    """
+    folder = request.folder_of(column.title)
+    tidy(folder)
+    record = request.record(column)
+    if difference(folder / RECORD, record):
+        with replacing(folder) as begun:
+            begun.mkdir()
+            write_text(begun / RECORD, json.dumps(record, indent=1) + "\n")
+
+
+def _write_images(request: Request, column: Column, family: Family, processes: Processes) -> None:
+    """Write the images of a column that are not there as they are generated; no more than a batch is in memory.
+
+    A batch that lacks one is generated as a whole, so that its images do not depend on which were there.
+    """
+    files, size = request.files(column.title), request.sampling.batch_size
+    batches = [range(start, min(start + size, len(files))) for start in range(0, len(files), size)]
+    mine = batches[processes.rank :: processes.count]
+    numbers = [i for batch in mine if not all(_is_written(files[i]) for i in batch) for i in batch]
+    generated = sample(
+        family,
+        [request.prompts[i] for i in numbers],
+        [request.seeds[i] for i in numbers],
+        request.sampling,
+        negative=request.negatives.get(column.title, ""),
+        progress=column.title if processes.is_main else None,
     )
-    names = [path.name for path in request.files(column.title)]
-    with replacing(request.folder_of(column.title)) as folder:
-        folder.mkdir()
-        for name, pixels in zip(names, itertools.chain.from_iterable(batches), strict=True):
-            to_pil(pixels).save(folder / name)
-        rows = zip(names, request.prompts, request.seeds, strict=True)
-        write_jsonl(
-            folder / "metadata.jsonl",
-            ({"file_name": name, "text": prompt, "seed": seed} for name, prompt, seed in rows),
-        )
-        write_text(folder / RECORD, json.dumps(request.record(column), indent=1) + "\n")
+    for i, pixels in zip(numbers, itertools.chain.from_iterable(generated), strict=True):
+        if not _is_written(files[i]):
+            save_image(pixels, files[i])
 
 
 def score_generated(

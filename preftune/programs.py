@@ -36,6 +36,8 @@ PROGRAMS = {
     "shapes": "data_build.shapes",
     "simulate-rankings": "data_build.simulate_rankings",
     "grid": "eval.grid",
+    "benchmark-images": "eval.generate",
+    "benchmark": "eval.benchmark",
     "compare-methods": "eval.compare_methods",
     "compare-reward-models": "eval.compare_reward_models",
     "preference-accuracy": "eval.preference_accuracy",

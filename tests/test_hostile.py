@@ -30,12 +30,12 @@ from PIL import EpsImagePlugin, Image, ImageFont
 from transformers import CLIPTokenizer
 
 import rewards
-from data_build import decode, readers, scoring
+from data_build import decode, readers
 from data_build.published import read_published
 from data_build.scoring import PrepareEntry
 from eval import pages
 from eval.models import check_scorers
-from preftune import cli, families, grid, images, prompts
+from preftune import cli, families, grid, images, prompts, scorer_digests
 from preftune.cli.printable import printable, show
 from preftune.prepared_images import Recipe
 from preftune.prompts import read_prompts
@@ -651,7 +651,7 @@ def test_a_name_in_data_runs_no_file(tmp_path: Path) -> None:
         lambda: rewards.check_all([name], {}),
         lambda: load_all([name], files={}, device="cpu", dtype=torch.float32),
         lambda: check_scorers([name], {}, ["a"], Resolution(64, 64), tmp_path),
-        lambda: scoring.digests([name], {}),
+        lambda: scorer_digests.digests([name], {}),
     ]
     for call in calls:
         with pytest.raises(ValueError, match="runs only where --rewards names it; in Python"):

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import record_trajectories as recorded
 import rewards
-from data_build import score, scoring
+from data_build import score
 from eval.models import check_scorers
 from eval.view_scores import PromptedImage, score_views
-from preftune import cli
+from preftune import cli, scorer_digests
 from preftune.images import load_pixels
 from preftune.records import read_jsonl
 from preftune.resolution import Resolution
@@ -587,7 +587,7 @@ def test_the_source_of_a_given_callable_counts() -> None:
     for function in (brightness, darkness, brightness):
         with own.given({"mine": function}):
             runs.add(inputs.digests({"rewards": ["mine=2"]})["scorer mine"])
-            jobs.add(scoring.digests(["mine"], {})["mine"]["source"])
+            jobs.add(scorer_digests.digests(["mine"], {})["mine"]["source"])
     assert len(runs) == len(jobs) == 2
 
 
