@@ -173,9 +173,9 @@ def measure_table(others: Sequence[Measure]) -> tuple[list[str], list[list[str]]
     names = list(dict.fromkeys(one.measure for one in others))
     lines: dict[str, list[str]] = {}
     for one in others:
-        bounds = interval(one.low, one.high, "+.3f") if one.change else ""
-        cell = f"{one.value:.3f}" + (
-            f" ({one.change:+.3f}{f' {bounds}' if bounds else ''})" if one.change else ""
+        bounds = interval(one.low, one.high, "+.2g") if one.change else ""
+        cell = f"{one.value:.3g}" + (
+            f" ({one.change:+.2g}{f' {bounds}' if bounds else ''})" if one.change else ""
         )
         lines.setdefault(one.model, []).append(cell)
     return names, [[model, *cells] for model, cells in lines.items()]
@@ -196,7 +196,7 @@ def choose(results: Results, count: int) -> Iterator[Example]:
     chosen += [("middle", i) for i in order[start : start + middle]]
     chosen += [("largest loss", i) for i in order[len(order) - losses :]]
     for kind, place in chosen:
-        why = f"{kind} of {last} by {scorer}: {change[place]:+.3f}" if len(titles) > 1 else ""
+        why = f"{kind}: {last} {change[place]:+.3f} by {scorer}" if len(titles) > 1 else ""
         cells = []
         for title in [results.base, *(title for title in titles if title != results.base)]:
             values = results.scores[title][place, 0]
@@ -232,6 +232,7 @@ def plot(rows: Sequence[Row], base: str, path: Path) -> None:
         labels.append(f"{row.model}, {row.scorer}" if len(models) > 1 else row.scorer)
     axis.axvline(0, color="#000000", linewidth=0.8)
     axis.set_yticks(places, labels)
+    axis.margins(y=0.15)
     axis.set_xlabel(f"change against {base}, in standard deviations of {base} over prompts")
     if not shown:
         axis.text(
