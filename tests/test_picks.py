@@ -113,18 +113,20 @@ def test_a_judge_on_a_folder(run: Callable[..., Path], tmp_path: Path) -> None:
 
 
 def test_people_judge_rankings(run: Callable[..., Path], tmp_path: Path) -> None:
-    """Two annotators, who disagree on the brightest image."""
+    """Two annotators, who disagree on the brightest image; rank 1 is the best."""
     for number, level in enumerate((0.1, 0.5, 0.9)):
         save_image(torch.full((3, 16, 16), level), tmp_path / "data" / f"{number}.png")
     names = ["0.png", "1.png", "2.png"]
     rows = [
         {"prompt": "a cat", "generations": names, "ranking": ranks, "source": source}
-        for source, ranks in (("one", [3, 2, 1]), ("two", [1, 1, 3]))
+        for source, ranks in (("one", [3, 2, 1]), ("two", [1, 2, 2]))
     ]
     write_jsonl(tmp_path / "data" / "rankings.jsonl", rows)
     folder = run("--data", str(tmp_path / "data"), "--rewards", "brightness")
     (row,) = json.loads((folder / "results.json").read_text())["rows"]
-    assert row["win_rate"] == 0.5, "the best for one, the worst for the other"
+    assert row["win_rate"] == (1 + 0.25) / 2, (
+        "the best for one; for the other it ties with one image and loses to one"
+    )
     assert row["low"] is None, "a single prompt"
     assert "By the annotators" in (folder / "report.html").read_text()
 
