@@ -185,10 +185,12 @@ def side_by_side(models: Sequence[ModelFolder]) -> SideBySide:
 
 
 def _units(model: ModelFolder) -> list[list[ImageRow]]:
-    """Return P prompts of S rows each; a prompt that is in the list several times is several prompts."""
-    by_prompt: dict[tuple[str, str], list[ImageRow]] = defaultdict(list)
-    for row in model.rows:
-        by_prompt[row.group, row.text].append(row)
+    """Return P prompts of S rows each, in the order of their first rows; a prompt that is in the list several times is several
+    prompts.
+    """
+    by_prompt: dict[tuple[str, str], list[tuple[int, ImageRow]]] = defaultdict(list)
+    for number, row in enumerate(model.rows):
+        by_prompt[row.group, row.text].append((number, row))
     counts = Counter(len(rows) for rows in by_prompt.values())
     each = counts.most_common(1)[0][0]
     for (_, text), rows in by_prompt.items():
@@ -197,7 +199,8 @@ def _units(model: ModelFolder) -> list[list[ImageRow]]:
                 f"{model.folder} has {counted(len(rows), 'image')} of {text[:80]!r}, and {each} of most prompts; give each prompt as"
                 " many"
             )
-    return [rows[at : at + each] for rows in by_prompt.values() for at in range(0, len(rows), each)]
+    units = [rows[at : at + each] for rows in by_prompt.values() for at in range(0, len(rows), each)]
+    return [[row for _, row in unit] for unit in sorted(units, key=lambda unit: unit[0][0])]
 
 
 def _matched(

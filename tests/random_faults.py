@@ -39,12 +39,19 @@ _BUILDERS = {
     "unpack": "--data {root}/parts/part-000001.zip",
     "select_prompts": "--prompts {root}/prompts.txt --per-group 2 --k 3",
 }
+_EVALUATIONS = {
+    "benchmark images": f"--model {{root}}/pipeline --prompts {{root}}/prompts.txt --count 3 --num-images-per-prompt 2 {_SAMPLE}"
+    " --sample.batch-size 4",
+    "benchmark": "--folders a={root}/images b={root}/images --rewards brightness shapes --workers 0 --batch-size 2",
+}
 DRIVERS = tuple(sorted(recorded._FLAGS))
-PROGRAMS = (*DRIVERS, *_BUILDERS)
+PROGRAMS = (*DRIVERS, *_BUILDERS, *_EVALUATIONS)
 
 
 def module_of(program: str) -> str:
     """The module of a program."""
+    if program in _EVALUATIONS:
+        return "eval.generate" if program == "benchmark images" else f"eval.{program}"
     return f"finetune.{program}" if program in DRIVERS else f"data_build.{program.split()[0]}"
 
 
@@ -72,7 +79,7 @@ def arguments(program: str, root: Path, box: Path) -> list[str]:
         flags = recorded.arguments(program, root, box / "out")
         validated = ["--validation-prompts", str(root / "two.txt")] if "--sample.solver" in flags else []
         return [*flags, *validated, "--checkpoints-total-limit", "2", "--validation-steps", "2"]
-    words = _BUILDERS[program].format(root=root, box=box).split()
+    words = (_BUILDERS | _EVALUATIONS)[program].format(root=root, box=box).split()
     return [*words, "--output-dir", str(box / "out")]
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 import subprocess
 import time
@@ -158,6 +159,28 @@ def test_without_seeds_the_order_pairs(tmp_path: Path, capsys: pytest.CaptureFix
     assert "paired by prompt and order, not by noise" in capsys.readouterr().out
 
 
+def test_images_of_a_prompt_are_paired_by_seed(tmp_path: Path) -> None:
+    base = make(tmp_path / "base", [0.2, 0.4, 0.6, 0.8], each=2, seeds=[1, 2, 1, 2])
+    tuned = make(tmp_path / "tuned", [0.6, 0.4, 0.6, 0.8], each=2, seeds=[2, 1, 1, 2])
+    run(flags(tmp_path / "out", base, tuned))
+    assert float(table(tmp_path / "out")[1]["win_rate"]) == pytest.approx((1 + 1 + 0.5 + 0.5) / 4)
+    lines = [row for row in table(tmp_path / "out", "scores") if row["model"] == "tuned"]
+    assert [(row["seed"], row["file_name"]) for row in lines[:2]] == [("1", "1.png"), ("2", "0.png")]
+
+
+def test_examples_are_gains_middle_and_losses_by_the_first_scorer(tmp_path: Path) -> None:
+    """Of nine prompts whose change is prompt number / 10 - 0.4; the second scorer would turn the order round."""
+    (tmp_path / "dark.py").write_text("def dark(pixels, prompts):\n    return 1 - pixels.mean((1, 2, 3))\n")
+    base = make(tmp_path / "base", [0.4] * 9)
+    tuned = make(tmp_path / "tuned", [index / 10 for index in range(9)])
+    more = f"--rewards brightness {tmp_path / 'dark.py'}:dark --examples 3"
+    run(flags(tmp_path / "out", base, tuned, more=more))
+    found = re.findall(
+        r'note">(.*): tuned (.*) by brightness<', (tmp_path / "out" / "report.html").read_text()
+    )
+    assert found == [("largest gain", "+0.400"), ("middle", "+0.000"), ("largest loss", "-0.400")]
+
+
 @pytest.mark.parametrize(
     ("other", "words"),
     [
@@ -223,6 +246,9 @@ def test_a_prompt_that_is_in_the_list_twice_is_two_prompts(tmp_path: Path) -> No
         ("a", "one", "1.png"), ("b", "one", "0.png"), ("c", "two", "3.png"), ("a", "two", "2.png"),
     ]  # fmt: skip
     assert side_by_side([placed]).groups == ["one", "one", "two", "two"]
+    twice = read_folder("x", make(tmp_path / "z", [0.1, 0.2, 0.3], texts=["a", "b", "a"]), None)
+    order = [paths[0].name for paths in side_by_side([twice]).files["x"]]
+    assert order == ["0.png", "1.png", "2.png"], "parts keep the order"
     named = read_folder("x", make(tmp_path / "y", [0.1, 0.2], texts=["a", "a"], group=["two", "one"]), None)
     assert [row.path.name for row in with_groups(named, {"one": ["a"], "two": ["a"]}, "mine").rows] == [
         "1.png",

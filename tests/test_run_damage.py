@@ -612,7 +612,7 @@ def test_the_random_faults_are_of_all_programs() -> None:
     root = Path(__file__).parents[1]
     files = [*root.glob("finetune/*.py"), *root.glob("data_build/*.py")]
     programs = {f"{path.parent.name}.{path.stem}" for path in files if "\ndef main(" in path.read_text()}
-    assert programs == {*random_faults.MODULES}
+    assert programs == {module for module in random_faults.MODULES if not module.startswith("eval.")}
 
 
 @pytest.mark.slow
