@@ -10,7 +10,7 @@ where there are any, `seed` and `group`. Folders whose prompts, seeds or image s
 
 Each model is compared with --base on the same prompts: the mean change with a 95 % bootstrap interval over prompts, the win rate with
 ties half, and the p-value of the exact sign test, adjusted for all claims of the table (Holm). Beside the scores the table has
-diversity (with a CLIP among the scorers), saturation, contrast and high-frequency energy, which show damage that
+diversity (with a CLIP among the scorers, or by --diversity-by), saturation, contrast and high-frequency energy, which show damage that
 scorers reward. Written into --output-dir:
 
     report.html    the page: conclusions, tables, plot, examples; one file
@@ -70,6 +70,10 @@ class Config:
     """Images per forward pass of a scorer; None = 128 on a GPU, 32 elsewhere."""
     workers: int | None = None
     """Processes that decode images for the scorers; 0 = the main process; None = one for each core."""
+    diversity_by: str | None = None
+    """Folder or hub id of a DINOv2 whose features measure diversity, such as facebook/dinov2-base; None = the image tower of the first
+    CLIP among the scorers.
+    """
     examples: int = 6
     """Prompts whose images the page shows: those of the largest gains, the middle and the largest losses."""
     output_dir: Path = Path("runs/benchmark")
@@ -137,6 +141,7 @@ from preftune.files.one_writer import one_writer
 from preftune.images import opened
 from preftune.resolution import Resolution
 from preftune.scorer_digests import digests
+from preftune.statistics.image_features import load_dino
 from rewards.shared_towers import load_all
 
 
@@ -200,6 +205,7 @@ def measure(config: Config, images: SideBySide, weights: dict[str, Any]) -> dict
     """Return title -> what was measured, model after model; what an earlier start has measured is read."""
     device = device_here()
     with exit_on_user_error():
+        tower = None if config.diversity_by is None else load_dino(config.diversity_by, device)
         scorers = load_all(
             config.scorers(), files=config.files(), device=device, dtype=DTYPES[config.precision]
         )
@@ -212,10 +218,11 @@ def measure(config: Config, images: SideBySide, weights: dict[str, Any]) -> dict
                 scorers,
                 folder,
                 device,
-                weights={**weights, "precision": config.precision},
+                weights={**weights, "precision": config.precision, "diversity by": config.diversity_by},
                 batch_size=batch_size_here(config.batch_size),
                 workers=workers_here(config.workers),
                 title=title,
+                tower=tower,
             )
     return found
 
@@ -228,6 +235,7 @@ def record_of(config: Config, images: SideBySide, weights: dict[str, Any]) -> di
         "protocol": None if config.protocol is None else repr(config.followed()),
         "rewards": weights,
         "precision": config.precision,
+        "diversity by": config.diversity_by,
         "examples": config.examples,
     }
 

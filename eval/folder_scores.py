@@ -21,7 +21,7 @@ from eval.agreement import Floats
 from eval.report_folder import difference
 from eval.view_scores import PromptedImage, score_views
 from preftune.files import replacing, tidy, write_text
-from preftune.statistics.image_features import clip_tower, describe
+from preftune.statistics.image_features import ImageTower, clip_tower, describe
 from preftune.statistics.image_statistics import STATISTICS
 from rewards import Scorer
 
@@ -39,7 +39,7 @@ class FolderScores:
     statistics: Floats
     """(N, K)."""
     features: Floats | None
-    """(N, D) unit vectors of the image tower of the first CLIP scorer; None without one."""
+    """(N, D) unit vectors; None without a tower."""
 
 
 def score_folder(
@@ -52,13 +52,16 @@ def score_folder(
     batch_size: int,
     workers: int,
     title: str,
+    tower: ImageTower | None = None,
 ) -> FolderScores:
     """Return what was measured of N images; chunks that are in the folder are read, the others are measured and written.
+
+    `tower` makes the features; None = that of the first CLIP among the scorers. `weights` says what tells scorers and tower from others.
 
     ValueError for an image that cannot be read or that a scorer refuses. No pixels stay in memory.
     """
     chunk = max(1, CHUNK // batch_size) * batch_size
-    tower = clip_tower(scorers)
+    tower = clip_tower(scorers) if tower is None else tower
     _begin(
         folder, {"images": digest_of(images), "weights": weights, "chunk": chunk, "batch size": batch_size}
     )

@@ -1,5 +1,6 @@
 """Features and statistics of image files, by scorers that are there and by a small DINOv2."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,14 @@ from transformers import Dinov2Config, Dinov2Model
 
 import rewards
 import tiny
+from eval import benchmark
+from preftune import cli
 from preftune.images import load_pixels, save_image
 from preftune.statistics import diversity, image_features
 from preftune.statistics.image_statistics import image_statistics
 from rewards.clip import ClipScorer
 from rewards.pixels import prepare
+from test_distribution import write_folder
 from test_trained_scorers import build
 
 CPU = torch.device("cpu")
@@ -110,3 +114,26 @@ def test_lpips_says_what_to_install() -> None:
         pytest.skip("lpips is installed")
     with pytest.raises(ValueError, match="pip install lpips"):
         image_features.load_lpips()
+
+
+def test_a_benchmark_measures_diversity_by_dino(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three equal images of a prompt have the Vendi score 1, by a scorer that is no CLIP."""
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    Dinov2Model(config).save_pretrained(tmp_path / "dino")
+    generator = torch.Generator().manual_seed(0)
+    folder = write_folder(tmp_path / "same", [[0.5] * 3, [0.2] * 3, [0.7] * 3])
+    other = write_folder(tmp_path / "other", [[0.5] * 3, [0.2] * 3, [0.7] * 3])
+    for path in sorted(other.glob("*.png")):
+        save_image(torch.rand(3, 16, 16, generator=generator), path)
+    words = ["--folders", str(folder), str(other), "--rewards", "brightness", "--workers", "0"]
+    words += ["--output-dir", str(tmp_path / "out"), "--diversity-by"]
+    assert benchmark.main(cli.parse(benchmark.Config, [*words, str(tmp_path / "dino")])) == 0
+    with (tmp_path / "out" / "measures.csv").open() as file:
+        rows = {(row["model"], row["measure"]): float(row["value"]) for row in csv.DictReader(file)}
+    assert rows["same", "Vendi score within a prompt"] == pytest.approx(1, abs=1e-4)
+    assert rows["other", "Vendi score within a prompt"] > 1.001
+    with pytest.raises(SystemExit):
+        benchmark.main(cli.parse(benchmark.Config, [*words, "nowhere", "--overwrite-output-dir"]))
+    assert "cannot load DINOv2 from nowhere" in capsys.readouterr().err
