@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.compared_folders import ModelFolder, SideBySide, read_folder, side_by_side, with_groups
+from eval.flags import named_folders
 from eval.protocol import Protocol, load_protocol, read_lists
 from preftune.cli import exit_on_user_error, parse
 from preftune.cli.precision import Precision, batch_size_here, check_precision, device_here, workers_here
@@ -82,15 +83,7 @@ class Config:
         ):  # fmt: skip
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
-        if not self.folders:
-            raise ValueError(
-                "--folders is empty; name at least one, as in --folders base=images/base images/tuned"
-            )
-        titles = [title for title, _ in self.named()]
-        if repeated := {title for title in titles if titles.count(title) > 1}:
-            raise ValueError(
-                f"--folders has two folders with the title {min(repeated)}; write TITLE=FOLDER for one"
-            )
+        titles = list(self.named())
         if self.base is not None and self.base not in titles:
             raise ValueError(f"--base is {self.base}; it must be one of {', '.join(titles)}")
         if self.prompts is not None and self.protocol is None:
@@ -100,21 +93,13 @@ class Config:
         self.files()
         check_precision(self.precision)
 
-    def named(self) -> list[tuple[str, Path]]:
-        """Return title and folder of each model."""
-        found = []
-        for term in self.folders:
-            title, equals, folder = term.partition("=")
-            if not equals or Path(term).is_dir():
-                title, folder = Path(term).resolve().name, term
-            if not title.strip() or not folder:
-                raise ValueError(f"--folders {term!r} is not TITLE=FOLDER, as in base=images/base, or FOLDER")
-            found.append((title, Path(folder)))
-        return found
+    def named(self) -> dict[str, Path]:
+        """Return title -> folder of each model."""
+        return named_folders(self.folders)
 
     def base_title(self) -> str:
         """Return the title of the base."""
-        return self.base or self.named()[0][0]
+        return self.base or next(iter(self.named()))
 
     def followed(self) -> Protocol | None:
         """Return the protocol, None without one; ValueError for one that is not there."""
@@ -167,7 +152,7 @@ def read_models(config: Config, protocol: Protocol | None) -> tuple[list[ModelFo
                 raise
             notes.append(f"The images were not checked against the protocol's prompts: {error}.")
     base = config.base_title()
-    named = sorted(config.named(), key=lambda pair: pair[0] != base)
+    named = sorted(config.named().items(), key=lambda pair: pair[0] != base)
     models = [read_folder(title, folder, lists) for title, folder in named]
     if protocol is not None and lists is not None:
         models = [with_groups(model, lists, str(config.protocol)) for model in models]

@@ -276,9 +276,7 @@ def check_inputs(config: Config) -> dict[str, HeldOut]:
 
 
 def read_held_out(ranked: RankedImages, batch: int) -> HeldOut:
-    """Read all images, judge them in the shapes world, and set aside what cannot be read; ValueError where no set is
-    left.
-    """
+    """Read all images, judge them in the shapes world, and set aside what cannot be read; ValueError where no set is left."""
     judges = [rewards.load(GOLD)] if in_world(ranked.prompts) else []
     scored, rejected = score_views(
         ranked.images, judges, (), torch.device("cpu"), batch_size=batch, workers=0

@@ -15,6 +15,25 @@ def split_term(term: str) -> tuple[str, str]:
     return title, source
 
 
+def named_folders(terms: Sequence[str]) -> dict[str, Path]:
+    """Return title -> folder of --folders, each TITLE=FOLDER, or FOLDER, whose name is the title; ValueError for what is neither."""
+    found: dict[str, Path] = {}
+    for term in terms:
+        title, equals, folder = term.partition("=")
+        if not equals or Path(term).is_dir():
+            title, folder = Path(term).resolve().name, term
+        if not title.strip() or not folder:
+            raise ValueError(f"--folders {term!r} is not TITLE=FOLDER, as in base=images/base, or FOLDER")
+        if title in found:
+            raise ValueError(f"--folders has two folders with the title {title}; write TITLE=FOLDER for one")
+        found[title] = Path(folder)
+    if not found:
+        raise ValueError(
+            "--folders is empty; name at least one, as in --folders base=images/base images/tuned"
+        )
+    return found
+
+
 def check_folders(folders: Sequence[Path]) -> None:
     """Raise ValueError unless there are folders, each once, by whatever path."""
     if not folders:

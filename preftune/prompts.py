@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from preftune.cli.notes import counted, say
+from preftune.typed_prompts import SUFFIXES, is_text
 from rewards.input_files import check_regular, has_surrogate, parse_json
 
 MAX_BYTES = 1 << 30
@@ -23,23 +24,8 @@ MISSING = frozenset(
 )  # fmt: skip
 """What an empty cell of a csv file may say, as pandas and so `datasets` read it."""
 
-SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
-"""File types that read_prompts reads."""
-
 LONG = 2_000
 """Characters of a prompt above which it is said that text encoders read its beginning only: 77 tokens in Stable Diffusion."""
-
-
-def is_text(path: Path) -> bool:
-    """Whether what was typed for a prompt file is a prompt, or several, one a line: words with spaces that name no such file."""
-    text = str(path)
-    looks_like_a_path = path.suffix.lower() in SUFFIXES or text.startswith(("/", "~", ".."))
-    if looks_like_a_path or not any(letter.isspace() for letter in text):
-        return False
-    try:
-        return not path.exists()
-    except OSError:  # too long for a name
-        return True
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -19,8 +19,9 @@ from preftune.cli.leaves import flag_of, leaves_of
 from preftune.cli.other_scripts import ALIASES, ELSEWHERE, SAME
 from preftune.cli.typed_flags import alias_of, as_here, instead
 from preftune.programs import PROGRAMS
-from preftune.prompts import is_text, read_prompts
+from preftune.prompts import read_prompts
 from preftune.resolution import parse as resolution
+from preftune.typed_prompts import is_text
 
 DIFFUSERS = [
     "adam_beta1",

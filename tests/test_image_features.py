@@ -13,6 +13,7 @@ from preftune.images import load_pixels, save_image
 from preftune.statistics import diversity, image_features
 from preftune.statistics.image_statistics import image_statistics
 from rewards.clip import ClipScorer
+from rewards.pixels import prepare
 from test_trained_scorers import build
 
 CPU = torch.device("cpu")
@@ -80,6 +81,10 @@ def test_a_small_dino(files: list[Path], tmp_path: Path) -> None:
     assert found is not None
     assert found.shape == (5, 16)
     assert np.linalg.norm(found, axis=1) == pytest.approx(np.ones(5))
+    pixels = prepare(load_pixels(files[1])[None], dino.preprocess)
+    with torch.no_grad():
+        pooled = Dinov2Model.from_pretrained(tmp_path / "dino")(pixels).pooler_output[0]
+    assert found[1] == pytest.approx((pooled / pooled.norm()).numpy(), abs=0.02), "prepared in 8 bits"
     assert found[3] == pytest.approx(found[4])
     assert np.abs(found[0] - found[3]).max() > 1e-4
     with pytest.raises(ValueError, match=r"cannot load DINOv2 from .*nowhere"):

@@ -1,6 +1,7 @@
 """The shape of the house: who imports whom, file names, and that every driver and every YAML file is sound."""
 
 import ast
+import graphlib
 import importlib
 import importlib.metadata
 import os
@@ -72,6 +73,21 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{short(path)} line {node.lineno}: imports are absolute"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def imported_at_once(body: list[ast.stmt]) -> set[str]:
+    """The dotted names that running a module imports, those of its functions and of type checks left out."""
+    names = set()
+    for node in body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif (
+            isinstance(node, ast.Try | ast.If) and "TYPE_CHECKING" not in ast.unparse(node).partition(":")[0]
+        ):
+            names |= imported_at_once([*node.body, *node.orelse])
     return names
 
 
@@ -265,3 +281,17 @@ def test_importable_without_torch(module: str) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_no_module_needs_itself() -> None:
+    """Any module can be the first that is imported: modules, with the packages that they lie in, form no circle."""
+    known = {module_of(path): path for path in SOURCES}
+    needs: dict[str, set[str]] = {}
+    for name, path in known.items():
+        found = imported_at_once(ast.parse(path.read_text(encoding="utf-8")).body)
+        parents = {
+            ".".join(one.split(".")[:depth]) for one in found for depth in range(1, one.count(".") + 2)
+        }
+        needs[name] = {one for one in parents & known.keys() if not f"{name}.".startswith(f"{one}.")}
+    assert needs["preftune.prompts"] >= {"preftune.cli", "preftune.typed_prompts"}
+    graphlib.TopologicalSorter(needs).prepare()  # CycleError names the circle

@@ -165,10 +165,10 @@ def test_vendi_by_hand() -> None:
 
 
 def test_vendi_across_prompts_takes_one_image_of_each() -> None:
-    """Two prompts, two seeds: alike for the first seed, orthogonal for the second."""
-    features = np.eye(2)[[[0, 0], [0, 1]]]
-    assert diversity.vendi_across(features) == pytest.approx(1.5)
-    assert diversity.vendi(features) == pytest.approx([1, 2]), "within a prompt"
+    """Three prompts, two seeds: all alike for the first seed, orthogonal for the second."""
+    features = np.eye(3)[[[0, 0], [0, 1], [0, 2]]]
+    assert diversity.vendi_across(features) == pytest.approx((1 + 3) / 2)
+    assert diversity.vendi(features) == pytest.approx([1, 2, 2]), "within a prompt"
 
 
 def test_pairwise_distance_by_hand() -> None:

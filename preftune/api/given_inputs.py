@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from preftune import files
-from preftune.prompts import SUFFIXES
+from preftune.typed_prompts import SUFFIXES
 from rewards.input_files import has_surrogate
 
 Functions = dict[str, Callable[..., Any]]

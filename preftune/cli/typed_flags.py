@@ -8,7 +8,7 @@ from pathlib import Path
 
 from preftune.cli.leaves import Leaf, flag_of, positive_of
 from preftune.cli.other_scripts import ALIASES, ELSEWHERE, EXCLUSIVE, ONE_VALUE, SAME, TEXTS
-from preftune.prompts import is_text
+from preftune.typed_prompts import is_text
 
 _SWITCH = ("True", "False", "None")
 """Values of a switch that may be left to the program."""

@@ -13,7 +13,7 @@ from preftune.families.locate import locate, locate_vae
 from preftune.families.source import Source
 from preftune.image_folders import CAPTION_FILES
 from preftune.lora import files as lora_files
-from preftune.prompts import is_text
+from preftune.typed_prompts import is_text
 from rewards import embedded, own
 from rewards.digests import sampled_sha256_of
 from rewards.terms import parse_files, parse_weights
