@@ -15,12 +15,14 @@ import pytest
 import torch
 
 import children
+from benchmarks import benchmark_protocol
 from eval import benchmark, folder_scores
 from eval.benchmark_table import conclusions, group_rows, part_means, table_rows
 from eval.compared_folders import read_folder, side_by_side, with_groups
 from preftune import cli
 from preftune.images import load_pixels, save_image
 from preftune.records import write_jsonl
+from rewards import CARDS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "<script>alert(1)</script> \"quoted\" & 'so' </td>"
@@ -246,9 +248,9 @@ def test_a_prompt_that_is_in_the_list_twice_is_two_prompts(tmp_path: Path) -> No
         ("a", "one", "1.png"), ("b", "one", "0.png"), ("c", "two", "3.png"), ("a", "two", "2.png"),
     ]  # fmt: skip
     assert side_by_side([placed]).groups == ["one", "one", "two", "two"]
-    twice = read_folder("x", make(tmp_path / "z", [0.1, 0.2, 0.3], texts=["a", "b", "a"]), None)
+    twice = read_folder("x", make(tmp_path / "z", [0.1, 0.2, 0.3, 0.4], texts=["a", "b", "a", "c"]), None)
     order = [paths[0].name for paths in side_by_side([twice]).files["x"]]
-    assert order == ["0.png", "1.png", "2.png"], "parts keep the order"
+    assert order == [f"{index}.png" for index in range(4)], "parts keep the order"
     named = read_folder("x", make(tmp_path / "y", [0.1, 0.2], texts=["a", "a"], group=["two", "one"]), None)
     assert [row.path.name for row in with_groups(named, {"one": ["a"], "two": ["a"]}, "mine").rows] == [
         "1.png",
@@ -495,3 +497,26 @@ def test_images_are_in_memory_a_batch_at_a_time(tmp_path: Path) -> None:
         most[number] = max(counted)
         (tmp_path / "counts.py.txt").unlink()
     assert 4 <= most[96] == most[12] <= 16
+
+
+def test_operations_of_vit_h_by_hand() -> None:
+    """32 layers of width 1280 with 257 tokens: about 2 operations for each of 629 million weights and token, and attention."""
+    clip = CARDS["hpsv2"].clip
+    assert clip is not None
+    image, text = benchmark_protocol.operations(clip)
+    assert image == 32 * (24 * 1280**2 * 257 + 4 * 1280 * 257**2)
+    assert text == 24 * (24 * 1024**2 * 77 + 4 * 1024 * 77**2)
+    assert image == pytest.approx(2 * 167.4e9, rel=0.02), (
+        "open_clip's table says 167.4 G multiply-adds for the image tower"
+    )
+
+
+@pytest.mark.slow
+def test_the_protocol_of_hps_v2_in_miniature(tmp_path: Path) -> None:
+    """Eight programs are started, two of them killed: two minutes."""
+    argv = f"--workdir {tmp_path / 'box'} --per-style 10 --kills 2 --num-inference-steps 1 --output {tmp_path / 'found.json'}"
+    benchmark_protocol.main(cli.parse(benchmark_protocol.Config, argv.split()))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["files that differ after it"] == []
+    assert found["images"] == 80
+    assert found["starts of the killed run"] >= 2
