@@ -117,7 +117,7 @@ def test_groups_of_hps_v2_on_a_list_of_800() -> None:
 def test_the_whole_program_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Images of another tool, in another order; a level of 0.2 is 51 of 255, so scores are exact."""
     base = make(tmp_path / "base", [0.2, 0.4, 0.6], seeds=[5, 6, 7])
-    order = ["prompt 2", "prompt 0", "prompt 1"]
+    order = ["prompt 2 ", " prompt  0", "prompt 1"]  # spaces are no other prompt
     tuned = make(tmp_path / "new", [0.8, 0.4, 0.4], texts=order, seeds=[7, 5, 6])
     output = tmp_path / "out"
     run(flags(output, base, f"tuned={tuned}"))
