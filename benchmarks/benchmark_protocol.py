@@ -186,7 +186,7 @@ def on_a_gpu(config: Config, images: int) -> dict[str, Any]:
         "seconds of arithmetic at 400 teraflops (an H100 in bf16, 40 %)": images * each / 4e14,
         "seconds of arithmetic at 40 teraflops (an H100 in fp32, 60 %)": images * each / 4e13,
         f"seconds of decoding at {config.images_per_second:g} images/s": images / config.images_per_second,
-        "weights in fp32, GiB": CARDS["hpsv2"].about_bytes / 2**30,
+        "weights in fp32, GiB": (CARDS["hpsv2"].about_bytes or 0) / 2**30,
     }
 
 

@@ -96,6 +96,7 @@ def write_report(results: Results, folder: Path, *, examples: int, protocol: str
         several=results.images.images_per_prompt > 1,
         examples=list(choose(results, examples)),
         plot=base64_of(folder / "results.png"),
+        made=made_table(results.models),
         interval=interval,
         in_p=in_p,
     )
@@ -185,7 +186,8 @@ def choose(results: Results, count: int) -> Iterator[Example]:
     """Yield prompts to show: of the last model against the base by the first scorer the largest gains, the middle, the largest losses."""
     titles = list(results.scores)
     last, scorer = titles[-1], results.scorers[0]
-    change = (results.scores[last] - results.scores[results.base])[:, :, 0].mean(1)
+    scores = {title: table * np.array(results.factors) for title, table in results.scores.items()}
+    change = (scores[last] - scores[results.base])[:, :, 0].mean(1)
     order = np.argsort(-change, kind="stable")
     count = min(count, len(order))
     gains, losses = -(-count // 3), count // 3
@@ -199,12 +201,28 @@ def choose(results: Results, count: int) -> Iterator[Example]:
         why = f"{kind}: {last} {change[place]:+.3f} by {scorer}" if len(titles) > 1 else ""
         cells = []
         for title in [results.base, *(title for title in titles if title != results.base)]:
-            values = results.scores[title][place, 0]
+            values = scores[title][place, 0]
             words = ", ".join(
                 f"{name} {value:.3f}" for name, value in zip(results.scorers, values, strict=True)
             )
             cells.append((title, _jpeg(results.images.files[title][place][0]), words))
         yield Example(why=why, text=results.images.texts[place], cells=cells)
+
+
+def made_table(models: Sequence[ModelFolder]) -> list[tuple[str, str, str]]:
+    """Return title, folder and, in words, weights and sampling of each model."""
+    lines = []
+    for model in models:
+        made = {
+            key: value
+            for key, value in model.made.items()
+            if value != "" and key not in ("seeds", "prompts", "groups")
+        }
+        weights = str(made.pop("weights", ""))[:12]
+        settings = [f"{key.replace('_', ' ')} {value}" for key, value in made.items()]
+        words = ", ".join([f"weights {weights}...", *settings]) if made else "made by another tool"
+        lines.append((model.title, str(model.folder), words))
+    return lines
 
 
 def _jpeg(path: Path) -> str:

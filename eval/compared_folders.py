@@ -33,6 +33,16 @@ class ImageRow:
     seed: int | None = None
     group: str = ""
 
+    @property
+    def key(self) -> str:
+        """Return what says that two prompts are one: the text without spaces that a tool may have dropped."""
+        return key_of(self.text)
+
+
+def key_of(text: str) -> str:
+    """Return a text with single spaces between its words."""
+    return " ".join(text.split())
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFolder:
@@ -148,9 +158,9 @@ def with_groups(model: ModelFolder, lists: Mapping[str, Sequence[str]], name: st
     """Return a folder in the order of a protocol's prompts, each image with its group; ValueError for a prompt that is not the protocol's."""
     places: dict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)
     for place, (group, text) in enumerate((group, text) for group, texts in lists.items() for text in texts):
-        places[text, group].append((place, group))
-        places[text, ""].append((place, group))
-    keys = [(row.text, row.group if (row.text, row.group) in places else "") for row in model.rows]
+        places[key_of(text), group].append((place, group))
+        places[key_of(text), ""].append((place, group))
+    keys = [(row.key, row.group if (row.key, row.group) in places else "") for row in model.rows]
     total, seen, placed = Counter(keys), Counter[tuple[str, str]](), []
     for row, key in zip(model.rows, keys, strict=True):
         if key not in places:
@@ -190,7 +200,7 @@ def _units(model: ModelFolder) -> list[list[ImageRow]]:
     """
     by_prompt: dict[tuple[str, str], list[tuple[int, ImageRow]]] = defaultdict(list)
     for number, row in enumerate(model.rows):
-        by_prompt[row.group, row.text].append((number, row))
+        by_prompt[row.group, row.key].append((number, row))
     counts = Counter(len(rows) for rows in by_prompt.values())
     each = counts.most_common(1)[0][0]
     for (_, text), rows in by_prompt.items():
@@ -209,8 +219,8 @@ def _matched(
     """Return P of S images of a model, each of the prompt and seed of the first model's."""
     mine: dict[str, list[ImageRow]] = defaultdict(list)
     for row in model.rows:
-        mine[row.text].append(row)
-    wanted = Counter(row.text for unit in units for row in unit)
+        mine[row.key].append(row)
+    wanted = Counter(row.key for unit in units for row in unit)
     where = f"{model.folder} and {first.folder}"
     for text in [*wanted, *mine]:
         if len(mine[text]) != wanted[text]:
@@ -220,17 +230,17 @@ def _matched(
             )
     if not by_seed:
         queues = {text: iter(rows) for text, rows in mine.items()}
-        return [[next(queues[row.text]).path for row in unit] for unit in units]
+        return [[next(queues[row.key]).path for row in unit] for unit in units]
     seeded: dict[tuple[str, int | None], list[ImageRow]] = defaultdict(list)
     for row in model.rows:
-        seeded[row.text, row.seed].append(row)
+        seeded[row.key, row.seed].append(row)
     found = []
     for unit in units:
         paths = []
         for row in unit:
-            same = seeded[row.text, row.seed]
+            same = seeded[row.key, row.seed]
             if not same:
-                others = sorted({str(other.seed) for other in mine[row.text]})
+                others = sorted({str(other.seed) for other in mine[row.key]})
                 raise ValueError(
                     f"{where} differ in their seeds: {row.text[:80]!r} has seed {', '.join(others[:4])} in the first and"
                     f" {row.seed} in the second; generate both with one --seed, or leave the seeds out of one metadata.jsonl to"

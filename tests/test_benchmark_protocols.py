@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import children
+import tiny
 from benchmarks import benchmark_protocol
 from eval import benchmark, folder_scores
 from eval.benchmark_table import conclusions, group_rows, part_means, table_rows
@@ -23,6 +24,7 @@ from preftune import cli
 from preftune.images import load_pixels, save_image
 from preftune.records import write_jsonl
 from rewards import CARDS
+from test_trained_scorers import build
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "<script>alert(1)</script> \"quoted\" & 'so' </td>"
@@ -115,7 +117,7 @@ def test_groups_of_hps_v2_on_a_list_of_800() -> None:
 def test_the_whole_program_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Images of another tool, in another order; a level of 0.2 is 51 of 255, so scores are exact."""
     base = make(tmp_path / "base", [0.2, 0.4, 0.6], seeds=[5, 6, 7])
-    order = ["prompt 2", "prompt 0", "prompt 1"]
+    order = ["prompt 2 ", " prompt  0", "prompt 1"]  # spaces are no other prompt
     tuned = make(tmp_path / "new", [0.8, 0.4, 0.4], texts=order, seeds=[7, 5, 6])
     output = tmp_path / "out"
     run(flags(output, base, f"tuned={tuned}"))
@@ -299,6 +301,7 @@ def test_a_protocol_on_the_layout_of_hps_v2(
         "parts: 0.5 and 2.5, so 1 from the middle"
     )
     assert rows[2]["std"] == ""
+    assert "10.000 \u00b1 6.667" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     said = capsys.readouterr().out
     assert (
         "2 groups (old, new) of 4 prompts, 1 image a prompt, 8 images a model; means of parts of 2 prompts"
@@ -362,7 +365,7 @@ def test_killed_and_started_again_the_table_is_the_same(
     more = "--batch-size 2 --rewards brightness"
     run(flags(tmp_path / "whole", *folders, more=more))
     argv = flags(tmp_path / "out", *folders, more=more)
-    for chunks in (1, 9, 20):
+    for chunks in (1, 20):
         child = children.begin(begin, argv, 4)
         end = time.monotonic() + children.WAIT
         while len(list((tmp_path / "out").rglob("0*.npz"))) < chunks and child.is_alive():
@@ -472,12 +475,30 @@ def test_wrong_flags(argv: list[str], words: str, tmp_path: Path, capsys: pytest
     assert not (tmp_path / "out").exists()
 
 
+def test_diversity_by_a_clip_among_the_scorers(tmp_path: Path) -> None:
+    """Equal images of a prompt have no distance, and a Vendi score of 1."""
+    tiny.tokenizer(tmp_path / "pipeline" / "tokenizer")
+    build(tmp_path).save(tmp_path / "clip")
+    varied, equal = np.random.default_rng(0).random(8).tolist(), [0.2, 0.2, 0.4, 0.4, 0.6, 0.6, 0.8, 0.8]
+    folders = [make(tmp_path / "varied", varied, each=2), make(tmp_path / "equal", equal, each=2)]
+    run(flags(tmp_path / "out", *folders, more=f"--rewards {tmp_path / 'clip'}"))
+    found = {(row["model"], row["measure"]): row for row in table(tmp_path / "out", "measures")}
+    distance = "pairwise distance within a prompt"
+    assert float(found["equal", distance]["value"]) == pytest.approx(0, abs=1e-6)
+    assert float(found["equal", distance]["high"]) < 0, "it is less diverse, and the interval says so"
+    assert float(found["equal", "Vendi score within a prompt"]["value"]) == pytest.approx(1, abs=1e-5)
+    assert float(found["varied", "Vendi score within a prompt"]["value"]) > 1
+    assert 1 <= float(found["varied", "Vendi score across prompts"]["value"]) <= 4
+    assert found["equal", "Vendi score across prompts"]["low"] == ""
+    assert float(found["equal", "contrast"]["value"]) == pytest.approx(0, abs=1e-6)
+
+
 COUNTS = """
 import gc
 import torch
 
 def alive(pixels, prompts):
-    shown = {t.data_ptr(): t.numel() for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.shape[-2:] == (32, 32)}
+    shown = {t.data_ptr(): t.numel() for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.shape[-2:] == (32, 32)}
     with open(__file__ + ".txt", "a") as file:
         file.write(f"{sum(shown.values()) // (3 * 32 * 32)}\\n")
     return pixels.mean((1, 2, 3))
@@ -488,7 +509,7 @@ def test_images_are_in_memory_a_batch_at_a_time(tmp_path: Path) -> None:
     """Counted by a scorer: images of which there are pixels while it scores, in batches of four."""
     (tmp_path / "counts.py").write_text(COUNTS)
     most = {}
-    for number in (12, 96):
+    for number in (12, 48):
         folder = make(tmp_path / f"m{number}", [0.5] * number, side=32)
         reward = f"--rewards {tmp_path / 'counts.py'}:alive --batch-size 4"
         run(flags(tmp_path / f"out{number}", folder, more=reward))
@@ -496,7 +517,7 @@ def test_images_are_in_memory_a_batch_at_a_time(tmp_path: Path) -> None:
         assert len(counted) >= number // 4
         most[number] = max(counted)
         (tmp_path / "counts.py.txt").unlink()
-    assert 4 <= most[96] == most[12] <= 16
+    assert 4 <= most[48] == most[12] <= 16
 
 
 def test_operations_of_vit_h_by_hand() -> None:
