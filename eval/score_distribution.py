@@ -89,7 +89,11 @@ def table(scores: Mapping[str, Floats], scorers: Sequence[str]) -> list[ModelRow
         for column, scorer in enumerate(scorers):
             mine, theirs = found[:, :, column], base[:, :, column]
             differences = mine.mean(1) - theirs.mean(1)
-            change, low, high = bootstrap.mean(paired.standardised(differences, theirs), resamples=RESAMPLES)
+            units_of_base = paired.standardised(differences, theirs)
+            known = np.isfinite(units_of_base).all()
+            change, low, high = (
+                bootstrap.mean(units_of_base, resamples=RESAMPLES) if known else (math.nan,) * 3
+            )
             n, n_low, n_high = worth(theirs, mine)
             rows.append(
                 ModelRow(
@@ -227,9 +231,7 @@ def n_interval(row: ModelRow, pool: int) -> str:
 def sentence(row: ModelRow, base: str, pool: int) -> str:
     """Return what a row says, in words: which model is better, by how much, and how sure that is."""
     if math.isnan(row.change):
-        return (
-            f"{row.scorer} gives all prompts of {base} the same score, so nothing can be said of {row.model}."
-        )
+        return f"By {row.scorer} nothing can be said of {row.model}: {base} has one prompt, or the same score for all."
     sure = "one prompt does not say how sure that is" if math.isnan(row.low) else "which may be chance"
     if row.low > 0 or row.high < 0:
         sure = "more than chance"
@@ -256,7 +258,7 @@ def to_text(rows: Sequence[ModelRow], pool: int) -> str:
             continue
         words = best_of_n.in_words(row.n, pool) if pool > 1 else "one image: no pool"
         lines.append(
-            f"{start} {row.change:+z7.2f} {interval(row.low, row.high, '+z.2f'):>16s}  {words:22s} {n_interval(row, pool):14s}"
+            f"{start} {'' if math.isnan(row.change) else f'{row.change:+z.2f}':>7s} {interval(row.low, row.high, '+z.2f'):>16s}  {words:22s} {n_interval(row, pool):14s}"
             f" {'' if math.isnan(row.kl) else f'{row.kl:5.2f}'}".rstrip()
         )
     return "\n".join(lines)

@@ -131,6 +131,11 @@ from rewards.shared_towers import load_all
 
 def read(config: Config) -> tuple[list[PromptedImage], list[Pool]]:
     """Return the images and the pools; ValueError for what is wrong, before any weight loads."""
+    if not config.data.is_dir():
+        raise ValueError(
+            f"--data {config.data} {'is no folder' if config.data.exists() else 'does not exist'}; name a folder with rankings.jsonl"
+            " (`preftune preferences`), or with images and metadata.jsonl (`preftune benchmark-images`)"
+        )
     if config.is_ranked():
         ranked = read_ranked_images([config.data], config.count)
         images, pools = ranked.images, pools_of_rankings(ranked)

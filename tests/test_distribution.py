@@ -94,7 +94,9 @@ def test_what_a_row_says() -> None:
     )
     assert ": which may be chance." in score_distribution.sentence(row(-0.5, -1, 0.1), "base", 1)
     assert "0.50 standard deviations worse" in score_distribution.sentence(row(-0.5, -1, -0.1), "base", 1)
-    assert "nothing can be said" in score_distribution.sentence(row(math.nan, math.nan, math.nan), "base", 1)
+    assert "nothing can be said of tuned" in score_distribution.sentence(
+        row(math.nan, math.nan, math.nan), "base", 1
+    )
 
 
 @pytest.fixture
@@ -127,6 +129,20 @@ def test_the_program_on_folders(
     results = json.loads((folder / "results.json").read_text())
     assert results["rows"][1]["n"] is None
     assert all((folder / name).stat().st_size > 1000 for name in distribution.PLOTS)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_base_that_scores_all_alike_has_no_unit(
+    run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_folder(tmp_path / "base", [[0.5, 0.5]] * 3)
+    other = write_folder(tmp_path / "other", [[0.2], [0.4], [0.6]])
+    folder = run("--folders", str(base), str(other))
+    assert "nan" not in capsys.readouterr().out
+    with (folder / "table.csv").open() as file:
+        row = list(csv.DictReader(file))[1]
+    assert (row["change"], row["low"], row["q50"]) == ("", "", "")
+    assert "By brightness nothing can be said of other" in (folder / "report.html").read_text()
 
 
 def test_titles_are_escaped(run: Callable[..., Path], tmp_path: Path) -> None:

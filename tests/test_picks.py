@@ -161,6 +161,12 @@ def test_what_is_wrong_is_said(words: list[str], said: str, capsys: pytest.Captu
     assert said in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_folder_that_is_not_there(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("--data", "nowhere")
+    assert "--data nowhere does not exist; name a folder with rankings.jsonl" in capsys.readouterr().err
+
+
 def test_nothing_to_choose_from(
     run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

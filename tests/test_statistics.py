@@ -31,6 +31,8 @@ def test_standardised_by_the_base() -> None:
     assert paired.standardised(differences, BASE) == pytest.approx(differences / std)
     assert np.isnan(paired.standardised(differences[:1], BASE[:1])).all(), "one prompt has no deviation"
     assert np.isnan(paired.standardised(differences, np.ones((6, 2)))).all()
+    rounded = np.full((6, 2), 0.1) * (1 + 1e-16 * np.arange(12).reshape(6, 2))
+    assert np.isnan(paired.standardised(differences, rounded)).all(), "rounding is no difference"
 
 
 def test_unequal_shapes_are_not_paired() -> None:

@@ -15,6 +15,8 @@ Floats = NDArray[np.float64]
 
 _Z = 1.959963984540054
 """97.5 % quantile of the standard normal distribution."""
+_ROUNDING = 1e-7
+"""Relative precision of float32, which scorers compute in: scores that differ by less are alike."""
 
 
 def paired_differences(base: Floats, other: Floats) -> Floats:
@@ -34,8 +36,10 @@ def standardised(differences: Floats, base: Floats) -> Floats:
     """
     if len(base) < 2:
         return np.full(len(differences), np.nan)
-    std = base.mean(1).std(ddof=1)
-    return differences / std if std > 0 else np.full(len(differences), np.nan)
+    means = base.mean(1)
+    std = means.std(ddof=1)
+    differs = std > _ROUNDING * np.abs(means).max()
+    return differences / std if differs else np.full(len(differences), np.nan)
 
 
 def wins_ties_losses(differences: Floats) -> tuple[int, int, int]:
