@@ -43,6 +43,21 @@ def scorer(tmp_path_factory: pytest.TempPathFactory) -> ClipScorer:
     return build(root)
 
 
+def write_dino(folder: Path) -> None:
+    """A small DINOv2 of random weights, large enough for its features to differ."""
+    config = Dinov2Config(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+        initializer_range=0.5,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        Dinov2Model(config).save_pretrained(folder)
+
+
 def test_files_are_described_as_their_pixels(files: list[Path], scorer: ClipScorer) -> None:
     found = image_features.describe(files, scorer.vision, CPU, batch_size=2)
     assert found.features is not None
@@ -76,10 +91,7 @@ def test_an_image_that_cannot_be_read_is_named(files: list[Path], tmp_path: Path
 
 
 def test_a_small_dino(files: list[Path], tmp_path: Path) -> None:
-    config = Dinov2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    Dinov2Model(config).save_pretrained(tmp_path / "dino")
+    write_dino(tmp_path / "dino")
     dino = image_features.load_dino(str(tmp_path / "dino"))
     found = image_features.describe(files, dino, CPU).features
     assert found is not None
@@ -118,10 +130,7 @@ def test_lpips_says_what_to_install() -> None:
 
 def test_a_benchmark_measures_diversity_by_dino(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Three equal images of a prompt have the Vendi score 1, by a scorer that is no CLIP."""
-    config = Dinov2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    Dinov2Model(config).save_pretrained(tmp_path / "dino")
+    write_dino(tmp_path / "dino")
     generator = torch.Generator().manual_seed(0)
     folder = write_folder(tmp_path / "same", [[0.5] * 3, [0.2] * 3, [0.7] * 3])
     other = write_folder(tmp_path / "other", [[0.5] * 3, [0.2] * 3, [0.7] * 3])
