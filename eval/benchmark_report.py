@@ -253,8 +253,8 @@ def plot(rows: Sequence[Row], base: str, path: Path) -> None:
     axis.margins(y=0.15)
     axis.set_xlabel(f"change against {base}, in standard deviations of {base} over prompts")
     if not shown:
-        axis.text(
-            0.5, 0.5, f"{base} alone: nothing to compare", ha="center", va="center", transform=axis.transAxes
-        )
+        alone = all(row.model == base for row in rows)
+        why = "is the only model" if alone else "scores all prompts alike, so there is no unit for changes"
+        axis.text(0.5, 0.5, f"{base} {why}", ha="center", va="center", transform=axis.transAxes)
         axis.set_xticks([])
     save_figure(figure, path)

@@ -100,24 +100,47 @@ def table_rows(
     scores: Mapping[str, Floats], base: str, scorers: Sequence[str], factors: Sequence[float]
 ) -> list[Row]:
     """Return the rows of the base, then of the others, each with all scorers."""
-    rows = []
-    for title in [base, *(title for title in scores if title != base)]:
-        for column, (scorer, factor) in enumerate(zip(scorers, factors, strict=True)):
-            theirs, mine = (factor * scores[name][:, :, column] for name in (base, title))
-            rows.append(_row(title, scorer, theirs, mine))
+    titles = [base, *(title for title in scores if title != base)]
+    pairs = [
+        (title, scorer, factor * scores[base][:, :, column], factor * scores[title][:, :, column])
+        for title in titles
+        for column, (scorer, factor) in enumerate(zip(scorers, factors, strict=True))
+    ]
+    differences = np.stack([paired_differences(theirs, mine) for *_, theirs, mine in pairs])
+    changes = intervals(differences)
+    rates = intervals(np.stack([win_shares(theirs, mine) for *_, theirs, mine in pairs]))
+    rows = [
+        _row(title, scorer, theirs, mine, row, change, rate)
+        for (title, scorer, theirs, mine), row, change, rate in zip(
+            pairs, differences, changes, rates, strict=True
+        )
+    ]
     claims = [index for index, row in enumerate(rows) if row.model != base]
     for index, adjusted in zip(claims, holm([rows[index].p for index in claims]), strict=True):
         rows[index] = replace(rows[index], p_holm=adjusted)
     return rows
 
 
-def _row(model: str, scorer: str, base: Floats, scores: Floats) -> Row:
-    """Return a row without its adjusted p-value, of scores (P, S)."""
-    differences = paired_differences(base, scores)
-    change, low, high = bootstrap.mean(differences)
+def intervals(values: Floats) -> list[list[float]]:
+    """Return mean and 95 % interval of each row of (M, P), as `bootstrap.mean`; all are resampled alike, in one pass."""
+    found: list[list[float]] = bootstrap.ratios(values, np.ones_like(values)).tolist()
+    return found
+
+
+def _row(
+    model: str,
+    scorer: str,
+    base: Floats,
+    scores: Floats,
+    differences: Floats,
+    changes: Sequence[float],
+    rates: Sequence[float],
+) -> Row:
+    """Return a row without its adjusted p-value, of scores (P, S), differences (P,), and mean and interval of change and win rate."""
+    change, low, high = changes
+    rate, win_low, win_high = rates
     unit = float(standardised(np.ones(1), base)[0])
     wins, ties, losses = wins_ties_losses(differences)
-    rate, win_low, win_high = bootstrap.mean(win_shares(base, scores))
     p = sign_test(wins, losses)
     return Row(
         model=model, scorer=scorer, mean=float(scores.mean()), best=float(scores.max(1).mean()), change=change, low=low, high=high,
@@ -187,13 +210,11 @@ def measures(
         by_prompt[model] = rows
     found = []
     for model in [base, *(model for model in by_prompt if model != base)]:
-        for name, values in by_prompt[model].items():
-            change, low, high = bootstrap.mean(values - by_prompt[base][name])
-            found.append(
-                Measure(
-                    model=model, measure=name, value=float(values.mean()), change=change, low=low, high=high
-                )
-            )
+        names = list(by_prompt[model])
+        differences = np.stack([by_prompt[model][name] - by_prompt[base][name] for name in names])
+        for name, (change, low, high) in zip(names, intervals(differences), strict=True):
+            value = float(by_prompt[model][name].mean())
+            found.append(Measure(model=model, measure=name, value=value, change=change, low=low, high=high))
         if model in across:
             change = across[model] - across[base]
             found.append(

@@ -163,6 +163,18 @@ def test_without_seeds_the_order_pairs(tmp_path: Path, capsys: pytest.CaptureFix
     assert "paired by prompt and order, not by noise" in capsys.readouterr().out
 
 
+def test_one_prompt_is_no_evidence(tmp_path: Path) -> None:
+    """A single prompt has no interval and no verdict, and nothing says nan."""
+    folders = [make(tmp_path / "base", [0.2, 0.2], each=2), make(tmp_path / "tuned", [0.8, 0.8], each=2)]
+    run(flags(tmp_path / "out", *folders))
+    row = table(tmp_path / "out")[1]
+    assert (row["low"], row["high"], row["standardised"], row["verdict"]) == ("", "", "", "not shown")
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "tuned is not shown to differ from base by brightness (+0.600, wins 100 %, p 1.000)" in page
+    assert not re.search(r">[^<]*\bnan\b", page)
+    json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=pytest.fail)
+
+
 def test_images_of_a_prompt_are_paired_by_seed(tmp_path: Path) -> None:
     base = make(tmp_path / "base", [0.2, 0.4, 0.6, 0.8], each=2, seeds=[1, 2, 1, 2])
     tuned = make(tmp_path / "tuned", [0.6, 0.4, 0.6, 0.8], each=2, seeds=[2, 1, 1, 2])
