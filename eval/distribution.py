@@ -99,7 +99,7 @@ from eval.score_distribution import (
 from eval.view_scores import PromptedImage
 from preftune.cli.notes import say
 from preftune.cli.printable import show
-from preftune.files import check_writable, write_text
+from preftune.files import check_writable, tidy, write_text
 from preftune.files.one_writer import one_writer
 from preftune.images import opened
 from preftune.resolution import Resolution
@@ -206,6 +206,7 @@ def main(config: Config) -> int:
             "weights": weights,
         }
         check_report(config.output_dir, REPORT, RECORD, record, overwrite=config.overwrite_output_dir)
+        tidy(config.output_dir)
         scores = score(config, images, weights)
     write_record(config.output_dir, RECORD, record)
     write_report(config, scores)

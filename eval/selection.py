@@ -120,7 +120,7 @@ from eval.top_picks import (
 )
 from eval.view_scores import PromptedImage
 from preftune.cli.printable import show
-from preftune.files import check_writable, write_text
+from preftune.files import check_writable, tidy, write_text
 from preftune.files.one_writer import one_writer
 from preftune.images import opened, save_image
 from preftune.resolution import Resolution
@@ -221,6 +221,7 @@ def main(config: Config) -> int:
             "seed": config.seed,
         }
         check_report(config.output_dir, REPORT, RECORD, record, overwrite=config.overwrite_output_dir)
+        tidy(config.output_dir)
         picks = pick(config, images, pools, weights)
     write_record(config.output_dir, RECORD, record)
     write_report(config, picks)

@@ -105,7 +105,7 @@ from preftune import families
 from preftune.cli.printable import show
 from preftune.families.base import Defaults
 from preftune.families.digest import digest
-from preftune.files import check_writable, write_text
+from preftune.files import check_writable, tidy, write_text
 from preftune.files.one_writer import one_writer
 from preftune.images import save_image
 from preftune.prompts import read_prompts
@@ -168,6 +168,7 @@ def main(config: Config) -> int:
         prompts, sampling = check_inputs(config)
         record = record_of(config, prompts, sampling)
         check_report(config.output_dir, REPORT, RECORD, record, overwrite=config.overwrite_output_dir)
+        tidy(config.output_dir)
         family = families.load(config.model.source(), device, DTYPES[config.precision])
         scorers = load_all(
             parse_names(config.rewards), files=config.files(), device=device, dtype=torch.float32

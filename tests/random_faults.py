@@ -43,6 +43,9 @@ _EVALUATIONS = {
     "benchmark images": f"--model {{root}}/pipeline --prompts {{root}}/prompts.txt --count 3 --num-images-per-prompt 2 {_SAMPLE}"
     " --sample.batch-size 4",
     "benchmark": "--folders a={root}/images b={root}/images --rewards brightness shapes --workers 0 --batch-size 2",
+    "distribution": "--folders a={root}/images b={root}/images --rewards brightness shapes --workers 0 --batch-size 2",
+    "selection": "--data {root}/rankings --rewards brightness --workers 0 --batch-size 2",
+    "steps": f"--model {{root}}/pipeline --prompts {{root}}/prompts.txt --count 2 --num-images-per-prompt 2 --rewards brightness {_SAMPLE}",
 }
 DRIVERS = tuple(sorted(recorded._FLAGS))
 PROGRAMS = (*DRIVERS, *_BUILDERS, *_EVALUATIONS)
