@@ -153,7 +153,7 @@ def test_the_protocols_of_the_package() -> None:
         "hpsv2": 3200, "hpsv2.1": 3200, "drawbench": 200, "imagereward": 1000, "pickscore": 2048, "lpo": 2000, "parti": 1632,
         "geneval_prompts": 2212,
     }  # fmt: skip
-    shipped = {"imagereward", "pickscore", "parti", "geneval_prompts"}
+    shipped = {"imagereward", "parti", "geneval_prompts"}
     for name in NAMES:
         protocol = load_protocol(name)
         if name in shipped:
@@ -167,11 +167,9 @@ def test_the_protocols_of_the_package() -> None:
         assert "arXiv" in protocol.follows
         assert "github.com" in protocol.follows + protocol.source + protocol.note
     licences = (embedded.find(FOLDER) / "prompts" / "LICENSES.txt").read_text()
-    assert all(
-        path.name in licences
-        for path in (embedded.find(FOLDER) / "prompts").iterdir()
-        if path.suffix != ".txt"
-    )
+    lists = {path.name for path in (embedded.find(FOLDER) / "prompts").iterdir()} - {"LICENSES.txt"}
+    assert lists == {"imagereward.json", "parti.tsv", "geneval.txt"}
+    assert all(name in licences for name in lists)
     assert (load_protocol("hpsv2").part_size, load_protocol("hpsv2").factor) == (80, 100)
 
 
@@ -184,7 +182,6 @@ def test_the_protocols_of_the_package() -> None:
         ("parti.tsv", "parti/PartiPrompts.tsv"),
         ("geneval.txt", "geneval/generation_prompts.txt"),
         ("imagereward.json", "imagereward/benchmark-prompts.json"),
-        ("pickscore.txt", "flow_grpo/pickscore_test.txt"),
     ],
 )
 def test_shipped_lists_are_unchanged(ours: str, theirs: str) -> None:
