@@ -92,8 +92,9 @@ import torch
 from diffusers import AutoencoderTiny
 
 from finetune import refl
-from preftune import bootstrap, families
+from preftune import families
 from preftune.images import load_pixels
+from preftune.statistics import bootstrap
 
 
 def fit_decoder(folder: Path, steps: int) -> None:

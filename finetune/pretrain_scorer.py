@@ -168,7 +168,7 @@ class Pretraining(nn.Module):
         images = F.normalize(scorer.vision_proj(tokens[:, 0]), dim=1)
         texts = scorer.text_embedding(captions)
         wrong = negatives(misses, images, texts, captions)
-        near = near_logits(images, scorer.text_embedding(wrong), misses) / self.temperature
+        near = near_logits(images, scorer.text_embedding(wrong), misses, 1 / self.temperature)
         read = scorer.read(captions + wrong, torch.cat([tokens, tokens]), pixels.device)
         fit, miss = apply_head(scorer.mlp, read).chunk(2)
         losses = {
@@ -194,14 +194,17 @@ class Contrast(nn.Module):
         scale, images, texts = scorer.logit_scale.exp(), scorer.vision(pixels), scorer.texts(captions)
         logits = scale * images @ texts.T
         wrong = scorer.texts(negatives(misses, images, texts, captions))
-        loss = by_row_and_column(logits, scale * near_logits(images, wrong, misses))
+        loss = by_row_and_column(logits, near_logits(images, wrong, misses, scale))
         return {"contrast": loss}, ((images * texts).sum(1) > (images * wrong).sum(1)).float().mean()
 
 
-def near_logits(images: Tensor, wrong: Tensor, misses: Sequence[str | None]) -> Tensor:
-    """Return the products (B,) of unit vectors of images and of their near misses (B, P); -inf where one has none of its own."""
+def near_logits(images: Tensor, wrong: Tensor, misses: Sequence[str | None], scale: Tensor | float) -> Tensor:
+    """Return scale times the products (B,) of unit vectors of images and of their near misses (B, P).
+
+    -inf where an image has none of its own; put in after the scale, whose gradient would be 0 x inf.
+    """
     absent = upload(torch.tensor([miss is None for miss in misses]), images.device)
-    return (images * wrong).sum(1).masked_fill(absent, -torch.inf)
+    return (scale * (images * wrong).sum(1)).masked_fill(absent, -torch.inf)
 
 
 def negatives(

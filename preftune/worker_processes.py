@@ -134,8 +134,16 @@ def _attempt(function: Callable[[Item], Result], item: Item) -> tuple[Result] | 
 
 def _start(workers: int) -> ProcessPoolExecutor:
     """Return worker processes. Under Linux they are forked, which takes milliseconds: they touch no GPU."""
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
+    forks = sys.platform == "linux"
+    context = multiprocessing.get_context("fork" if forks else None)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
+    if forks:  # at the first task; a Ctrl-C must wait until the workers leave it to the parent
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            pool.submit(int)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return pool
 
 
 def _begin_worker() -> None:

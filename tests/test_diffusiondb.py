@@ -26,7 +26,7 @@ from PIL import Image, ImageFilter
 
 import children
 import rewards
-from data_build import diffusiondb, filters, scoring, selected_folder
+from data_build import diffusiondb, filters, selected_folder
 from data_build.decode import made_of
 from data_build.filters import Filters
 from data_build.selection import Selection
@@ -687,7 +687,7 @@ def test_another_job_in_the_same_folder_is_refused(
         run(parts[0], tmp_path / "out", **changes)
     assert f"was begun with {words}" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "digests", lambda *_: {"shapes": {"model.pt": "another"}})
+        patch.setattr(diffusiondb, "digests", lambda *_: {"shapes": {"model.pt": "another"}})
         with pytest.raises(SystemExit):
             run(parts[0], tmp_path / "out")
     assert "was begun with weights" in capsys.readouterr().err

@@ -249,11 +249,16 @@ def test_contrast_by_hand() -> None:
     loss = pretrain_scorer.by_row_and_column(images @ texts.T / 0.5)
     assert loss.item() == pytest.approx((by_row + by_column) / 2, abs=1e-6)
     wrong = torch.tensor([[0.0, 1.0], [0.3, 0.4]])
-    near = pretrain_scorer.near_logits(images, wrong, [None, "a near miss"]) / 0.5
+    scale = torch.tensor(2.0, requires_grad=True)
+    near = pretrain_scorer.near_logits(images, wrong, [None, "a near miss"], scale)
     assert near.tolist() == [-math.inf, pytest.approx(1.0)]
     with_miss = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-0.4) + math.exp(-0.6))) / 2
     loss = pretrain_scorer.by_row_and_column(images @ texts.T / 0.5, near)
     assert loss.item() == pytest.approx((with_miss + by_column) / 2, abs=1e-6)
+    loss.backward()
+    assert scale.grad is not None
+    share = math.exp(1) / (math.exp(1.2) + math.exp(1.6) + math.exp(1))  # of the near miss in the second row
+    assert scale.grad.item() == pytest.approx(0.5 * share / 4, rel=1e-5)
 
 
 def test_matching_is_binary_cross_entropy() -> None:
