@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.compared_folders import ModelFolder, SideBySide, read_folder, side_by_side, with_groups
+from eval.compared_folders import ModelFolder, SideBySide, read_folder, side_by_side, size_of, with_groups
 from eval.flags import named_folders
 from eval.protocol import Protocol, load_protocol, read_lists
 from preftune.cli import exit_on_user_error, parse
@@ -138,8 +138,6 @@ from eval.view_scores import PromptedImage
 from preftune.cli.printable import show
 from preftune.files import check_writable, tidy
 from preftune.files.one_writer import one_writer
-from preftune.images import opened
-from preftune.resolution import Resolution
 from preftune.scorer_digests import digests
 from preftune.statistics.image_features import load_dino
 from rewards.shared_towers import load_all
@@ -248,8 +246,7 @@ def main(config: Config) -> int:
         models, notes = read_models(config, protocol)
         images = side_by_side(models)
         notes += notes_on(images, models, protocol)
-        with opened(images.files[models[0].title][0][0]) as first:
-            size = Resolution(width=first.width, height=first.height)
+        size = size_of(images.files[models[0].title][0][0])
         check_scorers(config.scorers(), config.files(), images.texts, size, models[0].folder)
         check_writable(config.output_dir)
         weights = digests(config.scorers(), config.files())

@@ -19,6 +19,7 @@ from preftune.cli.notes import counted
 from preftune.image_folders import Columns, find_captions
 from preftune.images import SUFFIXES, opened
 from preftune.records import read_captioned
+from preftune.resolution import Resolution
 from rewards.input_files import read_text
 
 METADATA, RECORD = "metadata.jsonl", "generated.json"
@@ -256,17 +257,18 @@ def _check_sizes(files: Mapping[str, Sequence[Sequence[Path]]], first: ModelFold
     reference, *others = files.values()
     for number, unit in enumerate(reference):
         for index, path in enumerate(unit):
-            size = _size(path)
+            size = size_of(path)
             for other in others:
-                if _size(other[number][index]) != size:
-                    there = " x ".join(map(str, _size(other[number][index])))
+                there = size_of(other[number][index])
+                if there != size:
                     raise ValueError(
-                        f"{other[number][index]} is {there} pixels, and {path} of the same prompt"
-                        f" {' x '.join(map(str, size))}; compare images of one size: generate both at one --sample.resolution, or"
+                        f"{other[number][index]} is {there.width} x {there.height} pixels, and {path} of the same prompt"
+                        f" {size.width} x {size.height}; compare images of one size: generate both at one --sample.resolution, or"
                         f" resize those of one folder"
                     )
 
 
-def _size(path: Path) -> tuple[int, int]:
+def size_of(path: Path) -> Resolution:
+    """Return the size of an image file; reads its header alone."""
     with opened(path) as image:
-        return image.size
+        return Resolution(width=image.width, height=image.height)

@@ -76,7 +76,7 @@ if __name__ == "__main__":  # flags are read before torch is imported, which tak
 
 import json
 
-from eval.compared_folders import read_folder
+from eval.compared_folders import read_folder, size_of
 from eval.folder_scores import digest_of, score_folder
 from eval.generated import DTYPES
 from eval.models import check_scorers
@@ -101,8 +101,6 @@ from preftune.cli.notes import say
 from preftune.cli.printable import show
 from preftune.files import check_writable, tidy, write_text
 from preftune.files.one_writer import one_writer
-from preftune.images import opened
-from preftune.resolution import Resolution
 from preftune.scorer_digests import digests
 from preftune.statistics import best_of_n
 from preftune.statistics.bootstrap import interval
@@ -119,8 +117,7 @@ def images_of(config: Config) -> dict[str, list[list[PromptedImage]]]:
             each = len(found[folder.title][0])
             say(f"{folder.folder}: {left_out} images left out, so that each prompt has {each}")
     for folder in folders:
-        with opened(folder.rows[0].path) as image:
-            size = Resolution(image.height, image.width)
+        size = size_of(folder.rows[0].path)
         texts = [row.text for row in folder.rows]
         check_scorers(parse_names(config.rewards), config.files(), texts, size, folder.folder)
     return found

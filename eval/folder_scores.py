@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from eval.agreement import Floats
-from eval.report_folder import difference
+from eval.compared_folders import ModelFolder
+from eval.report_folder import begin_folder
 from eval.view_scores import PromptedImage, score_views
-from preftune.files import replacing, tidy, write_text
+from preftune.files import replacing, tidy
 from preftune.statistics.image_features import ImageTower, clip_tower, describe
 from preftune.statistics.image_statistics import STATISTICS
 from rewards import Scorer
@@ -62,9 +63,9 @@ def score_folder(
     """
     chunk = max(1, CHUNK // batch_size) * batch_size
     tower = clip_tower(scorers) if tower is None else tower
-    _begin(
-        folder, {"images": digest_of(images), "weights": weights, "chunk": chunk, "batch size": batch_size}
-    )
+    tidy(folder.parent, folder)
+    record = {"images": digest_of(images), "weights": weights, "chunk": chunk, "batch size": batch_size}
+    begin_folder(folder, RECORD, record)
     found = []
     for start in range(0, len(images), chunk):
         path, part = folder / f"{start:06d}.npz", images[start : start + chunk]
@@ -97,13 +98,12 @@ def score_folder(
     )
 
 
-def _begin(folder: Path, record: Mapping[str, Any]) -> None:
-    """Make the folder of scores, or keep the one that was begun for the same images and scorers."""
-    tidy(folder.parent, folder)
-    if difference(folder / RECORD, json.loads(json.dumps(record))):
-        with replacing(folder) as begun:
-            begun.mkdir()
-            write_text(begun / RECORD, json.dumps(record, indent=1) + "\n")
+def images_by_prompt(folder: ModelFolder) -> dict[str, list[PromptedImage]]:
+    """Return prompt -> its images by seed, in the order in which the prompts come."""
+    found: dict[str, list[PromptedImage]] = {row.text: [] for row in folder.rows}
+    for row in sorted(folder.rows, key=lambda row: -1 if row.seed is None else row.seed):
+        found[row.text].append(PromptedImage(path=row.path, prompt=row.text))
+    return found
 
 
 def digest_of(images: Sequence[PromptedImage]) -> str:

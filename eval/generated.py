@@ -12,7 +12,6 @@ that are not allowed in file names become _ in the folder name.
 
 import hashlib
 import itertools
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,8 +22,9 @@ import numpy as np
 import torch
 
 from eval.agreement import Floats
+from eval.compared_folders import METADATA, RECORD
 from eval.models import Column
-from eval.report_folder import difference
+from eval.report_folder import begin_folder, difference
 from eval.view_scores import PromptedImage, score_views
 from preftune import families
 from preftune.cli import exit_on_user_error
@@ -32,7 +32,7 @@ from preftune.families import Source
 from preftune.families.base import Family
 from preftune.families.digest import digest_of_part
 from preftune.families.locate import locate_vae
-from preftune.files import replacing, tidy, write_text
+from preftune.files import tidy
 from preftune.images import save_image
 from preftune.processes import ALONE, Processes
 from preftune.records import write_jsonl
@@ -41,7 +41,6 @@ from preftune.sampling_config import Resolved
 from rewards import Scorer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-METADATA, RECORD = "metadata.jsonl", "generated.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +170,8 @@ def _generate_group(
             if column.tuned is not None and column.has_lora:
                 family.load_tuned(column.tuned)
     for column in group if processes.is_main else ():
-        _begin_folder(request, column)
+        tidy(request.folder_of(column.title))
+        begin_folder(request.folder_of(column.title), RECORD, request.record(column))
     processes.wait()
     for column in group:
         if family is None:
@@ -185,19 +185,6 @@ def _generate_group(
         _write_images(request, column, family.to(device, dtype), processes)
         if not column.has_lora:
             family = None
-
-
-def _begin_folder(request: Request, column: Column) -> None:
-    """Make the folder of a column and write what its images are; one that was begun alike is kept, and one of other images
-    replaced.
-    """
-    folder = request.folder_of(column.title)
-    tidy(folder)
-    record = request.record(column)
-    if difference(folder / RECORD, record):
-        with replacing(folder) as begun:
-            begun.mkdir()
-            write_text(begun / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def _write_images(request: Request, column: Column, family: Family, processes: Processes) -> None:

@@ -29,6 +29,7 @@ from eval.agreement import (
 )
 from eval.agreement_table import Measurement
 from eval.correlation import centred, correlation, interpolation
+from eval.heat_maps import heat_map
 from preftune.images import save_figure
 from preftune.statistics.bootstrap import interval
 
@@ -272,9 +273,5 @@ def draw_correlation(judged: Sequence[RankedSet], scores: Mapping[str, Floats], 
 
 def _heat_map(axis: Axes, values: Floats, names: Sequence[str], title: str) -> None:
     """Draw a matrix of correlations with its numbers."""
-    axis.imshow(values, cmap="RdBu", vmin=-2, vmax=2)  # pale enough to write on
     axis.set_title(title, fontsize=10)
-    axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    axis.set_yticks(range(len(names)), names)
-    for i, j in np.ndindex(*values.shape):
-        axis.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", fontsize=9)
+    heat_map(axis, values, names, limits=(-2, 2), words="{:.2f}".format)

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from preftune.files import write_text
+from preftune.files import replacing, write_text
 
 
 def check_report(
@@ -25,6 +25,14 @@ def check_report(
 def write_record(folder: Path, record_file: str, record: Mapping[str, Any]) -> None:
     """Write what a report is of, before its files."""
     write_text(folder / record_file, json.dumps(record, indent=1) + "\n")
+
+
+def begin_folder(folder: Path, record_file: str, record: Mapping[str, Any]) -> None:
+    """Make a folder that says what its files will be of; one that was begun alike is kept, and one of another record replaced."""
+    if difference(folder / record_file, json.loads(json.dumps(record))):
+        with replacing(folder) as begun:
+            begun.mkdir()
+            write_record(begun, record_file, record)
 
 
 def difference(path: Path, record: Mapping[str, Any]) -> str:

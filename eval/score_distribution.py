@@ -4,7 +4,6 @@ Scores are title -> (P, S, R): P prompts, S images of each (a model's own number
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from numpy.typing import NDArray
 
 from eval.compared_folders import ModelFolder
 from eval.correlation import centred, correlation
+from eval.folder_scores import images_by_prompt
+from eval.heat_maps import finite, heat_map
 from eval.view_scores import PromptedImage
 from eval.win_rates import csv_text
 from preftune.images import save_figure
@@ -67,10 +68,7 @@ def units(model: ModelFolder, base: ModelFolder) -> tuple[list[list[PromptedImag
     """Return P prompts of S images of a model, in the order of the base's prompts, and how many images are left out: S is the least
     number that a prompt has. ValueError for other prompts than the base's.
     """
-    by_prompt: dict[str, list[PromptedImage]] = defaultdict(list)
-    for row in sorted(model.rows, key=lambda row: -1 if row.seed is None else row.seed):
-        by_prompt[row.text].append(PromptedImage(path=row.path, prompt=row.text))
-    wanted = dict.fromkeys(row.text for row in base.rows)
+    by_prompt, wanted = images_by_prompt(model), list(dict.fromkeys(row.text for row in base.rows))
     if other := set(by_prompt) ^ set(wanted):
         text = min(other)
         has, lacks = (model, base) if text in by_prompt else (base, model)
@@ -211,12 +209,8 @@ def heat_maps(correlations: Mapping[str, Floats], scorers: Sequence[str], path: 
         1, len(correlations), figsize=(side * len(correlations), side), squeeze=False, layout="constrained"
     )
     for axis, (title, found) in zip(axes[0], correlations.items(), strict=True):
-        axis.imshow(found, cmap="RdBu", vmin=-1.5, vmax=1.5)  # pale enough to write on
         axis.set_title(f"correlation over {title}", fontsize=9)
-        axis.set_xticks(range(len(scorers)), scorers, rotation=30, ha="right")
-        axis.set_yticks(range(len(scorers)), scorers)
-        for i, j in zip(*np.nonzero(np.isfinite(found)), strict=True):
-            axis.text(j, i, f"{found[i, j]:.2f}", ha="center", va="center", fontsize=9)
+        heat_map(axis, found, scorers, limits=(-1.5, 1.5), words="{:.2f}".format, cells=finite(found))
     save_figure(figure, path)
 
 

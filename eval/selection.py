@@ -96,7 +96,7 @@ class Config:
 if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
     CONFIG = parse(Config)
 
-from eval.compared_folders import read_folder
+from eval.compared_folders import read_folder, size_of
 from eval.folder_scores import digest_of, score_folder
 from eval.generated import DTYPES
 from eval.models import check_scorers
@@ -122,8 +122,7 @@ from eval.view_scores import PromptedImage
 from preftune.cli.printable import show
 from preftune.files import check_writable, tidy, write_text
 from preftune.files.one_writer import one_writer
-from preftune.images import opened, save_image
-from preftune.resolution import Resolution
+from preftune.images import save_image
 from preftune.scorer_digests import digests
 from preftune.statistics.bootstrap import interval
 from rewards.shared_towers import load_all
@@ -142,8 +141,7 @@ def read(config: Config) -> tuple[list[PromptedImage], list[Pool]]:
     else:
         folder = read_folder(config.data.name, config.data, None)
         images, pools = pools_of_folder(folder, config.count, config.num_images_per_prompt)
-    with opened(images[0].path) as image:
-        size = Resolution(image.height, image.width)
+    size = size_of(images[0].path)
     check_scorers(config.names(), config.files(), [image.prompt for image in images], size, config.data)
     return images, pools
 

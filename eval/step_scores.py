@@ -21,7 +21,7 @@ from preftune import ahead
 from preftune.families.base import Family
 from preftune.grid import captioned_grid
 from preftune.images import save_figure
-from preftune.sampling import DECODED_PIXELS
+from preftune.sampling import decoded_parts
 from preftune.sampling_config import Resolved
 from preftune.statistics import bootstrap
 from preftune.statistics.bootstrap import interval
@@ -109,13 +109,11 @@ def score_steps(
     cond = family.encode(prompts)
     grid = family.timesteps(sampling.num_inference_steps, sampling.solver, sampling.resolution)
     shape = family.latent_shape(sampling.resolution)
-    at_once = max(1, DECODED_PIXELS // (sampling.resolution.width * sampling.resolution.height))
     table: list[Tensor] = []
     kept: list[list[Tensor]] = [[] for _ in keep]
 
     def score(latents: Tensor) -> None:
-        parts = [family.decode(part).float().clamp(0, 1) for part in latents.split(at_once)]
-        pixels = torch.cat(parts)
+        pixels = torch.cat([*decoded_parts(family, latents, sampling.resolution)])
         table.append(torch.stack([one.float() for one in score_all(scorers, pixels, prompts)], dim=1))
         for images, place in zip(kept, keep, strict=True):
             images.append(pixels[place].cpu())

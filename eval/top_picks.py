@@ -3,6 +3,7 @@
 Letters: N images in all, n images of a pool, A annotators of a pool (a judging scorer is one), R scorers, P prompts.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,9 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from eval.compared_folders import ModelFolder
+from eval.folder_scores import images_by_prompt
+from eval.heat_maps import heat_map
 from eval.rankings import RankedImages
 from eval.view_scores import PromptedImage
-from eval.win_rates import csv_text
+from eval.win_rates import csv_text, percent
 from preftune.grid import captioned_grid
 from preftune.images import save_figure
 from preftune.statistics import best_of_n, bootstrap, paired
@@ -80,13 +83,11 @@ def pools_of_folder(
     """Return the images and pools of the first `count` prompts, at most `most` images of each, by seed. ValueError for a prompt with
     a single image.
     """
-    by_prompt: dict[str, list[PromptedImage]] = {}
-    for row in sorted(folder.rows, key=lambda row: -1 if row.seed is None else row.seed):
-        by_prompt.setdefault(row.text, []).append(PromptedImage(path=row.path, prompt=row.text))
+    by_prompt = images_by_prompt(folder)
     images: list[PromptedImage] = []
     pools = []
-    for text in list(dict.fromkeys(row.text for row in folder.rows))[:count]:
-        mine = by_prompt[text][:most]
+    for text, some in itertools.islice(by_prompt.items(), count):
+        mine = some[:most]
         if len(mine) < 2:
             raise ValueError(
                 f"{folder.folder} has one image of {text[:80]!r}, and nothing to choose from; generate several of each prompt:"
@@ -188,14 +189,15 @@ def plot(picks: Picks, path: Path) -> None:
     left.set_ylabel(f"win rate against random choice, by {picks.judge}")
     left.legend(fontsize=8)
     rates = against_each_other(picks)
-    right.imshow(rates, cmap="RdBu", vmin=-0.5, vmax=1.5)  # pale enough to write on
     right.set_title("pick of row against pick of column", fontsize=9)
-    right.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    right.set_yticks(range(len(names)), names)
-    for i in range(len(names)):
-        for j in range(len(names)):
-            if i != j:
-                right.text(j, i, f"{100 * rates[i, j]:.0f} %", ha="center", va="center", fontsize=9)
+    heat_map(
+        right,
+        rates,
+        names,
+        limits=(-0.5, 1.5),
+        words=percent,
+        cells=itertools.permutations(range(len(names)), 2),
+    )
     save_figure(figure, path)
 
 

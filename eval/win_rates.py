@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.flags import BASE
+from eval.heat_maps import finite, heat_map
 from preftune.images import save_figure
 from preftune.statistics import bootstrap
 from preftune.statistics.bootstrap import interval
@@ -78,6 +79,11 @@ def win_rates(scores: Mapping[str, NDArray[np.float64]], column: int) -> NDArray
     return rates
 
 
+def percent(share: float) -> str:
+    """Return a share as a heat map says it."""
+    return f"{100 * share:.0f} %"
+
+
 def heat_maps(scores: Mapping[str, NDArray[np.float64]], scorers: Sequence[str], path: Path) -> None:
     """Write the win rates between all methods as an image, a map for each scorer."""
     names = list(scores)
@@ -87,12 +93,8 @@ def heat_maps(scores: Mapping[str, NDArray[np.float64]], scorers: Sequence[str],
     )
     for column, (axis, scorer) in enumerate(zip(axes[0], scorers, strict=True)):
         rates = win_rates(scores, column)
-        axis.imshow(rates, cmap="RdBu", vmin=-0.5, vmax=1.5)  # pale enough to write on
         axis.set_title(f"win rate of row over column: {scorer}", fontsize=9)
-        axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
-        axis.set_yticks(range(len(names)), names)
-        for i, j in zip(*np.nonzero(np.isfinite(rates)), strict=True):
-            axis.text(j, i, f"{100 * rates[i, j]:.0f} %", ha="center", va="center", fontsize=9)
+        heat_map(axis, rates, names, limits=(-0.5, 1.5), words=percent, cells=finite(rates))
     save_figure(figure, path)
 
 

@@ -168,11 +168,11 @@ class Pretraining(nn.Module):
         images = F.normalize(scorer.vision_proj(tokens[:, 0]), dim=1)
         texts = scorer.text_embedding(captions)
         wrong = negatives(misses, images, texts, captions)
-        near = near_logits(images, scorer.text_embedding(wrong), misses, 1 / self.temperature)
+        near = (images * scorer.text_embedding(wrong)).sum(1) / self.temperature
         read = scorer.read(captions + wrong, torch.cat([tokens, tokens]), pixels.device)
         fit, miss = apply_head(scorer.mlp, read).chunk(2)
         losses = {
-            "contrast": by_row_and_column(images @ texts.T / self.temperature, near),
+            "contrast": by_row_and_column(images @ texts.T / self.temperature, own(near, misses)),
             "matching": matching_loss(fit, miss),
             "captioning": captioning_loss(*scorer.next_tokens(captions, tokens)),
         }
@@ -193,18 +193,18 @@ class Contrast(nn.Module):
         scorer = self.scorer
         scale, images, texts = scorer.logit_scale.exp(), scorer.vision(pixels), scorer.texts(captions)
         logits = scale * images @ texts.T
-        wrong = scorer.texts(negatives(misses, images, texts, captions))
-        loss = by_row_and_column(logits, near_logits(images, wrong, misses, scale))
-        return {"contrast": loss}, ((images * texts).sum(1) > (images * wrong).sum(1)).float().mean()
+        near = scale * (images * scorer.texts(negatives(misses, images, texts, captions))).sum(1)
+        loss = by_row_and_column(logits, own(near, misses))
+        return {"contrast": loss}, (logits.diagonal() > near).float().mean()
 
 
-def near_logits(images: Tensor, wrong: Tensor, misses: Sequence[str | None], scale: Tensor | float) -> Tensor:
-    """Return scale times the products (B,) of unit vectors of images and of their near misses (B, P).
+def own(near: Tensor, misses: Sequence[str | None]) -> Tensor:
+    """Return the logits (B,) of images with their near misses, -inf where an image has none of its own.
 
-    -inf where an image has none of its own; put in after the scale, whose gradient would be 0 x inf.
+    Of scaled logits: a scale that is learned would have the gradient 0 x inf otherwise.
     """
-    absent = upload(torch.tensor([miss is None for miss in misses]), images.device)
-    return (scale * (images * wrong).sum(1)).masked_fill(absent, -torch.inf)
+    absent = upload(torch.tensor([miss is None for miss in misses]), near.device)
+    return near.masked_fill(absent, -torch.inf)
 
 
 def negatives(

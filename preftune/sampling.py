@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from preftune import ahead
 from preftune.ahead import initial_noise
 from preftune.families.base import Cond, Family
+from preftune.resolution import Resolution
 from preftune.sampling_config import Resolved, Sampling
 from preftune.solvers import SOLVERS
 from rewards.on_device import upload
@@ -69,8 +70,13 @@ def _sample_batch(
                 x = ahead.step(prediction, now, settings.solver)
         else:
             x = _scheduler_loop(family, initial_noise(shape, generators, family.device), cond, settings)
-    at_once = max(1, DECODED_PIXELS // (settings.resolution.width * settings.resolution.height))
-    return torch.cat([family.decode(part).float().clamp(0, 1).cpu() for part in x.split(at_once)])
+    return torch.cat([part.cpu() for part in decoded_parts(family, x, settings.resolution)])
+
+
+def decoded_parts(family: Family, latents: Tensor, resolution: Resolution) -> Iterator[Tensor]:
+    """Yield the pixels (b, 3, H, W) in [0, 1] float32 of latents (B, C, h, w), as many at a time as the decoder may hold."""
+    for part in latents.split(max(1, DECODED_PIXELS // (resolution.width * resolution.height))):
+        yield family.decode(part).float().clamp(0, 1)
 
 
 def _scheduler_loop(family: Family, x: Tensor, cond: Cond, settings: Resolved) -> Tensor:

@@ -250,7 +250,7 @@ def test_contrast_by_hand() -> None:
     assert loss.item() == pytest.approx((by_row + by_column) / 2, abs=1e-6)
     wrong = torch.tensor([[0.0, 1.0], [0.3, 0.4]])
     scale = torch.tensor(2.0, requires_grad=True)
-    near = pretrain_scorer.near_logits(images, wrong, [None, "a near miss"], scale)
+    near = pretrain_scorer.own(scale * (images * wrong).sum(1), [None, "a near miss"])
     assert near.tolist() == [-math.inf, pytest.approx(1.0)]
     with_miss = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-0.4) + math.exp(-0.6))) / 2
     loss = pretrain_scorer.by_row_and_column(images @ texts.T / 0.5, near)

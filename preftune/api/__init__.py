@@ -177,11 +177,12 @@ def score(images: Any, prompts: str | Iterable[str], rewards: Rewards, *, device
     def work() -> Any:
         import torch
 
+        from preftune.cli.precision import device_here
         from rewards.shared_towers import load_all
         from rewards.terms import parse_names
 
         terms, functions = scorers(rewards)
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        place = device or device_here()
         with _given_functions(functions), torch.no_grad():
             names = parse_names(terms)
             several = images.to(place) if isinstance(images, torch.Tensor) else _opened(images)
