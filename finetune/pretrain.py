@@ -84,7 +84,7 @@ from preftune.sampling_config import Sampling
 from preftune.training import data
 from preftune.training.decoding import captioned_inputs, upcoming
 from preftune.training.run import Run
-from preftune.training.validation import missed, validate
+from preftune.training.validation import Scoring, missed, validate
 from preftune.training.workspace import export, load_model
 
 
@@ -173,7 +173,7 @@ def write_result(family: Family, config: Config, run: Run) -> None:
 def validate_at(family: Family, prompts: Sequence[str], sampling: Sampling, run: Run, step: int) -> None:
     """Sample the validation images after the update of a step, and log their scores."""
     with run.ema_weights(), run.autocast():  # the denoiser is not the prepared module here
-        found = validate(family, None, prompts, sampling, run, f"step_{step + 1:06d}")
+        found = validate(family, Scoring(), prompts, sampling, run, f"step_{step + 1:06d}")
     if found is not None:
         run.log_images(step, "validation", found.captions())
         if means := found.means():

@@ -74,8 +74,8 @@ def _check_separators(term: str) -> None:
         raise ValueError(f"unknown scorer {term!r}; a weight stands behind =, as in {name}={weight or 1}")
 
 
-def parse_weights(terms: Sequence[str]) -> dict[str, float]:
-    """Return {"imagereward": 0.5, "brightness": 1.0} for ["imagereward=0.5", "brightness"], in that order.
+def parse_weights(terms: Sequence[str], flag: str = "--rewards") -> dict[str, float]:
+    """Return {"imagereward": 0.5, "brightness": 1.0} for ["imagereward=0.5", "brightness"], in that order; `flag` gives the terms.
 
     A term is NAME or NAME=WEIGHT; NAME is a scorer of the table, the folder of a trained one, which may have a = in its path,
     or FILE.py:FUNCTION (rewards.own), which may run from now on. ValueError names the term that is malformed, repeated, zero,
@@ -84,15 +84,15 @@ def parse_weights(terms: Sequence[str]) -> dict[str, float]:
     weights: dict[str, float] = {}
     for term in terms:
         _check_separators(term)
-        name, weight = _split(term)
+        name, weight = _split(term, flag)
         find_card(name)
         own.named_by_user(name)
         if name in weights:
-            raise ValueError(f"--rewards {term!r} repeats {name}; name each scorer once")
+            raise ValueError(f"{flag} {term!r} repeats {name}; name each scorer once")
         weights[name] = weight
     if not weights:
         raise ValueError(
-            f"--rewards is empty; name at least one scorer, as NAME or NAME=WEIGHT, of {', '.join(CARDS)}, or the folder of a"
+            f"{flag} is empty; name at least one scorer, as NAME or NAME=WEIGHT, of {', '.join(CARDS)}, or the folder of a"
             " trained one, or FILE.py:FUNCTION for a function of your own"
         )
     return weights
@@ -109,7 +109,7 @@ def parse_names(terms: Sequence[str]) -> tuple[str, ...]:
     return tuple(weights)
 
 
-def _split(term: str) -> tuple[str, float]:
+def _split(term: str, flag: str) -> tuple[str, float]:
     """Return name and weight of a term."""
     if not term.rpartition("=")[1] or embedded.find(term).is_dir() or own.is_in_file(term):
         return term, 1.0
@@ -120,7 +120,7 @@ def _split(term: str) -> tuple[str, float]:
         weight = math.nan
     if not name or not math.isfinite(weight) or weight == 0:
         raise ValueError(
-            f"--rewards {term!r} is not NAME or NAME=WEIGHT with a finite weight other than 0, as in shapes or shapes=0.5"
+            f"{flag} {term!r} is not NAME or NAME=WEIGHT with a finite weight other than 0, as in shapes or shapes=0.5"
             " (a file of weights is given as --reward-files NAME=PATH)"
         )
     return name, weight

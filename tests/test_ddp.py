@@ -36,7 +36,7 @@ CASES = {  # driver, flags, metrics that must agree
         "refl",
         # and validation images at a size that has a gold score, one at a time: they must not depend on who makes them
         "--guidance-scale 2 --window 0 3 --pretraining off --sample.resolution 64 --sample.batch-size 1"
-        " --validation-prompts {inputs}/prompts.txt --num-validation-prompts 5",
+        " --validation-prompts {inputs}/prompts.txt --num-validation-prompts 5 --holdout-rewards {tiny}/pretrained/clip",
         ("loss", "reward", "late_step", "grad_norm"),
     ),
     # the weights of all pairs sum to one over both processes, in each of the two stages
@@ -62,7 +62,7 @@ def run_case(case: str, inputs: Path, notes: Path, *flags: str) -> None:
     handle = register_optimizer_step_pre_hook(note)
     command = [
         *record_trajectories.arguments(driver, inputs, notes),
-        *own.format(inputs=inputs).split(),
+        *own.format(inputs=inputs, tiny=ROOT / "assets" / "tiny").split(),
         *flags,
     ]
     sys.argv = [str(ROOT / "finetune" / f"{driver}.py"), *command]
@@ -142,6 +142,8 @@ def assert_same_validation(one: Path, other: Path) -> None:
     )
     assert len(set(before["proxy"])) == len(before["gold"]) == len(before["prompts"]) == 5
     assert after[0]["proxy"] != before["proxy"]
+    assert 1 < before["diversity"] < 5
+    assert [len(values) for values in before["holdout"].values()] == [5]
     assert after[1]["proxy"] == pytest.approx(after[0]["proxy"], rel=1e-4)
 
 

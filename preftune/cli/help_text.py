@@ -26,6 +26,7 @@ _FIELDS = {
     "pretrained": "model",
     "lora": "model",
     "reward": "rewards",
+    "guard": "rewards",
     "validation": "sampling",
     "sample": "sampling",
     "run": "training",

@@ -16,6 +16,7 @@ from preftune.lora.config import LoRA
 from preftune.prompts import read_prompts
 from preftune.resolution import Resolution
 from preftune.sampling_config import Sampling
+from preftune.training.guard_config import GuardConfig
 from rewards.terms import Normalization, parse_files, parse_weights, units
 
 
@@ -110,7 +111,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """Scorers, their weights, and how their scores become one reward."""
+    """Scorers, their weights, how their scores become one reward, and what watches it."""
 
     rewards: Weighted = ()
     reward_files: Files = ()
@@ -120,8 +121,10 @@ class RewardConfig:
     """summary.json of `preftune score` with the statistics for --reward-normalization dataset."""
     reward_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Floating-point precision of the scorers."""
+    guard: Annotated[GuardConfig, tyro.conf.arg(name="")] = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
+        self.guard.check(self.weights())
         self.files()
 
     def weights(self) -> dict[str, float]:
@@ -129,8 +132,8 @@ class RewardConfig:
         return parse_weights(self.rewards) if self.rewards else {}
 
     def files(self) -> dict[str, Path]:
-        """Return scorer name -> weights on disk; ValueError for a wrong term."""
-        return parse_files(self.reward_files, self.weights())
+        """Return scorer name -> weights on disk, of held-out ones, too; ValueError for a wrong term."""
+        return parse_files(self.reward_files, [*self.weights(), *self.guard.weights()])
 
     def check_names(self, *, differentiable: bool = False) -> None:
         """Raise ValueError for unknown scorers or wrong statistics, and for a scorer without the gradient that is needed."""
@@ -145,7 +148,7 @@ class RewardConfig:
 
     def check(self) -> None:
         """Raise ValueError for missing or altered files of scorers."""
-        rewards.check_all(list(self.weights()), self.files(), download=False)
+        rewards.check_all([*self.weights(), *self.guard.weights()], self.files(), download=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from rewards import embedded
 
 _RESULTS = (
     "lora", "lora_kohya.safetensors", "unet", "pipeline", "scorer", "vae", "before_after.png", "reconstructions.png", "accuracy.png",
+    "best", "guard.png", "progress.png",
 )  # fmt: skip
 _OTHERS = ("config.yaml", "metrics.jsonl", "skipped.jsonl", "trackers.json")
 _CHECKPOINT = re.compile(r"step_(\d{6,})(\.damaged)?")
@@ -70,7 +71,9 @@ def clear(output: Path, start: Start, *, overwrite: bool, driver_files: Sequence
         return
     inside = source is not None and source.resolve().parent == output.resolve()
     kept = (checkpoint.updates_of(source) or 0) if inside and source is not None else -1
-    for name in _RESULTS if inside else (*_RESULTS, *_OTHERS):
+    for name in (
+        _RESULTS if inside else (*_RESULTS, *_OTHERS)
+    ):  # the guard makes RUN/best again of a checkpoint
         files.remove(output / name)
     for pattern in () if inside else driver_files:
         for path in output.glob(pattern):

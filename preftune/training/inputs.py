@@ -50,9 +50,10 @@ def digests(flags: Mapping[str, Any]) -> dict[str, str]:
             found[name] = _digest(paths, with_names=name in _NAMES_COUNT)
     if start := _path(flags.get("lora_start")):
         found["lora_start"] = lora_files.digest(start)
-    weights = parse_weights(flags["rewards"]) if flags.get("rewards") else {}
-    files = parse_files(flags.get("reward_files") or (), weights)
-    for name in weights:
+    terms = [flags[name] for name in ("rewards", "holdout_rewards") if flags.get(name)]
+    scorers = [name for some in terms for name in parse_weights(some)]
+    files = parse_files(flags.get("reward_files") or (), scorers)
+    for name in scorers:
         read = rewards.check(name, files.get(name))
         given = own.is_given(name)  # a callable, which is in no file
         found[f"scorer {name}"] = own.source_digest(name) if given else _digest(read, with_names=False)

@@ -49,6 +49,8 @@ MAY_DIFFER = frozenset(
         "offload",
         "export",
         "sample.batch_size",
+        "guard",
+        "guard_diversity_drop",
     ]
 )
 """Flags that a run may go on with other values of; it says which."""
@@ -97,8 +99,9 @@ def identity(config_text: str, settings: Mapping[str, object], processes: int = 
             else {name: value}
         )
     digests = inputs.digests(flags)
-    if flags.get("rewards"):
-        flags["rewards"] = parse_weights(flags["rewards"])
+    for name in ("rewards", "holdout_rewards"):
+        if flags.get(name):
+            flags[name] = parse_weights(flags[name])
     around = {"processes": processes, "torch": torch.__version__}
     run = {"settings": dict(settings), "flags": flags, "digests": digests, "around": around}
     found: dict[str, Any] = json.loads(json.dumps(run))

@@ -61,6 +61,7 @@ class Run:
         resumed_state: What the driver gave to `save` as its own state; empty for a new run.
         source: The checkpoint that the run goes on from, which may be that of step 0, or None.
         start, resumed: First step to do, 0 or where the checkpoint left off; whether there is a source.
+        stopped: Set it, on every process, to end `steps` after this update, which is then due for saving.
         row: Metrics that may be added to: of the step under way, or of the last one before `start` where a signal came.
 
     Raises:
@@ -90,20 +91,18 @@ class Run:
         self._accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[ddp])
         self.config, self.driver, self.folder = config, driver, config.output_dir
         self._driver_settings, self._driver_files = dict(settings or {}), driver_files
-        self.resumed_state: Mapping[str, Any] = {}
+        self._config_text, self.resumed_state = config_text, dict[str, Any]()
         self.device: torch.device = self._accelerator.device
         self.is_main: bool = self._accelerator.is_main_process
-        self.rank: int = self._accelerator.process_index
-        self.world: int = self._accelerator.num_processes
+        self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
         self._passes = config.gradient_accumulation_steps  # of the update under way
         self.images_per_update = config.train_batch_size * config.gradient_accumulation_steps * self.world
         set_torch(config)
         seeds.seed_everything(config.seed, Stream.SETUP, 0, 0)
-        self._config_text = config_text
         self._begin = self._find_start()
         self.source = self._begin.source
         self.start = (checkpoint.updates_of(self.source) or 0) if self.source else 0
-        self.resumed = self.source is not None
+        self.resumed, self.stopped = self.source is not None, False
         self._metrics: metrics.Metrics | None = None
         self.row: dict[str, float] = {}  # empty once written
         self._scalars: list[dict[str, Tensor | float]] = []  # of each pass since the last optimizer step
@@ -177,7 +176,7 @@ class Run:
         bar = tqdm(total=total, initial=self.start, disable=not self.is_main, mininterval=interval)
         self._write_row()
         with bar, signals.caught() as self._received:
-            for step in range(self.start, total):
+            for step in range(total if self.stopped else self.start, total):
                 seeds.seed_everything(self.config.seed, Stream.STEP, self.rank, step)
                 lr = self._peak_lr * lr_factor(self.config, step)
                 for group in self._optimizer.param_groups:
@@ -188,7 +187,7 @@ class Run:
                 self._write_row()
                 bar.set_postfix(self._postfix, refresh=False)
                 bar.update()
-                if self.interrupted:
+                if self.interrupted or self.stopped:
                     return
 
     def passes(self, number: int | None = None) -> Iterator[int]:
@@ -321,8 +320,9 @@ class Run:
         self.row = {}
 
     def due(self, what: Literal["checkpointing_steps", "validation_steps"], step: int) -> bool:
-        """Whether to save or sample after this step: every so many, at the last one, and save when interrupted."""
-        return self.scheduled(what, step) or (what == "checkpointing_steps" and self.interrupted)
+        """Whether to save or sample after this step: every so many, at the last one, and save when it ends sooner."""
+        early = what == "checkpointing_steps" and (self.interrupted or self.stopped)
+        return early or self.scheduled(what, step)
 
     def scheduled(self, what: Literal["checkpointing_steps", "validation_steps"], step: int) -> bool:
         """Whether `due` is so without an interruption: for what a run that was never stopped must do as well."""

@@ -3,12 +3,13 @@
 The images of one point in training are in `RUN/samples/NAME/`: 0000.png, ... and `scores.json`. A resumed
 run reads the earlier ones from there. Prompts are distributed over processes, and images are written
 immediately, so memory stays constant. Gold is the judge's score; it exists only if every prompt is a
-caption of the shapes world.
+caption of the shapes world. Held-out scorers are those that the run does not train on (preftune/training/guard.py).
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +26,27 @@ from preftune.grid import captioned_grid
 from preftune.images import load_pixels, save_image, to_pil
 from preftune.records import read_jsonl, write_jsonl
 from preftune.sampling import Sampling, sample, sharded
-from preftune.statistics import bootstrap
+from preftune.statistics import bootstrap, diversity
+from preftune.statistics.image_features import ImageTower
+from preftune.statistics.image_statistics import image_statistics
 from preftune.training.run import Run
 from rewards.mix import Mix
 from rewards.shapes import SIZE, in_world
 from rewards.shapes_judge import judge
 
 _KEPT = 16  # images of a moment that stay on the disk
+
+
+@dataclass(kw_only=True)
+class Scoring:
+    """What looks at validation images."""
+
+    mix: Mix | None = None
+    """Makes the proxy."""
+    holdout: Mix | None = None
+    """Scorers that are not trained on; their scores are kept one by one."""
+    tower: ImageTower | None = None
+    """Makes the features of which the diversity is computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,15 +60,26 @@ class Validation:
     gold: list[float] | None
     run: str
     """Run.fingerprint: scores under different ones are not compared."""
+    holdout: dict[str, list[float]] = field(default_factory=dict)
+    """Held-out scorer -> scores."""
+    statistics: dict[str, list[float]] = field(default_factory=dict)
+    """Statistic of the pixels -> its values (preftune/statistics/image_statistics.py)."""
+    diversity: float | None = None
+    """Vendi score of all images, one a prompt: 1 where all are equal; None without a tower."""
 
     def scores(self) -> dict[str, list[float]]:
-        """Return the available scores of proxy and gold."""
+        """Return the available scores: proxy, gold and those of held-out scorers."""
         both = {"proxy": self.proxy, "gold": self.gold}
-        return {name: values for name, values in both.items() if values is not None}
+        short = short_names(self.holdout)
+        return {name: values for name, values in both.items() if values is not None} | {
+            short[name]: values for name, values in self.holdout.items()
+        }
 
     def means(self) -> dict[str, float]:
-        """Return the mean proxy and gold scores."""
-        return {f"validation_{name}": float(np.mean(values)) for name, values in self.scores().items()}
+        """Return the means of scores and statistics, and the diversity, as metrics."""
+        columns = self.scores() | {re.sub(r"\W", "_", name): one for name, one in self.statistics.items()}
+        means = {f"validation_{name}": float(np.mean(values)) for name, values in columns.items()}
+        return means if self.diversity is None else means | {"validation_diversity": self.diversity}
 
     def images(self) -> list[Tensor]:
         """Return the images on the disk, (3, H, W) each."""
@@ -71,7 +97,7 @@ class Validation:
 
 def validate(
     family: Family,
-    mix: Mix | None,
+    scoring: Scoring,
     prompts: Sequence[str],
     sampling: Sampling,
     run: Run,
@@ -94,6 +120,7 @@ def validate(
     run.wait()
     mine = sharded(prompts, run.rank, run.world)
     rows: list[dict[str, float]] = []
+    features: list[Tensor] = []
     batches = sample(
         family,
         [prompt for _, prompt in mine],
@@ -104,7 +131,8 @@ def validate(
     )
     for pixels in run.until_stopped(batches):
         part = mine[len(rows) : len(rows) + len(pixels)]
-        scores = _score(mix, pixels, [prompt for _, prompt in part], run.device)
+        scores = _score(scoring, pixels, [prompt for _, prompt in part], run.device)
+        features += _features(scoring.tower, pixels, run.device)
         for (index, _), image, values in zip(part, pixels, scores, strict=True):
             if index < _KEPT:
                 to_pil(image).save(partial / f"{index:04d}.png")
@@ -114,6 +142,8 @@ def validate(
             files.remove(partial)
         return None
     write_jsonl(partial / f"rank_{run.rank}.jsonl", rows)
+    if features:
+        np.save(partial / f"rank_{run.rank}.npy", torch.cat(features).numpy())
     run.wait()
     if run.is_main:
         _collect(partial, prompts, run)
@@ -141,30 +171,79 @@ def missed(run: Run, names: Iterable[str], *, milestone: bool = False) -> bool:
 
 @torch.no_grad()
 def _score(
-    mix: Mix | None, pixels: Tensor, prompts: list[str], device: torch.device
+    scoring: Scoring, pixels: Tensor, prompts: list[str], device: torch.device
 ) -> list[dict[str, float]]:
-    """Proxy and gold of each image, where there are such."""
+    """Return each image's scores, where there are such, and statistics, by `kind name`."""
     columns: dict[str, list[float]] = {}
-    if mix is not None:
-        columns["proxy"] = mix(pixels.to(device), prompts).rewards.cpu().tolist()
+    if scoring.mix is not None:
+        columns["proxy"] = scoring.mix(pixels.to(device), prompts).rewards.cpu().tolist()
     if in_world(prompts) and tuple(pixels.shape[-2:]) == (SIZE, SIZE):
         columns["gold"] = judge(pixels, prompts).gold.tolist()
+    if scoring.holdout is not None:
+        scores = scoring.holdout(pixels.to(device), prompts).scores.T.cpu().tolist()
+        columns |= {f"holdout {name}": one for name, one in zip(scoring.holdout.names, scores, strict=True)}
+    columns |= {f"statistics {name}": one.tolist() for name, one in image_statistics(pixels).items()}
     return [{name: values[row] for name, values in columns.items()} for row in range(len(pixels))]
+
+
+@torch.no_grad()
+def _features(tower: ImageTower | None, pixels: Tensor, device: torch.device) -> list[Tensor]:
+    """Return [unit vectors (B, D) float32 on the CPU], or nothing without a tower."""
+    return [] if tower is None else [tower(pixels.to(device)).float().cpu()]
 
 
 def _collect(folder: Path, prompts: Sequence[str], run: Run) -> None:
     """Join what the processes have written into scores.json; a score that some images lack is left out."""
     paths = [folder / f"rank_{rank}.jsonl" for rank in range(run.world)]
-    rows = sorted((row for path in paths for row in read_jsonl(path)), key=lambda row: int(row["index"]))
-    scores = {
-        name: [row[name] for row in rows] if all(name in row for row in rows) else None
-        for name in ("proxy", "gold")
+    unsorted = [row for path in paths for row in read_jsonl(path)]
+    rows = sorted(unsorted, key=lambda row: int(row["index"]))
+    columns = {name: [row[name] for row in rows] for name in rows[0] if all(name in row for row in rows)}
+    content = {
+        "prompts": list(prompts),
+        "proxy": columns.get("proxy"),
+        "gold": columns.get("gold"),
+        "run": run.fingerprint,
+        "diversity": _diversity(folder, run.world, [int(row["index"]) for row in unsorted]),
+        **{kind: _of_kind(columns, kind) for kind in ("holdout", "statistics")},
     }
-    content = {"prompts": list(prompts), **scores, "run": run.fingerprint}
     files.write_text(folder / "scores.json", json.dumps(content))
     for path in paths:
         path.unlink()
     manifest.write(folder)
+
+
+def _of_kind(columns: Mapping[str, list[float]], kind: str) -> dict[str, list[float]]:
+    return {
+        name.removeprefix(f"{kind} "): one for name, one in columns.items() if name.startswith(f"{kind} ")
+    }
+
+
+def _diversity(folder: Path, world: int, indices: Sequence[int]) -> float | None:
+    """Return the Vendi score of the features that the processes have written, which are removed, of images with these indices.
+
+    None where there are none.
+    """
+    paths = [path for rank in range(world) if (path := folder / f"rank_{rank}.npy").exists()]
+    if not paths:
+        return None
+    features = np.concatenate([np.load(path).astype(np.float64) for path in paths])[np.argsort(indices)]
+    for path in paths:
+        path.unlink()
+    return float(diversity.vendi(features))
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Return scorer -> what to call it below a picture: of the folder of a trained one as few last parts as tell it from the others."""
+    parts = {name: Path(name).parts if Path(name).is_dir() else (name,) for name in names}
+    short = {}
+    for name, mine in parts.items():
+        tails = [mine[-count:] for count in range(1, len(mine) + 1)]
+        others = [other for one, other in parts.items() if one != name]
+        unique = [
+            tail for tail in tails if tail != ("scorer",) and all(o[-len(tail) :] != tail for o in others)
+        ]
+        short[name] = "/".join((unique or [mine])[0])
+    return short
 
 
 def read(run: Path, name: str) -> Validation | None:
@@ -178,6 +257,17 @@ def _read(folder: Path) -> Validation | None:
     except ValueError:
         return None
     return Validation(folder=folder, **json.loads((folder / "scores.json").read_text(encoding="utf-8")))
+
+
+def taken(run: Path, ending: str = "") -> list[tuple[int, Validation]]:
+    """Return (updates, what `validate` wrote) of all moments with that ending, in their order; without those of another run than the first."""
+    named = [
+        re.fullmatch(rf"step_(\d+){re.escape(ending)}", path.name)
+        for path in (run / "samples").glob("step_*")
+    ]
+    moments = sorted((int(match[1]), read(run, match[0])) for match in named if match is not None)
+    found = [(updates, one) for updates, one in moments if one is not None]
+    return [(updates, one) for updates, one in found if one.run == found[0][1].run]
 
 
 def _grid(found: Validation) -> Image.Image:

@@ -28,14 +28,17 @@ from preftune.lora.tuning import LoRA
 from preftune.lora.write import KOHYA_FILE, write_kohya
 from preftune.records import CaptionedImage, Skipped
 from preftune.resolution import Resolution
+from preftune.statistics.image_features import clip_tower
 from preftune.training import data, decoding
 from preftune.training import validation as validation_images
 from preftune.training.cache_config import CacheConfig
 from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig
 from preftune.training.defaults import learning_rate
+from preftune.training.guard import Guard, check_independent
 from preftune.training.run import Run
 from preftune.training.run_config import RunConfig
 from preftune.training.run_config import check as check_run
+from preftune.training.validation import Scoring
 from rewards.mix import Mix
 from rewards.offload import offload_between_calls
 from rewards.own_scorer import try_out
@@ -52,8 +55,8 @@ class Workspace:
 
     run: Run
     family: Family
-    mix: Mix | None
-    """None without --rewards."""
+    scoring: Scoring
+    guard: Guard
     resolution: Resolution
     """Of the images in training."""
     inputs: CaptionedInputs
@@ -65,6 +68,11 @@ class Workspace:
     """Compared at the end: title -> name of a folder in RUN/samples."""
     negatives: Mapping[str, str]
     """Ending of a folder's name -> negative prompt of its images: at each moment, images for each."""
+
+    @property
+    def mix(self) -> Mix | None:
+        """The scorers that are trained on; None without --rewards."""
+        return self.scoring.mix
 
     def write(self, folder: Path) -> None:
         """Write the tuned weights, or their EMA where the run has one, to folder/lora or folder/unet."""
@@ -84,13 +92,36 @@ class Workspace:
             name = self.name_of(step, ending)
             with self.run.ema_weights():
                 found = validation_images.validate(
-                    self.family, self.mix, self.prompts, self.validation.sample, self.run, name, negative
+                    self.family, self.scoring, self.prompts, self.validation.sample, self.run, name, negative
                 )
             if found is None:
                 return {}
             self.run.log_images(step - 1, f"validation{ending}", found.captions())
             means |= {f"{score}{ending}": value for score, value in found.means().items()}
+            if ending == self.guard.ending:
+                means |= self.guard.see(step, found, self.write if self.run.is_main else None)
+        self._heed()
         return means
+
+    def _heed(self) -> None:
+        """Tell an alarm of the guard, once, and with --guard stop end the run."""
+        guard, run = self.guard, self.run
+        if run.is_main and (paragraph := guard.report()) is not None:
+            shown = guard.draw()
+            say(paragraph, kind="guard: ")
+            if shown is not None:
+                run.log_images(guard.updates - 1, "guard", {shown: paragraph})
+        if guard.stops:
+            run.stopped = True
+            self.moments = dict(self._until(guard.updates))
+
+    def _until(self, updates: int) -> Iterator[tuple[str, str]]:
+        """Yield the moments of a run that ends after so many updates: those of its planned end are then."""
+        for title, name in self.moments.items():
+            number, _, rest = name.removeprefix("step_").partition("_")
+            at, ending = int(number), f"_{rest}" * bool(rest)
+            if at <= updates or at == self.run.config.max_train_steps:
+                yield title, self.name_of(min(at, updates), ending)
 
     def after(self, step: int, *, milestone: bool = False, state: Mapping[str, Any] | None = None) -> None:
         """Validate and save after the updates of a step, where that is due or the driver has reached a milestone.
@@ -102,6 +133,8 @@ class Workspace:
             self._write_result()
         if (milestone or run.due("validation_steps", step)) and (means := self.validate(step + 1)):
             run.log(step, **means)
+        if run.stopped and run.is_main:
+            self._write_result()
         if milestone or run.due("checkpointing_steps", step):
             run.save(step, write=self.write, state=state)
 
@@ -213,14 +246,29 @@ def export(model: ModelConfig, family: Family, folder: Path) -> None:
 
 def load_mix(reward: RewardConfig, device: torch.device, *, offload: bool = False) -> Mix | None:
     """Return the scorers on the device, or with `offload` there while they are used; None without --rewards."""
-    weights, precision = reward.weights(), DTYPES[reward.reward_precision]
-    scorers = load_all(list(weights), files=reward.files(), device=device, dtype=precision)
-    if not scorers:
-        return None
-    mix = Mix(scorers, weights, reward.reward_normalization, reward.reward_stats)
-    if offload:
-        mix.offload(device)
-    return mix
+    return load_scoring(reward, device, offload=offload).mix
+
+
+def load_scoring(reward: RewardConfig, device: torch.device, *, offload: bool = False) -> Scoring:
+    """Return the scorers that are trained on and those that are held out, as `load_mix`.
+
+    ValueError for a held-out scorer with the weights of a trained one.
+    """
+    trained, holdout = reward.weights(), reward.guard.weights()
+    names, precision = [*trained, *holdout], DTYPES[reward.reward_precision]
+    scorers = load_all(names, files=reward.files(), device=device, dtype=precision)
+    mine, others = scorers[: len(trained)], scorers[len(trained) :]
+    for warning in check_independent(mine, others):
+        say(warning)
+    scoring = Scoring(tower=clip_tower([*others, *mine]))
+    if trained:
+        scoring.mix = Mix(mine, trained, reward.reward_normalization, reward.reward_stats)
+    if holdout:
+        scoring.holdout = Mix(others, holdout, "none")
+    for mix in (scoring.mix, scoring.holdout):
+        if mix is not None and offload:
+            mix.offload(device)
+    return scoring
 
 
 @contextmanager
@@ -256,27 +304,31 @@ def open(
         run = Run(
             run_config, driver=driver, config_text=config_text, settings=same, driver_files=driver_files
         )
-        mix = load_mix(reward, run.device, offload=model.offload)
-        if mix is not None:  # rewards of the user's own are tried before the model loads
-            size = model.size(defaults)
-            for warning in try_out(mix.scorers, prompts, (size.width, size.height), gradient=differentiable):
-                say(warning)
+        scoring = load_scoring(reward, run.device, offload=model.offload)
+        size = model.size(defaults)
+        for mix, gradient in ((scoring.mix, differentiable), (scoring.holdout, False)):
+            if mix is not None:  # rewards of the user's own are tried before the model loads
+                for warning in try_out(mix.scorers, prompts, (size.width, size.height), gradient=gradient):
+                    say(warning)
         family, denoiser = load_model(model, run_config, run.device)
         family.denoiser = run.prepare(denoiser, learning_rate=learning_rate(driver, defaults, model.train))
     if run.is_main and skipped is not None:
         data.write_report(run.folder, skipped)
-    steps, size = run_config.max_train_steps, model.size(defaults)
+    steps = run_config.max_train_steps
+    moments = dict(moments or {"before": "step_000000", "after": f"step_{steps:06d}"})
+    ending = list(moments.values())[-1].removeprefix(f"step_{steps:06d}")  # of the images that are the result
     inputs = decoding.captioned_inputs(family, size, run, cache or CacheConfig())
     w = Workspace(
         run=run,
         family=family,
-        mix=mix,
+        scoring=scoring,
+        guard=Guard(reward.guard, run.folder, ending),
         resolution=size,
         inputs=inputs,
         model=model,
         validation=replace(validation, sample=validation.sample.at(size)),
         prompts=prompts,
-        moments=dict(moments or {"before": "step_000000", "after": f"step_{steps:06d}"}),
+        moments=moments,
         negatives=negatives or {"": ""},
     )
     with closing(inputs):
@@ -293,6 +345,8 @@ def _begin(w: Workspace) -> None:
         return
     if run.is_main and run.start >= run.config.max_train_steps:
         w._write_result()  # there is no step left, after which it would be written
+    w.guard.restore(run.start, keep=run.is_main)
+    w._heed()
     names = [w.name_of(run.start, ending) for ending in w.negatives]
     if validation_images.missed(run, names, milestone=any(name in w.moments.values() for name in names)):
         run.log(run.start - 1, **w.validate(run.start))
