@@ -202,6 +202,7 @@ def _write_images(request: Request, column: Column, family: Family, processes: P
         [request.seeds[i] for i in numbers],
         request.sampling,
         negative=request.negatives.get(column.title, ""),
+        annealing=column.annealing,
         progress=column.title if processes.is_main else None,
     )
     for i, pixels in zip(numbers, itertools.chain.from_iterable(generated), strict=True):

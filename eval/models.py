@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import rewards
@@ -19,6 +19,7 @@ from rewards import embedded, own
 from rewards.own_scorer import try_out
 from rewards.shapes import check_judgeable
 
+_ANNEAL = "anneal"
 TUNED = ("lora", "unet")
 """Folders of a run that hold what was tuned."""
 
@@ -35,6 +36,8 @@ class Column:
     """A LoRA's file or folder or the folder of a UNet, as `Family.load_tuned` takes it."""
     weight: float = 1.0
     """Of the LoRA."""
+    annealing: float | None = None
+    """Power of annealed importance guidance (preftune.sampling.mixed); None = off."""
 
     @property
     def has_lora(self) -> bool:
@@ -47,7 +50,8 @@ class Column:
         if self.tuned is None:
             return found
         tuned = loras.digest(self.tuned) if self.has_lora else digest_of_part(self.tuned)
-        return f"{found} + {self.weight:g} x {tuned}"
+        how = f"{self.weight:g}" if self.annealing is None else f"annealed {self.annealing:g}"
+        return f"{found} + {how} x {tuned}"
 
 
 def parse_column(term: str, model: Source) -> Column:
@@ -69,13 +73,17 @@ def parse_column(term: str, model: Source) -> Column:
         column = Column(title=title, source=source, pipeline=model, tuned=_tuned(folder, model, where))
     if strength is None:
         return column
+    annealed = strength.startswith(_ANNEAL)
     try:
-        weight = float(strength)
+        number = float(strength.removeprefix(_ANNEAL))
     except ValueError:
-        weight = math.nan
-    if not column.has_lora or not math.isfinite(weight):
-        raise ValueError(f"column {term!r}: @ goes before the weight of a LoRA, as in runs/refl@0.5")
-    return Column(title=title, source=source, pipeline=model, tuned=column.tuned, weight=weight)
+        number = math.nan
+    if not column.has_lora or not math.isfinite(number) or (annealed and number <= 0):
+        raise ValueError(
+            f"column {term!r}: @ goes before the weight of a LoRA, as in runs/refl@0.5, or before anneal and the power of annealed"
+            " importance guidance, as in runs/refl@anneal2"
+        )
+    return replace(column, annealing=number) if annealed else replace(column, weight=number)
 
 
 def check_column(term: str) -> None:

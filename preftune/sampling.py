@@ -4,7 +4,8 @@ Every image has its own torch.Generator, so it is a function of (weights, prompt
 depend on the batch or on the number of processes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import TypeVar
 
 import torch
@@ -13,7 +14,8 @@ from tqdm.auto import tqdm
 
 from preftune import ahead
 from preftune.ahead import initial_noise
-from preftune.families.base import Cond, Family
+from preftune.families.base import Family
+from preftune.noise import Prediction
 from preftune.resolution import Resolution
 from preftune.sampling_config import Resolved, Sampling
 from preftune.solvers import SOLVERS
@@ -22,6 +24,8 @@ from rewards.on_device import upload
 __all__ = ["Resolved", "Sampling", "initial_noise", "sample", "sharded"]
 
 _T = TypeVar("_T")
+_Predict = Callable[[Tensor, Tensor, float], Prediction]
+"""Noisy latents (B, C, h, w), timesteps (B,) and i / T of the i-th of T steps -> the guided prediction."""
 
 DECODED_PIXELS = 8 * 512 * 512
 """Pixels that are decoded at once. The decoder takes far more memory than the denoiser without gradient: for SDXL at 1024 px in
@@ -36,12 +40,13 @@ def sample(
     sampling: Sampling | Resolved,
     *,
     negative: str = "",
+    annealing: float | None = None,
     progress: str | None = None,
 ) -> Iterator[Tensor]:
     """Yield pixels (b, 3, height, width) in [0, 1], float32 on the CPU, batch by batch: an image for each (prompt, seed).
 
-    `negative` is the negative prompt; `progress` names a progress bar. The caller's grad mode is
-    left alone between batches. ValueError, at the call, for lengths that differ.
+    `negative` is the negative prompt; `annealing` the power of annealed importance guidance, None = off (`mixed`); `progress` names
+    a progress bar. The caller's grad mode is left alone between batches. ValueError, at the call, for lengths that differ.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
@@ -49,28 +54,60 @@ def sample(
     starts = range(0, len(prompts), settings.batch_size)
     parts = (slice(start, start + settings.batch_size) for start in starts)
     return (
-        _sample_batch(family, prompts[part], seeds[part], settings, negative)
+        _sample_batch(family, prompts[part], seeds[part], settings, negative, annealing)
         for part in tqdm(parts, desc=progress, total=len(starts), disable=progress is None, leave=False)
     )
 
 
 @torch.no_grad()  # on a function that returns: on a generator it would leak into the caller between two batches
 def _sample_batch(
-    family: Family, prompts: Sequence[str], seeds: Sequence[int], settings: Resolved, negative: str
+    family: Family,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: Resolved,
+    negative: str,
+    annealing: float | None,
 ) -> Tensor:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    cond = family.encode(prompts, negative=negative)
+    predict = _predictor(family, prompts, negative, settings, annealing)
     shape = family.latent_shape(settings.resolution)
-    with family.lean():
+    with family.lean() if annealing is None else nullcontext():  # lean passes have the LoRA merged
         if settings.solver in SOLVERS:
             grid = family.timesteps(settings.num_inference_steps, settings.solver, settings.resolution)
             x, _, steps = ahead.trajectory(family, grid, settings.solver, shape, generators)
-            for now in steps:
-                prediction = family.predict(x, now.t, cond, settings.guidance_scale)
-                x = ahead.step(prediction, now, settings.solver)
+            for index, now in enumerate(steps):
+                x = ahead.step(predict(x, now.t, index / (len(grid) - 1)), now, settings.solver)
         else:
-            x = _scheduler_loop(family, initial_noise(shape, generators, family.device), cond, settings)
+            x = _scheduler_loop(family, initial_noise(shape, generators, family.device), predict, settings)
     return torch.cat([part.cpu() for part in decoded_parts(family, x, settings.resolution)])
+
+
+def _predictor(
+    family: Family, prompts: Sequence[str], negative: str, settings: Resolved, annealing: float | None
+) -> _Predict:
+    """Return what predicts these prompts at each step, with their texts encoded once."""
+    cond, scale = family.encode(prompts, negative=negative), settings.guidance_scale
+    if annealing is None:
+        return lambda x, t, share: family.predict(x, t, cond, scale)
+    with family.reference():  # a LoRA may be in the text encoders, too
+        base_cond = family.encode(prompts, negative=negative)
+    power = annealing
+
+    def predict(x: Tensor, t: Tensor, share: float) -> Prediction:
+        with family.reference():
+            base = family.predict(x, t, base_cond, scale)
+        return mixed(base, family.predict(x, t, cond, scale), share**power)
+
+    return predict
+
+
+def mixed(base: Prediction, tuned: Prediction, weight: float) -> Prediction:
+    """Return (1 - weight) base + weight tuned of two predictions at the same x.
+
+    Annealed importance guidance (AIG, arXiv 2409.06493) has the weight (i / T)^power at step i = 0..T-1 of T: the base decides
+    what early steps lay out, the tuned model what late ones draw. A prediction is affine in the network's output, so that all of it mixes alike.
+    """
+    return Prediction(*(torch.lerp(old, new, weight) for old, new in zip(base, tuned, strict=True)))
 
 
 def decoded_parts(family: Family, latents: Tensor, resolution: Resolution) -> Iterator[Tensor]:
@@ -79,14 +116,16 @@ def decoded_parts(family: Family, latents: Tensor, resolution: Resolution) -> It
         yield family.decode(part).float().clamp(0, 1)
 
 
-def _scheduler_loop(family: Family, x: Tensor, cond: Cond, settings: Resolved) -> Tensor:
+def _scheduler_loop(family: Family, x: Tensor, predict: _Predict, settings: Resolved) -> Tensor:
     """Return the last latents of pndm or dpm++: diffusers' scheduler on the network's own (guided) output."""
     scheduler = family.scheduler(settings.solver, settings.num_inference_steps)
     x = x * scheduler.init_noise_sigma
     levels = upload(scheduler.timesteps, x.device)[:, None].expand(-1, len(x))
-    for t, level in zip(scheduler.timesteps, levels, strict=True):  # the scheduler's own stay on the CPU
+    for index, (t, level) in enumerate(
+        zip(scheduler.timesteps, levels, strict=True)
+    ):  # the scheduler's own stay on the CPU
         x_in = scheduler.scale_model_input(x, t)
-        output = family.predict(x_in, level, cond, settings.guidance_scale).output
+        output = predict(x_in, level, index / len(levels)).output
         x = scheduler.step(output, t, x).prev_sample
     return x
 
