@@ -1,4 +1,4 @@
-"""A weighted sum of several scorers: scores (B, n), optionally normalized, then weighted."""
+"""Several scorers as one reward: scores (B, n), optionally normalized, weighted, then summed, or the least of them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from rewards.offload import Offloaded
 from rewards.own_scorer import OwnReward
 from rewards.pixels import one_each
 from rewards.shared_towers import score_all, share_towers
-from rewards.terms import Normalization, units
+from rewards.terms import Combination, Normalization, units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Mixed:
     scores: Tensor
     """(B, n) float32, each column in its scorer's own units."""
     rewards: Tensor
-    """(B,) float32, the weighted sum."""
+    """(B,) float32, the weighted sum, or the least weighted score."""
     scorers: tuple[Scorer, ...]
     """Those of the columns."""
     prompts: Sequence[str]
@@ -63,6 +63,9 @@ class Mix:
     """The weighted sum of scorers. `none` adds scores as they are, the others add (score - mean) / std: `card` with
     those of the card, `dataset` with those that data_build/score.py found on images like these (summary.json).
 
+    With the combination `min` the reward is the least of the weighted scores instead: what one scorer alone is fooled by is not
+    rewarded (worst-case optimization of Coste et al. 2023, arXiv 2310.02743, section 3). Its gradient is that of this scorer.
+
     Columns are in the order of the scorers, `names`. Scorers with equal image towers share one.
     """
 
@@ -72,6 +75,7 @@ class Mix:
         weights: Mapping[str, float],
         normalization: Normalization,
         stats: Path | None = None,
+        combination: Combination = "sum",
     ) -> None:
         self.names = tuple(scorer.card.name for scorer in scorers)
         if not scorers or len(set(self.names)) != len(self.names) or set(self.names) != set(weights):
@@ -81,6 +85,7 @@ class Mix:
             )
         self.scorers = tuple(scorers)
         self.weights = tuple(weights[name] for name in self.names)
+        self.combination = combination
         self.units = units([scorer.card for scorer in scorers], normalization, stats)
         share_towers(self.scorers)
         self._offloaded: Offloaded | None = None
@@ -107,9 +112,15 @@ class Mix:
         if self._offloaded is not None and not any(column.requires_grad for column in columns):
             self._offloaded.unload()
         scores = torch.stack(columns, dim=1)
-        rewards = torch.zeros_like(columns[0])
-        for weight, (mean, std), column_scores in zip(self.weights, self.units, columns, strict=True):
-            rewards = rewards + weight * ((column_scores - mean) / std)
+        weighted = [
+            weight * ((column_scores - mean) / std)
+            for weight, (mean, std), column_scores in zip(self.weights, self.units, columns, strict=True)
+        ]
+        rewards = (
+            torch.stack(weighted).amin(0)
+            if self.combination == "min"
+            else sum(weighted, torch.zeros_like(columns[0]))
+        )
         return Mixed(scores=scores, rewards=rewards, scorers=self.scorers, prompts=prompts)
 
 

@@ -12,6 +12,8 @@ from rewards.input_files import parse_json, read_text
 
 Normalization = Literal["none", "card", "dataset"]
 """Normalization of scores before they are weighted."""
+Combination = Literal["sum", "min"]
+"""How the weighted scores of an image become one reward."""
 
 
 def units(

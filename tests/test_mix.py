@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from data_build import diffusiondb, score
 from eval import compare_methods, grid, preference_accuracy
 from finetune import refl
 from preftune import cli
+from preftune.training.config import RewardConfig
 from rewards import CARDS, Card
 from rewards.mix import Mix, named
 from rewards.terms import parse_files, parse_names, parse_weights, units
@@ -48,6 +50,30 @@ def test_card_units_by_hand() -> None:
     mixed = Mix(scorers, {"a": 1.0, "b": -1.0}, "card")(PIXELS, PROMPTS)
     assert mixed.scores.tolist() == [[0.0, 3.0], [1.0, 4.0]]
     assert mixed.rewards.tolist() == [-2.0 - 1.0, 2.0 - 1.5]
+
+
+def test_the_least_by_hand() -> None:
+    """Of (0 - 0.5) / 0.25 = -2 and 0.5 (3 - 1) / 2 = 0.5 the first, of 2 and 0.75 the second, whose gradient alone flows."""
+    scorers = [Fixed("a", 0.0, mean=0.5, std=0.25), Fixed("b", 3.0, mean=1.0, std=2.0)]
+    mix = Mix(scorers, {"a": 1.0, "b": 0.5}, "card", combination="min")
+    pixels = PIXELS.clone().requires_grad_()
+    mixed = mix(pixels, PROMPTS)
+    assert mixed.rewards.tolist() == [-2.0, 0.75]
+    mixed.rewards.sum().backward()
+    assert pixels.grad is not None
+    assert pixels.grad[0].sum().item() == pytest.approx(1 / 0.25)
+    assert pixels.grad[1].sum().item() == pytest.approx(0.5 / 2)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"rewards": ("brightness",)}, {"rewards": ("brightness", "shapes")}, {"reward_normalization": "card"}],
+)
+def test_the_least_needs_two_scores_in_one_unit(more: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match="--reward-combination min is the least of several scores in one unit"
+    ):
+        RewardConfig(reward_combination="min", **more)
 
 
 def stats_file(folder: Path, **scores: object) -> Path:

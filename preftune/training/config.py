@@ -17,7 +17,7 @@ from preftune.prompts import read_prompts
 from preftune.resolution import Resolution
 from preftune.sampling_config import Sampling
 from preftune.training.guard_config import GuardConfig
-from rewards.terms import Normalization, parse_files, parse_weights, units
+from rewards.terms import Combination, Normalization, parse_files, parse_weights, units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +117,8 @@ class RewardConfig:
     reward_files: Files = ()
     reward_normalization: Normalization = "none"
     """none = raw scores; card, dataset = scale each scorer to mean 0 and standard deviation 1."""
+    reward_combination: Combination = "sum"
+    """sum = weighted sum; min = the least weighted score, which what fools one scorer alone does not raise. It needs scores in one unit."""
     reward_stats: Path | None = None
     """summary.json of `preftune score` with the statistics for --reward-normalization dataset."""
     reward_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
@@ -126,6 +128,13 @@ class RewardConfig:
     def __post_init__(self) -> None:
         self.guard.check(self.weights())
         self.files()
+        if self.reward_combination == "min" and (
+            len(self.weights()) < 2 or self.reward_normalization == "none"
+        ):
+            raise ValueError(
+                "--reward-combination min is the least of several scores in one unit; give two or more --rewards and"
+                " --reward-normalization card or dataset"
+            )
 
     def weights(self) -> dict[str, float]:
         """Return scorer name -> weight; ValueError for a wrong term."""

@@ -262,7 +262,8 @@ def load_scoring(reward: RewardConfig, device: torch.device, *, offload: bool = 
         say(warning)
     scoring = Scoring(tower=clip_tower([*others, *mine]))
     if trained:
-        scoring.mix = Mix(mine, trained, reward.reward_normalization, reward.reward_stats)
+        kind, stats = reward.reward_normalization, reward.reward_stats
+        scoring.mix = Mix(mine, trained, kind, stats, reward.reward_combination)
     if holdout:
         scoring.holdout = Mix(others, holdout, "none")
     for mix in (scoring.mix, scoring.holdout):
