@@ -3,7 +3,8 @@ every image.
 
 All images of a row start from the same noise, so only the weights differ. Columns are TITLE=WHAT, where
 WHAT is empty (the model itself), a LoRA (a folder, or a file of kohya's, diffusers' or peft's layout), a run's folder, a UNet
-folder or another pipeline; LORA@0.5 applies a LoRA with scale 0.5. Written into --output-dir:
+folder or another pipeline; LORA@0.5 applies a LoRA with scale 0.5, LORA@anneal2
+by annealed importance guidance with power 2 (preftune.sampling.mixed). Written into --output-dir:
 
     images/TITLE/   the images of a column, their prompts and seeds; reused when run again (eval/generated.py)
     index.html      all images as thumbnails linked to their files, scores (several scorers also give the sum by their
