@@ -74,6 +74,24 @@ def test_the_table_and_the_picture(
         assert image.height > 192
 
 
+def test_near_misses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The judge notices nearly every wrong word of clean renderings; brightness, which reads no caption, ties and so none."""
+    start("near_misses", "--scorers", "shapes", "brightness", "--count", "40", monkeypatch=monkeypatch)
+    lines = capsys.readouterr().out.splitlines()
+    cells = {tuple(line.split(" | ")[:2]): line.strip("| ").split(" | ")[2:] for line in lines[2:]}
+    assert len(cells) == 12
+    numbers: dict[str, list[tuple[float, int]]] = {"| shapes": [], "| brightness": []}
+    for (scorer, word), row in cells.items():
+        assert (row[0] == "-") == (word == "relation"), "one thing has no relation"
+        found = [cell.split(" (") for cell in row if cell != "-"]
+        numbers[scorer] += [(float(share), int(count.rstrip(")"))) for share, count in found]
+    assert {share for share, _ in numbers["| brightness"]} == {0.0}
+    assert min(share for share, _ in numbers["| shapes"]) > 0.85
+    assert sum(count for _, count in numbers["| shapes"]) > 40 * 3, (
+        "a shape, a colour and a background of each, and more"
+    )
+
+
 def test_pair_accuracy_by_hand(tmp_path: Path) -> None:
     measure = program("measure")
     right = {"scorer": np.array([1, 0, 1, 1, 1], bool), "annotator": np.array([0, 0, 1, 0, 1], bool)}
