@@ -77,9 +77,9 @@ def write_report(results: Results, folder: Path, *, examples: int, protocol: str
         results.scores, results.images.groups, results.scorers, results.factors, results.part_size
     )
     others = measures(results.statistics, results.features, results.base)
-    write_text(folder / "table.csv", _csv(rows))
-    write_text(folder / "groups.csv", _csv(groups))
-    write_text(folder / "measures.csv", _csv(others))
+    write_text(folder / "table.csv", csv_of(rows))
+    write_text(folder / "groups.csv", csv_of(groups))
+    write_text(folder / "measures.csv", csv_of(others))
     write_text(folder / "scores.csv", scores_csv(results))
     everything = summary(results, rows, groups, others, protocol)
     write_text(folder / "results.json", json.dumps(everything, indent=1, ensure_ascii=False) + "\n")
@@ -104,7 +104,7 @@ def write_report(results: Results, folder: Path, *, examples: int, protocol: str
     show(f"{to_text(rows, results.base)}\n{folder / 'report.html'}")
 
 
-def _csv(rows: Sequence[Any]) -> str:
+def csv_of(rows: Sequence[Any]) -> str:
     """Return dataclasses of one kind as CSV."""
     table = [plain(row) for row in rows]
     return csv_text(

@@ -190,12 +190,13 @@ def group_rows(
 
 
 def measures(
-    statistics: Mapping[str, Floats], features: Mapping[str, Floats | None], base: str
+    statistics: Mapping[str, Floats], features: Mapping[str, Floats | None], base: str, *, within: bool = True
 ) -> list[Measure]:
     """Return diversity and image statistics of each model, of statistics (P, S, K) and features (P, S, D), with the change
     against the base.
 
-    Pairwise distance (1 - cosine) and the Vendi score within a prompt need two images of a prompt, all three features.
+    Pairwise distance (1 - cosine) and the Vendi score within a prompt need two images of a prompt, all three features. `within`:
+    the S images are of one model; else each is of another training of it, and the two within a prompt are left out.
     """
     by_prompt: dict[str, dict[str, Floats]] = {}
     across: dict[str, float] = {}
@@ -203,7 +204,7 @@ def measures(
         rows = {name: table[:, :, column].mean(1) for column, name in enumerate(STATISTICS)}
         seen = features[model]
         if seen is not None:
-            if seen.shape[1] > 1:
+            if within and seen.shape[1] > 1:
                 rows["pairwise distance within a prompt"] = diversity.mean_pairwise_distance(seen)
                 rows["Vendi score within a prompt"] = diversity.vendi(seen)
             across[model] = diversity.vendi_across(seen)

@@ -16,7 +16,8 @@ after this many updates, for example RAFT after its first iteration.
 Win rate is wins / (wins + losses), as in the paper. Intervals are 95 % bootstrap intervals over prompts
 with all seeds pooled; a single prompt has none. In the shapes world, `shapes` is the gold score that no
 method was trained on. Writes images/ (all generated images, reused when run again: eval/generated.py),
-table.csv, scores.csv, wins.png, grid.png and report.html, and comparison.json, which says what they are of:
+table.csv, measures.csv (diversity, where a scorer has a CLIP, and statistics of the pixels), scores.csv, wins.png, grid.png and
+report.html, and comparison.json, which says what they are of:
 a report of other settings is not overwritten without being told to.
 """
 
@@ -40,7 +41,10 @@ from preftune.sampling_config import Resolved, Sampling
 from rewards.terms import parse_files, parse_names
 
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
-REPORT, RECORD = ("report.html", "table.csv", "scores.csv", "wins.png", "grid.png"), "comparison.json"
+REPORT, RECORD = (
+    ("report.html", "table.csv", "measures.csv", "scores.csv", "wins.png", "grid.png"),
+    "comparison.json",
+)
 """Files of a report, and the one that says what it is of."""
 CHECKPOINT = re.compile(r"([\w-]+)@(\d+)")
 
@@ -137,6 +141,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from eval.benchmark_report import csv_of, measure_table
+from eval.benchmark_table import Measure, measures
 from eval.generated import Request, generate, missing_columns, score_generated, settings_of
 from eval.models import Column, check_scorers, parse_column
 from eval.pages import base64_of, render
@@ -151,6 +157,9 @@ from preftune.images import save_image
 from preftune.prompts import read_prompts
 from preftune.records import read_jsonl
 from preftune.statistics.bootstrap import interval
+from preftune.statistics.image_features import clip_tower, describe
+from preftune.statistics.image_statistics import STATISTICS
+from rewards import Scorer
 from rewards.shared_towers import load_all
 
 
@@ -262,17 +271,41 @@ def main(config: Config) -> int:
     generate(request, missing, device)
     with exit_on_user_error():
         scored = score_generated(request, scorers, device, workers=workers_here(config.workers))
+        others = measured(config, request, scorers, device)
     scores = {BASE: np.stack([scored[BASE]] * len(config.seeds))}
     scores |= {name: np.stack([scored[f"{name}-{seed}"] for seed in config.seeds]) for name in config.names()}
     rows = method_table(scores, scored_by, images_by_method(config, runs))
     write_record(config.output_dir, RECORD, record)
-    write_report(config, rows, scores, scored_by, request)
+    write_report(config, rows, others, scores, scored_by, request)
     return 0
+
+
+def measured(
+    config: Config, request: Request, scorers: Sequence[Scorer], device: torch.device
+) -> list[Measure]:
+    """Return diversity across prompts and statistics of the images of each method, means over its trainings."""
+    statistics, features = {}, {}
+    tower = clip_tower(scorers)
+    for name in (BASE, *config.names()):
+        titles = [BASE] if name == BASE else [f"{name}-{seed}" for seed in config.seeds]
+        seen = [
+            describe(
+                request.files(title), tower, device,
+                batch_size=request.sampling.batch_size, workers=workers_here(config.workers),
+            )
+            for title in titles
+        ]  # fmt: skip
+        columns = [np.stack([one.statistics[kind] for kind in STATISTICS], axis=1) for one in seen]
+        statistics[name] = np.stack(columns, axis=1)
+        rows = [one.features for one in seen if one.features is not None]
+        features[name] = np.stack(rows, axis=1) if rows else None
+    return measures(statistics, features, BASE, within=False)
 
 
 def write_report(
     config: Config,
     rows: Sequence[MethodResult],
+    others: Sequence[Measure],
     scores: Mapping[str, NDArray[np.float64]],
     scorers: Sequence[str],
     request: Request,
@@ -282,10 +315,12 @@ def write_report(
     heat_maps(scores, scorers, folder / "wins.png")
     save_image(grid_of(config, scores, scorers, request), folder / "grid.png")
     write_text(folder / "table.csv", to_csv(rows))
+    write_text(folder / "measures.csv", csv_of(others))
     write_text(folder / "scores.csv", scores_csv(scores, scorers, config.seeds, prompts))
     page = render(
         TEMPLATE,
         rows=rows,
+        measures=measure_table(others),
         config=config,
         sampling=request.sampling,
         prompts=prompts,

@@ -7,9 +7,10 @@ import jinja2
 
 
 def render(template: Path, **values: object) -> str:
-    """Return the page of a Jinja template; values are escaped, and one that is missing is an error."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(template.read_text(encoding="utf-8")).render(**values)
+    """Return the page of a Jinja template, which may include others beside it; values are escaped, and one that is missing is an error."""
+    beside = jinja2.FileSystemLoader(template.parent)
+    environment = jinja2.Environment(loader=beside, autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.get_template(template.name).render(**values)
 
 
 def base64_of(path: Path) -> str:

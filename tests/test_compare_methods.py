@@ -9,13 +9,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import tiny
 from conftest import run_here
 from eval import compare_methods, trainings, win_rates
 from eval.report_folder import write_record
 from preftune import cli
+from preftune.images import load_pixels
 from preftune.statistics import bootstrap
+from preftune.statistics.image_statistics import image_statistics
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -116,6 +119,21 @@ def test_the_report(report: Path) -> None:
         assert int(row["images"]) == (1 if row["method"] == "early" else 2) * 2 * 2
         assert float(row["low"]) <= float(row["change"]) <= float(row["high"])
     assert float(rows[1]["change"]) > 0, "ReFL on brightness makes images brighter"
+    others = list(csv.DictReader((report / "measures.csv").open()))
+    contrast = {row["model"]: float(row["value"]) for row in others if row["measure"] == "contrast"}
+    assert list(contrast) == ["base", "refl", "weird", "early"]
+    seen = [
+        load_pixels(path)
+        for seed in (0, 1)
+        for path in sorted((report / "images" / f"refl-{seed}").glob("*.png"))
+    ]
+    assert contrast["refl"] == pytest.approx(float(image_statistics(torch.stack(seen))["contrast"].mean()))
+    assert not [row for row in others if "within a prompt" in row["measure"]], (
+        "two trainings are not one model"
+    )
+    page = (report / "report.html").read_text()
+    assert "Diversity and pixels" in page
+    assert "the change against base" in page
     lines = list(csv.DictReader((report / "scores.csv").open()))
     assert len(lines) == 4 * 2 * 5
     mean = {
