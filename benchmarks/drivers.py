@@ -151,7 +151,8 @@ def refl_loss(loaded: Loaded) -> Tensor:
         model=ModelConfig(pretrained=Pretrained(model="-"), resolution=setting.resolution),
     )
     texts, noise = loaded.prompts(setting.train_batch_size)
-    pixels = refl.late_pixels(loaded.family, texts, noise, 1, setting.size(), config)
+    taken = refl.late_step(loaded.family, texts, noise, 1, setting.size(), config)
+    pixels = loaded.family.decode(taken.prediction.x0)
     return refl.reward_loss(loaded.scorer(pixels, texts), config.margin, scale=1.0)
 
 

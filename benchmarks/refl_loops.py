@@ -183,7 +183,8 @@ def ours(trial: Trial) -> Update:
         texts = trial.prompts(index)
         first = index * trial.train_batch_size
         generators = [torch.Generator().manual_seed(first + i) for i in range(trial.train_batch_size)]
-        pixels = refl.late_pixels(family, texts, generators, trial.late, resolution, config)
+        taken = refl.late_step(family, texts, generators, trial.late, resolution, config)
+        pixels = family.decode(taken.prediction.x0)
         return refl.reward_loss(
             refl.mean_reward(mix, pixels, texts, generators, config)[0], config.margin, config.reward_scale
         )

@@ -24,11 +24,12 @@ of range), and scorers resize with antialiasing. Left out: image-column checks, 
 Hardware: Stable Diffusion 1.x at 512 px needs a GPU; the tiny model runs on two CPU cores.
 """
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -83,6 +84,10 @@ class Config:
     """phi(r) = relu(margin - r): images with a reward above the margin give no gradient."""
     reward_scale: float | None = None
     """lambda, the weight of the reward loss; None = 1e-3 beside the pre-training loss, 1 without it."""
+    base_distance: float = 0.0
+    """Weight of the mean squared difference between the noise that the tuned model and the base (its LoRA off) predict at the step with
+    gradient, as in DRaFT+, which has 0.2 to 1; 0 = off, as published. One more call of the denoiser without gradient.
+    """
     pretraining: Literal["alternate", "sum", "off"] | None = None
     """How the pre-training loss on --data is combined with the reward loss; None = alternate with --data, else off."""
     data: Path | None = None
@@ -129,6 +134,12 @@ class Config:
             f"--pretraining {self.pretraining} needs --data IMAGEFOLDER; or choose --pretraining off": (
                 self.pretraining in (None, "off") or self.data is not None
             ),
+            f"--base-distance must be 0 or more and finite, got {self.base_distance}": (
+                0 <= self.base_distance < math.inf
+            ),
+            f"--base-distance {self.base_distance} compares with the model whose LoRA is off, and --train full has none; use --train lora": (
+                self.base_distance == 0 or self.model.train == "lora"
+            ),
             "--rewards is empty; name a scorer whose gradient is followed, as imagereward=1.0": bool(
                 self.reward.rewards
             ),
@@ -174,8 +185,10 @@ from torch import Generator, Tensor
 from preftune import ahead
 from preftune.augment import shifted
 from preftune.families import Defaults, Family, reward_decoder
+from preftune.families.base import Cond
 from preftune.few_steps import latents_at
 from preftune.files.one_writer import one_writer
+from preftune.noise import Prediction
 from preftune.order import items_at
 from preftune.prompts import read_prompts
 from preftune.records import CaptionedImage, Skipped
@@ -203,19 +216,27 @@ def mean_reward(
     return mixed.rewards.view(config.jitter_copies, -1).mean(0), mixed.detach()
 
 
-def late_pixels(
+class Late(NamedTuple):
+    """The step with gradient, and what it starts from."""
+
+    prediction: Prediction
+    """Guided; the gradient runs through this call of the denoiser alone."""
+    x: Tensor
+    """(B, C, h, w) noisy latents."""
+    t: Tensor
+    """(B,) timesteps."""
+    cond: Cond
+
+
+def late_step(
     family: Family,
     prompts: Sequence[str],
     generators: Sequence[Generator],
     late: int,
     resolution: Resolution,
     config: Config,
-    decode: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
-    """Return pixels (B, 3, H, W) predicted at denoising step `late`; the gradient runs through that step alone.
-
-    Algorithm 1, lines 9 to 15. `decode` takes the place of the family's.
-    """
+) -> Late:
+    """Return what the model predicts at denoising step `late`: Algorithm 1, lines 9 to 14. Its x0, decoded, is what is scored."""
     assert config.num_inference_steps is not None, "filled"
     assert config.solver is not None, "filled"
     cond = family.encode(prompts)
@@ -232,7 +253,14 @@ def late_pixels(
             for now in steps:
                 x = ahead.step(family.predict(x, now.t, cond, config.guidance_scale), now, config.solver)
             t = levels[late]
-    return (decode or family.decode)(family.predict(x, t, cond, config.guidance_scale).x0)
+    return Late(family.predict(x, t, cond, config.guidance_scale), x, t, cond)
+
+
+@torch.no_grad()
+def base_noise(family: Family, late: Late, guidance_scale: float) -> Tensor:
+    """Return the noise (B, C, h, w) that the model before tuning predicts at the same step."""
+    with family.reference():
+        return family.predict(late.x, late.t, late.cond, guidance_scale).eps
 
 
 def pretraining_loss(
@@ -337,15 +365,21 @@ def main(config: Config) -> int:
                 texts = items_at(prompts, indices, config.run.seed)
                 with run.accumulate():
                     noise = [run.generator(i) for i in indices]
-                    pixels = late_pixels(w.family, texts, noise, late, w.resolution, config, decode)
+                    taken = late_step(w.family, texts, noise, late, w.resolution, config)
+                    pixels = (decode or w.family.decode)(taken.prediction.x0)
                     movers = [run.generator(i, stream=2) for i in indices]
                     reward, mixed = mean_reward(mix, pixels, texts, movers, config)
                     scored.append(mixed)
                     loss = reward_loss(reward, config.margin, config.reward_scale)
+                    scalars: dict[str, Any] = {"reward": reward.mean(), "late_step": float(late)}
+                    if config.base_distance:
+                        base = base_noise(w.family, taken, config.guidance_scale)
+                        scalars["base_distance"] = (taken.prediction.eps - base).square().mean()
+                        loss = loss + config.base_distance * scalars["base_distance"]
                     if config.pretraining == "sum":
                         loss = loss + pretraining_loss(w, samples, index, micro_batch, config)
                     with named(scored):
-                        run.update(loss, reward=reward.mean(), late_step=float(late))
+                        run.update(loss, **scalars)
             w.after(index)
         return w.finish()
 

@@ -400,7 +400,8 @@ def test_refl_calls_the_model_itself_only_for_its_step_with_gradient(sd_folder: 
         object.__setattr__(config, name, value)
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     hook = family.unet.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    pixels = refl.late_pixels(family, PROMPTS, generators, 3, Resolution(64, 64), config)
+    late = refl.late_step(family, PROMPTS, generators, 3, Resolution(64, 64), config)
+    pixels = family.decode(late.prediction.x0)
     pixels.square().mean().backward()
     hook.remove()
     assert calls == [False, False, False, True]  # hooks see the calls of the copy, too

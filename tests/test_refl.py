@@ -134,9 +134,10 @@ class Case:
         return self.loss(self.late_pixels(late))
 
     def late_pixels(self, late: int = LATE) -> Tensor:
-        return refl.late_pixels(
+        taken = refl.late_step(
             self.family, PROMPTS, self.generators(), late, Resolution(SIZE, SIZE), self.config
         )
+        return self.family.decode(taken.prediction.x0)
 
     def plain_loss(self, late: int = LATE, detach: bool = True) -> Tensor:
         """The same from the papers' formulas: no scheduler, no guidance batch, no shared code but the networks."""
@@ -274,6 +275,47 @@ def test_the_reward_is_the_mean_over_moved_copies(root: Path, tmp_path: Path) ->
     assert (by_hand[0] - by_hand[1]).abs().min() > 1e-4, "copies differ"
     as_published, _ = refl.mean_reward(mix, pixels, PROMPTS, generators(), config(root, tmp_path))
     torch.testing.assert_close(as_published, 2 * scorer(pixels, PROMPTS))
+
+
+@torch.no_grad()
+def test_the_noise_of_the_base_is_that_of_a_model_without_lora(tmp_path: Path) -> None:
+    case, plain = (Case(tmp_path, "v_prediction", lora) for lora in (LoRA(rank=2), LoRA(rank=2)))
+    for weight in plain.weights:
+        weight.zero_()
+    late = refl.late_step(case.family, PROMPTS, case.generators(), LATE, Resolution(SIZE, SIZE), case.config)
+    base = refl.base_noise(case.family, late, case.config.guidance_scale)
+    expected = plain.family.predict(late.x, late.t, late.cond, case.config.guidance_scale).eps
+    torch.testing.assert_close(base, expected)
+    assert (base - late.prediction.eps).abs().mean() > 1e-4
+    again = case.family.predict(late.x, late.t, late.cond, case.config.guidance_scale).eps
+    torch.testing.assert_close(again, late.prediction.eps, msg="the LoRA is on again")
+
+
+def test_the_distance_to_the_base_holds_the_model_back(root: Path, tmp_path: Path) -> None:
+    """0 before the first update; with a large weight less of it is left, and it is part of the loss."""
+    found = {}
+    for weight in (1e-9, 1e3):
+        run = {"max_train_steps": 8, "learning_rate": 1e-2}
+        refl.main(config(root, tmp_path / f"{weight:g}", base_distance=weight, run=run))
+        found[weight] = rows(tmp_path / f"{weight:g}")
+    assert found[1e3][0]["base_distance"] == pytest.approx(0, abs=1e-12)
+    assert found[1e3][-1]["base_distance"] < 0.2 * found[1e-9][-1]["base_distance"]
+    for weight, written in found.items():
+        row = written[-1]
+        assert row["loss"] == pytest.approx(2 - row["reward"] + weight * row["base_distance"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_distance": -1.0}, "--base-distance must be 0 or more and finite, got -1"),
+        ({"base_distance": 1.0, "full": True}, "and --train full has none"),
+    ],
+)
+def test_wrong_distances(changes: dict[str, Any], message: str, root: Path, tmp_path: Path) -> None:
+    more = {"model": model_config(root, train="full")} if changes.pop("full", False) else {}
+    with pytest.raises(ValueError, match=message):
+        config(root, tmp_path, **changes, **more)
 
 
 def test_the_late_step_is_chosen_from_the_window(root: Path, tmp_path: Path) -> None:

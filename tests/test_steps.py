@@ -63,7 +63,8 @@ def test_a_steps_image_is_the_one_that_refl_scores(family: Family, model: Path, 
     config = cli.parse(refl.Config, [*flags, "--window", "2", "3"])
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4, 5)]
     with torch.no_grad():
-        pixels = refl.late_pixels(family, PROMPTS, generators, late, SAMPLING.resolution, config)
+        taken = refl.late_step(family, PROMPTS, generators, late, SAMPLING.resolution, config)
+        pixels = family.decode(taken.prediction.x0)
     scorer = rewards.load("brightness")
     _, kept = step_scores.score_steps(family, [scorer], PROMPTS, [3, 4, 5], SAMPLING, keep=[0, 1, 2])
     found = torch.stack([images[late] for images in kept])
