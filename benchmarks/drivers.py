@@ -4,6 +4,7 @@ Within FakeTensorMode nothing has content; outside it, the same functions make a
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks import models, sdxl
 from benchmarks.setting import Setting
-from finetune import refl
+from finetune import dpo, refl
 from preftune.captioned_inputs import CaptionedInputs
 from preftune.diffusion_loss import captioned_loss
 from preftune.families import Pretrained, tiny
@@ -23,6 +24,7 @@ from preftune.families.sdxl import SDXL
 from preftune.lora.config import LoRA
 from preftune.sampling import Sampling, sample
 from preftune.training.config import ModelConfig
+from preftune.training.labelled_pairs import Pair
 from preftune.training.optimizer import EMA, adamw
 from preftune.training.run_config import RunConfig
 from preftune.training.workspace import DTYPES
@@ -39,6 +41,8 @@ class Loaded:
     family: Any
     scorer: ImageReward | None
     """Of the methods that have one."""
+    second: nn.Module | None = None
+    """The model before tuning, of dpo where all weights are trained."""
 
     def prompts(self, number: int) -> tuple[list[str], list[torch.Generator]]:
         """Return prompts and generators of so many images."""
@@ -66,7 +70,11 @@ def build(setting: Setting) -> Loaded:
     family.trainable(LoRA(rank=setting.rank) if setting.train == "lora" else None, 0)
     again = setting.checkpointed()
     family.set_speed("sdpa", gradient_checkpointing=again, vae_checkpointing=again)
-    return Loaded(setting=setting, family=family, scorer=scorer)
+    second = None
+    if setting.method == "dpo" and setting.train == "full":
+        with torch.device("meta"):
+            second = (models.unet() if setting.model == "sd1" else sdxl.unet()).requires_grad_(False).eval()
+    return Loaded(setting=setting, family=family, scorer=scorer, second=second)
 
 
 def load(loaded: Loaded) -> None:
@@ -83,8 +91,11 @@ def load(loaded: Loaded) -> None:
     family.to("cpu", dtype)
     for part in parts:
         del part.to
-    if dtype != torch.float32:
-        family.denoiser.forward = torch.autocast("cpu", dtype)(family.denoiser.forward)
+    if loaded.second is not None:
+        put(loaded.second, dtype)
+    for denoiser in (family.denoiser, loaded.second):
+        if dtype != torch.float32 and denoiser is not None:
+            denoiser.forward = torch.autocast("cpu", dtype)(denoiser.forward)
 
 
 def put(module: nn.Module, dtype: torch.dtype) -> None:
@@ -165,10 +176,34 @@ def data_loss(loaded: Loaded, folder: Path) -> Tensor:
     return captioned_loss(inputs, [image] * len(texts), texts, generators, caption_dropout=0.0).mean()
 
 
+def pair_loss(loaded: Loaded, folder: Path) -> Tensor:
+    """Return the loss of an update of DPO, of --train-batch-size pairs; writes an image to the folder."""
+    family, size, image = loaded.family, loaded.setting.size(), folder / "image.png"
+    Image.new("RGB", (size.width, size.height)).save(image)
+    config = dpo.Config(data=(folder,), beta=5000.0, model=ModelConfig(pretrained=Pretrained(model="-")))
+    texts, _ = loaded.prompts(loaded.setting.train_batch_size)
+    pairs = [Pair(prompt=text, first=image, second=image, label=1.0, weight=1.0) for text in texts]
+
+    def draw(stream: int) -> list[torch.Generator]:
+        return loaded.prompts(len(texts))[1]
+
+    x0, cond = dpo.inputs_of(CaptionedInputs(family, size), pairs, draw, 0.0)
+    tuned = family.denoiser
+    with torch.no_grad(), nullcontext() if loaded.second is not None else family.reference():
+        family.denoiser = tuned if loaded.second is None else loaded.second
+        before = dpo.errors_of(family, x0, cond, draw)
+    family.denoiser = tuned
+    errors = dpo.errors_of(family, x0, cond, draw)
+    losses, _ = dpo.losses_of(errors, before, torch.ones(len(texts)), config, 1000)
+    return losses.mean()
+
+
 def loss_of(loaded: Loaded, folder: Path) -> Callable[[], Tensor]:
     """Return the loss of an update of the setting's method."""
     if loaded.setting.method == "refl":
         return lambda: refl_loss(loaded)
+    if loaded.setting.method == "dpo":
+        return lambda: pair_loss(loaded, folder)
     return lambda: data_loss(loaded, folder)
 
 

@@ -103,17 +103,26 @@ def seconds(kernels: Sequence[Kernel], card: Card, replayed: bool = False) -> tu
 
 
 def phase(
-    counter: Counter, family: Family, what: Callable[[], object], images: int, steps: Callable[[int], float]
+    counter: Counter,
+    family: Family,
+    what: Callable[[], object],
+    images: int,
+    steps: Callable[[int], float] | None,
 ) -> Phase:
-    """Count `what`; of the denoiser's calls all but the last are steps without gradient, of which the run has steps(calls)."""
+    """Count `what`; of the denoiser's calls all but the last are steps without gradient, of which the run has steps(calls).
+
+    None: there is no trajectory, each call is what it is.
+    """
     counter.restart()
     with marked(family, "predict", counter) as marks:
         what()
-    kernels, number = counter.kernels, len(marks) - 1
+    kernels, number = counter.kernels, 0 if steps is None else len(marks) - 1
     assert number <= 1, "two calls of the denoiser at most"
     step = kernels[marks[0] : marks[1]] if number else []
     rest = kernels[: marks[0]] + kernels[marks[number] :] if number else kernels
-    return Phase(peak=counter.peak, images=images, steps=steps(number), step=step, rest=rest)
+    return Phase(
+        peak=counter.peak, images=images, steps=0.0 if steps is None else steps(number), step=step, rest=rest
+    )
 
 
 def count_update(setting: Setting) -> tuple[Phase, dict[str, int]]:
@@ -122,9 +131,8 @@ def count_update(setting: Setting) -> tuple[Phase, dict[str, int]]:
         at_rest, loaded = counter.now, trained.loaded
         loss = loss_of(loaded, Path(folder))
         batch = setting.train_batch_size
-        found = phase(
-            counter, loaded.family, lambda: trained.update(loss), batch, lambda calls: setting.late * calls
-        )
+        steps = None if setting.method == "dpo" else lambda calls: setting.late * calls
+        found = phase(counter, loaded.family, lambda: trained.update(loss), batch, steps)
         return found, {"weights": at_rest, "loading": loading}
 
 

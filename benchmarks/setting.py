@@ -7,7 +7,7 @@ from preftune.resolution import Resolution
 from preftune.resolution import parse as parse_resolution
 
 Model = Literal["sd1", "sdxl"]
-Method = Literal["refl", "raft", "pretrain", "reward_weighted", "weird_lora"]
+Method = Literal["refl", "raft", "pretrain", "reward_weighted", "weird_lora", "dpo"]
 Train = Literal["lora", "full"]
 Switch = Literal["off", "on"]
 Precision = Literal["no", "fp16", "bf16"]

@@ -23,6 +23,7 @@ PROGRAMS = {
     "raft": "finetune.raft",
     "reward-weighted": "finetune.reward_weighted",
     "weird-lora": "finetune.weird_lora",
+    "dpo": "finetune.dpo",
     "pretrain": "finetune.pretrain",
     "reward-model": "finetune.reward_model",
     "pretrain-scorer": "finetune.pretrain_scorer",

@@ -41,6 +41,8 @@ _SAMPLE = "--sample.num-inference-steps 2 --sample.solver ddim --sample.resoluti
 
 _FLAGS = {
     "autoencoder": "--data {root}/images --resolution 32 --widths 8 8 16 16 --kl-weight 0.1",
+    "dpo": f"--model {{root}}/pipeline --data {{root}}/rankings --resolution 32 --validation-share 0.25 --beta 20"
+    f" --validation-prompts {{root}}/prompts.txt --num-validation-prompts 8 {_SAMPLE}",
     "pretrain": f"--model {{root}}/pipeline --data {{root}}/images --resolution 32 --train-text-encoder --train full {_SAMPLE}",
     "pretrain_scorer": "--data {root}/images --vocab {root}/vocab.txt --sizes.image 32 --sizes.patch 16 --sizes.width 32"
     " --sizes.vision-layers 1 --sizes.text-layers 1 --sizes.head 16 8 8 4",

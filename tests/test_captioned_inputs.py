@@ -384,7 +384,7 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize("driver", ["raft", "reward_model", "reward_weighted", *SLOW])
+@pytest.mark.parametrize("driver", ["dpo", "raft", "reward_model", "reward_weighted", *SLOW])
 def test_a_run_is_the_same_with_workers_and_caches(driver: str, root: Path, tmp_path: Path) -> None:
     flags = ["--dataloader-num-workers", "1"]
     if driver not in ("autoencoder", "pretrain_scorer", "reward_model"):

@@ -39,6 +39,23 @@ CASES = {  # driver, flags, metrics that must agree
         " --validation-prompts {inputs}/prompts.txt --num-validation-prompts 5 --holdout-rewards {tiny}/pretrained/clip",
         ("loss", "reward", "late_step", "grad_norm"),
     ),
+    # pairs, and the reference errors that each process finds for both
+    "dpo": (
+        "dpo",
+        "--fixed-noise 2 --labels soft --ties half --validation-steps 1",
+        (
+            *(
+                "loss",
+                "implicit_accuracy",
+                "margin",
+                "reference_margin",
+                "error",
+                "reference_error",
+                "grad_norm",
+            ),
+            *("validation_loss", "validation_accuracy"),
+        ),
+    ),
     # the weights of all pairs sum to one over both processes, in each of the two stages
     "reward_model": (
         "reward_model",
@@ -122,7 +139,7 @@ def test_two_processes_equal_one_with_twice_the_batch(
             assert b[name] == pytest.approx(a[name], rel=1e-5), name
     if case == "guided refl":
         assert_same_validation(tmp_path / "samples", two / case / "samples")
-    if case != "reward_model":
+    if case.endswith("refl"):
         assert len({row["late_step"] for row in rows(tmp_path)}) > 1, (
             "choose a seed that draws different steps"
         )

@@ -215,6 +215,7 @@ def test_a_bare_start_says_where_the_data_come_from() -> None:
     for name, command in {
         "weird_lora": "`preftune diffusiondb --data",
         "reward_weighted": "`preftune score --data",
+        "dpo": "`preftune preferences --layout pickapic",
         "pretrain": "`preftune pretrain --model assets/tiny/pipeline",
     }.items():
         ((code, _, err),) = walk([ROOT / f"finetune/{name}.py"]).values()

@@ -117,7 +117,10 @@ def test_columns_and_pairs_reach_the_drivers(root: Path, tmp_path: Path) -> None
     assert losses[0] == losses[1] == losses[2]
 
 
-def test_rankings_of_a_broken_image(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("driver", ["reward_model", "dpo"])
+def test_rankings_of_a_broken_image(
+    driver: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = Path(shutil.copytree(root / "rankings", tmp_path / "rankings"))
     (folder / "04.png").write_bytes(b"")
     with (folder / "rankings.jsonl").open("a") as file:
@@ -125,13 +128,13 @@ def test_rankings_of_a_broken_image(root: Path, tmp_path: Path, capsys: pytest.C
             '\n{"prompt": "x", "generations": ["00.png", "../secret.png"], "ranking": [1, 2]}\n{"prompt": "cut'
         )
     argv = [
-        *recorded.arguments("reward_model", root, tmp_path / "run"),
+        *recorded.arguments(driver, root, tmp_path / "run"),
         "--data",
         str(folder),
         "--max-train-steps",
         "1",
     ]
-    assert recorded.train("reward_model", argv) == 0
+    assert recorded.train(driver, argv) == 0
     skipped = [row["reason"] for row in rows_of(tmp_path / "run" / "skipped.jsonl")]
     assert ["must be a relative path" in skipped[0], "is not JSON" in skipped[1], "04.png" in skipped[2]] == [
         True

@@ -24,7 +24,7 @@ from preftune.training.defaults import RATES, Rates
 pytestmark = pytest.mark.usefixtures("cpu")
 
 ROOT = Path(__file__).parents[1]
-TUNING = ("pretrain", "raft", "refl", "reward_weighted", "weird_lora")
+TUNING = ("dpo", "pretrain", "raft", "refl", "reward_weighted", "weird_lora")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,8 @@ def written(output: Path) -> dict[str, object]:
         ("refl", "sd15", 1e-4, 1e-5),
         ("refl", "sdxl", 1e-4, 1e-5),
         ("refl", "turbo", 1e-4, 1e-5),
+        ("dpo", "sd15", 1e-5, 1e-6),
+        ("dpo", "sdxl", 1e-5, 1e-6),
         ("pretrain", "sd15", 1e-4, 1e-5),
         ("pretrain", "sdxl", 1e-4, 1e-6),
         ("raft", "sdxl", 1e-4, 1e-6),
@@ -226,7 +228,7 @@ def test_shipped_configurations_run(
     if program in ("raft", "refl"):
         argv += ["--prompts", str(root / "prompts.txt"), "--rewards", "brightness=1"]
     else:
-        argv += ["--data", str(root / "images")]
+        argv += ["--data", str(root / ("rankings" if program == "dpo" else "images"))]
     if program == "weird_lora":
         argv += ["--regularisation", str(root / "images")]
     argv += [
@@ -245,7 +247,6 @@ def test_shipped_configurations_run(
     assert recorded.train(program, argv) == 0
     assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()
     config = written(tmp_path / "run")
-    assert config["learning_rate"] == (
-        1e-4 if program != "weird_lora" else {"sd15": 1e-5, "sdxl": 5e-5}[name]
-    )
+    own = {"dpo": {"sd15": 1e-5, "sdxl": 1e-5}, "weird_lora": {"sd15": 1e-5, "sdxl": 5e-5}}
+    assert config["learning_rate"] == (own[program][name] if program in own else 1e-4)
     shutil.rmtree(tmp_path / "run")

@@ -140,6 +140,24 @@ def weird_lora(
     )
 
 
+def dpo(
+    *,
+    model: PathLike | None = None,
+    data: PathLike | Iterable[PathLike] | None = None,
+    output_dir: PathLike | None = None,
+    max_train_steps: int | None = None,
+    **arguments: Any,
+) -> Any:
+    """Tune a model on pairs of images of which one is preferred (Diffusion-DPO, arXiv 2311.12908), and return the pipeline.
+
+    `data` is a folder with rankings.jsonl, or of captioned images with scores that `raters` names, or several of them. Usual ones
+    more: loss, beta, poly_alpha, labels. Further arguments, result and errors as `refl`; `rewards` score the validation images.
+    """
+    __tracebackhide__ = True
+    given = {"model": model, "data": data}
+    return _tune("dpo", given | {"output_dir": output_dir, "max_train_steps": max_train_steps} | arguments)
+
+
 def pretrain(
     *,
     model: PathLike | None = None,

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +43,14 @@ class Ranked:
     """Weight of each annotator."""
 
 
+class _OfPrompt(Protocol):
+    @property
+    def prompt(self) -> str: ...
+
+
+OfPrompt = TypeVar("OfPrompt", bound=_OfPrompt)
+
+
 def by_images(rankings: Sequence[Ranking]) -> list[Ranked]:
     """Return the rankings, those of the same prompt and images in one, in the order of their first."""
     found: dict[tuple[str, tuple[Path, ...]], list[Ranking]] = {}
@@ -58,8 +67,8 @@ def by_images(rankings: Sequence[Ranking]) -> list[Ranked]:
     ]
 
 
-def split(rankings: list[Ranked], share: float, seed: int) -> tuple[list[Ranked], list[Ranked]]:
-    """Return training and held-out rankings: all rankings of one prompt fall on one side.
+def split(rankings: list[OfPrompt], share: float, seed: int) -> tuple[list[OfPrompt], list[OfPrompt]]:
+    """Return training and held-out rankings, or pairs: all of one prompt fall on one side.
 
     The order of prompts depends on each prompt and the seed alone, and the first ones are held out: with
     more data, or a smaller share in a later training, few prompts move from one side to the other.

@@ -235,6 +235,18 @@ def load_model(
     return family, denoiser
 
 
+def load_reference(model: ModelConfig, run: RunConfig, device: torch.device) -> nn.Module:
+    """Return the denoiser before tuning as a second model, frozen, in the run's precision: what --train full is compared with.
+
+    Of a LoRA the model itself is the reference: `Family.reference`.
+    """
+    family = families.load(model.pretrained.source(), "cpu", torch.float32, model.vae)
+    if model.lora_start is not None:
+        family.start_from(model.lora_start)
+    family.set_speed(model.attention, gradient_checkpointing=False, vae_checkpointing=False)
+    return family.to(device, DTYPES[run.mixed_precision or "no"]).denoiser
+
+
 def export(model: ModelConfig, family: Family, folder: Path) -> None:
     """Write folder/lora in the layout of --export, where one is asked for; else the file of an earlier command goes."""
     if model.export is None:
