@@ -165,10 +165,12 @@ def test_every_call_returns_a_pipeline(root: Path, given: dict[str, Any]) -> Non
         preftune.reward_weighted(**common, score="liking", beta=0, output_dir=f"{place}/b"),
         preftune.weird_lora(**common, output_dir=f"{place}/c", num_validation_prompts=1),
     ]
+    pairs = common | {"data": [root / "rankings"], "num_validation_prompts": 1}
+    pipes.append(preftune.dpo(**pairs, output_dir=f"{place}/e", poly_alpha=8))
     raft = {"iterations": 1, "prompts_per_iteration": 1, "images_per_prompt": 2}
     del common["data"]
     pipes.append(preftune.raft(**common, **raft, prompts=PROMPTS, rewards=red, output_dir=f"{place}/d"))
-    assert [type(pipe).__name__ for pipe in pipes] == ["StableDiffusionPipeline"] * 4
+    assert [type(pipe).__name__ for pipe in pipes] == ["StableDiffusionPipeline"] * 5
     own = DiffusionPipeline.from_pretrained(f"{place}/a/pipeline", safety_checker=None)
     assert np.array_equal(image_of(pipes[0]), image_of(own))
 

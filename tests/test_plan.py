@@ -115,14 +115,29 @@ def test_seconds_are_bounded_by_the_card_and_the_host() -> None:
     )
 
 
-@pytest.mark.parametrize("method", ["refl", "raft", "pretrain"])
+@pytest.mark.slow
+def test_pairs_of_stable_diffusion_fit_into_10_gb() -> None:
+    """Two at 512 px with a LoRA: one pass without gradient, the reference, and one with it."""
+    found, _ = prediction.count_update(Setting(method="dpo"))
+    assert 6 < found.peak / prediction.GIB < 7
+    plain, _ = prediction.count_update(Setting(method="pretrain", train_batch_size=4))
+    assert plain.peak < 1.05 * found.peak < 1.1 * plain.peak, (
+        "four images; what the reference needs is gone before"
+    )
+    work = [totals([*one.step, *one.rest])["gflop"] for one in (found, plain)]
+    assert 1.3 < work[0] / work[1] < 1.4, (
+        "a third more: the forward pass of the reference beside one with its backward pass"
+    )
+
+
+@pytest.mark.parametrize("method", ["refl", "raft", "pretrain", "dpo"])
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_the_flags_that_a_plan_names_are_the_drivers(
     method: plan_table.Method, train: plan_table.Train
 ) -> None:
     """And they say the same: the driver that gets them is the one that was planned."""
     driver = importlib.import_module(f"finetune.{method}")
-    needed = {"refl": "--prompts p.txt --model m", "raft": "--prompts p.txt --model m --rewards imagereward=1", "pretrain": "--data d --model m"}  # fmt: skip
+    needed = {"refl": "--prompts p.txt --model m", "raft": "--prompts p.txt --model m --rewards imagereward=1", "pretrain": "--data d --model m", "dpo": "--data d --model m"}  # fmt: skip
     settings = list(plan_table.ladder("sd1", method, train))
     assert len(settings) >= 5
     for setting in (*settings, replace(settings[0], sample_batch_size=2)):
@@ -135,7 +150,7 @@ def test_the_flags_that_a_plan_names_are_the_drivers(
         assert config.validation.sample.batch_size == setting.sample_batch_size
         if method == "refl":
             assert config.model.vae_checkpointing == setting.checkpointed()
-        if method != "pretrain":
+        if method in ("refl", "raft"):
             assert config.reward.reward_precision == setting.reward_precision
 
 
