@@ -163,8 +163,10 @@ def inputs_of(
     texts = [pair.prompt if keep else "" for pair, keep in zip(pairs, kept, strict=True)]
     preferred, framings = inputs.latents([pair.first for pair in pairs], first, stream)
     other, more = inputs.latents([pair.second for pair in pairs], second, stream + 1)
-    cond = inputs.cond(texts, framings).rows([*range(len(texts))] * 2)
-    return torch.cat([preferred, other]), inputs.family.framed(cond, framings + more)
+    cond = inputs.cond(texts, framings)
+    twice = {name: torch.cat([value, value]) for name, value in cond.positive.items()}
+    cond = inputs.family.framed(Cond(positive=twice, negative=cond.negative), framings + more)
+    return torch.cat([preferred, other]), cond
 
 
 def errors_of(family: Family, x0: Tensor, cond: Cond, draw: Draw) -> Tensor:
@@ -208,16 +210,14 @@ class Reference:
         if not len(self.known):
             return self.errors(x0, cond, draw)
         complete = not self.known.isnan().any()  # the same on all processes
-        mine = upload(self.known[[*places]].T, x0.device)
-        if mine.isnan().any():
-            found = self.errors(x0, cond, draw)
-            assert found is not None, "mapo has no fixed noise"
-            mine = found
+        mine = self.known[[*places]].T
+        found = self.errors(x0, cond, draw) if mine.isnan().any() else upload(mine, x0.device)
+        assert found is not None, "mapo has no fixed noise"
         if not complete:
-            rows = torch.cat([torch.tensor(places)[:, None], mine.T.cpu()], 1).double()
+            rows = torch.cat([torch.tensor(places)[:, None], found.T.cpu()], 1).double()
             table = self.run.gather(upload(rows, x0.device)).cpu()
             self.known[table[:, 0].long()] = table[:, 1:].float()
-        return mine
+        return found
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import rewards
 import tiny
-from finetune import refl, reward_weighted
+from finetune import dpo, refl, reward_weighted
 from golden_weights import tiny_card
 from preftune import families
 from preftune.cli import parse
@@ -233,7 +233,7 @@ def updates(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[list[str], l
         yield Counted.updates
 
 
-DRIVERS = {"refl": refl, "reward_weighted": reward_weighted}
+DRIVERS = {"dpo": dpo, "refl": refl, "reward_weighted": reward_weighted}
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -248,6 +248,8 @@ def test_an_update_waits_once(
         argv = [*arguments(driver, root, tmp_path / name), *few.split()]
         if driver == "refl":
             argv += ["--rewards", f"{root / 'scorer'}=1"]
+        if driver == "dpo":
+            argv += ["--validation-share", "0"]
         config = parse(program.Config, argv)
         assert program.main(config) == 0
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
