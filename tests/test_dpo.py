@@ -259,6 +259,13 @@ def test_held_out_prompts_are_measured_and_not_trained_on(
     assert len({row["validation_loss"] for row in rows}) == 3, "the model changes, the noise does not"
 
 
+def test_held_out_pairs_have_the_same_noise_each_time(root: Path, tmp_path: Path) -> None:
+    flags = ["--validation-steps", "1", "--loss", "mapo", "--beta", "0.1", "--learning-rate", "1e-30"]
+    rows, _ = trained(root, tmp_path, *flags)
+    assert len({row["validation_loss"] for row in rows}) == 1
+    assert len({row["loss"] for row in rows}) == 3
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -161,7 +161,7 @@ def label(rankings: Sequence[Ranking], labels: Labels, ties: Ties) -> tuple[list
         pair = _labelled(prompt, paths, votes, labels, ties)
         if pair is None:
             tied += 1
-        elif equal.setdefault(paths, _same(*paths)):
+        elif _same(paths, equal):
             place = f"pair of {prompt!r}"
             skipped.append(Skipped(place=place, reason=f"{paths[0]} and {paths[1]} are the same image"))
         else:
@@ -223,9 +223,11 @@ def _labelled(
     return Pair(prompt=prompt, first=first, second=second, label=max(share, 1 - share), weight=weight)
 
 
-def _same(one: Path, other: Path) -> bool:
-    """Whether two files hold the same bytes; files of different sizes are not read."""
-    return one.stat().st_size == other.stat().st_size and filecmp.cmp(one, other, shallow=False)
+def _same(paths: tuple[Path, Path], known: dict[tuple[Path, Path], bool]) -> bool:
+    """Whether two files hold the same bytes, which several raters ask; files of different sizes are not read."""
+    if paths not in known:
+        known[paths] = filecmp.cmp(*paths, shallow=False)
+    return known[paths]
 
 
 def _weighted(pairs: Sequence[Pair]) -> list[Pair]:
