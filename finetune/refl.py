@@ -183,7 +183,6 @@ import torch
 from torch import Generator, Tensor
 
 from preftune import ahead
-from preftune.augment import shifted
 from preftune.families import Defaults, Family, reward_decoder
 from preftune.families.base import Cond
 from preftune.few_steps import latents_at
@@ -195,8 +194,9 @@ from preftune.records import CaptionedImage, Skipped
 from preftune.resolution import Resolution
 from preftune.training import data, workspace
 from preftune.training import defaults as training_defaults
+from preftune.training.mean_reward import mean_reward
 from preftune.training.workspace import Workspace
-from rewards.mix import Mix, Mixed, named
+from rewards.mix import Mixed, named
 from rewards.on_device import upload
 
 
@@ -205,30 +205,7 @@ def reward_loss(reward: Tensor, margin: float, scale: float) -> Tensor:
     return scale * torch.relu(margin - reward).mean()
 
 
-def mean_reward(
-    mix: Mix, pixels: Tensor, prompts: Sequence[str], generators: Sequence[Generator], config: Config
-) -> tuple[Tensor, Mixed]:
-    """Return the rewards (B,) of images (B, 3, H, W), each the mean over `jitter_copies` moved by up to `jitter` pixels, and the
-    scores of the copies, which are not checked.
-    """
-    copies = torch.cat([shifted(pixels, generators, config.jitter) for _ in range(config.jitter_copies)])
-    mixed = mix.unchecked(copies, list(prompts) * config.jitter_copies)
-    return mixed.rewards.view(config.jitter_copies, -1).mean(0), mixed.detach()
-
-
-class Late(NamedTuple):
-    """The step with gradient, and what it starts from."""
-
-    prediction: Prediction
-    """Guided; the gradient runs through this call of the denoiser alone."""
-    x: Tensor
-    """(B, C, h, w) noisy latents."""
-    t: Tensor
-    """(B,) timesteps."""
-    cond: Cond
-
-
-def late_step(
+def late_pixels(
     family: Family,
     prompts: Sequence[str],
     generators: Sequence[Generator],

@@ -20,6 +20,9 @@ from pathlib import Path
 
 PROGRAMS = {
     "refl": "finetune.refl",
+    "draft": "finetune.draft",
+    "drtune": "finetune.drtune",
+    "flowbp": "finetune.flowbp",
     "raft": "finetune.raft",
     "reward-weighted": "finetune.reward_weighted",
     "weird-lora": "finetune.weird_lora",

@@ -74,6 +74,14 @@ class Cond:
             positive={name: value[chosen] for name, value in self.positive.items()}, negative=self.negative
         )
 
+    def unconditional(self) -> Cond:
+        """Return as many negative prompts in place of the prompts."""
+        alone = {
+            name: self.negative[name].expand_as(value) if name in self.negative else value
+            for name, value in self.positive.items()
+        }
+        return Cond(positive=alone, negative=self.negative)
+
     @staticmethod
     def cat(conds: Sequence[Cond]) -> Cond:
         """Return all prompts in one. ValueError unless they have the same names and the same negative."""

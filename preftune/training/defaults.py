@@ -37,6 +37,12 @@ RATES: Mapping[str, Mapping[str, Rates]] = {
     # LoRA: ImageReward's ReFL_SDXL_LoRA.py (1e-4, rank 4); TRL's and AlignProp's LoRA of the same kind have 1e-3 for some 25 updates of
     # 128 images, DDPO's 3e-4. Full: the paper, section 4.2, and train_refl.sh (1e-5); train_refl_sdxl.sh (1e-5).
     "refl": {"sd": Rates(lora=1e-4, full=1e-5), "sdxl": Rates(lora=1e-4, full=1e-5)},
+    # LoRA: NeMo-Aligner's DRaFT+, draftp_sd.yaml (1e-4 at K = 1, rank 32) and its guide for SDXL (2.5e-4); AlignProp's released 1e-3 is for
+    # rank 4 and 128 images an update, and lost the embedded model when all steps were live. Full: ours, as FlowBP's DRaFT-LV (1e-5).
+    "draft": {"sd": Rates(lora=1e-4, full=1e-5), "sdxl": Rates(lora=2.5e-4, full=1e-5)},
+    # Full: FlowBP's released configurations of both (1e-5, of Stable Diffusion 3.5). LoRA: ours, as draft.
+    "drtune": {"sd": Rates(lora=1e-4, full=1e-5), "sdxl": Rates(lora=1e-4, full=1e-5)},
+    "flowbp": {"sd": Rates(lora=1e-4, full=1e-5), "sdxl": Rates(lora=1e-4, full=1e-5)},
     # diffusers' examples/text_to_image: README.md (LoRA 1e-4, full 1e-5), README_sdxl.md (LoRA 1e-4, full 1e-6).
     "pretrain": {"sd": Rates(lora=1e-4, full=1e-5), "sdxl": Rates(lora=1e-4, full=1e-6)},
     # Full: ImageReward, appendix E (1e-5). LoRA, and SDXL: the loss is that of pretrain, so are the rates. LMFlow's notebook has 9e-6 for
@@ -90,6 +96,30 @@ def refl(
         "solver": "euler" if model.distilled else "ddpm",
         "pretraining": mode,
         "reward_scale": 1.0 if mode == "off" else 1e-3,
+    }
+
+
+DIRECT: Mapping[str, tuple[int, float, str]] = {
+    # DRaFT, section 5 (50 steps, 7.5); both predictions of guidance, as AlignProp's released code and NeMo-Aligner's.
+    "draft": (50, 7.5, "both"),
+    # FlowBP's released configurations for Stable Diffusion 3.5 (25 steps, the negative prompt without gradient); its guidance of 3.5 is of that
+    # model, 7.5 is that of Stable Diffusion 1.x.
+    "drtune": (25, 7.5, "positive"),
+    "flowbp": (25, 7.5, "positive"),
+}
+"""Program that follows a gradient through several steps -> its steps, guidance scale and gradient of guidance."""
+
+
+def direct(program: str, model: Defaults) -> dict[str, object]:
+    """Return the defaults of `DirectConfig`'s flags; a distilled model has its own few steps, without guidance."""
+    steps, guidance, gradient = DIRECT[program]
+    return {
+        "direct.num_inference_steps": model.num_inference_steps if model.distilled else steps,
+        "direct.solver": "euler" if model.distilled else "ddim",
+        "direct.guidance_scale": model.guidance_scale
+        if model.distilled
+        else min(guidance, model.guidance_scale),
+        "direct.guidance_gradient": gradient,
     }
 
 
@@ -155,7 +185,7 @@ def filled(config: C, values: Mapping[str, object], about: str) -> C:
     for path, value in values.items():
         if _value(config, path) is not None:
             continue
-        name = path.removeprefix("run.")
+        name = path.removeprefix("run.").removeprefix("direct.")
         own = earlier.get(name)
         kept = tuple(own) if isinstance(own, list) else own
         config = _with(config, path, value if kept is None else kept)
