@@ -39,10 +39,16 @@ UPDATES = 3
 _RUN = "--max-train-steps 3 --train-batch-size 2 --gradient-accumulation-steps 2 --learning-rate 1e-2 --adam-epsilon 1e-2 --threads 1 --checkpointing-steps 1 --checkpoints-total-limit 0"
 _SAMPLE = "--sample.num-inference-steps 2 --sample.solver ddim --sample.resolution 32"
 
+_DIRECT = (
+    "--model {root}/pipeline --prompts {root}/prompts.txt --rewards brightness=1 --resolution 32 --num-inference-steps 4"
+    " --guidance-scale 2 --max-grad-norm 1"
+)
+
 _FLAGS = {
     "autoencoder": "--data {root}/images --resolution 32 --widths 8 8 16 16 --kl-weight 0.1",
-    "dpo": f"--model {{root}}/pipeline --data {{root}}/rankings --resolution 32 --validation-share 0.25 --beta 20"
-    f" --validation-prompts {{root}}/prompts.txt --num-validation-prompts 8 {_SAMPLE}",
+    "draft": f"{_DIRECT} --last-steps 3 --eta 0.5 --guidance-gradient positive --jitter 2 --jitter-copies 2 {_SAMPLE}",
+    "drtune": f"{_DIRECT} --active-steps 2 --early-stop 0.5 {_SAMPLE}",
+    "flowbp": f"{_DIRECT} --surrogate lagrange --guidance-gradient both {_SAMPLE}",
     "pretrain": f"--model {{root}}/pipeline --data {{root}}/images --resolution 32 --train-text-encoder --train full {_SAMPLE}",
     "pretrain_scorer": "--data {root}/images --vocab {root}/vocab.txt --sizes.image 32 --sizes.patch 16 --sizes.width 32"
     " --sizes.vision-layers 1 --sizes.text-layers 1 --sizes.head 16 8 8 4",
