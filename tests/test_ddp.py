@@ -39,23 +39,10 @@ CASES = {  # driver, flags, metrics that must agree
         " --validation-prompts {inputs}/prompts.txt --num-validation-prompts 5 --holdout-rewards {tiny}/pretrained/clip",
         ("loss", "reward", "late_step", "grad_norm"),
     ),
-    # pairs, and the reference errors that each process finds for both
-    "dpo": (
-        "dpo",
-        "--fixed-noise 1 --labels soft --ties half --validation-steps 1",
-        (
-            *(
-                "loss",
-                "implicit_accuracy",
-                "margin",
-                "reference_margin",
-                "error",
-                "reference_error",
-                "grad_norm",
-            ),
-            *("validation_loss", "validation_accuracy"),
-        ),
-    ),
+    # calls that are computed again in the backward pass, three of one update and each with a negative prompt
+    "draft": ("draft", "", ("loss", "reward", "first_step", "grad_norm")),
+    "drtune": ("drtune", "", ("loss", "reward", "stop_step", "first_step", "grad_norm")),
+    "flowbp": ("flowbp", "", ("loss", "reward", "miss", "grad_norm")),
     # the weights of all pairs sum to one over both processes, in each of the two stages
     "reward_model": (
         "reward_model",
@@ -140,10 +127,11 @@ def test_two_processes_equal_one_with_twice_the_batch(
             assert b[name] == pytest.approx(a[name], rel=1e-5, abs=least), name
     if case == "guided refl":
         assert_same_validation(tmp_path / "samples", two / case / "samples")
-    if case.endswith("refl"):
-        assert len({row["late_step"] for row in rows(tmp_path)}) > 1, (
-            "choose a seed that draws different steps"
-        )
+    drawn = {"refl": "late_step", "guided refl": "late_step", "drtune": "first_step", "flowbp": "miss"}.get(
+        case
+    )
+    if drawn is not None:
+        assert len({row[drawn] for row in rows(tmp_path)}) > 1, "choose a seed that draws different steps"
 
 
 def assert_same_validation(one: Path, other: Path) -> None:
