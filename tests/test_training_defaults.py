@@ -24,7 +24,8 @@ from preftune.training.defaults import RATES, Rates
 pytestmark = pytest.mark.usefixtures("cpu")
 
 ROOT = Path(__file__).parents[1]
-TUNING = ("dpo", "pretrain", "raft", "refl", "reward_weighted", "weird_lora")
+TUNING = ("draft", "drtune", "flowbp", "pretrain", "raft", "refl", "reward_weighted", "weird_lora")
+DIRECT = ("draft", "drtune", "flowbp")
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,10 @@ def written(output: Path) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("program", "model", "lora", "full"),
     [
+        ("draft", "sd15", 1e-4, 1e-5),
+        ("draft", "sdxl", 2.5e-4, 1e-5),
+        ("drtune", "sdxl", 1e-4, 1e-5),
+        ("flowbp", "sd15", 1e-4, 1e-5),
         ("refl", "sd15", 1e-4, 1e-5),
         ("refl", "sdxl", 1e-4, 1e-5),
         ("refl", "turbo", 1e-4, 1e-5),
@@ -79,7 +84,7 @@ def test_rates(models: dict[str, Path], program: str, model: str, lora: float, f
 
 def test_each_program_that_tunes_has_a_rate_for_each_family_and_its_configurations() -> None:
     sources = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "finetune").glob("*.py")}
-    tuning = {name for name, text in sources.items() if "of_model(" in text}
+    tuning = {name for name, text in sources.items() if "of_model(" in text or "direct.check(" in text}
     assert tuning == set(TUNING) == set(RATES)
     for program in TUNING:
         assert RATES[program].keys() == set(FAMILIES.values())
@@ -87,7 +92,12 @@ def test_each_program_that_tunes_has_a_rate_for_each_family_and_its_configuratio
             assert (ROOT / "finetune" / "configs" / program / f"{name}.yaml").is_file()
     for name, text in sources.items():
         calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)}
-        assert name == "__init__" or calls & {"of_model", "filled", "training_defaults.of_model"}, name
+        assert name == "__init__" or calls & {
+            "of_model",
+            "filled",
+            "training_defaults.of_model",
+            "direct.check",
+        }, name
 
 
 def own(model: Defaults, steps: int | None = None, *, data: bool = False) -> tuple[object, ...]:
@@ -104,6 +114,19 @@ def test_the_trajectory_of_refl(models: dict[str, Path]) -> None:
     assert own(turbo) == (4, (2, 3), "euler", "off", 1.0)
     windows = {steps: own(sd, steps)[1] for steps in (1, 2, 3, 10, 20, 50)}
     assert windows == {1: (0, 0), 2: (0, 1), 3: (1, 2), 10: (7, 9), 20: (15, 19), 50: (37, 49)}
+
+
+def test_the_trajectories_of_methods_through_several_steps(models: dict[str, Path]) -> None:
+    sd, turbo, sdxl = (families.check(models[name]) for name in ("sd15", "turbo", "sdxl"))
+
+    def found(program: str, model: Defaults) -> tuple[object, ...]:
+        return tuple(defaults.direct(program, model).values())
+
+    assert found("draft", sd) == (50, "ddim", 7.5, "both"), "DRaFT, and NeMo-Aligner's draftp_sd.yaml"
+    assert found("drtune", sd) == found("flowbp", sd) == (25, "ddim", 7.5, "positive"), "FlowBP's"
+    assert found("flowbp", sdxl) == (25, "ddim", 5.0, "positive"), "no more guidance than the model's own"
+    assert found("drtune", turbo) == (4, "euler", 1.0, "positive")
+    assert defaults.DIRECT.keys() == set(DIRECT)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +248,7 @@ def test_shipped_configurations_run(
     """Of the model's shape, with the user's own prompts or data in place of the file's, and smaller."""
     argv = ["--config", str(ROOT / "finetune" / "configs" / program / f"{name}.yaml")]
     argv += ["--model", str(models[name]), "--variant", "None", "--output-dir", str(tmp_path / "run")]
-    if program in ("raft", "refl"):
+    if program in ("raft", "refl", *DIRECT):
         argv += ["--prompts", str(root / "prompts.txt"), "--rewards", "brightness=1"]
     else:
         argv += ["--data", str(root / ("rankings" if program == "dpo" else "images"))]
@@ -242,11 +265,11 @@ def test_shipped_configurations_run(
         "1",
     ]
     argv += ["--sample.num-inference-steps", "2", *SMALL.get(program, "").split()]
-    if program == "refl":
+    if program in ("refl", *DIRECT):
         argv += ["--num-inference-steps", "4"]
     assert recorded.train(program, argv) == 0
     assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()
     config = written(tmp_path / "run")
-    own = {"dpo": {"sd15": 1e-5, "sdxl": 1e-5}, "weird_lora": {"sd15": 1e-5, "sdxl": 5e-5}}
-    assert config["learning_rate"] == (own[program][name] if program in own else 1e-4)
+    others = {"weird_lora": {"sd15": 1e-5, "sdxl": 5e-5}, "draft": {"sd15": 1e-4, "sdxl": 2.5e-4}}
+    assert config["learning_rate"] == others.get(program, {}).get(name, 1e-4)
     shutil.rmtree(tmp_path / "run")
