@@ -9,6 +9,7 @@ counts. Nothing is measured.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,10 @@ from benchmarks.counter import GIB, Counter, cuda_autocast, totals
 from benchmarks.drivers import PROMPT, Loaded, Trained, build, load, refl_loss
 from benchmarks.hardware import write_json
 from finetune import draft, drtune, flowbp
-from preftune import paths
+from preftune import paths, surrogates
 from preftune.families import Pretrained
 from preftune.paths import Grid
+from preftune.surrogates import Part
 from preftune.training import direct
 from preftune.training.config import ModelConfig
 from preftune.training.direct_config import DirectConfig
@@ -79,16 +81,24 @@ def latents_of(method: str, loaded: Loaded, grid: Grid, settings: DirectConfig) 
         "model": ModelConfig(pretrained=Pretrained(model="-")),
         "direct": settings,
     }
+
+    def surrogate_latents(grid: Grid, parts: Sequence[Part], share: float) -> Tensor:
+        known = direct.filled(settings)
+        scale, gradient = known.guidance_scale, known.guidance_gradient
+        return paths.surrogate_latents(
+            loaded.family, texts, noise, grid, parts, size, scale, gradient, share
+        )[0]
+
     if name == "draft":
         own = draft.Config(last_steps=int(count), **common)
         return draft.final_latents(loaded.family, texts, noise, STEPS - int(count), size, own)
     if name == "drtune":
         steps = drtune.Config(active_steps=int(count), early_stop=0.0, **common)
         cut, active = drtune.choose(rng, grid, steps)
-        return drtune.scored_latents(loaded.family, texts, noise, cut, active, size, steps)
+        return surrogate_latents(cut, surrogates.sparse(cut.levels, active), 0.0)
     chosen = flowbp.with_published(flowbp.Config(surrogate=name, **common))  # type: ignore[arg-type]
     parts = flowbp.CHOOSE[chosen.surrogate](rng, grid.levels, flowbp.values_of(chosen))
-    return flowbp.surrogate_latents(loaded.family, texts, noise, grid, parts, size, chosen)[0]
+    return surrogate_latents(grid, parts, chosen.input_share or 0.0)
 
 
 def count(method: str, gradient: Any, config: Config) -> dict[str, float]:
@@ -155,7 +165,11 @@ def main(config: Config) -> int:
     rows = list[dict[str, Any]]()
     for method in config.methods:
         for gradient in ("-",) if method == "refl" else config.guidance_gradient:
-            row = {"method": method, "guidance_gradient": gradient, **count(method, gradient, config)}
+            row: dict[str, Any] = {
+                "method": method,
+                "guidance_gradient": gradient,
+                **count(method, gradient, config),
+            }
             print("{method:10s} {guidance_gradient:8s} {peak_gib:8.2f} {beyond_gib:7.2f} {tflop:7.1f}".format(**row), flush=True)  # fmt: skip
             rows.append(row)
             if config.output is not None:

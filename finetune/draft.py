@@ -146,17 +146,12 @@ def main(config: Config) -> int:
         if config.last_steps > steps:
             raise ValueError(f"--last-steps {config.last_steps} is more than --num-inference-steps {steps}")
     with direct.open(config, "draft", inputs) as w:
-        run = w.run
-        for index in run.steps():
-            first = first_live_step(run.rng(index), steps, config.truncation, config.last_steps)
-            for batch in direct.batches(w, inputs.prompts, index):
-                with run.accumulate():
-                    latents = final_latents(w.family, batch.prompts, batch.noise, first, w.resolution, config)
-                    reward, of_update = direct.rewards_of(w, latents, batch, config.direct)
-                    loss = direct.losses(reward, config.direct.margin).mean()
-                    with of_update:
-                        run.update(loss, reward=reward.mean(), first_step=float(first))
-            direct.guard(run, config.direct.grad_norm_limit)
+        for index in w.run.steps():
+            first = first_live_step(w.run.rng(index), steps, config.truncation, config.last_steps)
+            for batch in direct.batches(w, inputs.prompts, index, config.direct):
+                latents = final_latents(w.family, batch.prompts, batch.noise, first, w.resolution, config)
+                losses, reward = batch.losses(latents)
+                batch.update(losses.mean(), reward=reward.mean(), first_step=float(first))
             w.after(index)
         return w.finish()
 

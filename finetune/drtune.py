@@ -18,7 +18,6 @@ published. Hardware: a GPU for Stable Diffusion; the tiny model runs on two CPU 
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -64,16 +63,12 @@ if __name__ == "__main__":  # flags are read before torch is imported, which tak
     CONFIG = parse(Config, default_config=TINY)
 
 import numpy as np
-from torch import Generator, Tensor
 
 from preftune import paths, surrogates
 from preftune.active_steps import early_stop, spaced
-from preftune.families import Family
 from preftune.files.one_writer import one_writer
 from preftune.paths import Grid
-from preftune.resolution import Resolution
 from preftune.training import direct
-from rewards.on_device import upload
 
 
 def choose(rng: np.random.Generator, grid: Grid, config: Config) -> tuple[Grid, list[int]]:
@@ -82,47 +77,22 @@ def choose(rng: np.random.Generator, grid: Grid, config: Config) -> tuple[Grid, 
     return grid.until(stop), spaced(rng, stop + 1, config.active_steps)
 
 
-def scored_latents(
-    family: Family,
-    prompts: Sequence[str],
-    generators: Sequence[Generator],
-    grid: Grid,
-    active: Sequence[int],
-    resolution: Resolution,
-    config: Config,
-) -> Tensor:
-    """Return the predicted clean latents (B, C, h, w) at the end of the grid, with gradient to the active steps' calls."""
-    settings = direct.filled(config.direct)
-    cond = family.encode(prompts)
-    path = paths.roll_out(family, cond, grid, generators, resolution, settings.guidance_scale)
-    t = upload(grid.timesteps, family.device)
-    call = paths.replayed(family, cond, grid, t, settings.guidance_scale, settings.guidance_gradient)
-    parts = surrogates.sparse(grid.levels, active)
-    y, _ = surrogates.surrogate(parts, path.states, path.directions, call)
-    return paths.end_latents(path, grid, y)
-
-
 @one_writer
 def main(config: Config) -> int:
     """Tune, validate and save."""
     with exit_on_user_error():
         config, inputs = direct.check(config, "drtune", levels=True)
     with direct.open(config, "drtune", inputs) as w:
-        run, settings = w.run, direct.filled(config.direct)
+        settings = direct.filled(config.direct)
         whole = paths.grid(w.family, settings.num_inference_steps, settings.solver, w.resolution)
-        for index in run.steps():
-            grid, active = choose(run.rng(index), whole, config)
+        for index in w.run.steps():
+            grid, active = choose(w.run.rng(index), whole, config)
+            parts = surrogates.sparse(grid.levels, active)  # constant inputs, the exact sum
             stop = float(len(grid.scales) - 2)
-            for batch in direct.batches(w, inputs.prompts, index):
-                with run.accumulate():
-                    latents = scored_latents(
-                        w.family, batch.prompts, batch.noise, grid, active, w.resolution, config
-                    )
-                    reward, of_update = direct.rewards_of(w, latents, batch, config.direct)
-                    loss = direct.losses(reward, config.direct.margin).mean()
-                    with of_update:
-                        run.update(loss, reward=reward.mean(), stop_step=stop, first_step=float(active[0]))
-            direct.guard(run, config.direct.grad_norm_limit)
+            for batch in direct.batches(w, inputs.prompts, index, config.direct):
+                latents, _ = batch.surrogate_latents(grid, parts)
+                losses, reward = batch.losses(latents)
+                batch.update(losses.mean(), reward=reward.mean(), stop_step=stop, first_step=float(active[0]))
             w.after(index)
         return w.finish()
 

@@ -109,16 +109,11 @@ if __name__ == "__main__":  # flags are read before torch is imported, which tak
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
 
 from preftune import active_steps, paths, surrogates
-from preftune.families import Family
 from preftune.files.one_writer import one_writer
-from preftune.paths import Grid
-from preftune.resolution import Resolution
 from preftune.surrogates import Part
 from preftune.training import direct
-from rewards.on_device import upload
 
 
 def with_published(config: Config) -> Config:
@@ -175,27 +170,6 @@ CHOOSE = {
 """Surrogate -> the function that draws its steps."""
 
 
-def surrogate_latents(
-    family: Family,
-    prompts: Sequence[str],
-    generators: Sequence[Generator],
-    grid: Grid,
-    parts: Sequence[Part],
-    resolution: Resolution,
-    config: Config,
-) -> tuple[Tensor, list[Tensor]]:
-    """Return the final latents (B, C, h, w), of the sampled value with the surrogate's gradient, and the parts' misses (B,), of latents."""
-    settings = direct.filled(config.direct)
-    cond = family.encode(prompts)
-    path = paths.roll_out(family, cond, grid, generators, resolution, settings.guidance_scale)
-    t = upload(grid.timesteps, family.device)
-    call = paths.replayed(family, cond, grid, t, settings.guidance_scale, settings.guidance_gradient)
-    share = config.input_share or 0.0
-    y, misses = surrogates.surrogate(parts, path.states, path.directions, call, share)
-    scaled = [grid.scales[part.end] * miss for part, miss in zip(parts, misses, strict=True)]
-    return paths.end_latents(path, grid, y), scaled
-
-
 @one_writer
 def main(config: Config) -> int:
     """Tune, validate and save."""
@@ -204,25 +178,17 @@ def main(config: Config) -> int:
         settings = direct.filled(config.direct)
         if settings.num_inference_steps < 2:
             raise ValueError("--num-inference-steps must be at least 2 for two parts of a trajectory, got 1")
+    values = values_of(config)
     with direct.open(config, "flowbp", inputs) as w:
-        run, values = w.run, values_of(config)
         grid = paths.grid(w.family, settings.num_inference_steps, settings.solver, w.resolution)
-        for index in run.steps():
-            parts = CHOOSE[config.surrogate](run.rng(index), grid.levels, values)
-            for batch in direct.batches(w, inputs.prompts, index):
-                with run.accumulate():
-                    latents, misses = surrogate_latents(
-                        w.family, batch.prompts, batch.noise, grid, parts, w.resolution, config
-                    )
-                    reward, of_update = direct.rewards_of(w, latents, batch, config.direct)
-                    losses = direct.losses(reward, config.direct.margin)
-                    if config.tau is not None:
-                        losses = surrogates.closeness(misses, config.tau) * losses
-                    with of_update:
-                        run.update(
-                            losses.mean(), reward=reward.mean(), miss=torch.stack(misses).sum(0).mean()
-                        )
-            direct.guard(run, config.direct.grad_norm_limit)
+        for index in w.run.steps():
+            parts = CHOOSE[config.surrogate](w.run.rng(index), grid.levels, values)
+            for batch in direct.batches(w, inputs.prompts, index, config.direct):
+                latents, misses = batch.surrogate_latents(grid, parts, values.get("input_share", 0.0))
+                losses, reward = batch.losses(latents)
+                if "tau" in values:
+                    losses = surrogates.closeness(misses, values["tau"]) * losses
+                batch.update(losses.mean(), reward=reward.mean(), miss=torch.stack(misses).sum(0).mean())
             w.after(index)
         return w.finish()
 

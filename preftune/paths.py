@@ -11,7 +11,8 @@ from preftune.families.base import Cond, Family
 from preftune.noise import Prediction, predict_from
 from preftune.resolution import Resolution
 from preftune.solver_names import PredictionType
-from preftune.surrogates import Call, pinned
+from preftune.surrogates import Part, pinned, surrogate
+from rewards.on_device import upload
 
 GuidanceGradient = Literal["both", "positive"]
 
@@ -102,19 +103,31 @@ def predict(
     return predict_from(output, x, *family.schedule(t), family.prediction_type)
 
 
-def replayed(
-    family: Family, cond: Cond, on: Grid, timesteps: Tensor, guidance_scale: float, gradient: GuidanceGradient
-) -> Call:
-    """Return the call of a step with gradient, for `surrogate`; timesteps (N + 1,) are those of the grid, on the device."""
+def surrogate_latents(
+    family: Family,
+    prompts: Sequence[str],
+    generators: Sequence[Generator],
+    on: Grid,
+    parts: Sequence[Part],
+    resolution: Resolution,
+    guidance_scale: float,
+    gradient: GuidanceGradient,
+    share: float = 0.0,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the final latents (B, C, h, w) of a trajectory, bit for bit, with the gradient of the surrogate of these parts, and each
+    part's distance from the trajectory, mean |difference| of latents (B,).
+
+    The trajectory runs without gradient; then the active calls are repeated with gradient.
+    """
+    cond = family.encode(prompts)
+    path = roll_out(family, cond, on, generators, resolution, guidance_scale)
+    timesteps = upload(on.timesteps, family.device)
 
     def call(i: int, y: Tensor) -> Tensor:
-        t = timesteps[i].expand(len(y))
-        prediction = predict(family, on.scales[i] * y, t, cond, guidance_scale, gradient)
+        x, t = on.scales[i] * y, timesteps[i].expand(len(y))
+        prediction = predict(family, x, t, cond, guidance_scale, gradient)
         return direction(prediction, family.prediction_type)
 
-    return call
-
-
-def end_latents(path: Path, on: Grid, y: Tensor) -> Tensor:
-    """Return x_N, bit for bit, with the gradient of y_N."""
-    return pinned(on.scales[-1] * y, path.latents)
+    y, distances = surrogate(parts, path.states, path.directions, call, share)
+    misses = [on.scales[part.end] * distance for part, distance in zip(parts, distances, strict=True)]
+    return pinned(on.scales[-1] * y, path.latents), misses

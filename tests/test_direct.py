@@ -44,6 +44,19 @@ def config(program: Any, direct: DirectConfig, **changes: Any) -> Any:
     return program.Config(prompts=Path("none"), model=model, direct=direct, **changes)
 
 
+def drtuned(family: Any, prompts: Sequence[str], noise: Any, grid: Grid, active: Any, own: Any) -> Tensor:
+    parts = surrogates.sparse(grid.levels, active)
+    return bypassed(family, prompts, noise, grid, parts, own)[0]
+
+
+def bypassed(
+    family: Any, prompts: Sequence[str], noise: Any, grid: Grid, parts: Any, own: Any
+) -> tuple[Tensor, list[Tensor]]:
+    settings, share = direct.filled(own.direct), getattr(own, "input_share", None) or 0.0
+    scale, gradient = settings.guidance_scale, settings.guidance_gradient
+    return paths.surrogate_latents(family, prompts, noise, grid, parts, AT, scale, gradient, share)
+
+
 # ---------------------------------------------------------------- one number
 
 
@@ -121,7 +134,7 @@ def test_drtune_on_one_number(kind: str, active: tuple[int, ...], expected: floa
     toy: Any = Toy(kind)
     case = config(drtune, settings(toy.steps))
     grid = paths.grid(toy, toy.steps, "ddim", AT).until(toy.steps - 1)
-    latents = drtune.scored_latents(toy, ["a"], seeds(), grid, active, AT, case)
+    latents = drtuned(toy, ["a"], seeds(), grid, active, case)
     assert slope(toy, latents) == pytest.approx(expected, abs=1e-6)
     assert toy.calls[toy.steps :] == [(i, True, False) for i in active], "live calls, detached inputs"
 
@@ -132,7 +145,7 @@ def test_drtune_stops_early(stop: int) -> None:
     toy: Any = Toy("flow")
     case = config(drtune, settings(4))
     grid = paths.grid(toy, 4, "ddim", AT).until(stop)
-    latents = drtune.scored_latents(toy, ["a"], seeds(), grid, range(stop + 1), AT, case)
+    latents = drtuned(toy, ["a"], seeds(), grid, range(stop + 1), case)
     states = [2 * 0.8**i for i in range(stop + 1)]
     sigma = 1 - 0.25 * stop
     expected = sum(-0.25 * x for x in states[:-1]) - sigma * states[-1]
@@ -154,7 +167,7 @@ def test_leapalign_on_one_number(kind: str, share: float, expected: float) -> No
     case = config(flowbp, settings(toy.steps), surrogate="leapalign", input_share=share)
     grid = paths.grid(toy, toy.steps, "ddim", AT)
     parts = surrogates.leaps(grid.levels, 0, 2)
-    latents, misses = flowbp.surrogate_latents(toy, ["a"], seeds(), grid, parts, AT, case)
+    latents, misses = bypassed(toy, ["a"], seeds(), grid, parts, case)
     assert slope(toy, latents) == pytest.approx(expected, abs=1e-6)
     start = float(initial_noise((1, 1, 1), seeds(), "cpu"))
     if kind == "flow":
@@ -173,7 +186,7 @@ def test_bridge_on_one_number(share: float, expected: float) -> None:
     case = config(flowbp, settings(4), surrogate="bridge", input_share=share)
     grid = paths.grid(toy, 4, "ddim", AT)
     parts = surrogates.bridge(grid.levels, 2, range(4))
-    latents, _ = flowbp.surrogate_latents(toy, ["a"], seeds(), grid, parts, AT, case)
+    latents, _ = bypassed(toy, ["a"], seeds(), grid, parts, case)
     assert slope(toy, latents) == pytest.approx(expected, abs=1e-6)
 
 
@@ -330,7 +343,7 @@ def test_drtune_is_the_chain_of_constants(
     case = Case(tmp_path, prediction, LoRA(rank=2))
     own = config(drtune, settings(4, guidance_scale=3.0, guidance_gradient="positive"))
     grid = paths.grid(case.family, 4, "ddim", AT).until(stop)
-    latents = drtune.scored_latents(case.family, PROMPTS, case.generators(), grid, active, AT, own)
+    latents = drtuned(case.family, PROMPTS, case.generators(), grid, active, own)
     with torch.no_grad():
         path = paths.roll_out(case.family, case.family.encode(PROMPTS), grid, case.generators(), AT, 3.0)
     assert torch.equal(latents, path.latents), "the value is the trajectory's, bit for bit"
@@ -353,7 +366,7 @@ def test_flowbp_gives_what_sampling_gives(name: Any, root: Path, in_float64: Non
     own = flowbp.with_published(config(flowbp, settings(6), surrogate=name))
     grid = paths.grid(family, 6, "ddim", AT)
     parts = flowbp.CHOOSE[name](np.random.default_rng(0), grid.levels, flowbp.values_of(own))
-    latents, misses = flowbp.surrogate_latents(family, PROMPTS, case.generators(), grid, parts, AT, own)
+    latents, misses = bypassed(family, PROMPTS, case.generators(), grid, parts, own)
     shape = family.latent_shape(AT)
     x, _, steps = ahead.trajectory(family, grid.timesteps, "ddim", shape, case.generators())
     cond = family.encode(PROMPTS)
@@ -387,16 +400,15 @@ def gradients(case: Case, latents: Tensor) -> list[Tensor]:
 
 PROGRAMS = {
     "draft": lambda family, own: draft.final_latents(family, PROMPTS, seeds(2), 1, AT, own),
-    "drtune": lambda family, own: drtune.scored_latents(
-        family, PROMPTS, seeds(2), paths.grid(family, 4, "ddim", AT).until(3), (0, 1, 3), AT, own
+    "drtune": lambda family, own: drtuned(
+        family, PROMPTS, seeds(2), paths.grid(family, 4, "ddim", AT).until(3), (0, 1, 3), own
     ),
-    "flowbp": lambda family, own: flowbp.surrogate_latents(
+    "flowbp": lambda family, own: bypassed(
         family,
         PROMPTS,
         seeds(2),
         grid := paths.grid(family, 4, "ddim", AT),
         surrogates.leaps(grid.levels, 0, 2),
-        AT,
         own,
     )[0],
 }

@@ -6,7 +6,7 @@ share the gradients of: what is computed again is not a forward of theirs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -15,11 +15,13 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from preftune import paths
 from preftune.cli import dump
 from preftune.families.base import Defaults, Family
 from preftune.order import items_at
+from preftune.paths import Grid
 from preftune.prompts import read_prompts
-from preftune.surrogates import pinned
+from preftune.surrogates import Part, pinned
 from preftune.training import defaults as training_defaults
 from preftune.training import workspace
 from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig
@@ -69,6 +71,36 @@ class Batch:
     """One for each image's jitter."""
     scored: list[Mixed]
     """What the scorers gave in this update so far, to name the one whose scores are not finite."""
+    w: Workspace
+    config: DirectConfig
+
+    def losses(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Return losses and rewards, each (B n,) with gradient, of final latents (B n, C, h, w): n for each image of the batch, one
+        batch after the other.
+        """
+        assert self.w.mix is not None, "the configuration has rewards"
+        pixels = decoded(self.w.family, latents, self.config.pixel_clamp)
+        number = len(latents) // len(self.prompts)
+        texts, movers = [*self.prompts] * number, [*self.movers] * number
+        reward, mixed = mean_reward(self.w.mix, pixels, texts, movers, self.config)
+        self.scored.append(mixed)
+        return losses(reward, self.config.margin), reward
+
+    def surrogate_latents(
+        self, grid: Grid, parts: Sequence[Part], share: float = 0.0
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return `paths.surrogate_latents` of the batch."""
+        settings = filled(self.config)
+        scale, gradient = settings.guidance_scale, settings.guidance_gradient
+        family, size = self.w.family, self.w.resolution
+        return paths.surrogate_latents(
+            family, self.prompts, self.noise, grid, parts, size, scale, gradient, share
+        )
+
+    def update(self, loss: Tensor, **scalars: Tensor | float) -> None:
+        """Do the backward pass, and in the last of an update the step, after which `guard` looks at the gradient's norm."""
+        with named(self.scored):
+            self.w.run.update(loss, **scalars)
 
 
 def check(config: C, program: str, *, levels: bool) -> tuple[C, Inputs]:
@@ -137,31 +169,21 @@ def open(config: _HasGroups, driver: str, inputs: Inputs) -> Iterator[Workspace]
         yield w
 
 
-def batches(w: Workspace, prompts: Sequence[str], step: int) -> Iterator[Batch]:
-    """Yield the passes of an update."""
+def batches(w: Workspace, prompts: Sequence[str], step: int, config: DirectConfig) -> Iterator[Batch]:
+    """Yield the passes of an update, each in its context of `accumulate`; then look at the norm of its gradient."""
     scored: list[Mixed] = []
     for micro_batch in w.run.passes():
         indices = w.run.image_indices(step, micro_batch)
-        yield Batch(
-            prompts=items_at(prompts, indices, w.run.config.seed),
-            noise=[w.run.generator(i) for i in indices],
-            movers=[w.run.generator(i, stream=2) for i in indices],
-            scored=scored,
-        )
-
-
-def rewards_of(
-    w: Workspace, latents: Tensor, batch: Batch, config: DirectConfig
-) -> tuple[Tensor, AbstractContextManager[None]]:
-    """Return the rewards (B n,) of final latents (B n, C, h, w), n for each image of the batch, one batch after the other, with
-    gradient; and the context of the update, which names a scorer whose scores are not finite.
-    """
-    assert w.mix is not None, "the configuration has rewards"
-    pixels = decoded(w.family, latents, config.pixel_clamp)
-    number = len(latents) // len(batch.prompts)
-    reward, mixed = mean_reward(w.mix, pixels, [*batch.prompts] * number, [*batch.movers] * number, config)
-    batch.scored.append(mixed)
-    return reward, named(batch.scored)
+        with w.run.accumulate():
+            yield Batch(
+                prompts=items_at(prompts, indices, w.run.config.seed),
+                noise=[w.run.generator(i) for i in indices],
+                movers=[w.run.generator(i, stream=2) for i in indices],
+                scored=scored,
+                w=w,
+                config=config,
+            )
+    guard(w.run, config.grad_norm_limit)
 
 
 def checkpoint_calls(denoiser: nn.Module) -> None:
