@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 import record_trajectories as recorded
+from benchmarks.counter import Counter
 from finetune import draft, drtune, flowbp
 from preftune import ahead, paths, surrogates
 from preftune.ahead import initial_noise
@@ -378,6 +379,53 @@ def test_flowbp_gives_what_sampling_gives(name: Any, root: Path, in_float64: Non
     assert case.slope(case_loss(case, latents)) != 0
 
 
+def test_leaps_and_bridges_are_steps_of_ddim(tmp_path: Path, in_float64: None) -> None:
+    """LeapAlign and FlowBP-Bridge written out on latents x: a leap is one step of DDIM, ended by the true state's value."""
+    case = Case(tmp_path, "epsilon", LoRA(rank=2))
+    family, share = case.family, 0.3
+    with torch.no_grad():
+        states = loop(case, 4, 0, guidance=1.0, eta=0.0)
+    given = family.encode(PROMPTS).positive["embeds"]
+    abar = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
+    times = [751, 501, 251, 1, 0]
+
+    def eps(x: Tensor, i: int) -> Tensor:
+        return family.unet(x, times[i], given).sample
+
+    def step(x: Tensor, noise: Tensor, i: int, j: int) -> Tensor:
+        a, b = abar[times[i]], abar[times[j]]
+        return b.sqrt() * (x - (1 - a).sqrt() * noise) / a.sqrt() + (1 - b).sqrt() * noise
+
+    def through(x: Tensor, i: int, j: int, active: Sequence[int], inner: Tensor | None = None) -> Tensor:
+        for k in range(i, j):
+            noise = eps(inner if k == i and inner is not None else states[k], k)
+            x = step(x, noise if k in active else noise.detach(), k, k + 1)
+        return x
+
+    def connected(first: Tensor, j: int) -> tuple[Tensor, Tensor]:
+        x = first + (states[j] - first).detach()
+        return x, share * x + (1 - share) * x.detach()
+
+    x, inner = connected(step(states[1], eps(states[1], 1), 1, 2), 2)
+    leapt = step(x, eps(inner, 2), 2, 4)
+    x, inner = connected(through(states[0], 0, 2, (1,)), 2)
+    bridged = through(x, 2, 4, (2, 3), inner)
+    summed = through(states[0], 0, 4, (0, 3))
+
+    grid = paths.grid(family, 4, "ddim", AT)
+    for surrogate, parts, written in (
+        ("leapalign", surrogates.leaps(grid.levels, 1, 2), leapt),
+        ("bridge", surrogates.bridge(grid.levels, 2, (1, 2, 3)), bridged),
+        ("sparse", surrogates.sparse(grid.levels, (0, 3)), summed),
+    ):
+        more = {} if surrogate == "sparse" else {"input_share": share}
+        own = config(flowbp, settings(4), surrogate=surrogate, **more)
+        latents, _ = bypassed(family, PROMPTS, case.generators(), grid, parts, own)
+        value = written + (latents - written).detach()  # the surrogate's value is the true end
+        want = case.slope(case_loss(case, value))
+        assert case.slope(case_loss(case, latents)) == pytest.approx(want, rel=1e-4), surrogate
+
+
 def test_the_grid_ends_where_sampling_ends(root: Path, tmp_path: Path) -> None:
     case = Case(tmp_path, "epsilon", LoRA(rank=2))
     grid = paths.grid(case.family, 4, "ddim", AT)
@@ -455,6 +503,31 @@ def test_checkpointed_calls_have_the_same_gradient_bit_for_bit(
     live = 2 if program == "flowbp" else 3
     assert counts[1] == counts[0] + live, "each live call again, those without gradient not"
     assert kept[1] < 0.1 * kept[0], "activations are not kept"
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_memory_does_not_grow_with_the_number_of_live_steps(train: str, tmp_path: Path) -> None:
+    """The peak of what is alive beyond the model, one call's activations at a time; without checkpoints it grows."""
+
+    def peak(last: int, *, checkpointed: bool) -> float:
+        case = Case(
+            tmp_path / f"{train}{last}{checkpointed}", "epsilon", LoRA(rank=2) if train == "lora" else None
+        )
+        case.family.to("cpu", torch.float32)
+        for weight in case.weights:
+            weight.data = weight.data.float()
+        case.filters = case.filters.float()
+        own = config(draft, settings(8, guidance_scale=3.0), last_steps=last)
+        if checkpointed:
+            direct.checkpoint_calls(case.family.denoiser)
+        with Counter() as counter:
+            gradients(case, draft.final_latents(case.family, PROMPTS, seeds(2), 8 - last, AT, own))
+        return counter.peak
+
+    flat = [peak(last, checkpointed=True) for last in (2, 8)]
+    grown = [peak(last, checkpointed=False) for last in (2, 8)]
+    assert flat[1] < 1.15 * flat[0]
+    assert grown[1] > 1.5 * grown[0]
 
 
 def test_images_are_decoded_one_at_a_time(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import rewards
 import tiny
-from finetune import dpo, refl, reward_weighted
+from finetune import draft, drtune, flowbp, refl, reward_weighted
 from golden_weights import tiny_card
 from preftune import families
 from preftune.cli import parse
@@ -233,7 +233,13 @@ def updates(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[list[str], l
         yield Counted.updates
 
 
-DRIVERS = {"dpo": dpo, "refl": refl, "reward_weighted": reward_weighted}
+DRIVERS = {
+    "draft": draft,
+    "drtune": drtune,
+    "flowbp": flowbp,
+    "refl": refl,
+    "reward_weighted": reward_weighted,
+}
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -246,7 +252,7 @@ def test_an_update_waits_once(
     def train(name: str) -> list[dict[str, Any]]:
         few = "--max-train-steps 2 --checkpointing-steps 0 --num-validation-prompts 2"
         argv = [*arguments(driver, root, tmp_path / name), *few.split()]
-        if driver == "refl":
+        if driver != "reward_weighted":
             argv += ["--rewards", f"{root / 'scorer'}=1"]
         if driver == "dpo":
             argv += ["--validation-share", "0"]
