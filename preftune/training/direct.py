@@ -98,9 +98,9 @@ class Batch:
         )
 
     def update(self, loss: Tensor, **scalars: Tensor | float) -> None:
-        """Do the backward pass, and in the last of an update the step, after which `guard` looks at the gradient's norm."""
+        """Do the backward pass, and in the last of an update the step, after which `check_norm` looks at the gradient's norm."""
         with named(self.scored):
-            self.w.run.update(loss, **scalars)
+            self.w.run.update(loss, phase="", **scalars)
 
 
 def check(config: C, program: str, *, levels: bool) -> tuple[C, Inputs]:
@@ -183,7 +183,7 @@ def batches(w: Workspace, prompts: Sequence[str], step: int, config: DirectConfi
                 w=w,
                 config=config,
             )
-    guard(w.run, config.grad_norm_limit)
+    check_norm(w.run, config.grad_norm_limit)
 
 
 def checkpoint_calls(denoiser: nn.Module) -> None:
@@ -224,7 +224,7 @@ def losses(rewards: Tensor, margin: float | None) -> Tensor:
     return -rewards if margin is None else torch.relu(margin - rewards)
 
 
-def guard(run: Run, limit: float) -> None:
+def check_norm(run: Run, limit: float) -> None:
     """Raise FloatingPointError, on every process, where the last gradient's norm, before it was clipped, is above the limit."""
     norm = run.row["grad_norm"]
     if norm > limit:
