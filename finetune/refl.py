@@ -205,7 +205,19 @@ def reward_loss(reward: Tensor, margin: float, scale: float) -> Tensor:
     return scale * torch.relu(margin - reward).mean()
 
 
-def late_pixels(
+class Late(NamedTuple):
+    """The step with gradient, and what it starts from."""
+
+    prediction: Prediction
+    """Guided; the gradient runs through this call of the denoiser alone."""
+    x: Tensor
+    """(B, C, h, w) noisy latents."""
+    t: Tensor
+    """(B,) timesteps."""
+    cond: Cond
+
+
+def late_step(
     family: Family,
     prompts: Sequence[str],
     generators: Sequence[Generator],

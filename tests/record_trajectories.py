@@ -46,6 +46,8 @@ _DIRECT = (
 
 _FLAGS = {
     "autoencoder": "--data {root}/images --resolution 32 --widths 8 8 16 16 --kl-weight 0.1",
+    "dpo": f"--model {{root}}/pipeline --data {{root}}/rankings --resolution 32 --validation-share 0.25 --beta 20"
+    f" --validation-prompts {{root}}/prompts.txt --num-validation-prompts 8 {_SAMPLE}",
     "draft": f"{_DIRECT} --last-steps 3 --eta 0.5 --guidance-gradient positive --jitter 2 --jitter-copies 2 {_SAMPLE}",
     "drtune": f"{_DIRECT} --active-steps 2 --early-stop 0.5 {_SAMPLE}",
     "flowbp": f"{_DIRECT} --surrogate lagrange --guidance-gradient both {_SAMPLE}",

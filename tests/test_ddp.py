@@ -39,6 +39,23 @@ CASES = {  # driver, flags, metrics that must agree
         " --validation-prompts {inputs}/prompts.txt --num-validation-prompts 5 --holdout-rewards {tiny}/pretrained/clip",
         ("loss", "reward", "late_step", "grad_norm"),
     ),
+    # pairs, and the reference errors that each process finds for both
+    "dpo": (
+        "dpo",
+        "--fixed-noise 1 --labels soft --ties half --validation-steps 1",
+        (
+            *(
+                "loss",
+                "implicit_accuracy",
+                "margin",
+                "reference_margin",
+                "error",
+                "reference_error",
+                "grad_norm",
+            ),
+            *("validation_loss", "validation_accuracy"),
+        ),
+    ),
     # calls that are computed again in the backward pass, three of one update and each with a negative prompt
     "draft": ("draft", "", ("loss", "reward", "first_step", "grad_norm")),
     "drtune": ("drtune", "", ("loss", "reward", "stop_step", "first_step", "grad_norm")),

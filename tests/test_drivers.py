@@ -111,6 +111,35 @@ DIRECT = [
 ]
 ONE: dict[str, list[tuple[list[str], str]]] = {
     "autoencoder": [*IMAGES, (["--resolution", "30"], "--resolution must be")],
+    "dpo": [
+        *PIPELINE,
+        (["--lora.target-modules", "to_z"], "no layer is called to_z"),
+        (["--data"], "--data needs at least one folder"),
+        (["--data", "{bad}/absent"], "there is no data at"),
+        (["--data", "{bad}/torn"], "rankings.jsonl line 1"),
+        (["--data", "{bad}/nothing"], "nothing"),
+        (
+            ["--data", "{root}/images"],
+            "has no rankings.jsonl; of captioned images --raters names the columns",
+        ),
+        (
+            ["--raters", "ann"],
+            "--raters ann is neither a source of rankings nor a column of scores in --data",
+        ),
+        (["--data", "{root}/images", "--raters", "luck"], "--raters luck is neither a source of rankings"),
+        (["--data", "{root}/images", "--raters", "luck"], "there are liking"),
+        (["--data", "{root}/images", "--raters", "kind"], "--raters kind is 'preferred', not a number"),
+        (["--data", "{root}/images", "--raters", "liking"], "no prompt in --data has two images to compare"),
+        (["--beta", "0"], "--beta must be above 0 and finite, got 0"),
+        (["--beta", "nan"], "--beta must be above 0 and finite, got nan"),
+        (["--poly-alpha", "-2"], "--poly-alpha must be -1 or more and finite, got -2"),
+        (["--loss", "ipo", "--poly-alpha", "8"], "--poly-alpha 8 is for --loss dpo, not ipo"),
+        (["--fixed-noise", "-1"], "--fixed-noise must be 0 or more, got -1"),
+        (["--loss", "mapo", "--fixed-noise", "1"], "--fixed-noise saves passes of the reference"),
+        (["--validation-share", "1"], "--validation-share must lie in [0, 1), got 1"),
+        (["--validation-share", "0.99"], "all 4 prompts would be held out"),
+        (["--reward-files", "imagereward=x"], "imagereward, which --rewards does not use"),
+    ],
     "draft": [
         *DIRECT,
         (["--last-steps", "0"], "--last-steps must be at least 1, got 0"),

@@ -24,7 +24,7 @@ from preftune.training.defaults import RATES, Rates
 pytestmark = pytest.mark.usefixtures("cpu")
 
 ROOT = Path(__file__).parents[1]
-TUNING = ("draft", "drtune", "flowbp", "pretrain", "raft", "refl", "reward_weighted", "weird_lora")
+TUNING = ("dpo", "draft", "drtune", "flowbp", "pretrain", "raft", "refl", "reward_weighted", "weird_lora")
 DIRECT = ("draft", "drtune", "flowbp")
 
 
@@ -270,6 +270,10 @@ def test_shipped_configurations_run(
     assert recorded.train(program, argv) == 0
     assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()
     config = written(tmp_path / "run")
-    others = {"weird_lora": {"sd15": 1e-5, "sdxl": 5e-5}, "draft": {"sd15": 1e-4, "sdxl": 2.5e-4}}
+    others = {
+        "dpo": {"sd15": 1e-5, "sdxl": 1e-5},
+        "weird_lora": {"sd15": 1e-5, "sdxl": 5e-5},
+        "draft": {"sd15": 1e-4, "sdxl": 2.5e-4},
+    }
     assert config["learning_rate"] == others.get(program, {}).get(name, 1e-4)
     shutil.rmtree(tmp_path / "run")

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import rewards
 import tiny
-from finetune import draft, drtune, flowbp, refl, reward_weighted
+from finetune import dpo, draft, drtune, flowbp, refl, reward_weighted
 from golden_weights import tiny_card
 from preftune import families
 from preftune.cli import parse
@@ -234,6 +234,7 @@ def updates(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[list[str], l
 
 
 DRIVERS = {
+    "dpo": dpo,
     "draft": draft,
     "drtune": drtune,
     "flowbp": flowbp,
@@ -252,7 +253,7 @@ def test_an_update_waits_once(
     def train(name: str) -> list[dict[str, Any]]:
         few = "--max-train-steps 2 --checkpointing-steps 0 --num-validation-prompts 2"
         argv = [*arguments(driver, root, tmp_path / name), *few.split()]
-        if driver != "reward_weighted":
+        if driver not in ("dpo", "reward_weighted"):
             argv += ["--rewards", f"{root / 'scorer'}=1"]
         if driver == "dpo":
             argv += ["--validation-share", "0"]
