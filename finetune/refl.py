@@ -80,6 +80,10 @@ class Config:
     """
     jitter_copies: int = 1
     """Number of shifted copies of each image; the reward is their mean."""
+    flatness: float = 0.0
+    """Score each image a step of this length against the gradient of its reward: only what is high all around counts (RSA-FT, which has
+    0.01, in image space); 0 = off, as published. Two more passes of the scorers.
+    """
     margin: float = 2.0
     """phi(r) = relu(margin - r): images with a reward above the margin give no gradient."""
     reward_scale: float | None = None
@@ -129,6 +133,7 @@ class Config:
             f"--jitter-copies must be 1, or more with a --jitter, got {self.jitter_copies}": (
                 self.jitter_copies == 1 or (self.jitter_copies > 1 and self.jitter > 0)
             ),
+            f"--flatness must be 0 or more and finite, got {self.flatness}": 0 <= self.flatness < math.inf,
             f"--reward-scale must be positive, got {self.reward_scale}": self.reward_scale is None
             or self.reward_scale > 0,
             f"--pretraining {self.pretraining} needs --data IMAGEFOLDER; or choose --pretraining off": (

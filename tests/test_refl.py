@@ -273,6 +273,12 @@ def test_the_reward_is_the_mean_over_moved_copies(root: Path, tmp_path: Path) ->
     by_hand = [2 * scorer(shifted(pixels, seen, 5), PROMPTS) for _ in range(3)]
     torch.testing.assert_close(found, torch.stack(by_hand).mean(0))
     assert (by_hand[0] - by_hand[1]).abs().min() > 1e-4, "copies differ"
+    flat, _ = refl.mean_reward(mix, pixels, PROMPTS, generators(), config(root, tmp_path, flatness=3.0))
+    leaf = pixels.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(2 * scorer(leaf, PROMPTS).sum(), leaf)
+    moved = pixels - 3 * slope / slope.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    torch.testing.assert_close(flat, 2 * scorer(moved, PROMPTS))
+    assert (flat < 2 * scorer(pixels, PROMPTS)).all(), "downhill"
     as_published, _ = refl.mean_reward(mix, pixels, PROMPTS, generators(), config(root, tmp_path))
     torch.testing.assert_close(as_published, 2 * scorer(pixels, PROMPTS))
 

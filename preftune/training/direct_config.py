@@ -38,6 +38,10 @@ class DirectConfig:
     """Shift each image at random by up to this many pixels along each axis before it is scored; 0 = published."""
     jitter_copies: int = 1
     """Number of shifted copies of each image; the reward is their mean."""
+    flatness: float = 0.0
+    """Score each image a step of this length against the gradient of its reward: only what is high all around counts (RSA-FT, which has
+    0.01, in image space); 0 = off, as published. Two more passes of the scorers.
+    """
     call_checkpointing: bool = True
     """Keep only the latents of each call of the denoiser, and compute it again in the backward pass: the memory of one call, whatever
     the number of steps with gradient. Beside it, --gradient-checkpointing does the same for each block inside that call.
@@ -57,6 +61,7 @@ class DirectConfig:
             f"--jitter-copies must be 1, or more with a --jitter, got {self.jitter_copies}": (
                 self.jitter_copies == 1 or (self.jitter_copies > 1 and self.jitter > 0)
             ),
+            f"--flatness must be 0 or more and finite, got {self.flatness}": 0 <= self.flatness < math.inf,
             f"--grad-norm-limit must be above 0, got {self.grad_norm_limit}": self.grad_norm_limit > 0,
         }
         for message, holds in demands.items():
