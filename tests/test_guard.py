@@ -239,6 +239,21 @@ def test_off_scores_and_decides_nothing(
     assert not (tmp_path / "run" / "best").exists()
 
 
+def test_without_the_base_nothing_is_decided(
+    root: Path, tmp_path: Path, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody has removed the first images: a later validation does not take their place."""
+    flags = ["--holdout-rewards", f"{own}:dark", "--guard", "stop"]
+    train(root, tmp_path / "run", *flags, "--max-train-steps", "1", "--guard", "off")
+    shutil.rmtree(tmp_path / "run" / "samples" / "step_000000")
+    capsys.readouterr()
+    rows = train(root, tmp_path / "run", *flags, "--resume-from-checkpoint", "latest")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert "guard: " not in capsys.readouterr().err
+    assert "validation_holdout" not in rows[-1]
+    assert not (tmp_path / "run" / "best").exists()
+
+
 def test_scores_of_before_there_were_held_out_ones_are_read(tmp_path: Path) -> None:
     guard = Guard(GuardConfig(), tmp_path)
     old = validation.Validation(folder=tmp_path, prompts=["a"], proxy=[0.5], gold=None, run="x")

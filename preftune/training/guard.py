@@ -50,7 +50,8 @@ class Guard:
         """Look again at what a run that is resumed after so many updates has validated before. `keep`: this process writes RUN/best,
         of the best one's checkpoint, where it is not there.
         """
-        self._seen = [(at, found) for at, found in taken(self.folder, self.ending) if at <= updates]
+        seen = [(at, found) for at, found in taken(self.folder, self.ending) if at <= updates]
+        self._seen = seen if seen and seen[0][0] == 0 else []  # nothing is compared without the base
         self._decide()
         self._warned = self.alarm is not None and not self.stops
         best = self.best()
@@ -65,8 +66,11 @@ class Guard:
     def see(self, updates: int, found: Validation, write: Callable[[Path], None] | None) -> dict[str, float]:
         """Note a validation after so many updates, and return metrics. `write` puts the weights into a folder, on the main process.
 
-        The base is seen first. A validation of the same updates as an earlier one takes its place.
+        The base is seen first; where its images were lost, nothing is decided. A validation of the same updates as an earlier one takes its
+        place.
         """
+        if updates and not self._seen:
+            return {}
         self._seen = [(at, one) for at, one in self._seen if at < updates] + [(updates, found)]
         self._decide()
         if write is not None:
