@@ -21,7 +21,7 @@ from preftune.training.config import ModelConfig, RewardConfig
 from preftune.training.defaults import learning_rate
 from preftune.training.optimizer import EMA, adamw
 from preftune.training.run_config import RunConfig
-from preftune.training.workspace import DTYPES, load_mix, load_model
+from preftune.training.workspace import DTYPES, load_model, load_scoring
 
 Precision = Literal["no", "bf16", "fp16"]
 Switch = Literal["off", "on"]
@@ -175,7 +175,7 @@ def load(trial: Trial) -> tuple[Family, nn.Module]:
 def ours(trial: Trial) -> Update:
     """Return the update of finetune/refl.py: its own functions, without the plumbing."""
     config = trial.refl()
-    mix, (family, denoiser) = load_mix(config.reward, torch.device(trial.device)), load(trial)
+    mix, (family, denoiser) = load_scoring(config.reward, torch.device(trial.device)).mix, load(trial)
     assert mix is not None, "a trial has a scorer"
     resolution = config.model.size(family.defaults)
 

@@ -24,10 +24,10 @@ from preftune.sampling import Sampling, initial_noise, sample
 from preftune.solver_names import SolverName
 from preftune.training import workspace
 from preftune.training.run import Run
+from preftune.training.validation import Scoring
 from record_trajectories import arguments
 from rewards import clip
 from rewards.card import Scorer
-from rewards.mix import Mix
 from transfers import DEVICE, Transfers
 
 PROMPTS = ["a red circle", "two blue stars"]
@@ -210,22 +210,23 @@ class Counted(Run):
 @pytest.fixture
 def updates(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[list[str], list[str]]]]:
     """A device for drivers: models load on the CPU and move there. What each update uploads and waits for."""
-    transfers, load_model, load_mix = Transfers(), workspace.load_model, workspace.load_mix
+    transfers, load_model, load_scoring = Transfers(), workspace.load_model, workspace.load_scoring
 
     def model(*args: Any, **rest: Any) -> tuple[Family, nn.Module]:
         with _disable_current_modes():
             family, denoiser = load_model(*args[:2], torch.device("cpu"), **rest)
         return family.to(DEVICE), denoiser
 
-    def mix(reward: Any, device: torch.device, **rest: Any) -> Mix | None:
+    def scoring(reward: Any, device: torch.device, **rest: Any) -> Scoring:
         with _disable_current_modes():
-            found = load_mix(reward, torch.device("cpu"), **rest)
-        for scorer in found.scorers if found is not None else ():
-            on_device(scorer)
+            found = load_scoring(reward, torch.device("cpu"), **rest)
+        for mix in (found.mix, found.holdout):
+            for scorer in mix.scorers if mix is not None else ():
+                on_device(scorer)
         return found
 
     monkeypatch.setattr(workspace, "load_model", model)
-    monkeypatch.setattr(workspace, "load_mix", mix)
+    monkeypatch.setattr(workspace, "load_scoring", scoring)
     monkeypatch.setattr(workspace, "Run", Counted)
     monkeypatch.setattr(Accelerator, "device", property(lambda _: DEVICE))
     Counted.transfers, Counted.updates = transfers, []

@@ -99,7 +99,7 @@ class Guard:
         return None if index is None else self._seen[index][0]
 
     def report(self) -> str | None:
-        """Return a paragraph on an alarm that has not been told, and draw its picture; None where there is none."""
+        """Return a paragraph on an alarm that has not been told; None where there is none."""
         if self.alarm is None or self._warned:
             return None
         self._warned = True

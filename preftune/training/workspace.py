@@ -256,13 +256,8 @@ def export(model: ModelConfig, family: Family, folder: Path) -> None:
         write_kohya(folder / KOHYA_FILE, lora_files.read(folder / "lora", layers), layers)
 
 
-def load_mix(reward: RewardConfig, device: torch.device, *, offload: bool = False) -> Mix | None:
-    """Return the scorers on the device, or with `offload` there while they are used; None without --rewards."""
-    return load_scoring(reward, device, offload=offload).mix
-
-
 def load_scoring(reward: RewardConfig, device: torch.device, *, offload: bool = False) -> Scoring:
-    """Return the scorers that are trained on and those that are held out, as `load_mix`.
+    """Return the scorers that are trained on and those that are held out, on the device, or with `offload` there while they are used.
 
     ValueError for a held-out scorer with the weights of a trained one.
     """
