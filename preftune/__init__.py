@@ -18,9 +18,31 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
-    from preftune.api import dpo, pretrain, raft, refl, reward_weighted, score, weird_lora
+    from preftune.api import (
+        dpo,
+        draft,
+        drtune,
+        flowbp,
+        pretrain,
+        raft,
+        refl,
+        reward_weighted,
+        score,
+        weird_lora,
+    )  # fmt: skip
 
-__all__ = ["dpo", "pretrain", "raft", "refl", "reward_weighted", "score", "weird_lora"]
+__all__ = [
+    "dpo",
+    "draft",
+    "drtune",
+    "flowbp",
+    "pretrain",
+    "raft",
+    "refl",
+    "reward_weighted",
+    "score",
+    "weird_lora",
+]
 
 
 if not TYPE_CHECKING:  # type checkers know the names from above, and no others

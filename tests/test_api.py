@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import importlib
 import inspect
 import os
 import random
@@ -29,8 +30,9 @@ import preftune
 import tiny
 from finetune import refl as program
 from preftune import api, cli
-from preftune.api import arguments, given_inputs
+from preftune.api import arguments, given_inputs, running
 from preftune.files import one_writer
+from preftune.programs import PROGRAMS
 from preftune.training.checkpoint import find_checkpoints
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -173,6 +175,45 @@ def test_every_call_returns_a_pipeline(root: Path, given: dict[str, Any]) -> Non
     assert [type(pipe).__name__ for pipe in pipes] == ["StableDiffusionPipeline"] * 5
     own = DiffusionPipeline.from_pretrained(f"{place}/a/pipeline", safety_checker=None)
     assert np.array_equal(image_of(pipes[0]), image_of(own))
+
+
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        ("draft", {"last_steps": 2, "eta": 0.5, "jitter": 2}),
+        ("drtune", {"active_steps": 1, "early_stop": 1}),
+        ("flowbp", {"surrogate": "lagrange", "input_share": 0.5}),
+        ("dpo", {"loss": "ipo", "beta": 20, "labels": "majority"}),
+    ],
+)
+def test_a_call_trains_the_weights_of_the_command(
+    method: str, own: dict[str, Any], given: dict[str, Any], root: Path, tmp_path: Path
+) -> None:
+    """Bit for bit, and not those of a run without the method's own arguments."""
+    inputs = (
+        {"data": [root / "rankings"]}
+        if method == "dpo"
+        else {"rewards": {"brightness": 1}, "prompts": str(root / "prompts.txt")}
+    )
+    if method != "dpo":
+        inputs |= {"num_inference_steps": 3, "guidance_scale": 2}
+    names = ("model", "max_train_steps", "resolution", "learning_rate", "train_batch_size", "gradient_accumulation_steps",
+             "num_validation_prompts", "sample", "threads")  # fmt: skip
+    common = {name: given[name] for name in names} | inputs
+    pipe = getattr(preftune, method)(**common | own, output_dir=tmp_path / "call")
+    assert pipe.get_list_adapters()
+    module = importlib.import_module(f"finetune.{method}")
+    for folder, more in (("command", own), ("plain", {})):
+        words = arguments.flags(
+            common | more | {"output_dir": tmp_path / folder}, cli.flag_types(module.Config)
+        )
+        assert module.main(cli.parse(module.Config, words)) == 0
+    called, commanded, plain = (
+        (tmp_path / folder / "lora" / "pytorch_lora_weights.safetensors").read_bytes()
+        for folder in ("call", "command", "plain")
+    )
+    assert called == commanded
+    assert called != plain
 
 
 @pytest.mark.parametrize(
@@ -455,7 +496,7 @@ def test_scores_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_without_arguments_it_is_the_demo(checkout: Path) -> None:
     flags = arguments.flags({}, cli.flag_types(program.Config))
     demo = cli.parse(program.Config, flags, default_config=program.TINY)
-    config, written = api._configure(program, {"max_train_steps": 7}, cli.flag_types(program.Config))
+    config, written = running.configure(program, {"max_train_steps": 7}, cli.flag_types(program.Config))
     assert demo.run.max_train_steps == 85
     assert (config.run.max_train_steps, config.model, written) == (7, demo.model, None)
 
@@ -463,9 +504,17 @@ def test_without_arguments_it_is_the_demo(checkout: Path) -> None:
 def test_help_and_an_import_without_torch() -> None:
     assert "sample_guidance_scale" in inspect.getdoc(preftune.refl)
     assert {"refl", "score"} <= set(dir(preftune))
+    programs = [
+        module.replace("finetune.", "") for module in PROGRAMS.values() if module.startswith("finetune.")
+    ]
+    sources = {name: Path(str(program.__file__)).with_name(f"{name}.py").read_text() for name in programs}
+    tuning = {name for name, source in sources.items() if "validation: Annotated[ValidationConfig" in source}
+    assert tuning == set(preftune.__all__) - {"score"}, (
+        "each program that tunes a diffusion model has a call in preftune/api"
+    )
     with pytest.raises(AttributeError, match="no attribute 'tune'"):
         preftune.tune  # noqa: B018
-    code = "import sys; sys.modules['torch'] = None; from preftune import raft, refl; help(refl)"
+    code = "import sys; sys.modules['torch'] = None; from preftune import flowbp, raft, refl; help(refl)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "prompts: Prompt file, or a list of strings." in done.stdout
