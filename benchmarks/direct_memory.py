@@ -5,17 +5,16 @@
 The drivers' own functions run on tensors without content (torch's FakeTensorMode) under CUDA's rules of autocast, with ImageReward as
 the scorer. `peak` is of an update, models included; `beyond` is what the update adds to them. `work` is the operations of an update
 relative to ReFL's published one (40 steps without guidance, a late step in 30..39): TFLOP are counted, so that what is computed again
-counts. Nothing is measured.
+counts. Of the steps without gradient one is counted, and taken as often as there are. Nothing is measured.
 """
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.paths import check_file
-from benchmarks.setting import Setting
+from benchmarks.setting import Method, Setting
 from preftune.cli import exit_on_user_error, parse
 
 STEPS = 50
@@ -53,100 +52,53 @@ class Config:
 if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
     CONFIG = parse(Config)
 
-import numpy as np
-import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.counter import GIB, Counter, cuda_autocast, totals
-from benchmarks.drivers import PROMPT, Loaded, Trained, build, load, refl_loss
+from benchmarks.counter import GIB, Counter, cuda_autocast
+from benchmarks.drivers import Trained, build, direct_latents, direct_settings, load, refl_loss
 from benchmarks.hardware import write_json
-from finetune import draft, drtune, flowbp
-from preftune import paths, surrogates
-from preftune.families import Pretrained
-from preftune.paths import Grid
-from preftune.surrogates import Part
+from benchmarks.prediction import phase
+from finetune import flowbp
 from preftune.training import direct
-from preftune.training.config import ModelConfig
-from preftune.training.direct_config import DirectConfig
-
-
-def latents_of(method: str, loaded: Loaded, grid: Grid, settings: DirectConfig) -> Tensor:
-    """Return the final latents of an update; the active steps are those of the first seed."""
-    name, _, count = method.partition("-")
-    texts, noise = loaded.prompts(loaded.setting.train_batch_size)
-    size, rng = loaded.setting.size(), np.random.default_rng(0)
-    common: dict[str, Any] = {
-        "prompts": Path("-"),
-        "model": ModelConfig(pretrained=Pretrained(model="-")),
-        "direct": settings,
-    }
-
-    def surrogate_latents(grid: Grid, parts: Sequence[Part], share: float) -> Tensor:
-        known = direct.filled(settings)
-        scale, gradient = known.guidance_scale, known.guidance_gradient
-        return paths.surrogate_latents(
-            loaded.family, texts, noise, grid, parts, size, scale, gradient, share
-        )[0]
-
-    if name == "draft":
-        own = draft.Config(last_steps=int(count), **common)
-        return draft.final_latents(loaded.family, texts, noise, STEPS - int(count), size, own)
-    if name == "drtune":
-        steps = drtune.Config(active_steps=int(count), early_stop=0.0, **common)
-        cut, active = drtune.choose(rng, grid, steps)
-        return surrogate_latents(cut, surrogates.sparse(cut.levels, active), 0.0)
-    chosen = flowbp.with_published(flowbp.Config(surrogate=name, **common))  # type: ignore[arg-type]
-    parts = flowbp.CHOOSE[chosen.surrogate](rng, grid.levels, flowbp.values_of(chosen))
-    return surrogate_latents(grid, parts, chosen.input_share or 0.0)
 
 
 def count(method: str, gradient: Any, config: Config) -> dict[str, float]:
     """Return peak and beyond in GiB, and TFLOP, of an update of one image."""
-    setting = Setting(train_batch_size=1, checkpointing="on" if config.checkpointing else "off")
-    loaded, counter = build(setting), Counter()
-    steps = STEPS if method.startswith("draft") else STEPS // 2
-    grid = paths.grid(loaded.family, steps, "ddim", setting.size())  # while the noise schedule has numbers
-    settings = DirectConfig(
-        num_inference_steps=steps, solver="ddim", guidance_scale=7.5, guidance_gradient=gradient
+    program: Method = (
+        "refl"
+        if method == "refl"
+        else "draft"
+        if method.startswith("draft")
+        else "drtune"
+        if method.startswith("drtune")
+        else "flowbp"
     )
+    setting = Setting(
+        method=program, train_batch_size=1, checkpointing="on" if config.checkpointing else "off"
+    )
+    loaded, counter = build(setting), Counter()
 
     def loss() -> Tensor:
         assert loaded.scorer is not None
         if method == "refl":
             return refl_loss(loaded)
-        pixels = direct.decoded(loaded.family, latents_of(method, loaded, grid, settings))
+        settings = replace(direct_settings(loaded), guidance_gradient=gradient)
+        pixels = direct.decoded(loaded.family, direct_latents(loaded, method, settings))
         return direct.losses(loaded.scorer(pixels, loaded.prompts(1)[0]), None).mean()
 
     with FakeTensorMode(allow_non_fake_inputs=True), cuda_autocast(), counter:
-        load(loaded)
-        if config.call_checkpointing and method != "refl":
-            direct.checkpoint_calls(loaded.family.denoiser)
+        load(loaded, call_checkpointing=config.call_checkpointing)
         trained = Trained(loaded)
         held = counter.now
-        counter.restart()
-        trained.update(loss)
-        peak, gflop = counter.peak, totals(counter.kernels)["gflop"]
-        if (
-            method == "refl"
-        ):  # its late step above is the second; published are 34.5 steps before it on average
-            gflop += (setting.late - 1) * lean_call(loaded, counter)
+        found = phase(
+            counter, loaded.family, lambda: trained.update(loss), 1, setting.late if method == "refl" else 1
+        )
     return {
-        "peak_gib": peak / GIB,
-        "beyond_gib": (peak - held) / GIB,
-        "tflop": gflop / 1e3,
+        "peak_gib": found.peak / GIB,
+        "beyond_gib": (found.peak - held) / GIB,
+        "tflop": found.per_image()["tflop_per_image"],
     }
-
-
-def lean_call(loaded: Loaded, counter: Counter) -> float:
-    """Return the GFLOP of a call of the denoiser without gradient and guidance."""
-    family = loaded.family
-    cond = family.encode([PROMPT])
-    x, t = torch.empty(1, *family.latent_shape(loaded.setting.size())), torch.ones(1, dtype=torch.int64)
-    with family.lean():
-        counter.restart()
-        family.predict(x, t, cond)
-        return totals(counter.kernels)["gflop"]
 
 
 def main(config: Config) -> int:

@@ -9,27 +9,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks import models, sdxl
-from benchmarks.setting import Setting
-from finetune import dpo, refl
+from benchmarks.setting import DIRECT, SCORED, Setting
+from finetune import dpo, draft, drtune, flowbp, refl
+from preftune import paths, surrogates
 from preftune.captioned_inputs import CaptionedInputs
 from preftune.diffusion_loss import captioned_loss
 from preftune.families import Pretrained, tiny
 from preftune.families.sd import SD
 from preftune.families.sdxl import SDXL
 from preftune.lora.config import LoRA
+from preftune.paths import Grid
 from preftune.sampling import Sampling, sample
+from preftune.training import defaults, direct
 from preftune.training.config import ModelConfig
+from preftune.training.direct_config import DirectConfig
 from preftune.training.labelled_pairs import Pair
 from preftune.training.optimizer import EMA, adamw
 from preftune.training.run_config import RunConfig
 from preftune.training.workspace import DTYPES
 from rewards.imagereward import FULL_SIZE, VOCAB, ImageReward
 
+VALIDATION_STEPS = 2
+"""Of `validate`, in place of the model's number."""
 PROMPT = "a red fox in the snow, digital art"
 
 
@@ -43,6 +50,8 @@ class Loaded:
     """Of the methods that have one."""
     second: nn.Module | None = None
     """The model before tuning, of dpo where all weights are trained."""
+    grid: Grid | None = None
+    """Of the methods whose gradient reaches several steps, made while the noise schedule has numbers."""
 
     def prompts(self, number: int) -> tuple[list[str], list[torch.Generator]]:
         """Return prompts and generators of so many images."""
@@ -63,7 +72,7 @@ def build(setting: Setting) -> Loaded:
                 "text_encoder_2": sdxl.text_encoder_2(), "tokenizer_2": parts["tokenizer"],
             }  # fmt: skip
         scorer = None
-        if setting.method in ("refl", "raft"):
+        if setting.method in SCORED:
             scorer = ImageReward(FULL_SIZE, VOCAB.read_text(encoding="utf-8"))
             scorer.eval().requires_grad_(False)
     family: SD | SDXL = SD(**parts) if setting.model == "sd1" else SDXL(**parts)
@@ -74,10 +83,20 @@ def build(setting: Setting) -> Loaded:
     if setting.method == "dpo" and setting.train == "full":
         with torch.device("meta"):
             second = (models.unet() if setting.model == "sd1" else sdxl.unet()).requires_grad_(False).eval()
-    return Loaded(setting=setting, family=family, scorer=scorer, second=second)
+    loaded = Loaded(setting=setting, family=family, scorer=scorer, second=second)
+    if setting.method in DIRECT:
+        known = direct.filled(direct_settings(loaded))
+        loaded.grid = paths.grid(family, known.num_inference_steps, known.solver, setting.size())
+    return loaded
 
 
-def load(loaded: Loaded) -> None:
+def direct_settings(loaded: Loaded) -> DirectConfig:
+    """Return the flags of a method whose gradient reaches several steps, with their defaults."""
+    own = defaults.direct(loaded.setting.method, loaded.family.defaults)
+    return DirectConfig(**{name.removeprefix("direct."): value for name, value in own.items()})  # type: ignore[arg-type]
+
+
+def load(loaded: Loaded, call_checkpointing: bool = True) -> None:
     """Give what was built its tensors on the CPU, as a driver does: scorer first, then the model in float32, then cast where it is frozen."""
     setting, family = loaded.setting, loaded.family
     if loaded.scorer is not None:
@@ -96,6 +115,8 @@ def load(loaded: Loaded) -> None:
     for denoiser in (family.denoiser, loaded.second):
         if dtype != torch.float32 and denoiser is not None:
             denoiser.forward = torch.autocast("cpu", dtype)(denoiser.forward)
+    if setting.method in DIRECT and call_checkpointing:
+        direct.checkpoint_calls(family.denoiser)
 
 
 def put(module: nn.Module, dtype: torch.dtype) -> None:
@@ -167,6 +188,43 @@ def refl_loss(loaded: Loaded) -> Tensor:
     return refl.reward_loss(loaded.scorer(pixels, texts), config.margin, scale=1.0)
 
 
+def direct_loss(loaded: Loaded) -> Tensor:
+    """Return the loss of an update of DRaFT, DRTune or FlowBP with their defaults; DRTune scores the last step."""
+    assert loaded.scorer is not None
+    last = {"draft": "draft-1", "drtune": "drtune-3", "flowbp": "sparse"}[loaded.setting.method]
+    latents = direct_latents(loaded, last, direct_settings(loaded))
+    texts, _ = loaded.prompts(len(latents))
+    return direct.losses(loaded.scorer(direct.decoded(loaded.family, latents), texts), None).mean()
+
+
+def direct_latents(loaded: Loaded, method: str, settings: DirectConfig) -> Tensor:
+    """Return the final latents of an update of draft-K, drtune-K, or a surrogate of flowbp; the active steps are those of a seed."""
+    assert loaded.grid is not None
+    name, _, count = method.partition("-")
+    texts, noise = loaded.prompts(loaded.setting.train_batch_size)
+    size, rng, known = loaded.setting.size(), np.random.default_rng(0), direct.filled(settings)
+    common: dict[str, Any] = {
+        "prompts": Path("-"),
+        "model": ModelConfig(pretrained=Pretrained(model="-")),
+        "direct": settings,
+    }
+    if name == "draft":
+        live = draft.Config(last_steps=int(count), **common)
+        first = known.num_inference_steps - int(count)
+        return draft.final_latents(loaded.family, texts, noise, first, size, live)
+    grid, share = loaded.grid, 0.0
+    if name == "drtune":
+        spaced = drtune.Config(active_steps=int(count), early_stop=0.0, **common)
+        grid, active = drtune.choose(rng, grid, spaced)
+        parts = surrogates.sparse(grid.levels, active)
+    else:
+        chosen = flowbp.with_published(flowbp.Config(surrogate=name, **common))  # type: ignore[arg-type]
+        parts = flowbp.CHOOSE[chosen.surrogate](rng, grid.levels, flowbp.values_of(chosen))
+        share = chosen.input_share or 0.0
+    scale, gradient = known.guidance_scale, known.guidance_gradient
+    return paths.surrogate_latents(loaded.family, texts, noise, grid, parts, size, scale, gradient, share)[0]
+
+
 def data_loss(loaded: Loaded, folder: Path) -> Tensor:
     """Return the loss of an update of the methods that learn from images; writes one to the folder."""
     setting, size, image = loaded.setting, loaded.setting.size(), folder / "image.png"
@@ -202,15 +260,19 @@ def loss_of(loaded: Loaded, folder: Path) -> Callable[[], Tensor]:
     """Return the loss of an update of the setting's method."""
     if loaded.setting.method == "refl":
         return lambda: refl_loss(loaded)
+    if loaded.setting.method in DIRECT:
+        return lambda: direct_loss(loaded)
     if loaded.setting.method == "dpo":
         return lambda: pair_loss(loaded, folder)
     return lambda: data_loss(loaded, folder)
 
 
 def validate(loaded: Loaded) -> None:
-    """Generate a batch of validation images in two steps, and score them."""
+    """Generate a batch of validation images in few steps, and score them."""
     number = loaded.setting.sample_batch_size
-    settings = Sampling(num_inference_steps=2, solver="ddim", batch_size=number).at(loaded.setting.size())
+    settings = Sampling(num_inference_steps=VALIDATION_STEPS, solver="ddim", batch_size=number).at(
+        loaded.setting.size()
+    )
     texts, _ = loaded.prompts(number)
     for pixels in sample(loaded.family, texts, range(number), settings):
         if loaded.scorer is not None:

@@ -51,9 +51,9 @@ class Config:
     """Pixels: 512, or WIDTHxHEIGHT as 768x512; None = 512 for sd1, 1024 for sdxl."""
     lora: LoRA = field(default_factory=LoRA)
     checkpointing: Switch | None = None
-    """Gradient checkpointing of the denoiser, and for refl of the decoder; None = on for refl, else off."""
+    """Gradient checkpointing of the denoiser, and for refl, draft, drtune and flowbp of the decoder; None = on for these, else off."""
     reward_precision: RewardPrecision = "fp32"
-    """Precision of the scorer, ImageReward; refl and raft have it in memory."""
+    """Precision of the scorer, ImageReward, which refl, draft, drtune, flowbp and raft have in memory."""
     use_8bit_adam: bool = False
     """Keep AdamW's moments in 8 bits."""
     ema_decay: float = 0.0

@@ -7,7 +7,7 @@ from dataclasses import replace
 from benchmarks.cards import CARDS
 from benchmarks.drivers import build
 from benchmarks.prediction import CONTEXT_GIB, FRAGMENTATION, GIB, Phase, count_images, count_update, fits
-from benchmarks.setting import Method, Model, RewardPrecision, Setting, Train
+from benchmarks.setting import SCORED, Method, Model, RewardPrecision, Setting, Train
 from preftune.training.workspace import DTYPES
 
 SIZES = (8, 12, 16, 24, 40, 80)
@@ -34,7 +34,7 @@ def ladder(model: Model, method: Method, train: Train) -> Iterator[Setting]:
     for batch in (IMAGES, 4, 2, 1):
         yield replace(on, train_batch_size=batch)
     smallest = replace(on, train_batch_size=1)
-    if method in ("refl", "raft"):
+    if method in SCORED:
         smallest = replace(smallest, reward_precision="bf16")
         yield smallest
     if train == "full":

@@ -1,7 +1,7 @@
 """Memory, work and time of a method, from the driver's own functions on fake tensors.
 
-Counted: peak memory, operations, kernels, bytes. Modelled from them: times, by `seconds`. An update's trajectory is counted with
-one step without gradient, which is then taken as often as the trajectory has it.
+Counted: peak memory, operations, kernels, bytes. Modelled from them: times, by `seconds`. Of a trajectory's steps without gradient
+one is counted, and then taken as often as there are.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +15,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.cards import CARDS, Card
-from benchmarks.counter import GIB, Counter, Kernel, cuda_autocast, marked, totals
-from benchmarks.drivers import Trained, build, load, loss_of, validate
+from benchmarks.counter import GIB, Counter, Kernel, cuda_autocast, lean_steps, totals
+from benchmarks.drivers import VALIDATION_STEPS, Trained, build, load, loss_of, validate
 from benchmarks.setting import Setting
 from preftune.families import Family
 
@@ -107,21 +107,18 @@ def phase(
     family: Family,
     what: Callable[[], object],
     images: int,
-    steps: Callable[[int], float] | None,
+    times: float = 1.0,
 ) -> Phase:
-    """Count `what`; of the denoiser's calls all but the last are steps without gradient, of which the run has steps(calls).
-
-    None: there is no trajectory, each call is what it is.
-    """
+    """Count `what`; for each step without gradient that it has, the run has `times` of them."""
     counter.restart()
-    with marked(family, "predict", counter) as marks:
+    with lean_steps(family, counter) as lean:
         what()
-    kernels, number = counter.kernels, 0 if steps is None else len(marks) - 1
-    assert number <= 1, "two calls of the denoiser at most"
-    step = kernels[marks[0] : marks[1]] if number else []
-    rest = kernels[: marks[0]] + kernels[marks[number] :] if number else kernels
     return Phase(
-        peak=counter.peak, images=images, steps=0.0 if steps is None else steps(number), step=step, rest=rest
+        peak=counter.peak,
+        images=images,
+        steps=lean.number * times,
+        step=lean.kernels,
+        rest=counter.kernels,
     )
 
 
@@ -131,8 +128,8 @@ def count_update(setting: Setting) -> tuple[Phase, dict[str, int]]:
         at_rest, loaded = counter.now, trained.loaded
         loss = loss_of(loaded, Path(folder))
         batch = setting.train_batch_size
-        steps = None if setting.method == "dpo" else lambda calls: setting.late * calls
-        found = phase(counter, loaded.family, lambda: trained.update(loss), batch, steps)
+        times = setting.late if setting.method == "refl" else 1.0
+        found = phase(counter, loaded.family, lambda: trained.update(loss), batch, times)
         return found, {"weights": at_rest, "loading": loading}
 
 
@@ -140,8 +137,8 @@ def count_images(setting: Setting) -> Phase:
     """Count a batch of validation images: the model family's number of steps, with guidance."""
     with counting(setting) as (counter, trained, _):
         family, number = trained.loaded.family, setting.sample_batch_size
-        steps = family.defaults.num_inference_steps - 1
-        return phase(counter, family, lambda: validate(trained.loaded), number, lambda _: steps)
+        times = family.defaults.num_inference_steps / VALIDATION_STEPS
+        return phase(counter, family, lambda: validate(trained.loaded), number, times)
 
 
 def predict(setting: Setting) -> dict[str, Any]:

@@ -7,11 +7,20 @@ from preftune.resolution import Resolution
 from preftune.resolution import parse as parse_resolution
 
 Model = Literal["sd1", "sdxl"]
-Method = Literal["refl", "raft", "pretrain", "reward_weighted", "weird_lora", "dpo"]
+Method = Literal[
+    "refl", "raft", "pretrain", "reward_weighted", "weird_lora", "dpo", "draft", "drtune", "flowbp"
+]
 Train = Literal["lora", "full"]
 Switch = Literal["off", "on"]
 Precision = Literal["no", "fp16", "bf16"]
 RewardPrecision = Literal["fp32", "fp16", "bf16"]
+
+DIRECT = ("draft", "drtune", "flowbp")
+"""Methods whose gradient of a reward reaches several steps."""
+THROUGH_PIXELS = ("refl", *DIRECT)
+"""Methods with a gradient through the decoder, whose denoiser and decoder are checkpointed by default."""
+SCORED = (*THROUGH_PIXELS, "raft")
+"""Methods with a scorer in training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +61,12 @@ class Setting:
             raise ValueError(f"--resolution: {error}") from error
 
     def checkpointed(self) -> bool:
-        """Return whether the activations of the denoiser, and for refl of the decoder, are computed again."""
-        return self.method == "refl" if self.checkpointing is None else self.checkpointing == "on"
+        """Return whether the activations of the denoiser, and with a gradient through it of the decoder, are computed again."""
+        return self.method in THROUGH_PIXELS if self.checkpointing is None else self.checkpointing == "on"
 
     def flags(self) -> list[str]:
         """Return the driver's flags for it, without those that are its defaults or do nothing in the method."""
-        own = self.method == "refl"
+        own = self.method in THROUGH_PIXELS
         names = ["gradient-checkpointing", *(["vae-checkpointing"] if own else [])]
         words = [f"--train-batch-size {self.train_batch_size}"]
         words += [
@@ -66,7 +75,7 @@ class Setting:
         words += ["--train full"] * (self.train == "full")
         words += [f"--lora.rank {self.rank}"] * (self.train == "lora" and self.rank != 4)
         words += ["--use-8bit-adam"] * self.use_8bit_adam
-        if self.reward_precision != "fp32" and self.method in ("refl", "raft"):
+        if self.reward_precision != "fp32" and self.method in SCORED:
             words.append(f"--reward-precision {self.reward_precision}")
         words += [f"--sample.batch-size {self.sample_batch_size}"] * (self.sample_batch_size != 8)
         return words

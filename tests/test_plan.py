@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import count, plan, plan_table, prediction
 from benchmarks.cards import CARDS
-from benchmarks.counter import BLOCK, Counter, Kernel, cuda_autocast, largest, totals
-from benchmarks.setting import Setting
+from benchmarks.counter import BLOCK, Counter, Kernel, cuda_autocast, largest, lean_steps, totals
+from benchmarks.setting import SCORED, THROUGH_PIXELS, Setting
 from preftune import cli
+from preftune.noise import Prediction
 
 MIB = 2**20
 
@@ -115,6 +117,52 @@ def test_seconds_are_bounded_by_the_card_and_the_host() -> None:
     )
 
 
+class Square:
+    """A family whose network is x @ x."""
+
+    def lean(self) -> AbstractContextManager[None]:
+        return torch.no_grad()
+
+    def predict(self, x: torch.Tensor) -> Prediction:
+        return Prediction(x @ x, x + 1, x.relu())
+
+
+def test_steps_without_gradient_are_counted_once() -> None:
+    """And as often as there are; a call with gradient, or without it but not lean, is what it is."""
+
+    def run(family: Square, x: torch.Tensor) -> None:
+        with family.lean():
+            for _ in range(3):
+                x = family.predict(x).output
+        with torch.no_grad():
+            family.predict(x)
+        family.predict(x.requires_grad_()).x0.sum().backward()
+
+    family = Square()
+    with FakeTensorMode(), Counter() as counter:
+        run(family, torch.empty(512, 512))
+        names, peak = [kernel.name for kernel in counter.kernels], counter.peak
+    with FakeTensorMode(), Counter() as counter:
+        with lean_steps(family, counter) as lean:
+            run(family, torch.empty(512, 512))
+        assert lean.number == 3
+        assert [kernel.name for kernel in lean.kernels] == ["mm", "add", "relu"] == names[:3]
+        assert [kernel.name for kernel in counter.kernels] == names[9:]
+        assert counter.peak == peak
+        phase = prediction.phase(counter, family, lambda: run(family, torch.empty(512, 512)), 1, times=2.0)  # type: ignore[arg-type]
+        assert (phase.steps, len(phase.step), len(phase.rest)) == (6, 3, len(names) - 9)
+    assert "predict" not in vars(family), "as it was"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "tflop"), [("draft", 92.2), ("flowbp", 56.0)])
+def test_gradients_through_steps_take_the_memory_of_one(method: plan_table.Method, tflop: float) -> None:
+    """What benchmarks/direct_memory.py counts of an image at 512 px, with a LoRA and all checkpointing."""
+    found, _ = prediction.count_update(Setting(method=method, train_batch_size=1))
+    assert found.peak / prediction.GIB == pytest.approx(5.84, abs=0.02)
+    assert found.per_image()["tflop_per_image"] == pytest.approx(tflop, rel=0.01)
+
+
 @pytest.mark.slow
 def test_pairs_of_stable_diffusion_fit_into_10_gb() -> None:
     """Two at 512 px with a LoRA: one pass without gradient, the reference, and one with it."""
@@ -130,14 +178,15 @@ def test_pairs_of_stable_diffusion_fit_into_10_gb() -> None:
     )
 
 
-@pytest.mark.parametrize("method", ["refl", "raft", "pretrain", "dpo"])
+@pytest.mark.parametrize("method", ["refl", "raft", "pretrain", "dpo", "draft", "drtune", "flowbp"])
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_the_flags_that_a_plan_names_are_the_drivers(
     method: plan_table.Method, train: plan_table.Train
 ) -> None:
     """And they say the same: the driver that gets them is the one that was planned."""
     driver = importlib.import_module(f"finetune.{method}")
-    needed = {"refl": "--prompts p.txt --model m", "raft": "--prompts p.txt --model m --rewards imagereward=1", "pretrain": "--data d --model m", "dpo": "--data d --model m"}  # fmt: skip
+    needed = dict.fromkeys(THROUGH_PIXELS, "--prompts p.txt --model m")
+    needed |= {"raft": "--prompts p.txt --model m --rewards imagereward=1", "pretrain": "--data d --model m", "dpo": "--data d --model m"}  # fmt: skip
     settings = list(plan_table.ladder("sd1", method, train))
     assert len(settings) >= 5
     for setting in (*settings, replace(settings[0], sample_batch_size=2)):
@@ -148,9 +197,9 @@ def test_the_flags_that_a_plan_names_are_the_drivers(
         assert config.model.train == train
         assert config.run.use_8bit_adam == setting.use_8bit_adam
         assert config.validation.sample.batch_size == setting.sample_batch_size
-        if method == "refl":
+        if method in THROUGH_PIXELS:
             assert config.model.vae_checkpointing == setting.checkpointed()
-        if method in ("refl", "raft"):
+        if method in SCORED:
             assert config.reward.reward_precision == setting.reward_precision
 
 
