@@ -1,6 +1,6 @@
 """Memory and work of an update of DRaFT, DRTune and FlowBP at the size of Stable Diffusion 1.x, counted on fake tensors.
 
-    python benchmarks/direct_memory.py                       # 512 px, LoRA, one image: a quarter of an hour on one core, no GPU
+    python benchmarks/direct_memory.py                       # 512 px, LoRA, one image: a quarter of an hour on a quiet core, no GPU
 
 The drivers' own functions run on tensors without content (torch's FakeTensorMode) under CUDA's rules of autocast, with ImageReward as
 the scorer. `peak` is of an update, models included; `beyond` is what the update adds to them. `work` is the operations of an update

@@ -15,15 +15,14 @@ to the latents before, and the reward of the final image is maximised. `--trunca
     python finetune/draft.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts my_prompts.txt --last-steps 5
 
 Differences from AlignProp's released code: pixels are normalised once (its losses do it twice, so that scorers see [0.5, 1] and half
-of the gradient) and not clamped; steps before the truncation run without gradient instead of being computed twice. Left out: DRaFT+'s
-distance to the base model. Gradients through many live steps contain products of Jacobians, which can explode:
+of the gradient) and not clamped; steps before the truncation run without gradient instead of being computed twice. `--base-distance` is
+DRaFT+'s. Gradients through many live steps contain products of Jacobians, which can explode:
 `--grad-norm-limit` ends such a run; `preftune drtune` has no such products. Hardware: a GPU for Stable Diffusion.
 """
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -33,7 +32,7 @@ import tyro
 from preftune.cli import exit_on_user_error, parse
 from preftune.training import direct_config
 from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig
-from preftune.training.direct_config import DirectConfig, Truncation, check_rewards
+from preftune.training.direct_config import DirectConfig, Truncation, check_groups
 from preftune.training.run_config import RunConfig
 
 TINY = Path(__file__).parent / "configs" / "draft" / "tiny.yaml"
@@ -78,7 +77,7 @@ class Config:
             )
         if not 0 <= self.eta <= 1:
             raise ValueError(f"--eta must lie in [0, 1], got {self.eta:g}")
-        check_rewards(self.reward)
+        check_groups(self.direct, self.model, self.reward)
 
 
 if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
@@ -105,10 +104,11 @@ def final_latents(
     first: int,
     resolution: Resolution,
     config: Config,
+    distances: list[Tensor] | None = None,
 ) -> Tensor:
     """Return the final latents (B, C, h, w) of DDIM with `eta`, with gradient through step `first` and all after it.
 
-    With lv_copies n they are (B (n + 1), C, h, w): first those of the sample, then of each copy.
+    With lv_copies n they are (B (n + 1), C, h, w): first those of the sample, then of each copy. `distances` as in `paths.predict`.
     """
     settings = direct.filled(config.direct)
     cond, shape = family.encode(prompts), family.latent_shape(resolution)
@@ -118,10 +118,11 @@ def final_latents(
     x = next(drawn)
     _, steps = ahead.steps(family, grid, draws, drawn, len(x))
     scale = settings.guidance_scale
-    predict = partial(paths.predict, family, guidance_scale=scale, gradient=settings.guidance_gradient)
+    gradient = settings.guidance_gradient
 
     def step(x: Tensor, now: Ahead) -> Tensor:
-        transition = ddim(predict(x, now.t, cond), now.level, now.next_level, config.eta)
+        prediction = paths.predict(family, x, now.t, cond, scale, gradient, distances)
+        transition = ddim(prediction, now.level, now.next_level, config.eta)
         return transition.mean if now.noise is None else transition.sample(now.noise)
 
     with family.lean():
@@ -142,14 +143,15 @@ def main(config: Config) -> int:
     """Tune, validate and save."""
     with exit_on_user_error():
         config, inputs = direct.check(config, "draft", levels=False)
-        steps = direct.filled(config.direct).num_inference_steps
-        if config.last_steps > steps:
-            raise ValueError(f"--last-steps {config.last_steps} is more than --num-inference-steps {steps}")
+        direct.check_steps("--last-steps", config.last_steps, config.direct)
+    steps = direct.filled(config.direct).num_inference_steps
     with direct.open(config, "draft", inputs) as w:
         for index in w.run.steps():
             first = first_live_step(w.run.rng(index), steps, config.truncation, config.last_steps)
             for batch in direct.batches(w, inputs.prompts, index, config.direct):
-                latents = final_latents(w.family, batch.prompts, batch.noise, first, w.resolution, config)
+                latents = final_latents(
+                    w.family, batch.prompts, batch.noise, first, w.resolution, config, batch.distances
+                )
                 losses, reward = batch.losses(latents)
                 batch.update(losses.mean(), reward=reward.mean(), first_step=float(first))
             w.after(index)

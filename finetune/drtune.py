@@ -27,7 +27,7 @@ import tyro
 from preftune.cli import exit_on_user_error, parse
 from preftune.training import direct_config
 from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig
-from preftune.training.direct_config import DirectConfig, check_rewards
+from preftune.training.direct_config import DirectConfig, check_groups
 from preftune.training.run_config import RunConfig
 
 TINY = Path(__file__).parent / "configs" / "drtune" / "tiny.yaml"
@@ -56,7 +56,7 @@ class Config:
             raise ValueError(f"--active-steps must be at least 1, got {self.active_steps}")
         if not 0 <= self.early_stop <= 1:
             raise ValueError(f"--early-stop must lie in [0, 1], got {self.early_stop:g}")
-        check_rewards(self.reward)
+        check_groups(self.direct, self.model, self.reward)
 
 
 if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
@@ -82,6 +82,7 @@ def main(config: Config) -> int:
     """Tune, validate and save."""
     with exit_on_user_error():
         config, inputs = direct.check(config, "drtune", levels=True)
+        direct.check_steps("--active-steps", config.active_steps, config.direct)
     with direct.open(config, "drtune", inputs) as w:
         settings = direct.filled(config.direct)
         whole = paths.grid(w.family, settings.num_inference_steps, settings.solver, w.resolution)

@@ -32,7 +32,7 @@ import tyro
 from preftune.cli import exit_on_user_error, parse
 from preftune.training import direct_config
 from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig
-from preftune.training.direct_config import DirectConfig, check_rewards
+from preftune.training.direct_config import DirectConfig, check_groups
 from preftune.training.run_config import RunConfig
 
 TINY = Path(__file__).parent / "configs" / "flowbp" / "tiny.yaml"
@@ -65,7 +65,7 @@ class Config:
     input_share: float | None = None
     """Share of the gradient through the input at the anchor or second leap, in [0, 1]; None = 0.5 bridge, 0.1 lagrange, 0.3 leapalign."""
     order: int | None = None
-    """Directions that integrate a leap of lagrange; None = 3."""
+    """Directions that integrate a leap of lagrange, or all its steps where it has fewer; None = 3."""
     second_gradient: float | None = None
     """Factor of the gradient of a leap's second direction, in [0, 1]; None = 0.25."""
     tau: float | None = None
@@ -82,9 +82,9 @@ class Config:
 
     def __post_init__(self) -> None:
         own = PUBLISHED[self.surrogate]
-        least = 2 if self.surrogate == "bridge" else 1
+        least = 2 if self.surrogate == "bridge" else 1  # before the anchor, and the anchor
         limits = {
-            "active_steps": (least, float("inf")),
+            "active_steps": (least, 1000),
             "late_bias": (0, 64),
             "gradient_rescale": (0, 1),
             "input_share": (0, 1),
@@ -100,8 +100,10 @@ class Config:
                     f"{flag} {value} does nothing with --surrogate {self.surrogate}; it is for {users}"
                 )
             if value is not None and not low <= value <= high:
-                raise ValueError(f"{flag} must lie in [{low:g}, {high:g}], got {value}")
-        check_rewards(self.reward)
+                raise ValueError(
+                    f"{flag} must lie in [{low:g}, {high:g}] with --surrogate {self.surrogate}, got {value}"
+                )
+        check_groups(self.direct, self.model, self.reward)
 
 
 if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
@@ -117,8 +119,10 @@ from preftune.training import direct
 
 
 def with_published(config: Config) -> Config:
-    """Return the configuration with the published value of each flag of its surrogate that is left out."""
-    own: Mapping[str, Any] = PUBLISHED[config.surrogate]
+    """Return the configuration with the published value of each flag of its surrogate that is left out; K at most all steps."""
+    own: dict[str, Any] = {**PUBLISHED[config.surrogate]}
+    if "active_steps" in own:
+        own["active_steps"] = min(own["active_steps"], direct.filled(config.direct).num_inference_steps)
     return replace(config, **{name: value for name, value in own.items() if getattr(config, name) is None})
 
 
@@ -174,10 +178,11 @@ CHOOSE = {
 def main(config: Config) -> int:
     """Tune, validate and save."""
     with exit_on_user_error():
-        config, inputs = direct.check(with_published(config), "flowbp", levels=True)
-        settings = direct.filled(config.direct)
+        config, inputs = direct.check(config, "flowbp", levels=True)
+        config, settings = with_published(config), direct.filled(config.direct)
         if settings.num_inference_steps < 2:
             raise ValueError("--num-inference-steps must be at least 2 for two parts of a trajectory, got 1")
+        direct.check_steps("--active-steps", config.active_steps or 1, config.direct)
     values = values_of(config)
     with direct.open(config, "flowbp", inputs) as w:
         grid = paths.grid(w.family, settings.num_inference_steps, settings.solver, w.resolution)

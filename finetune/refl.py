@@ -41,6 +41,7 @@ from preftune.training.config import (
     ModelConfig,
     RewardConfig,
     ValidationConfig,
+    check_base_distance,
     check_dropout,
     check_guidance,
 )
@@ -139,12 +140,6 @@ class Config:
             f"--pretraining {self.pretraining} needs --data IMAGEFOLDER; or choose --pretraining off": (
                 self.pretraining in (None, "off") or self.data is not None
             ),
-            f"--base-distance must be 0 or more and finite, got {self.base_distance}": (
-                0 <= self.base_distance < math.inf
-            ),
-            f"--base-distance {self.base_distance} compares with the model whose LoRA is off, and --train full has none; use --train lora": (
-                self.base_distance == 0 or self.model.train == "lora"
-            ),
             "--rewards is empty; name a scorer whose gradient is followed, as imagereward=1.0": bool(
                 self.reward.rewards
             ),
@@ -156,6 +151,7 @@ class Config:
             check_rollout_steps(self, self.window)
         if self.reward_vae is not None:
             vae_folder(str(self.reward_vae), "--reward-vae")
+        check_base_distance(self.base_distance, self.model.train)
         check_guidance(self.guidance_scale)
         check_dropout(self.caption_dropout)
         if self.cache.is_on and (self.data is None or self.pretraining == "off"):

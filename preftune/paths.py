@@ -89,18 +89,50 @@ def direction(prediction: Prediction, kind: PredictionType) -> Tensor:
 
 
 def predict(
-    family: Family, x: Tensor, t: Tensor, cond: Cond, guidance_scale: float, gradient: GuidanceGradient
+    family: Family,
+    x: Tensor,
+    t: Tensor,
+    cond: Cond,
+    guidance_scale: float,
+    gradient: GuidanceGradient,
+    distances: list[Tensor] | None = None,
 ) -> Prediction:
     """Return `family.predict` with gradient through both predictions of guidance, or through the prompt's alone.
 
-    The latter takes two calls instead of one of twice the batch; the negative prompt's has no gradient, not to x either.
+    The latter takes two calls instead of one of twice the batch; the negative prompt's has no gradient, not to x either. To a list of
+    `distances` that of the prediction from the base model's is added, see `base_distance`.
     """
     if guidance_scale <= 1 or gradient == "both":
-        return family.predict(x, t, cond, guidance_scale)
-    with torch.no_grad():
-        without = family.predict(x, t, cond.unconditional()).output
-    output = without + guidance_scale * (family.predict(x, t, cond).output - without)
-    return predict_from(output, x, *family.schedule(t), family.prediction_type)
+        found = family.predict(x, t, cond, guidance_scale)
+    else:
+        with torch.no_grad():
+            without = family.predict(x, t, cond.unconditional()).output
+        output = without + guidance_scale * (family.predict(x, t, cond).output - without)
+        found = predict_from(output, x, *family.schedule(t), family.prediction_type)
+    if distances is not None:
+        here = predict(family, x.detach(), t, cond, guidance_scale, gradient) if x.requires_grad else found
+        distances.append(base_distance(family, here, x.detach(), t, cond, guidance_scale, gradient))
+    return found
+
+
+def base_distance(
+    family: Family,
+    prediction: Prediction,
+    x: Tensor,
+    t: Tensor,
+    cond: Cond,
+    guidance_scale: float,
+    gradient: GuidanceGradient,
+) -> Tensor:
+    """Return the mean squared difference (B,) between the noise of a prediction at latents x, a constant, and that which the model before
+    tuning predicts there: DRaFT+, whose default is a single live step. At several, a step's distance moves the weights alone, not
+    where the steps before it lead.
+    """
+    with torch.no_grad(), family.reference():
+        base = predict(
+            family, x, t, cond, guidance_scale, gradient
+        ).eps  # by the same calls, so with the same rounding
+    return (prediction.eps - base).square().flatten(1).mean(1)
 
 
 def surrogate_latents(
@@ -113,9 +145,10 @@ def surrogate_latents(
     guidance_scale: float,
     gradient: GuidanceGradient,
     share: float = 0.0,
+    distances: list[Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the final latents (B, C, h, w) of a trajectory, bit for bit, with the gradient of the surrogate of these parts, and each
-    part's distance from the trajectory, mean |difference| of latents (B,).
+    part's distance from the trajectory, mean |difference| of latents (B,). `distances` are those of `predict`.
 
     The trajectory runs without gradient; then the active calls are repeated with gradient.
     """
@@ -125,9 +158,9 @@ def surrogate_latents(
 
     def call(i: int, y: Tensor) -> Tensor:
         x, t = on.scales[i] * y, timesteps[i].expand(len(y))
-        prediction = predict(family, x, t, cond, guidance_scale, gradient)
+        prediction = predict(family, x, t, cond, guidance_scale, gradient, distances)
         return direction(prediction, family.prediction_type)
 
-    y, distances = surrogate(parts, path.states, path.directions, call, share)
-    misses = [on.scales[part.end] * distance for part, distance in zip(parts, distances, strict=True)]
+    y, missed = surrogate(parts, path.states, path.directions, call, share)
+    misses = [on.scales[part.end] * distance for part, distance in zip(parts, missed, strict=True)]
     return pinned(on.scales[-1] * y, path.latents), misses

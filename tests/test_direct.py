@@ -2,6 +2,7 @@
 papers' formulas, and against finite differences, all in float64 on tiny networks.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -437,6 +438,101 @@ def test_the_grid_ends_where_sampling_ends(root: Path, tmp_path: Path) -> None:
     assert cut.scales == (*grid.scales[:3], 1.0)
     assert cut.levels == (*grid.levels[:3], 0.0)
     assert isinstance(cut, Grid)
+
+
+def test_the_published_number_of_active_steps_is_at_most_all_steps() -> None:
+    """A distilled model has four; replayed from its config.yaml, the run is not refused."""
+    few, many = (flowbp.with_published(config(flowbp, settings(n), surrogate="bridge")) for n in (4, 25))
+    assert (few.active_steps, many.active_steps) == (4, 5)
+
+
+# ---------------------------------------------------------------- the base model
+
+
+@pytest.mark.parametrize("gradient", ["both", "positive"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_distance_to_the_base_is_that_of_guided_noise_at_the_live_steps(
+    prediction: str, gradient: Any, tmp_path: Path, in_float64: None
+) -> None:
+    """Written out for the last two of four steps, at latents that are constants; the sample and its gradient are as without it."""
+    case, plain = (Case(tmp_path, prediction, LoRA(rank=2)) for _ in range(2))
+    with torch.no_grad():
+        for weight in plain.weights:
+            weight.zero_()
+        states = loop(case, 4, 0, guidance=3.0, eta=0.0)
+    abar = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
+
+    def noise(of: Case, i: int) -> Tensor:
+        t, x = 250 * (3 - i) + 1, states[i]
+        given, without = (of.family.encode(texts).positive["embeds"] for texts in (PROMPTS, [""] * 2))
+        out, empty = (of.family.unet(x, t, embeds).sample for embeds in (given, without))
+        empty = empty.detach() if gradient == "positive" else empty
+        out = empty + 3 * (out - empty)
+        return out if prediction == "epsilon" else abar[t].sqrt() * out + (1 - abar[t]).sqrt() * x
+
+    own = config(draft, settings(4, guidance_scale=3.0, guidance_gradient=gradient), last_steps=2)
+    found: list[Tensor] = []
+    latents = draft.final_latents(case.family, PROMPTS, case.generators(), 2, AT, own, found)
+    expected = [(noise(case, i) - noise(plain, i).detach()).square().mean((1, 2, 3)) for i in (2, 3)]
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-4, atol=1e-9)
+    without = draft.final_latents(case.family, PROMPTS, case.generators(), 2, AT, own)
+    assert torch.equal(latents, without)
+    distance, reward = case.slope(torch.stack(expected).mean()), case.slope(case_loss(case, without))
+    weight = reward / distance  # both parts count
+    both = case_loss(case, latents) + weight * torch.stack(found).mean()
+    assert case.slope(both) == pytest.approx(2 * reward, rel=1e-4)
+
+
+def run_with_distance(
+    driver: str, weight: float, root: Path, output: Path, *flags: str
+) -> list[dict[str, float]]:
+    argv = [*recorded.arguments(driver, root, output), "--base-distance", str(weight), *flags]
+    assert recorded.train(driver, argv) == 0
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+_BRIEF = ("--max-train-steps", "2", "--num-validation-prompts", "1", "--checkpointing-steps", "0", "--gradient-accumulation-steps", "1")  # fmt: skip
+
+
+@pytest.mark.parametrize("driver", ["draft", "drtune", "flowbp"])
+def test_the_distance_is_part_of_the_loss(driver: str, root: Path, tmp_path: Path) -> None:
+    """0 before the first update; in the second the loss is that of a run without it, and the weighted distance."""
+    light, heavy = (
+        run_with_distance(driver, weight, root, tmp_path / f"{weight:g}", *_BRIEF) for weight in (1e-9, 1e2)
+    )
+    assert [rows[0]["base_distance"] for rows in (light, heavy)] == pytest.approx([0, 0], abs=1e-12)
+    distance = heavy[1]["base_distance"]
+    assert distance == pytest.approx(light[1]["base_distance"], rel=0.05), "it had no gradient before"
+    assert heavy[1]["loss"] - light[1]["loss"] == pytest.approx(1e2 * distance, rel=0.05)
+    assert distance > 1e-8
+
+
+def test_the_distance_to_the_base_holds_the_model_back(root: Path, tmp_path: Path) -> None:
+    flags = (
+        *_BRIEF,
+        "--adam-epsilon",
+        "1e-8",
+        "--jitter",
+        "0",
+        "--jitter-copies",
+        "1",
+        "--max-train-steps",
+        "6",
+    )
+    free, held = (
+        run_with_distance("draft", weight, root, tmp_path / f"{weight:g}", *flags)[-1]["base_distance"]
+        for weight in (1e-9, 1e3)
+    )
+    assert held < 0.5 * free
+
+
+@pytest.mark.parametrize("program", [draft, drtune, flowbp])
+def test_wrong_distances(program: Any) -> None:
+    with pytest.raises(ValueError, match="--base-distance must be 0 or more and finite, got nan"):
+        config(program, settings(4, base_distance=math.nan))
+    full = ModelConfig(pretrained=Pretrained(model="none"), train="full")
+    with pytest.raises(ValueError, match="and --train full has none"):
+        program.Config(prompts=Path("none"), model=full, direct=settings(4, base_distance=1.0))
 
 
 # ---------------------------------------------------------------- memory

@@ -108,6 +108,8 @@ DIRECT = [
     (["--jitter", "32"], "--jitter 32 must be less than the image's side"),
     (["--jitter", "0", "--jitter-copies", "2"], "--jitter-copies must be 1, or more with a --jitter, got 2"),
     (["--grad-norm-limit", "0"], "--grad-norm-limit must be above 0, got 0"),
+    (["--base-distance", "-1"], "--base-distance must be 0 or more and finite, got -1"),
+    (["--base-distance", "1", "--train", "full"], "and --train full has none; use --train lora"),
 ]
 ONE: dict[str, list[tuple[list[str], str]]] = {
     "autoencoder": [*IMAGES, (["--resolution", "30"], "--resolution must be")],
@@ -116,6 +118,10 @@ ONE: dict[str, list[tuple[list[str], str]]] = {
         (["--lora.target-modules", "to_z"], "no layer is called to_z"),
         (["--data"], "--data needs at least one folder"),
         (["--data", "{bad}/absent"], "there is no data at"),
+        (
+            ["--data", "{root}/prompts.txt"],
+            "prompts.txt is a file; --data names folders, with rankings.jsonl",
+        ),
         (["--data", "{bad}/torn"], "rankings.jsonl line 1"),
         (["--data", "{bad}/nothing"], "nothing"),
         (
@@ -152,6 +158,7 @@ ONE: dict[str, list[tuple[list[str], str]]] = {
     "drtune": [
         *DIRECT,
         (["--active-steps", "0"], "--active-steps must be at least 1, got 0"),
+        (["--active-steps", "5"], "--active-steps 5 is more than --num-inference-steps 4"),
         (["--early-stop", "2"], "--early-stop must lie in [0, 1], got 2"),
         (["--model", "{bad}/zero_snr"], "drtune does not train a model of zero terminal SNR"),
     ],
@@ -162,9 +169,16 @@ ONE: dict[str, list[tuple[list[str], str]]] = {
             "--active-steps 3 does nothing with --surrogate lagrange; it is for sparse, bridge",
         ),
         (["--surrogate", "sparse", "--tau", "1"], "--tau 1.0 does nothing with --surrogate sparse"),
-        (["--surrogate", "bridge", "--active-steps", "1"], "--active-steps must lie in [2, inf], got 1"),
-        (["--input-share", "2"], "--input-share must lie in [0, 1], got 2.0"),
-        (["--order", "1"], "--order must lie in [2, 8], got 1"),
+        (
+            ["--surrogate", "bridge", "--active-steps", "1"],
+            "--active-steps must lie in [2, 1000] with --surrogate bridge, got 1",
+        ),
+        (
+            ["--surrogate", "sparse", "--active-steps", "5"],
+            "--active-steps 5 is more than --num-inference-steps 4",
+        ),
+        (["--input-share", "2"], "--input-share must lie in [0, 1] with --surrogate lagrange, got 2.0"),
+        (["--order", "1"], "--order must lie in [2, 8] with --surrogate lagrange, got 1"),
         (["--num-inference-steps", "1"], "--num-inference-steps must be at least 2 for two parts"),
         (["--model", "{bad}/zero_snr"], "flowbp does not train a model of zero terminal SNR"),
     ],

@@ -195,6 +195,16 @@ class ValidationConfig:
         return list(dict.fromkeys(texts))[: self.num_validation_prompts or 8]
 
 
+def check_base_distance(weight: float, train: Literal["lora", "full"]) -> None:
+    """Raise ValueError for a weight of the distance to the base model that is none, and where there is no base model to compare with."""
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"--base-distance must be 0 or more and finite, got {weight}")
+    if weight and train == "full":
+        raise ValueError(
+            f"--base-distance {weight} compares with the model whose LoRA is off, and --train full has none; use --train lora"
+        )
+
+
 def check_guidance(scale: float, name: str = "--guidance-scale") -> None:
     """Raise ValueError unless training can use this guidance: 1 for none, or more."""
     if not (1 <= scale < math.inf):

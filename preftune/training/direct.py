@@ -71,6 +71,8 @@ class Batch:
     """One for each image's jitter."""
     scored: list[Mixed]
     """What the scorers gave in this update so far, to name the one whose scores are not finite."""
+    distances: list[Tensor] | None
+    """With --base-distance those of the calls with gradient so far, each (B,)."""
     w: Workspace
     config: DirectConfig
 
@@ -94,11 +96,17 @@ class Batch:
         scale, gradient = settings.guidance_scale, settings.guidance_gradient
         family, size = self.w.family, self.w.resolution
         return paths.surrogate_latents(
-            family, self.prompts, self.noise, grid, parts, size, scale, gradient, share
+            family, self.prompts, self.noise, grid, parts, size, scale, gradient, share, self.distances
         )
 
     def update(self, loss: Tensor, **scalars: Tensor | float) -> None:
-        """Do the backward pass, and in the last of an update the step, after which `check_norm` looks at the gradient's norm."""
+        """Do the backward pass, and in the last of an update the step, after which `check_norm` looks at the gradient's norm.
+
+        The loss is this one and, with --base-distance, the mean distance of the calls with gradient.
+        """
+        if self.distances is not None:
+            scalars["base_distance"] = torch.stack(self.distances).mean()
+            loss = loss + self.config.base_distance * scalars["base_distance"]
         with named(self.scored):
             self.w.run.update(loss, phase="", **scalars)
 
@@ -153,6 +161,13 @@ def filled(config: DirectConfig) -> Settings:
     )
 
 
+def check_steps(flag: str, number: int, config: DirectConfig) -> None:
+    """Raise ValueError for more steps with gradient than a trajectory has."""
+    steps = filled(config).num_inference_steps
+    if number > steps:
+        raise ValueError(f"{flag} {number} is more than --num-inference-steps {steps}")
+
+
 @contextmanager
 def open(config: _HasGroups, driver: str, inputs: Inputs) -> Iterator[Workspace]:
     """Open the workspace of a checked configuration, each call of its denoiser checkpointed unless a flag says no."""
@@ -180,6 +195,7 @@ def batches(w: Workspace, prompts: Sequence[str], step: int, config: DirectConfi
                 noise=[w.run.generator(i) for i in indices],
                 movers=[w.run.generator(i, stream=2) for i in indices],
                 scored=scored,
+                distances=[] if config.base_distance else None,
                 w=w,
                 config=config,
             )

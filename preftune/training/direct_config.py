@@ -8,7 +8,7 @@ from typing import Literal
 import tyro
 
 from preftune.families import Pretrained
-from preftune.training.config import ModelConfig, RewardConfig, check_guidance
+from preftune.training.config import ModelConfig, RewardConfig, check_base_distance, check_guidance
 from preftune.training.run_config import RunConfig
 
 Truncation = Literal["last", "uniform", "gaussian"]
@@ -25,7 +25,7 @@ class DirectConfig:
     guidance_scale: float | None = None
     """Guidance scale in training; 1 = no guidance. None = as published for the method, for a distilled model 1."""
     guidance_gradient: Literal["both", "positive"] | None = None
-    """Gradient of both predictions of guidance, or of the prompt's alone, in half the memory: the negative prompt's is a constant.
+    """Gradient of both predictions of guidance, or of the prompt's alone, by calls of half the batch: the negative prompt's is a constant.
     None = as published for the method.
     """
     margin: float | None = None
@@ -41,6 +41,11 @@ class DirectConfig:
     flatness: float = 0.0
     """Score each image a step of this length against the gradient of its reward: only what is high all around counts (RSA-FT, which has
     0.01, in image space); 0 = off, as published. Two more passes of the scorers.
+    """
+    base_distance: float = 0.0
+    """Weight of the mean squared difference between the noise that the tuned model and the base (its LoRA off) predict at the steps with
+    gradient, as in DRaFT+, which has 0.2 to 1; 0 = off. One more call of the denoiser without gradient for each such step, and
+    where its input is live one with.
     """
     call_checkpointing: bool = True
     """Keep only the latents of each call of the denoiser, and compute it again in the backward pass: the memory of one call, whatever
@@ -93,7 +98,8 @@ def run(method: str, *, max_grad_norm: float = 1.0) -> RunConfig:
     )
 
 
-def check_rewards(reward: RewardConfig) -> None:
-    """Raise ValueError without a scorer."""
+def check_groups(direct: DirectConfig, model: ModelConfig, reward: RewardConfig) -> None:
+    """Raise ValueError without a scorer, and for a distance to a base model that is not there."""
     if not reward.rewards:
         raise ValueError("--rewards is empty; name a scorer whose gradient is followed, as imagereward=1.0")
+    check_base_distance(direct.base_distance, model.train)

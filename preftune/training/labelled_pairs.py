@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from preftune.cli.notes import counted, say
-from preftune.image_folders import Columns
+from preftune.image_folders import Columns, hub_hint
 from preftune.records import (
     CaptionedImage,
     Ranking,
@@ -59,7 +59,11 @@ def check(folders: Sequence[Path], raters: Sequence[str]) -> None:
         if _has_rankings(folder):
             read_usable_rankings(folder)
         elif not folder.is_dir():
-            raise ValueError(f"there is no data at {folder}")
+            raise ValueError(
+                f"{folder} is a file; --data names folders, with rankings.jsonl or captioned images"
+                if folder.exists()
+                else f"there is no data at {folder}{hub_hint(folder)}"
+            )
         else:
             check_captioned(folder, Columns())
             if not raters:
