@@ -45,6 +45,7 @@ HOMES = {
     "diffusers": ("preftune/families/", "preftune/solvers.py"),
     "peft": ("preftune/lora/tuning.py",),
     "open_clip": (),
+    "httpx2": ("preftune/mllm/client.py",),
     "ray": ("data_build/cluster.py",),
 }
 """The only places that know a library, so that swapping it touches one file."""

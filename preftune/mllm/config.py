@@ -1,0 +1,105 @@
+"""The flags of an OpenAI-compatible endpoint; needs neither torch nor an HTTP library."""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from rewards.input_files import parse_json
+
+ASPECTS = ("prompt_following", "aesthetic", "fidelity", "harmlessness")
+"""The four aspects of VisionPrefer (arXiv 2404.15100), whose own templates are not published; ours are in preftune/mllm/templates."""
+ResponseFormat = Literal["json-schema", "json-object", "text"]
+"""How a model is held to JSON: by a schema that the server enforces, by JSON alone, or by the words of the template."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointConfig:
+    """An endpoint that speaks OpenAI's chat completions, and how it is asked."""
+
+    base_url: str
+    """Its address, such as http://localhost:8000/v1; requests go to ADDRESS/chat/completions."""
+    model: str
+    """Name of the model there."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key, such as OPENAI_API_KEY; it is read there and written nowhere. None = no key."""
+    response_format: ResponseFormat = "json-schema"
+    """What holds the model to JSON: json-schema where the server knows it, else json-object, or text = the words of the template alone."""
+    temperature: float = 0.0
+    """Temperature of sampling."""
+    seed: int = 0
+    """Seed of the orders in which images are shown; also sent, plus 1 for each time that a wrong answer is asked for again."""
+    max_tokens: int = 1024
+    """Longest answer in tokens."""
+    body: str = "{}"
+    """JSON object that is merged into each request, such as '{"top_p": 0.9}'; null takes a key out."""
+    image_side: int = 512
+    """Images are sent as PNG, made smaller until no side has more pixels."""
+    concurrency: int = 4
+    """Requests at the same time."""
+    timeout: float = 120.0
+    """Seconds until a request is given up and sent again."""
+    retries: int = 5
+    """Times that a request is sent again after status 429 or 5xx, a timeout or a lost connection, with growing pauses."""
+    answer_retries: int = 2
+    """Times that an answer is asked for again that is a refusal, cut off, no JSON, or not of the schema."""
+    max_failures: int = 20
+    """Questions in a row without an answer after which the program ends; 0 = it never ends by that."""
+    price_input: float = 0.0
+    """Price of a million tokens of input, for the printed cost."""
+    price_output: float = 0.0
+    """Price of a million tokens of output."""
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError(f"--base-url is {self.base_url!r}; it must be like http://localhost:8000/v1")
+        if parts.username or parts.password:
+            raise ValueError(
+                "--base-url holds a user or password; name a variable of the key by --api-key-env"
+            )
+        if not self.model.strip():
+            raise ValueError("--model is empty; it is the name of a model of the endpoint")
+        least = {"max_tokens": 1, "image_side": 16, "concurrency": 1, "retries": 0, "answer_retries": 0}
+        least |= {"max_failures": 0, "seed": 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must be at least {bound}, got {getattr(self, name)}"
+                )
+        for name in ("temperature", "price_input", "price_output"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"--{name.replace('_', '-')} must be a number of at least 0, got {value}")
+        if not (math.isfinite(self.timeout) and self.timeout > 0):
+            raise ValueError(f"--timeout must be a number of seconds above 0, got {self.timeout}")
+        self.extra()
+
+    @property
+    def url(self) -> str:
+        """The address that requests go to; an address without a path has /v1."""
+        base = self.base_url.rstrip("/")
+        return f"{base}/chat/completions" if urlsplit(base).path else f"{base}/v1/chat/completions"
+
+    def extra(self) -> dict[str, Any]:
+        """Return what is merged into each request; ValueError for what is no JSON object."""
+        value = parse_json(self.body, "--body")
+        if not isinstance(value, dict):
+            raise ValueError(f"--body is {self.body[:80]!r}; it must be a JSON object")
+        if fixed := sorted({"messages", "model", "stream", "n"} & value.keys()):
+            raise ValueError(f"--body must not hold {fixed[0]}, which the program sets")
+        return value
+
+    def key(self) -> str:
+        """Return the key, empty without one. ValueError, which does not show it, where the variable is not set or no key."""
+        if self.api_key_env is None:
+            return ""
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not key:
+            raise ValueError(f"--api-key-env {self.api_key_env}: this environment variable is not set")
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise ValueError(
+                f"--api-key-env {self.api_key_env}: the variable holds characters that no key has"
+            )
+        return key
