@@ -35,6 +35,7 @@ PROGRAMS = {
     "generate": "data_build.generate",
     "diffusiondb": "data_build.diffusiondb",
     "preferences": "data_build.preferences",
+    "annotate-mllm": "data_build.annotate_mllm",
     "unpack": "data_build.unpack",
     "select-prompts": "data_build.select_prompts",
     "shapes": "data_build.shapes",

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import record_trajectories as recorded
+import stub_endpoint
 from faults import Ended, Fault, Server
 from run_contents import contents, differences, is_leftover
 
@@ -36,6 +37,7 @@ _BUILDERS = {
     "score metadata": "--data {box}/images --rewards brightness --chunk 5 --workers 0 --best 0 --add-to-metadata",
     "diffusiondb": "--data {root}/parts --rewards shapes --workers 0 --batch-size 5 --shown 2 --scale 2",
     "preferences": "--layout hpdv2-test --input {root}/hpd/test.json",
+    "annotate_mllm": "--data {root}/rankings --base-url {endpoint} --model m --concurrency 1 --aspects fidelity --orders 2",
     "unpack": "--data {root}/parts/part-000001.zip",
     "select_prompts": "--prompts {root}/prompts.txt --per-group 2 --k 3",
 }
@@ -82,7 +84,8 @@ def arguments(program: str, root: Path, box: Path) -> list[str]:
         flags = recorded.arguments(program, root, box / "out")
         validated = ["--validation-prompts", str(root / "two.txt")] if "--sample.solver" in flags else []
         return [*flags, *validated, "--checkpoints-total-limit", "2", "--validation-steps", "2"]
-    words = (_BUILDERS | _EVALUATIONS)[program].format(root=root, box=box).split()
+    endpoint = stub_endpoint.background() if program == "annotate_mllm" else ""
+    words = (_BUILDERS | _EVALUATIONS)[program].format(root=root, box=box, endpoint=endpoint).split()
     return [*words, "--output-dir", str(box / "out")]
 
 

@@ -1,0 +1,342 @@
+r"""Rate and rank images by a multimodal language model: ratings with rationales on VisionPrefer's four aspects, and rankings.
+
+The model is any that speaks OpenAI's chat completions: a local vLLM, llama.cpp or Ollama, or a hosted one. Its images are those of
+a folder with captions, several for each caption, or with rankings (by people, say). It is asked about one aspect at a time
+(arXiv 2404.15100), by templates of our own in preftune/mllm/templates, in one of three modes:
+
+    together    all images of a prompt in one question, numbered, in an order at random; a score of 1 to 5 for each
+    pointwise   one image in a question, a score of 1 to 5
+    pairwise    two images in a question, which is better or a tie
+
+    python data_build/annotate_mllm.py --data data/images --base-url http://localhost:8000/v1 --model Qwen/Qwen2.5-VL-7B-Instruct \
+        --orders 2 --output-dir data/annotated
+    python data_build/annotate_mllm.py --data data/images --base-url https://api.openai.com/v1 --model gpt-4.1-mini \
+        --api-key-env OPENAI_API_KEY --count 20 --price-input 0.4 --price-output 1.6 --output-dir data/annotated
+
+    ratings.jsonl    each score, or choice, with its rationale, the images in the order in which they were shown, model and template
+    rankings.jsonl   what --rule makes of them (aspect_rules.py): prompt, generations, ranking (1 = best), source (the model)
+    images/          the images of the rankings, hard links where possible: preftune reward-model and preftune dpo read the folder
+    errors.jsonl     questions without an answer, and why; none of them is a score
+    calls.jsonl      all answers as they came, line by line, with tokens; an answer that is there is not asked for again
+    summary.json     counts, tokens, cost, agreement of two orders, position bias
+
+A program that was stopped or killed goes on where it was; the same command with another --rule makes other rankings and asks
+nothing. What has failed is asked again by the next start. Hardware: that of the endpoint.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Annotated, Any, Literal
+
+import tyro
+
+from data_build.aspect_rules import RULES
+from preftune.cli import exit_on_user_error, parse
+from preftune.mllm.config import ASPECTS, EndpointConfig
+
+CALLS = "calls.jsonl"
+IMAGES = "images"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Let a multimodal model rate the images of each prompt, and rank them."""
+
+    data: Path
+    """Folder of images with captions, several images a caption, or with a rankings.jsonl."""
+    endpoint: Annotated[EndpointConfig, tyro.conf.arg(name="")]
+    output_dir: Path
+    """Folder of the annotations; one that this program has begun goes on."""
+    mode: Literal["together", "pointwise", "pairwise"] = "together"
+    """What is in a question: all images of a prompt, one, or two."""
+    aspects: tuple[str, ...] = ASPECTS
+    """Aspects, each a file NAME.yaml of --templates."""
+    templates: Path | None = None
+    """Folder of templates, in place of preftune/mllm/templates; None = those."""
+    orders: Literal[1, 2] = 1
+    """2 = ask everything again with the images in the reversed order, and average: twice the calls, and their agreement is measured."""
+    rule: str = "sum"
+    """How aspects become a ranking: sum, mean, majority, each (one ranking for each aspect and order), or the name of an aspect."""
+    max_images: int = 9
+    """Prompts with more images are left out; a model may be limited to fewer in a question."""
+    count: int | None = None
+    """Maximum number of prompts; None = all."""
+
+    def __post_init__(self) -> None:
+        if not self.aspects or len(set(self.aspects)) < len(self.aspects):
+            raise ValueError(f"--aspects needs names, each once, got {' '.join(self.aspects) or 'none'}")
+        if self.rule not in (*RULES, *self.aspects):
+            raise ValueError(f"--rule is {self.rule}; it must be {', '.join(RULES)} or one of --aspects")
+        if self.mode == "pointwise" and self.orders == 2:
+            raise ValueError("--orders 2 is for --mode together and pairwise; one image alone has no order")
+        if self.max_images < 2 or (self.count is not None and self.count < 1):
+            raise ValueError(
+                f"--max-images must be at least 2 and --count at least 1, got {self.max_images} and {self.count}"
+            )
+
+
+if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
+    CONFIG = parse(Config)
+
+from tqdm import tqdm
+
+from data_build.aspect_rules import Verdict, averaged, of_preferences, of_scores, ranked
+from data_build.mllm_quality import Quality, in_words, preferences
+from data_build.mllm_tasks import Answer, Group, Task, ask, known, read_groups, tasks_of
+from preftune.cli.notes import counted, say
+from preftune.cli.printable import show
+from preftune.files import is_leftover, replacing, tidy, write_text
+from preftune.files.lock import is_lock
+from preftune.files.one_writer import one_writer
+from preftune.mllm.calls import CallLog
+from preftune.mllm.client import Client, EndpointError
+from preftune.mllm.templates import OURS, Template, load
+from rewards.atomic_folder import link
+
+
+@dataclass(kw_only=True)
+class Written:
+    """The files that are being written, and what has been."""
+
+    ratings: IO[str]
+    rankings: IO[str]
+    errors: IO[str]
+    quality: Quality = field(default_factory=Quality)
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+def check_inputs(config: Config) -> tuple[list[Group], list[Template], Counter[str]]:
+    """Return groups and templates, and what was left out; ValueError for what is wrong, before anything is asked."""
+    folder = config.output_dir
+    if folder.resolve() == config.data.resolve():
+        raise ValueError(
+            f"--output-dir {folder} is --data, whose rankings would be lost; choose another folder"
+        )
+    others = list(folder.iterdir()) if folder.is_dir() else []
+    if not (folder / CALLS).is_file() and not all(is_leftover(path) or is_lock(path) for path in others):
+        raise ValueError(f"{folder} exists and holds something else; choose another --output-dir")
+    if not config.data.is_dir():
+        raise ValueError(f"there is no data at {config.data}")
+    kind = "compare" if config.mode == "pairwise" else "rate"
+    templates = [load(config.templates or OURS, kind, aspect) for aspect in config.aspects]
+    config.endpoint.key()
+    groups, left_out = read_groups(config.data, least=2, most=config.max_images, count=config.count)
+    return groups, templates, left_out
+
+
+def all_tasks(config: Config, groups: Sequence[Group], templates: Sequence[Template]) -> Iterator[Task]:
+    """Yield all questions, in their order."""
+    for group in groups:
+        yield from tasks_of(group, templates, config.mode, config.orders, config.endpoint.seed)
+
+
+def ask_all(client: Client, tasks: Sequence[Task]) -> dict[tuple[str, ...], tuple[str, str]]:
+    """Ask what is not known, and return the place of each question without an answer -> kind and detail of the error.
+
+    Ends the program where the endpoint is of no use.
+    """
+    failed: dict[tuple[str, ...], tuple[str, str]] = {}
+    known_before = 0
+    try:
+        with tqdm(total=len(tasks), desc="asking", unit="question", mininterval=1) as bar:
+            for task, asked in client.each(lambda task: ask(client, task), tasks):
+                bar.update()
+                known_before += asked.cached
+                if asked.value is None:
+                    failed[place_of(task)] = (asked.error, asked.detail)
+    except EndpointError as error:
+        with exit_on_user_error():
+            raise error
+    say(
+        f"{counted(len(tasks), 'question')}: {known_before:,} were answered before, {len(failed):,} have no answer"
+    )
+    return failed
+
+
+def place_of(task: Task) -> tuple[str, ...]:
+    """Return what tells a question of this data set from others."""
+    return (task.group.prompt, task.template.name, str(task.order), *task.names)
+
+
+def rating_rows(task: Task, answer: Answer, model: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of ratings.jsonl of an answer."""
+    about = {"aspect": task.template.name, "order": task.order + 1, "shown": task.names}
+    about |= {"model": model, "template": task.template.digest}
+    if answer.choice is not None:
+        yield {
+            "prompt": task.group.prompt,
+            "choice": answer.choice,
+            "rationale": answer.rationales[0],
+            **about,
+        }
+    for place, score in enumerate(answer.scores):
+        row = {"prompt": task.group.prompt, "image": task.names[place], "score": score}
+        yield {**row, "rationale": answer.rationales[place], "place": place + 1, **about}
+
+
+def verdict(group: Group, answers: Sequence[tuple[Task, Answer]]) -> Verdict:
+    """Return what these answers, of one aspect, say together: the means of what was asked twice."""
+    count = len(group.names)
+    if any(task.pairwise for task, _ in answers):
+        shares: dict[tuple[int, int], list[float | None]] = {
+            (i, j): [] for i in range(count) for j in range(i + 1, count)
+        }
+        for task, answer in answers:
+            for (one, other), share in preferences(task, answer).items():
+                shares[min(one, other), max(one, other)].append(share if one < other else 1 - share)
+        return of_preferences(count, {pair: averaged(found) for pair, found in shares.items()})
+    scores: list[list[float | None]] = [[] for _ in range(count)]
+    for task, answer in answers:
+        for place, score in zip(task.shown, answer.scores, strict=True):
+            scores[place].append(float(score))
+    return of_scores([averaged(found) for found in scores])
+
+
+def ranking_rows(
+    config: Config, group: Group, answers: Sequence[tuple[Task, Answer]]
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of rankings.jsonl of a group; none where fewer than two images can be ranked."""
+    model = config.endpoint.model
+    made: list[tuple[dict[str, Verdict], str, str]] = []
+    if config.rule == "each":
+        for aspect in config.aspects:
+            for order in range(config.orders):
+                own = [one for one in answers if one[0].template.name == aspect and one[0].order == order]
+                source = f"{model} {aspect}" + f" order {order + 1}" * (config.orders > 1)
+                made.append(({aspect: verdict(group, own)}, aspect, source))
+    else:
+        verdicts = {
+            aspect: verdict(group, [one for one in answers if one[0].template.name == aspect])
+            for aspect in config.aspects
+        }
+        made.append((verdicts, config.rule, model))
+    for verdicts, rule, source in made:
+        places, ranks = ranked(verdicts, rule)
+        if len(places) > 1:
+            names = [f"{IMAGES}/{group.names[place]}" for place in places]
+            yield {"prompt": group.prompt, "generations": names, "ranking": ranks, "source": source}
+
+
+def write_group(
+    config: Config, client: Client, group: Group, tasks: Sequence[Task],
+    failed: dict[tuple[str, ...], tuple[str, str]], written: Written,
+) -> None:  # fmt: skip
+    """Write what is known of a group."""
+    answers = []
+    for task in tasks:
+        answer = None if place_of(task) in failed else known(client, task)
+        if answer is None:
+            kind, detail = failed.get(place_of(task), ("lost", f"its line of {CALLS} cannot be read"))
+            row = {"prompt": group.prompt, "aspect": task.template.name, "order": task.order + 1}
+            _write(written.errors, row | {"shown": task.names, "error": kind, "detail": detail})
+            written.counts[f"error {kind}"] += 1
+            continue
+        answers.append((task, answer))
+        for row in rating_rows(task, answer, config.endpoint.model):
+            _write(written.ratings, row)
+            written.counts["ratings"] += 1
+    written.quality.see(answers)
+    rows = list(ranking_rows(config, group, answers))
+    written.counts["prompts without a ranking"] += not rows
+    for row in rows:
+        _write(written.rankings, row)
+        ranks: list[int] = row["ranking"]
+        pairs = [(a, b) for number, a in enumerate(ranks) for b in ranks[number + 1 :]]
+        written.counts.update(rankings=1, untied_pairs=sum(a != b for a, b in pairs))
+        written.counts.update(ties=sum(a == b for a, b in pairs))
+    for name in sorted({name.removeprefix(f"{IMAGES}/") for row in rows for name in row["generations"]}):
+        place_image(config.data / name, config.output_dir / IMAGES / name)
+
+
+def _write(file: IO[str], row: dict[str, Any]) -> None:
+    file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def place_image(source: Path, target: Path) -> None:
+    """Give an image a second name, or a copy, below the output; another file that has the name is replaced."""
+    if target.exists() and (target.samefile(source) or target.read_bytes() == source.read_bytes()):
+        return
+    with replacing(target) as temporary:
+        link(source.resolve(), temporary)
+
+
+def write_results(
+    config: Config, client: Client, groups: Sequence[Group], templates: Sequence[Template],
+    failed: dict[tuple[str, ...], tuple[str, str]], left_out: Counter[str],
+) -> dict[str, Any]:  # fmt: skip
+    """Write all files out of the answers on record, and return the summary."""
+    folder = config.output_dir
+    with ExitStack() as stack:
+        paths = [
+            stack.enter_context(replacing(folder / f"{name}.jsonl"))
+            for name in ("ratings", "rankings", "errors")
+        ]
+        files = [stack.enter_context(path.open("w", encoding="utf-8", newline="\n")) for path in paths]
+        written = Written(ratings=files[0], rankings=files[1], errors=files[2])
+        for group in groups:
+            tasks = list(tasks_of(group, templates, config.mode, config.orders, config.endpoint.seed))
+            write_group(config, client, group, tasks, failed, written)
+    used, endpoint = client.calls.used, config.endpoint
+    names = ("rankings", "ratings", "untied_pairs", "ties")
+    summary = {
+        "model": endpoint.model, "mode": config.mode, "rule": config.rule, "aspects": list(config.aspects),
+        "templates": {template.name: template.digest for template in templates}, "prompts": len(groups),
+        **{name: written.counts[name] for name in names},
+        "prompts_without_a_ranking": written.counts["prompts without a ranking"],
+        "errors": {k.removeprefix("error "): n for k, n in sorted(written.counts.items()) if k.startswith("error ")},
+        "left_out": dict(left_out),
+        "all_calls": {"requests": used.requests, "input_tokens": used.input, "output_tokens": used.output,
+                      "requests_without_tokens": used.uncounted, "cost": used.cost(endpoint.price_input, endpoint.price_output)},
+        **written.quality.summary(),
+    }  # fmt: skip
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def report(config: Config, summary: dict[str, Any]) -> str:
+    """Return the lines that are printed."""
+    calls, endpoint = summary["all_calls"], config.endpoint
+    tokens = f"{calls['input_tokens']:,} + {calls['output_tokens']:,} tokens"
+    untold = f", {counted(calls['requests_without_tokens'], 'request')} without a count" * bool(
+        calls["requests_without_tokens"]
+    )
+    cost = f", cost {calls['cost']:.4g}" if endpoint.price_input or endpoint.price_output else ""
+    errors = ", ".join(f"{number:,} {kind}" for kind, number in summary["errors"].items())
+    return "\n".join(
+        [
+            f"{summary['prompts']:,} prompts: {summary['ratings']:,} ratings, {summary['rankings']:,} rankings by {config.rule},"
+            f" {summary['untied_pairs']:,} untied pairs, {summary['ties']:,} ties",
+            f"all calls of this folder: {calls['requests']:,} requests, {tokens}{untold}{cost}",
+            *([f"no answer, in errors.jsonl: {errors}"] if errors else []),
+            *in_words(summary),
+            str(config.output_dir),
+        ]
+    )
+
+
+@one_writer
+def main(config: Config) -> None:
+    """Ask what is not known, then write everything out of the answers."""
+    with exit_on_user_error():
+        groups, templates, left_out = check_inputs(config)
+    if left_out:
+        say("left out: " + ", ".join(f"{number:,} {reason}" for reason, number in left_out.items()))
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    tidy(config.output_dir)
+    with exit_on_user_error():
+        calls = CallLog(config.output_dir / CALLS)
+    with calls, Client(config.endpoint, calls) as client:
+        failed = ask_all(client, list(all_tasks(config, groups, templates)))
+        summary = write_results(config, client, groups, templates, failed, left_out)
+    show(report(config, summary))
+    with exit_on_user_error():
+        if not summary["rankings"]:
+            raise ValueError(f"no prompt has a ranking; see {config.output_dir / 'errors.jsonl'}")
+
+
+if __name__ == "__main__":
+    main(CONFIG)
