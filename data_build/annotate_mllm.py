@@ -231,8 +231,12 @@ def write_group(
         answer = None if place_of(task) in failed else known(client, task)
         if answer is None:
             kind, detail = failed.get(place_of(task), ("lost", f"its line of {CALLS} cannot be read"))
-            row = {"prompt": group.prompt, "aspect": task.template.name, "order": task.order + 1}
-            _write(written.errors, row | {"shown": task.names, "error": kind, "detail": detail})
+            about: dict[str, Any] = {
+                "prompt": group.prompt,
+                "aspect": task.template.name,
+                "order": task.order + 1,
+            }
+            _write(written.errors, about | {"shown": task.names, "error": kind, "detail": detail})
             written.counts[f"error {kind}"] += 1
             continue
         answers.append((task, answer))
@@ -326,7 +330,8 @@ def main(config: Config) -> None:
     if left_out:
         say("left out: " + ", ".join(f"{number:,} {reason}" for reason, number in left_out.items()))
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    tidy(config.output_dir)
+    images = {(config.output_dir / IMAGES / name).parent for group in groups for name in group.names}
+    tidy(config.output_dir, *images)
     with exit_on_user_error():
         calls = CallLog(config.output_dir / CALLS)
     with calls, Client(config.endpoint, calls) as client:

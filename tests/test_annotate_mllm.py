@@ -336,7 +336,7 @@ def test_an_image_that_changed_is_asked_again_and_replaced(data: Path) -> None:
 def test_a_broken_image_is_an_error_of_its_questions(data: Path) -> None:
     (data / "hen/0.png").write_bytes(b"no image")
     with StubEndpoint() as stub:
-        annotate_mllm.main(config(stub, data))
+        annotate_mllm.main(config(stub, data, {"max_failures": 1}))
     assert summary(data.parent / "out")["errors"] == {"bad image": 2}
     assert {one.prompt for one in read_rankings(data.parent / "out")} == {"a cat", "a dog"}
 
@@ -357,7 +357,7 @@ def test_a_killed_process_goes_on_without_a_second_call(data: Path, sign: signal
     environment = os.environ | {"PYTHONPATH": str(ROOT), "SECRET": "sk-0123456789abcdef"}
     calls = data.parent / "out" / "calls.jsonl"
     Image.new("RGB", (8, 8), (250, 250, 250)).save(data / "dog/1.png")  # no two questions are the same
-    with StubEndpoint(key="sk-0123456789abcdef", after=0.05) as stub:
+    with StubEndpoint(key="sk-0123456789abcdef", after=0.1) as stub:
         words = command(stub, data, "--api-key-env", "SECRET")
         process = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
         while stub.answered < 25:

@@ -266,18 +266,19 @@ def test_other_shapes_of_a_reply() -> None:
         Reply(content=b"<html>a proxy</html>"),
         Reply(content=b'{"error": {"message": "overloaded"}}'),
         Reply(content=b'{"choices": []}'),
-        Reply(after=2.0),
+        Reply(after=3.0),
     ],
     ids=lambda fault: f"{fault.status} {fault.content[:12]!r} {fault.hang_up} {fault.after}",
 )
 def test_transient_faults_are_retried(fault: Reply) -> None:
+    timeout = 1.0 if fault.after else 30.0
     with StubEndpoint(faults=[fault] * 2) as stub:
-        found = asked(stub, 255, timeout=0.3, retries=2)
+        found = asked(stub, 255, timeout=timeout, retries=2)
         assert found.value == [(5, "I see it. 1")]
         assert len(stub.requests) == 3
         assert stub.requests[0] == stub.requests[2], "the same request"
     with StubEndpoint(faults=[fault] * 2) as stub:
-        found = asked(stub, 255, timeout=0.3, retries=1)
+        found = asked(stub, 255, timeout=timeout, retries=1)
         assert found.value is None
         assert found.error in ("server", "connection", "bad reply", "timeout")
         assert len(stub.requests) == 2

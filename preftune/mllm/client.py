@@ -140,7 +140,7 @@ class Client:
             try:
                 body = question.body(self.config, attempt)
             except ValueError as error:
-                return self._failed(key, "bad image", str(error), usage, attempt)
+                return Asked(error="bad image", detail=str(error))  # the endpoint has no part in it
             try:
                 reply = self._send(json.dumps(body).encode())
             except _FailedError as failed:
