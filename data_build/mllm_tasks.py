@@ -139,13 +139,13 @@ def tasks_of(
     The second of two orders is the first one reversed.
     """
     everyone = range(len(group.names))
-    sets: Sequence[Sequence[int]] = {
-        "together": [everyone],
-        "pointwise": [[place] for place in everyone],
+    by_mode: dict[Mode, list[tuple[int, ...]]] = {
+        "together": [tuple(everyone)],
+        "pointwise": [(place,) for place in everyone],
         "pairwise": list(itertools.combinations(everyone, 2)),
-    }[mode]
+    }
     for template in templates:
-        for places in sets:
+        for places in by_mode[mode]:
             first = shuffled(places, group, (seed, template.name))
             for order, shown in enumerate([first, first[::-1]][:orders]):
                 yield Task(
