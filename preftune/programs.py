@@ -23,6 +23,7 @@ PROGRAMS = {
     "draft": "finetune.draft",
     "drtune": "finetune.drtune",
     "flowbp": "finetune.flowbp",
+    "ddpo": "finetune.ddpo",
     "raft": "finetune.raft",
     "reward-weighted": "finetune.reward_weighted",
     "weird-lora": "finetune.weird_lora",

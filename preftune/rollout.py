@@ -72,7 +72,7 @@ def rollout(
     drawn = ahead.noise(sum(draws), x_T.shape[1:], generators, x_T.device)
     latents, log_probs = [x_T.to(dtype)], []
     for index, draw in enumerate(draws):
-        transition = _transition(
+        _, transition = predicted_step(
             family, latents[-1], timesteps[index], timesteps[index + 1], cond, guidance_scale, step
         )
         if draw:
@@ -104,7 +104,7 @@ def replay(family: Family, trajectory: Trajectory, cond: Cond, index: int | Tens
         steps = upload(index, trajectory.latents.device)
         x = trajectory.latents[steps, torch.arange(count, device=steps.device)]
         t, t_next = trajectory.timesteps[steps], trajectory.timesteps[steps + 1]
-    return _transition(family, x, t, t_next, cond, trajectory.guidance_scale, trajectory.step)
+    return predicted_step(family, x, t, t_next, cond, trajectory.guidance_scale, trajectory.step)[1]
 
 
 def _noisy(family: Family, timesteps: Tensor, step: Step) -> list[bool]:
@@ -116,11 +116,11 @@ def _noisy(family: Family, timesteps: Tensor, step: Step) -> list[bool]:
     return found
 
 
-def _transition(
+def predicted_step(
     family: Family, x: Tensor, t: Tensor, t_next: Tensor, cond: Cond, guidance_scale: float, step: Step
-) -> Transition:
-    """Return one step's transition from stored latents x; t and t_next are () or (B,)."""
+) -> tuple[Prediction, Transition]:
+    """Return the guided prediction and the transition from stored latents x (B, C, h, w); t and t_next are () or (B,)."""
     x = x.float()
     t, t_next = t.expand(len(x)), t_next.expand(len(x))
     prediction = family.predict(x, t, cond, guidance_scale)
-    return step(prediction, family.schedule(t), family.schedule(t_next))
+    return prediction, step(prediction, family.schedule(t), family.schedule(t_next))

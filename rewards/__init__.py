@@ -67,6 +67,18 @@ _HPS_V2 = Card(
     preprocess=Preprocess(size=224, resize="longest", crop="pad", files="tensor"),
     clip=_VIT_H_14,
 )
+_JPEG = Card(
+    name="jpeg-compressibility",
+    module="rewards.jpeg_size",
+    summary="minus the size of the image as a JPEG file of quality 95, in kB: the lower the detail, the better",
+    prompted=False,
+    differentiable=False,
+    typical_range=(-200.0, -50.0),  # of 512 pixels; it grows with the number of pixels
+    mean=-125.0,
+    std=37.5,
+    licence="Apache-2.0",
+    paper="arXiv:2305.13301",
+)
 _CARDS = (
     Card(
         name="brightness",
@@ -216,6 +228,14 @@ _CARDS = (
         url="https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/model_large.pth",
         file="model_large.pth",
         preprocess=Preprocess(size=224),
+    ),
+    _JPEG,
+    replace(
+        _JPEG,
+        name="jpeg-incompressibility",
+        summary="the size of the image as a JPEG file of quality 95, in kB: the more detail, the better",
+        typical_range=(50.0, 200.0),
+        mean=125.0,
     ),
 )
 

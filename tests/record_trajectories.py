@@ -46,6 +46,9 @@ _DIRECT = (
 
 _FLAGS = {
     "autoencoder": "--data {root}/images --resolution 32 --widths 8 8 16 16 --kl-weight 0.1",
+    "ddpo": "--model {root}/pipeline --prompts {root}/prompts.txt --rewards brightness=1 --resolution 32 --num-inference-steps 4"
+    " --window 1 2 --guidance-scale 2 --prompts-per-rollout 2 --images-per-prompt 2 --prompt-buffer-size 4"
+    f" --prompt-buffer-min-count 2 --clip-range 0.1 --kl-weight 0.5 {_SAMPLE}",
     "dpo": f"--model {{root}}/pipeline --data {{root}}/rankings --resolution 32 --validation-share 0.25 --beta 20"
     f" --validation-prompts {{root}}/prompts.txt --num-validation-prompts 8 {_SAMPLE}",
     "draft": f"{_DIRECT} --last-steps 3 --eta 0.5 --guidance-gradient positive --jitter 2 --jitter-copies 2 {_SAMPLE}",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-_CLOCK = ("images_per_s",)
+_CLOCK = ("images_per_s", "sampling_time", "scoring_time", "update_time")
 """Columns of metrics.jsonl that depend on the clock."""
 _LOCK = re.compile(r"(\..+)?\.lock")
 _RESUMING = re.compile(r"^(resume_from_checkpoint|overwrite_output_dir): .*\n|^# .*\n", re.MULTILINE)

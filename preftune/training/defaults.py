@@ -43,6 +43,9 @@ RATES: Mapping[str, Mapping[str, Rates]] = {
     # Full: FlowBP's released configurations of both (1e-5, of Stable Diffusion 3.5). LoRA: ours, as draft.
     "drtune": {"sd": Rates(lora=1e-4, full=1e-5), "sdxl": Rates(lora=1e-4, full=1e-5)},
     "flowbp": {"sd": Rates(lora=1e-4, full=1e-5), "sdxl": Rates(lora=1e-4, full=1e-5)},
+    # LoRA: DDPO's config/base.py (3e-4, rank 4). Full: its maintainer's advice and DanceGRPO's script for Stable Diffusion (1e-5); 3e-4 turns
+    # all weights black within tens of steps. SDXL: ours, the same.
+    "ddpo": {"sd": Rates(lora=3e-4, full=1e-5), "sdxl": Rates(lora=3e-4, full=1e-5)},
     # diffusers' examples/text_to_image: README.md (LoRA 1e-4, full 1e-5), README_sdxl.md (LoRA 1e-4, full 1e-6).
     "pretrain": {"sd": Rates(lora=1e-4, full=1e-5), "sdxl": Rates(lora=1e-4, full=1e-6)},
     # Full: ImageReward, appendix E (1e-5). LoRA, and SDXL: the loss is that of pretrain, so are the rates. LMFlow's notebook has 9e-6 for
@@ -123,6 +126,14 @@ def direct(program: str, model: Defaults) -> dict[str, object]:
     }
 
 
+def policy(model: Defaults) -> dict[str, object]:
+    """Return the defaults of the trajectory of policy gradients: DDPO's 50 steps and guidance 5, of a distilled model its own."""
+    return {
+        "policy.num_inference_steps": model.num_inference_steps if model.distilled else 50,
+        "policy.guidance_scale": model.guidance_scale if model.distilled else min(5.0, model.guidance_scale),
+    }
+
+
 def precision(capability: tuple[int, int] | None) -> Precision:
     """Return the precision that suits a CUDA device of this compute capability, None = another device or a CPU.
 
@@ -185,7 +196,7 @@ def filled(config: C, values: Mapping[str, object], about: str) -> C:
     for path, value in values.items():
         if _value(config, path) is not None:
             continue
-        name = path.removeprefix("run.").removeprefix("direct.")
+        name = path.removeprefix("run.").removeprefix("direct.").removeprefix("policy.")
         own = earlier.get(name)
         kept = tuple(own) if isinstance(own, list) else own
         config = _with(config, path, value if kept is None else kept)

@@ -292,7 +292,7 @@ class Run:
         """Wait until every process is here."""
         self._accelerator.wait_for_everyone()
 
-    def until_stopped(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
+    def until_stopped(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Yield batches of images until a signal comes, which ends the one under way; then all processes know: `interrupted`."""
         yield from signals.until_stopped(self._received, batches)
         self._agreed_signal = int(self.gather(one(self._received.number, self.device)).max())
