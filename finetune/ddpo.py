@@ -24,6 +24,7 @@ second normalisation over the batch. Hardware: a GPU for Stable Diffusion; tiny 
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -119,11 +120,11 @@ def losses_of(
     log_probs = transition.log_prob(pairs.x_next, "mean")
     old = log_probs.detach() if config.policy.old_logprob == "self" else pairs.log_probs
     losses, ratios = ppo_losses(log_probs, old, pairs.advantages, config.clip_range)
-    now, then = ratios.detach(), old
+    now = ratios.detach()
     noted = {
         "ratio": now.mean(),
         "clip_share": is_clipped(now, pairs.advantages, config.clip_range).float().mean(),
-        "approx_kl": approximate_kl(log_probs.detach(), then).mean(),
+        "approx_kl": approximate_kl(log_probs.detach(), old).mean(),
     }
     if before is not None:
         if config.kl == "step-exact":
@@ -136,12 +137,12 @@ def losses_of(
     return losses, now, noted
 
 
-def check_ratios(run: Run, errors: Tensor) -> float:
-    """Return the largest |ratio - 1| of all processes' pairs of an update whose weights are those of the rollout.
+def check_ratios(run: Run, errors: Sequence[Tensor]) -> float:
+    """Return the largest |ratio - 1|, of each pass and process, of an update whose weights are those of the rollout.
 
     FloatingPointError, on every process and before the weights change, where it is above RATIO_BOUND in a run in float32.
     """
-    error = float(run.gather(errors.max()[None]).max())
+    error = float(run.gather(torch.stack([*errors]).max()[None]).max())
     if error > RATIO_BOUND and run.config.mixed_precision == "no":
         raise FloatingPointError(
             f"the ratio before the first update of a rollout, step {run.row['step']:g}, is off 1 by {error:.2g}, above {RATIO_BOUND:g}:"
@@ -182,6 +183,7 @@ def main(config: Config) -> int:
             useless = bool((experience.advantages == 0).all()) and not weighted
             if useless and inner == 0:
                 say(f"rollout {number}: all rewards that are compared are equal; its updates are left out")
+            errors: list[Tensor] = []
             for micro_batch in run.passes(0 if useless else None):
                 indices = run.image_indices(step, micro_batch)
                 pairs, cond = experience.pairs(indices, items_at(range(plan.pairs), indices, run.config.seed))
@@ -190,13 +192,11 @@ def main(config: Config) -> int:
                 with run.accumulate(), experience.clock("update"):
                     losses, ratios, noted = losses_of(w.family, pairs, cond, config, measured)
                     if first:
-                        errors = (ratios - 1).abs().max()[None]
-                        worst = errors if micro_batch == 0 else torch.cat([worst, errors])
+                        errors.append((ratios - 1).abs().max())
                         if last:
-                            run.row["first_ratio_error"] = check_ratios(run, worst)
+                            run.row["first_ratio_error"] = check_ratios(run, errors)
                     if not weighted and "kl" in noted:  # of this pass alone
-                        kl = float(run.gather(noted.pop("kl")[None]).mean())
-                        run.row["kl"] = kl
+                        run.row["kl"] = float(run.gather(noted.pop("kl")[None]).mean())
                     run.update(losses.mean(), **noted)
             if inner == updates - 1:
                 history = experience.history

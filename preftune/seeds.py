@@ -21,7 +21,7 @@ class Stream(IntEnum):
     IMAGE = 2
     """(stream, index): one image of a run."""
     CHOICE = 3
-    """(0, step, micro-batch): choices shared by all processes; RAFT's images use (iteration, image)."""
+    """(0, step, micro-batch): choices shared by all processes; RAFT's images use (iteration, image), DDPO's steps (1, epoch)."""
 
 
 def word(seed: int, *key: int, bits: int = 64) -> int:

@@ -34,8 +34,6 @@ class JpegSize:
         return torch.tensor(sizes, dtype=torch.float32, device=pixels.device)
 
 
-def load_scorer(
-    card: Card, weights: Path | None, device: torch.device | str, dtype: torch.dtype
-) -> JpegSize:
+def load_scorer(card: Card, weights: Path | None, device: torch.device | str, dtype: torch.dtype) -> JpegSize:
     """Return the scorer; there are no weights to place on a device or to hold in a dtype."""
     return JpegSize(card)

@@ -56,6 +56,12 @@ CASES = {  # driver, flags, metrics that must agree
             *("validation_loss", "validation_accuracy"),
         ),
     ),
+    # rollouts of which each process samples a half, and trains on pairs of both
+    "ddpo": (
+        "ddpo",
+        "",
+        ("loss", "reward", "reward_std", "ratio", "kl", "zero_variance_share", "grad_norm"),
+    ),
     # calls that are computed again in the backward pass, three of one update and each with a negative prompt
     "draft": ("draft", "", ("loss", "reward", "first_step", "grad_norm")),
     "drtune": ("drtune", "", ("loss", "reward", "stop_step", "first_step", "grad_norm")),

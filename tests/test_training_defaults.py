@@ -24,7 +24,18 @@ from preftune.training.defaults import RATES, Rates
 pytestmark = pytest.mark.usefixtures("cpu")
 
 ROOT = Path(__file__).parents[1]
-TUNING = ("dpo", "draft", "drtune", "flowbp", "pretrain", "raft", "refl", "reward_weighted", "weird_lora")
+TUNING = (
+    "ddpo",
+    "dpo",
+    "draft",
+    "drtune",
+    "flowbp",
+    "pretrain",
+    "raft",
+    "refl",
+    "reward_weighted",
+    "weird_lora",
+)
 DIRECT = ("draft", "drtune", "flowbp")
 
 
@@ -60,6 +71,8 @@ def written(output: Path) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("program", "model", "lora", "full"),
     [
+        ("ddpo", "sd15", 3e-4, 1e-5),
+        ("ddpo", "sdxl", 3e-4, 1e-5),
         ("draft", "sd15", 1e-4, 1e-5),
         ("draft", "sdxl", 2.5e-4, 1e-5),
         ("drtune", "sdxl", 1e-4, 1e-5),
@@ -127,6 +140,8 @@ def test_the_trajectories_of_methods_through_several_steps(models: dict[str, Pat
     assert found("flowbp", sdxl) == (25, "ddim", 5.0, "positive"), "no more guidance than the model's own"
     assert found("drtune", turbo) == (4, "euler", 1.0, "positive")
     assert defaults.DIRECT.keys() == set(DIRECT)
+    policies = [tuple(defaults.policy(model).values()) for model in (sd, sdxl, turbo)]
+    assert policies == [(50, 5.0), (50, 5.0), (4, 1.0)], "DDPO's config/base.py"
 
 
 @pytest.mark.parametrize(
@@ -234,6 +249,7 @@ def test_images_are_decoded_a_few_at_a_time(models: dict[str, Path], monkeypatch
 
 
 SMALL = {
+    "ddpo": "--prompts-per-rollout 2 --train-batch-size 2 --gradient-accumulation-steps 2",
     "raft": "--iterations 1 --prompts-per-iteration 2 --images-per-prompt 2",
     "reward_weighted": "--score liking",
     "weird_lora": "--train-batch-size 2 --gradient-accumulation-steps 1",
@@ -248,7 +264,7 @@ def test_shipped_configurations_run(
     """Of the model's shape, with the user's own prompts or data in place of the file's, and smaller."""
     argv = ["--config", str(ROOT / "finetune" / "configs" / program / f"{name}.yaml")]
     argv += ["--model", str(models[name]), "--variant", "None", "--output-dir", str(tmp_path / "run")]
-    if program in ("raft", "refl", *DIRECT):
+    if program in ("ddpo", "raft", "refl", *DIRECT):
         argv += ["--prompts", str(root / "prompts.txt"), "--rewards", "brightness=1"]
     else:
         argv += ["--data", str(root / ("rankings" if program == "dpo" else "images"))]
@@ -265,12 +281,13 @@ def test_shipped_configurations_run(
         "1",
     ]
     argv += ["--sample.num-inference-steps", "2", *SMALL.get(program, "").split()]
-    if program in ("refl", *DIRECT):
+    if program in ("ddpo", "refl", *DIRECT):
         argv += ["--num-inference-steps", "4"]
     assert recorded.train(program, argv) == 0
     assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()
     config = written(tmp_path / "run")
     others = {
+        "ddpo": {"sd15": 3e-4, "sdxl": 3e-4},
         "dpo": {"sd15": 1e-5, "sdxl": 1e-5},
         "weird_lora": {"sd15": 1e-5, "sdxl": 5e-5},
         "draft": {"sd15": 1e-4, "sdxl": 2.5e-4},

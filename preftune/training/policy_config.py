@@ -1,8 +1,6 @@
 """Flags of policy gradients: how a rollout is sampled and compared, and which of its steps are trained. Needs no torch."""
 
-import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -64,11 +62,13 @@ class PolicyConfig:
         for name in ("prompts_per_rollout", "images_per_prompt", "inner_epochs"):
             _demand(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         steps, batch = self.num_inference_steps, self.rollout_batch_size
-        _demand(steps is None or 1 <= steps <= MOST_STEPS, "num_inference_steps", steps, f"in 1..{MOST_STEPS}")
+        _demand(
+            steps is None or 1 <= steps <= MOST_STEPS, "num_inference_steps", steps, f"in 1..{MOST_STEPS}"
+        )
         _demand(batch is None or batch >= 1, "rollout_batch_size", batch, "at least 1")
         _demand(0 < self.eta <= 1, "eta", self.eta, "in (0, 1]: a step without noise has no probability")
         _demand(0 < self.timestep_fraction <= 1, "timestep_fraction", self.timestep_fraction, "in (0, 1]")
-        _demand(0 < self.advantage_clip, "advantage_clip", self.advantage_clip, "above 0; inf never cuts")
+        _demand(self.advantage_clip > 0, "advantage_clip", self.advantage_clip, "above 0; inf never cuts")
         if self.guidance_scale is not None:
             check_guidance(self.guidance_scale)
         buffer = self.prompt_buffer_size, self.prompt_buffer_min_count
@@ -94,7 +94,9 @@ class PolicyConfig:
     def check(self, reward: RewardConfig, run: RunConfig) -> None:
         """Raise ValueError for rewards that cannot be compared so."""
         if self.normalize_rewards == "each" and reward.reward_combination == "min":
-            raise ValueError("--normalize-rewards each adds advantages; --reward-combination min does not go with it")
+            raise ValueError(
+                "--normalize-rewards each adds advantages; --reward-combination min does not go with it"
+            )
 
     def step(self) -> "Step":
         """Return the denoising step of rollouts."""

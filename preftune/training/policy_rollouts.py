@@ -139,6 +139,7 @@ def obtain(
     if fresh and not _sample(w, policy, plan, texts, cond, number, clock):
         return None
     made = rollouts.read(run.folder, number)
+    run.wait()  # for all to have read it: the main process removes what is not needed any more
     advantages, history = advantages_of(policy, w, made, texts, before)
     assert policy.num_inference_steps is not None
     timesteps = w.family.timesteps(policy.num_inference_steps, "ddim", w.resolution)
