@@ -27,7 +27,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -106,7 +106,7 @@ RATIO_BOUND = 1e-5
 
 def losses_of(
     family: Family, pairs: Pairs, cond: Cond, config: Config, before: BeforeTuning | None
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Return losses (B,) with gradient, ratios (B,), and means to log, of B (image, step) pairs and their encoded prompts.
 
     before: the model before tuning, where the divergence to it counts or is measured.
@@ -121,7 +121,7 @@ def losses_of(
     old = log_probs.detach() if config.policy.old_logprob == "self" else pairs.log_probs
     losses, ratios = ppo_losses(log_probs, old, pairs.advantages, config.clip_range)
     now = ratios.detach()
-    noted = {
+    noted: dict[str, Any] = {
         "ratio": now.mean(),
         "clip_share": is_clipped(now, pairs.advantages, config.clip_range).float().mean(),
         "approx_kl": approximate_kl(log_probs.detach(), old).mean(),

@@ -102,7 +102,7 @@ if __name__ == "__main__":  # flags are read before torch is imported, which tak
     )
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from preftune.captioned_inputs import CaptionedInputs
 from preftune.diffusion_loss import diffusion_loss
@@ -111,6 +111,7 @@ from preftune.files.one_writer import one_writer
 from preftune.order import items_at
 from preftune.records import CaptionedImage
 from preftune.training import labelled_pairs, rankings, workspace
+from preftune.training.before_tuning import BeforeTuning
 from preftune.training.dpo_losses import (
     agreement,
     dpo_losses,
@@ -179,10 +180,8 @@ class Reference:
     """The errors of the model before tuning; with --fixed-noise each is worked out once, and kept in checkpoints."""
 
     def __init__(self, w: Workspace, config: Config, number: int) -> None:
-        self.run, self.family, self.unused = w.run, w.family, config.loss == "mapo"
-        self.second: nn.Module | None = None
-        if config.model.train == "full" and not self.unused:
-            self.second = workspace.load_reference(config.model, config.run, w.run.device)
+        self.run, self.family = w.run, w.family
+        self.before = None if config.loss == "mapo" else BeforeTuning(w)
         unknown = torch.full((number * config.fixed_noise, 2), torch.nan)
         self.known: Tensor = w.run.resumed_state.get("reference_errors", unknown)
 
@@ -193,17 +192,10 @@ class Reference:
     @torch.no_grad()
     def errors(self, x0: Tensor, cond: Cond, draw: Draw) -> Tensor | None:
         """Return `errors_of` of the model before tuning; None where the loss has no reference."""
-        if self.unused:
+        if self.before is None:
             return None
-        if self.second is None:
-            with self.family.reference():
-                return errors_of(self.family, x0, cond, draw)
-        tuned, self.family.denoiser = self.family.denoiser, self.second
-        try:
-            with self.run.autocast():  # as in the prepared module
-                return errors_of(self.family, x0, cond, draw)
-        finally:
-            self.family.denoiser = tuned
+        with self.before():
+            return errors_of(self.family, x0, cond, draw)
 
     def errors_once(self, x0: Tensor, cond: Cond, draw: Draw, places: Sequence[int]) -> Tensor | None:
         """Return `errors`, those of fixed noise from the table where they are known; what one process finds, all learn."""

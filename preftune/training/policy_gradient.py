@@ -6,7 +6,7 @@ an image. A ratio is therefore one of means, and a clip range of 1e-4 is a figur
 scorers.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,7 +61,7 @@ def prediction_distance(eps: Tensor, reference: Tensor) -> Tensor:
     return (eps - reference).square().flatten(1).mean(1)
 
 
-def group_advantages(rewards: Tensor, groups: Sequence[Hashable]) -> Advantages:
+def group_advantages(rewards: Tensor, groups: Sequence[str]) -> Advantages:
     """Return (r - mean) / (std + 1e-8) of rewards (N,), within each group, with the unbiased standard deviation.
 
     GRPO's, as DanceGRPO's code for Stable Diffusion has it. A group of one image, or of one reward, has no better image: 0.
@@ -107,9 +107,9 @@ def combined(columns: Sequence[Advantages], weights: Sequence[float], limit: flo
     return Advantages(total.clamp(-limit, limit), flat)
 
 
-def _rows(keys: Sequence[Hashable]) -> dict[Hashable, list[int]]:
+def _rows(keys: Sequence[str]) -> dict[str, list[int]]:
     """The rows of each key."""
-    found: dict[Hashable, list[int]] = {}
+    found: dict[str, list[int]] = {}
     for row, key in enumerate(keys):
         found.setdefault(key, []).append(row)
     return found
