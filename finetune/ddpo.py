@@ -74,7 +74,7 @@ class Config:
             raise ValueError(f"--kl-weight must be 0 or more and finite, got {self.kl_weight:g}")
         if not self.reward.rewards:
             raise ValueError("--rewards is empty; name a scorer whose score is to rise, as imagereward=1.0")
-        self.policy.check(self.reward, self.run)
+        self.policy.check(self.reward)
 
 
 if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds

@@ -91,7 +91,7 @@ class PolicyConfig:
                 f"--old-logprob self has no ratio to what was sampled: --inner-epochs must be 1, got {self.inner_epochs}"
             )
 
-    def check(self, reward: RewardConfig, run: RunConfig) -> None:
+    def check(self, reward: RewardConfig) -> None:
         """Raise ValueError for rewards that cannot be compared so."""
         if self.normalize_rewards == "each" and reward.reward_combination == "min":
             raise ValueError(
