@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -12,6 +13,40 @@ from preftune.families.base import Family
 from preftune.noise import add_noise, target
 from preftune.solver_names import PredictionType
 from rewards.on_device import upload
+
+
+class Noised(NamedTuple):
+    """Images at one noise level each, and what a network should say there."""
+
+    x: Tensor
+    """(B, C, h, w) noisy latents."""
+    t: Tensor
+    """(B,) timesteps."""
+    alpha: Tensor
+    """(B,)."""
+    sigma: Tensor
+    """(B,)."""
+    target: Tensor
+    """(B, C, h, w) what the network's own prediction type should give: eps, v, ..."""
+
+    def errors(self, output: Tensor) -> Tensor:
+        """Return the squared errors (B,) of the network's output (B, C, h, w), the mean over elements."""
+        return (output - self.target).square().flatten(1).mean(1)
+
+
+def noised(
+    family: Family, x0: Tensor, generators: Sequence[Generator], timesteps: Tensor | None = None
+) -> Noised:
+    """Return latents x0 (B, C, h, w) with noise.
+
+    Each image's timestep, from the family's distribution, and its noise come from its own generator, in this order; timesteps (B,)
+    that are given are taken as they are.
+    """
+    t = upload(family.training_timesteps(generators) if timesteps is None else timesteps, x0.device)
+    eps = initial_noise(x0.shape[1:], generators, x0.device).to(x0)
+    alpha, sigma = family.schedule(t)
+    wanted = target(x0, eps, alpha, sigma, family.prediction_type)
+    return Noised(add_noise(x0, eps, alpha, sigma), t, alpha, sigma, wanted)
 
 
 def diffusion_loss(
@@ -26,16 +61,14 @@ def diffusion_loss(
 
     For epsilon it is Ho et al. 2020 (arXiv 2006.11239, eq. 14), ImageReward's pre-training loss (arXiv
     2304.05977, eq. 3); other prediction types are compared with their own target. predict(x_t (B, C, h, w),
-    t (B,)) returns the network's output; x0 are latents. Each image's timestep, from the family's
-    distribution, and its noise come from its own generator, in this order; timesteps (B,) that are given are taken as they are.
+    t (B,)) returns the network's output; x0, generators and timesteps are those of `noised`.
     snr_gamma weights each image's loss by `min_snr`.
     """
-    t = upload(family.training_timesteps(generators) if timesteps is None else timesteps, x0.device)
-    eps = initial_noise(x0.shape[1:], generators, x0.device).to(x0)
-    alpha, sigma = family.schedule(t)
-    output = predict(add_noise(x0, eps, alpha, sigma), t)
-    losses = (output - target(x0, eps, alpha, sigma, family.prediction_type)).square().flatten(1).mean(1)
-    return losses if snr_gamma is None else losses * min_snr(alpha, sigma, family.prediction_type, snr_gamma)
+    at = noised(family, x0, generators, timesteps)
+    losses = at.errors(predict(at.x, at.t))
+    if snr_gamma is None:
+        return losses
+    return losses * min_snr(at.alpha, at.sigma, family.prediction_type, snr_gamma)
 
 
 def min_snr(alpha: Tensor, sigma: Tensor, prediction_type: PredictionType, gamma: float) -> Tensor:

@@ -25,6 +25,8 @@ PROGRAMS = {
     "flowbp": "finetune.flowbp",
     "ddpo": "finetune.ddpo",
     "raft": "finetune.raft",
+    "awm": "finetune.awm",
+    "nft": "finetune.nft",
     "reward-weighted": "finetune.reward_weighted",
     "weird-lora": "finetune.weird_lora",
     "dpo": "finetune.dpo",

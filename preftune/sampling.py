@@ -21,7 +21,7 @@ from preftune.sampling_config import Resolved, Sampling
 from preftune.solvers import SOLVERS
 from rewards.on_device import upload
 
-__all__ = ["Resolved", "Sampling", "initial_noise", "sample", "sharded"]
+__all__ = ["Resolved", "Sampling", "initial_noise", "sample", "sample_latents", "sharded"]
 
 _T = TypeVar("_T")
 _Predict = Callable[[Tensor, Tensor, float], Prediction]
@@ -48,6 +48,24 @@ def sample(
     `negative` is the negative prompt; `annealing` the power of annealed importance guidance, None = off (`mixed`); `progress` names
     a progress bar. The caller's grad mode is left alone between batches. ValueError, at the call, for lengths that differ.
     """
+    settings = sampling if isinstance(sampling, Resolved) else sampling.resolved(family.defaults)
+    batches = sample_latents(
+        family, prompts, seeds, settings, negative=negative, annealing=annealing, progress=progress
+    )
+    return (_pixels(family, x, settings.resolution) for x in batches)
+
+
+def sample_latents(
+    family: Family,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling | Resolved,
+    *,
+    negative: str = "",
+    annealing: float | None = None,
+    progress: str | None = None,
+) -> Iterator[Tensor]:
+    """Yield the final latents (b, C, h, w), on the model's device, of the images of `sample`, batch by batch."""
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
     settings = sampling if isinstance(sampling, Resolved) else sampling.resolved(family.defaults)
@@ -57,6 +75,12 @@ def sample(
         _sample_batch(family, prompts[part], seeds[part], settings, negative, annealing)
         for part in tqdm(parts, desc=progress, total=len(starts), disable=progress is None, leave=False)
     )
+
+
+@torch.no_grad()
+def _pixels(family: Family, latents: Tensor, resolution: Resolution) -> Tensor:
+    """Pixels on the CPU."""
+    return torch.cat([part.cpu() for part in decoded_parts(family, latents, resolution)])
 
 
 @torch.no_grad()  # on a function that returns: on a generator it would leak into the caller between two batches
@@ -79,7 +103,7 @@ def _sample_batch(
                 x = ahead.step(predict(x, now.t, index / (len(grid) - 1)), now, settings.solver)
         else:
             x = _scheduler_loop(family, initial_noise(shape, generators, family.device), predict, settings)
-    return torch.cat([part.cpu() for part in decoded_parts(family, x, settings.resolution)])
+    return x
 
 
 def _predictor(

@@ -44,16 +44,23 @@ _DIRECT = (
     " --guidance-scale 2 --max-grad-norm 1"
 )
 
+_SCORED = (
+    "--model {root}/pipeline --prompts {root}/prompts.txt --rewards brightness=1 --resolution 32 --prompts-per-epoch 4"
+    " --images-per-prompt 2 --timesteps-per-image 2"
+)
+
 _FLAGS = {
     "autoencoder": "--data {root}/images --resolution 32 --widths 8 8 16 16 --kl-weight 0.1",
     "ddpo": "--model {root}/pipeline --prompts {root}/prompts.txt --rewards brightness=1 --resolution 32 --num-inference-steps 4"
     " --window 1 2 --guidance-scale 2 --prompts-per-rollout 2 --images-per-prompt 2 --prompt-buffer-size 4"
     f" --prompt-buffer-min-count 2 --clip-range 0.1 --kl-weight 0.5 {_SAMPLE}",
+    "awm": f"{_SCORED} --kl-weight 0.1 --ema-kl-weight 0.1 {_SAMPLE}",
     "dpo": f"--model {{root}}/pipeline --data {{root}}/rankings --resolution 32 --validation-share 0.25 --beta 20"
     f" --validation-prompts {{root}}/prompts.txt --num-validation-prompts 8 {_SAMPLE}",
     "draft": f"{_DIRECT} --last-steps 3 --eta 0.5 --guidance-gradient positive --jitter 2 --jitter-copies 2 {_SAMPLE}",
     "drtune": f"{_DIRECT} --active-steps 2 --early-stop 0.5 {_SAMPLE}",
     "flowbp": f"{_DIRECT} --surrogate lagrange --guidance-gradient both {_SAMPLE}",
+    "nft": f"{_SCORED} --beta 0.5 --kl-weight 0.1 {_SAMPLE}",
     "pretrain": f"--model {{root}}/pipeline --data {{root}}/images --resolution 32 --train-text-encoder --train full {_SAMPLE}",
     "pretrain_scorer": "--data {root}/images --vocab {root}/vocab.txt --sizes.image 32 --sizes.patch 16 --sizes.width 32"
     " --sizes.vision-layers 1 --sizes.text-layers 1 --sizes.head 16 8 8 4",

@@ -66,6 +66,9 @@ CASES = {  # driver, flags, metrics that must agree
     "draft": ("draft", "", ("loss", "reward", "first_step", "grad_norm")),
     "drtune": ("drtune", "", ("loss", "reward", "stop_step", "first_step", "grad_norm")),
     "flowbp": ("flowbp", "", ("loss", "reward", "miss", "grad_norm")),
+    # images that both generate, rewards of all of them, and the weights of other policies; the second epoch's images are of moved weights
+    "awm": ("awm", "", ("loss", "reward", "reward_std", "diffusion_loss", "kl", "ema_kl", "grad_norm")),
+    "nft": ("nft", "", ("loss", "reward", "reward_std", "diffusion_loss", "kl", "old_distance", "grad_norm")),
     # the weights of all pairs sum to one over both processes, in each of the two stages
     "reward_model": (
         "reward_model",

@@ -111,8 +111,32 @@ DIRECT = [
     (["--base-distance", "-1"], "--base-distance must be 0 or more and finite, got -1"),
     (["--base-distance", "1", "--train", "full"], "and --train full has none; use --train lora"),
 ]
+SCORED = [
+    *(case for case in PIPELINE if "--caption-dropout" not in case[0]),
+    (["--lora.target-modules", "to_z"], "no layer is called to_z"),
+    (["--prompts", "{bad}/blank.txt"], "blank.txt holds no prompts"),
+    (["--rewards", "beauty=1"], "unknown scorer 'beauty'; one of brightness, shapes"),
+    (["--rewards"], "--rewards is empty; name a scorer to compare images by"),
+    (["--prompts-per-epoch", "0"], "--prompts-per-epoch must be at least 1, got 0"),
+    (["--images-per-prompt", "1"], "--images-per-prompt must be at least 2, got 1"),
+    (["--updates-per-epoch", "0"], "--updates-per-epoch must be at least 1, got 0"),
+    (["--timesteps-per-image", "0"], "--timesteps-per-image must be at least 1, got 0"),
+    (["--advantage-clip", "0"], "--advantage-clip must be above 0 and finite, got 0"),
+    (["--advantage-std", "some"], "some"),
+    (["--kl-weight", "-1"], "--kl-weight must be 0 or more and finite, got -1"),
+]
 ONE: dict[str, list[tuple[list[str], str]]] = {
     "autoencoder": [*IMAGES, (["--resolution", "30"], "--resolution must be")],
+    "awm": [
+        *SCORED,
+        (["--ema-kl-weight", "inf"], "--ema-kl-weight must be 0 or more and finite, got inf"),
+        (["--clip-range", "0"], "--clip-range must be above 0 and finite, got 0"),
+        (["--ghuber-power", "2"], "--ghuber-power must lie in (0, 1], got 2"),
+        (
+            ["--weighting", "t", "--ghuber-power", "0.5"],
+            "--ghuber-power 0.5 does nothing with --weighting t",
+        ),
+    ],
     "dpo": [
         *PIPELINE,
         (["--lora.target-modules", "to_z"], "no layer is called to_z"),
@@ -223,6 +247,12 @@ ONE: dict[str, list[tuple[list[str], str]]] = {
         (["--order", "1"], "--order must lie in [2, 8] with --surrogate lagrange, got 1"),
         (["--num-inference-steps", "1"], "--num-inference-steps must be at least 2 for two parts"),
         (["--model", "{bad}/zero_snr"], "flowbp does not train a model of zero terminal SNR"),
+    ],
+    "nft": [
+        *SCORED,
+        (["--beta", "0"], "--beta must lie in (0, 1], got 0"),
+        (["--beta", "1.5"], "--beta must lie in (0, 1], got 1.5"),
+        (["--decay-type", "3"], "3"),
     ],
     "pretrain": [
         *PIPELINE,

@@ -25,11 +25,13 @@ pytestmark = pytest.mark.usefixtures("cpu")
 
 ROOT = Path(__file__).parents[1]
 TUNING = (
+    "awm",
     "ddpo",
     "dpo",
     "draft",
     "drtune",
     "flowbp",
+    "nft",
     "pretrain",
     "raft",
     "refl",
@@ -37,6 +39,7 @@ TUNING = (
     "weird_lora",
 )
 DIRECT = ("draft", "drtune", "flowbp")
+SCORED = ("awm", "nft")
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +76,8 @@ def written(output: Path) -> dict[str, object]:
     [
         ("ddpo", "sd15", 3e-4, 1e-5),
         ("ddpo", "sdxl", 3e-4, 1e-5),
+        ("awm", "sd15", 3e-4, 1e-5),
+        ("nft", "sdxl", 3e-4, 1e-6),
         ("draft", "sd15", 1e-4, 1e-5),
         ("draft", "sdxl", 2.5e-4, 1e-5),
         ("drtune", "sdxl", 1e-4, 1e-5),
@@ -250,6 +255,10 @@ def test_images_are_decoded_a_few_at_a_time(models: dict[str, Path], monkeypatch
 
 SMALL = {
     "ddpo": "--prompts-per-rollout 2 --train-batch-size 2 --gradient-accumulation-steps 2",
+    **dict.fromkeys(
+        SCORED,
+        "--prompts-per-epoch 2 --images-per-prompt 2 --timesteps-per-image 1 --train-batch-size 2 --gradient-accumulation-steps 1",
+    ),
     "raft": "--iterations 1 --prompts-per-iteration 2 --images-per-prompt 2",
     "reward_weighted": "--score liking",
     "weird_lora": "--train-batch-size 2 --gradient-accumulation-steps 1",
@@ -264,7 +273,7 @@ def test_shipped_configurations_run(
     """Of the model's shape, with the user's own prompts or data in place of the file's, and smaller."""
     argv = ["--config", str(ROOT / "finetune" / "configs" / program / f"{name}.yaml")]
     argv += ["--model", str(models[name]), "--variant", "None", "--output-dir", str(tmp_path / "run")]
-    if program in ("ddpo", "raft", "refl", *DIRECT):
+    if program in ("ddpo", "raft", "refl", *DIRECT, *SCORED):
         argv += ["--prompts", str(root / "prompts.txt"), "--rewards", "brightness=1"]
     else:
         argv += ["--data", str(root / ("rankings" if program == "dpo" else "images"))]
@@ -291,6 +300,7 @@ def test_shipped_configurations_run(
         "dpo": {"sd15": 1e-5, "sdxl": 1e-5},
         "weird_lora": {"sd15": 1e-5, "sdxl": 5e-5},
         "draft": {"sd15": 1e-4, "sdxl": 2.5e-4},
+        **{name: {"sd15": 3e-4, "sdxl": 3e-4} for name in SCORED},
     }
     assert config["learning_rate"] == others.get(program, {}).get(name, 1e-4)
     shutil.rmtree(tmp_path / "run")

@@ -53,6 +53,9 @@ RATES: Mapping[str, Mapping[str, Rates]] = {
     "raft": {"sd": Rates(lora=1e-4, full=1e-5), "sdxl": Rates(lora=1e-4, full=1e-6)},
     # Full: ImageReward, appendix E, and reward-weighted regression of ddpo (1e-5). LoRA, and SDXL: as pretrain.
     "reward_weighted": {"sd": Rates(lora=1e-4, full=1e-5), "sdxl": Rates(lora=1e-4, full=1e-6)},
+    # LoRA: the released configurations of both for Stable Diffusion 3.5 (3e-4 at rank 32). Full: ours, as raft.
+    "awm": {"sd": Rates(lora=3e-4, full=1e-5), "sdxl": Rates(lora=3e-4, full=1e-6)},
+    "nft": {"sd": Rates(lora=3e-4, full=1e-5), "sdxl": Rates(lora=3e-4, full=1e-6)},
     # LoRA: README of diffusers' research_projects/diffusion_dpo (1e-5, rank 8). Full: ours; Diffusion-DPO has 1e-8 for each pair of an
     # update, so 2e-5 for its 2,048 and 8e-8 for 8.
     "dpo": {"sd": Rates(lora=1e-5, full=1e-6), "sdxl": Rates(lora=1e-5, full=1e-6)},

@@ -1,0 +1,254 @@
+"""Generated images with rewards, an epoch at a time, to train on at random noise levels: what AWM and DiffusionNFT share.
+
+An epoch's images are kept in RUN/epoch_0001: final latents, prompts and rewards, in one piece with digests. How they were denoised is not
+kept: training adds noise anew. They are a function of (weights that generated them, prompts, seeds), so that a folder that is gone
+or damaged is generated again with the same bits. N images of an epoch, B in one pass; latents (C, h, w).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from preftune import files, seeds
+from preftune.cli.notes import say
+from preftune.diffusion_loss import Noised, noised
+from preftune.families.base import Cond
+from preftune.files import manifest
+from preftune.order import items_at
+from preftune.records import read_jsonl, write_jsonl
+from preftune.sampling import decoded_parts, sample_latents, sharded
+from preftune.seeds import Stream
+from preftune.training import advantages, checkpoint
+from preftune.training.run import Run
+from preftune.training.scored_config import ScoredConfig
+from preftune.training.workspace import Workspace
+from rewards.on_device import upload
+
+FOLDERS = "epoch_[0-9]*"
+"""Pattern of the folders of epochs in a run."""
+LATENTS = "latents.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """The images of an epoch."""
+
+    epoch: int
+    """From 0."""
+    prompts: Sequence[str]
+    """One for each image."""
+    latents: Tensor
+    """(N, C, h, w) float32, on the CPU."""
+    rewards: Tensor
+    """(N,)."""
+    advantages: Tensor
+    """(N,) in [-1, 1]."""
+    used: Sequence[int]
+    """Images that are trained on: those of prompts whose rewards differ, or all where none do."""
+    skipped_groups: int
+    """Prompts whose images all have one reward."""
+
+    def metrics(self) -> dict[str, Any]:
+        """Return what is logged of each update."""
+        return {
+            "reward": float(self.rewards.mean()),
+            "reward_std": float(self.rewards.std(correction=0)),
+            "skipped_groups": float(self.skipped_groups),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The images of this process in one backward pass, at one noise level each."""
+
+    x0: Tensor
+    """(B, C, h, w)."""
+    at: Noised
+    cond: Cond
+    advantages: Tensor
+    """(B,) in [-1, 1]."""
+
+
+def updates_per_epoch(config: ScoredConfig, number_of_prompts: int, run: Run) -> int:
+    """Return --updates-per-epoch, or as many as see each image once, one at least."""
+    images = min(config.prompts_per_epoch, number_of_prompts) * config.images_per_prompt
+    return config.updates_per_epoch or max(1, round(images / run.images_per_update))
+
+
+def folder_of(run: Path, epoch: int) -> Path:
+    """Return the folder of an epoch's images."""
+    return run / f"epoch_{epoch + 1:04d}"
+
+
+def _folders(run: Path) -> dict[int, Path]:
+    """Epoch, from 0, -> its folder, of those that are there."""
+    found = {path: path.name.removeprefix("epoch_") for path in run.glob(FOLDERS)}
+    return {int(number) - 1: path for path, number in found.items() if number.isdigit()}
+
+
+def go_on(run: Run, per_epoch: int) -> None:
+    """Remove the images of epochs after the update from which a run goes on, which are of later weights, and those of its own
+    epoch where they are not as they were written.
+    """
+    run.wait()
+    if run.is_main:
+        now = run.start // per_epoch
+        for epoch, folder in _folders(run.folder).items():
+            if not run.resumed or epoch > now or (epoch == now and not _is_sound(folder)):
+                files.remove(folder)
+    run.wait()
+
+
+def _is_sound(folder: Path) -> bool:
+    try:
+        manifest.verify(folder)
+    except ValueError as error:
+        say(f"{error}; generating it again")
+        return False
+    return True
+
+
+def prune(run: Run, step: int, per_epoch: int) -> None:
+    """After the updates of a step, remove the images that no checkpoint goes on with, but for those of this epoch and the next."""
+    if run.is_main:
+        kept = {checkpoint.updates_of(path) or 0 for path in checkpoint.find_checkpoints(run.folder)}
+        needed = {updates // per_epoch for updates in kept | {step, step + 1}}
+        for epoch, folder in _folders(run.folder).items():
+            if epoch not in needed:
+                files.remove(folder)
+
+
+def samples_of(
+    w: Workspace,
+    prompts: Sequence[str],
+    epoch: int,
+    config: ScoredConfig,
+    policy: AbstractContextManager[None],
+) -> Samples | None:
+    """Return the images of an epoch; those that are not there yet are generated, scored and kept, with the weights in the context `policy`.
+
+    None where a signal came: what was generated by then is dropped.
+    """
+    run, folder = w.run, folder_of(w.run.folder, epoch)
+    run.wait()
+    if not folder.is_dir():
+        number = min(config.prompts_per_epoch, len(prompts))
+        texts = items_at(prompts, range(epoch * number, (epoch + 1) * number), run.config.seed)
+        each = [text for text in texts for _ in range(config.images_per_prompt)]
+        partial = folder.with_name(f".{folder.name}.tmp-shared")  # of all processes
+        partial.mkdir(parents=True, exist_ok=True)
+        with policy:
+            rows, latents = generate(w, each, epoch)
+        if run.interrupted:
+            run.wait()
+            if run.is_main:
+                files.remove(partial)
+            return None
+        _write(partial, f"rank_{run.rank}", rows, latents)
+        run.wait()
+        if run.is_main:
+            _merge(partial, run.world)
+            manifest.write(partial)
+            partial.rename(folder)
+        run.wait()
+    return _read(folder, epoch, config)
+
+
+@torch.no_grad()
+def generate(w: Workspace, prompts: Sequence[str], epoch: int) -> tuple[list[dict[str, Any]], Tensor]:
+    """Generate and score this process' share of an epoch's images, one for each prompt (N); return their rows and latents (n, C, h, w).
+
+    With the --sample settings, guidance included, at the resolution of the training. An image is a function of the weights, its prompt, and its seed.
+    """
+    assert w.mix is not None, "the configuration has rewards"
+    run = w.run
+    settings = replace(w.validation.sample.resolved(w.family.defaults), resolution=w.resolution)
+    mine = sharded(prompts, run.rank, run.world)
+    own = [seeds.word(run.config.seed, Stream.CHOICE, epoch, image) for image, _ in mine]
+    rows, latents = list[dict[str, Any]](), list[Tensor]()
+    progress = f"epoch {epoch + 1}" if run.is_main else None
+    found = sample_latents(w.family, [text for _, text in mine], own, settings, progress=progress)
+    for x in run.until_stopped(found):
+        texts = mine[len(rows) : len(rows) + len(x)]
+        pixels = torch.cat([*decoded_parts(w.family, x, settings.resolution)])
+        rewards = w.mix(pixels, [text for _, text in texts]).rewards.tolist()
+        rows += [
+            {"image": image, "text": text, "reward": reward, "seed": own[len(rows) + row]}
+            for row, ((image, text), reward) in enumerate(zip(texts, rewards, strict=True))
+        ]
+        latents.append(x.float().cpu())
+    return rows, torch.cat(latents) if latents else torch.empty(0)
+
+
+def _write(folder: Path, name: str, rows: Sequence[dict[str, Any]], latents: Tensor) -> None:
+    write_jsonl(folder / f"{name}.jsonl", rows)
+    content = safetensors.torch.save({"latents": latents.contiguous()})
+    (folder / f"{name}.safetensors").write_bytes(content)  # a failed write is an OSError
+
+
+def _merge(folder: Path, world: int) -> None:
+    """Put what the processes wrote into one table and one tensor, in the order of the images."""
+    parts = [folder / f"rank_{rank}.jsonl" for rank in range(world)]
+    rows = [row for path in parts for row in read_jsonl(path)]
+    tensors = [path.with_suffix(".safetensors") for path in parts]
+    loaded = [safetensors.torch.load(path.read_bytes())["latents"] for path in tensors]
+    latents = torch.cat([part for part in loaded if len(part)])
+    order = sorted(range(len(rows)), key=lambda place: int(rows[place]["image"]))
+    _write(folder, "latents", [rows[place] for place in order], latents[order])
+    (folder / "latents.jsonl").rename(folder / "metadata.jsonl")
+    for path in [*parts, *tensors]:
+        path.unlink()
+
+
+def _read(folder: Path, epoch: int, config: ScoredConfig) -> Samples:
+    rows = read_jsonl(folder / "metadata.jsonl")
+    latents = safetensors.torch.load((folder / LATENTS).read_bytes())["latents"]
+    rewards = torch.tensor([float(row["reward"]) for row in rows])
+    groups = torch.arange(len(rows)) // config.images_per_prompt
+    kind = advantages.batch_advantages if config.advantage_std == "all" else advantages.group_advantages
+    flat = advantages.statistics(rewards, groups).flat
+    skipped = int(flat.sum()) // config.images_per_prompt
+    if flat.all():
+        say(
+            f"epoch {epoch + 1}: the images of each prompt have equal rewards, so that none is better; its updates learn nothing from them"
+        )
+    return Samples(
+        epoch=epoch,
+        prompts=[str(row["text"]) for row in rows],
+        latents=latents,
+        rewards=rewards,
+        advantages=advantages.scaled(kind(rewards, groups), config.advantage_clip),
+        used=[row for row, equal in enumerate(flat.tolist()) if not equal or flat.all()],
+        skipped_groups=skipped,
+    )
+
+
+def batches(
+    w: Workspace, samples: Samples, step: int, per_epoch: int, config: ScoredConfig
+) -> Iterator[Batch]:
+    """Yield the backward passes of an update, each in its context of `accumulate`: each image at all its noise levels in turn."""
+    run, number = w.run, config.timesteps_per_image
+    for micro_batch in run.passes(run.config.gradient_accumulation_steps * number):
+        part, turn = divmod(micro_batch, number)
+        indices = run.image_indices(step, part)
+        if turn == 0:
+            rows = rows_at(samples, indices, per_epoch * run.images_per_update, run.config.seed)
+            x0 = upload(samples.latents[rows], run.device)
+            own = upload(samples.advantages[rows], run.device)
+            cond = w.family.encode([samples.prompts[row] for row in rows])
+        generators = [run.generator(index, stream=turn) for index in indices]
+        with run.accumulate():
+            yield Batch(x0=x0, at=noised(w.family, x0, generators), cond=cond, advantages=own)
+
+
+def rows_at(samples: Samples, indices: range, per_epoch: int, seed: int) -> list[int]:
+    """Return the images of global indices of a run with `per_epoch` indices in an epoch: each once before any comes again."""
+    visits = -(-per_epoch // len(samples.used))
+    first = samples.epoch * visits * len(samples.used) - samples.epoch * per_epoch
+    return items_at(samples.used, range(first + indices.start, first + indices.stop), seed)
