@@ -148,6 +148,10 @@ def test_nft_by_hand() -> None:
         torch.full((1, 1, 1, 2), 1.0), at._replace(x=torch.tensor([[[[2.0, 1.5]]]])), one, "flow"
     )
     assert errors.tolist() == pytest.approx([(0.25 + 0.0) / 2 / 0.25]), "means of squares and of sizes"  # fmt: skip
+    v = one.clone().requires_grad_()
+    nft.clean_errors(v, at, one, "flow").sum().backward()
+    assert v.grad is not None
+    assert v.grad.item() == pytest.approx(-1.0), "2 (0.5) (-0.5) / 0.5: the size is a constant"
     assert nft.probabilities(torch.tensor([-1.0, -0.5, 0.0, 1.0])).tolist() == [0.0, 0.25, 0.5, 1.0]
 
 

@@ -1,7 +1,7 @@
 """Rewards of several images a prompt as advantages: by how many standard deviations each is better than its prompt's mean.
 
 N images in groups, one for each prompt. A group whose rewards are all equal says nothing: its advantages are 0, exactly.
-Statistics are in float64, so that a mean of equal rewards is that reward.
+Statistics are in float64, where the mean of equal float32 rewards is that reward.
 """
 
 from typing import NamedTuple
@@ -42,7 +42,7 @@ def group_advantages(
     For rewards 1, 2, 3, 4 of one group: -1.3415, -0.4472, 0.4472, 1.3415; unbiased -1.1618, -0.3873, ...
     """
     found = statistics(rewards, groups, unbiased=unbiased)
-    return _zeroed((rewards.double() - found.mean) / (found.std + epsilon), found.flat)
+    return ((rewards.double() - found.mean) / (found.std + epsilon)).float()
 
 
 def batch_advantages(rewards: Tensor, groups: Tensor, *, epsilon: float = 1e-4) -> Tensor:
@@ -52,13 +52,9 @@ def batch_advantages(rewards: Tensor, groups: Tensor, *, epsilon: float = 1e-4) 
     """
     found = statistics(rewards, groups)
     std = rewards.double().std(correction=0)
-    return _zeroed((rewards.double() - found.mean) / (std + epsilon), found.flat)
+    return ((rewards.double() - found.mean) / (std + epsilon)).float()
 
 
 def scaled(advantages: Tensor, clip: float) -> Tensor:
     """Return advantages (N,) cut to [-clip, clip] and divided by clip: in [-1, 1]."""
     return advantages.clamp(-clip, clip) / clip
-
-
-def _zeroed(advantages: Tensor, flat: Tensor) -> Tensor:
-    return torch.where(flat, 0.0, advantages).float()

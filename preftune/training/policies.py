@@ -33,10 +33,7 @@ class Policy:
     @torch.no_grad()
     def follow(self, decay: float) -> None:
         """Become decay times this copy plus (1 - decay) times the trained weights."""
-        if decay == 0:
-            torch._foreach_copy_(self.weights, self._trained)
-        else:
-            torch._foreach_lerp_(self.weights, self._trained, 1 - decay)
+        torch._foreach_lerp_(self.weights, self._trained, 1 - decay)  # exact for 0
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

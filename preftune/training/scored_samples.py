@@ -197,8 +197,7 @@ def _merge(folder: Path, world: int) -> None:
     parts = [folder / f"rank_{rank}.jsonl" for rank in range(world)]
     rows = [row for path in parts for row in read_jsonl(path)]
     tensors = [path.with_suffix(".safetensors") for path in parts]
-    loaded = [safetensors.torch.load(path.read_bytes())["latents"] for path in tensors]
-    latents = torch.cat([part for part in loaded if len(part)])
+    latents = torch.cat([safetensors.torch.load(path.read_bytes())["latents"] for path in tensors])
     order = sorted(range(len(rows)), key=lambda place: int(rows[place]["image"]))
     _write(folder, "latents", [rows[place] for place in order], latents[order])
     (folder / "latents.jsonl").rename(folder / "metadata.jsonl")
