@@ -36,7 +36,7 @@ from preftune.training import scored_config
 from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig
 from preftune.training.defaults import of_model
 from preftune.training.run_config import RunConfig
-from preftune.training.scored_config import ScoredConfig, check_weight
+from preftune.training.scored_config import ScoredConfig
 
 TINY = Path(__file__).parent / "configs" / "nft" / "tiny.yaml"
 DecayType = Literal["0", "1", "2"]
@@ -69,7 +69,7 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 < self.beta <= 1:
             raise ValueError(f"--beta must lie in (0, 1], got {self.beta:g}")
-        check_weight("kl-weight", self.kl_weight)
+        scored_config.check_weight("kl-weight", self.kl_weight)
         scored_config.check_rewards(self.reward)
 
 
@@ -83,8 +83,7 @@ from preftune.files.one_writer import one_writer
 from preftune.noise import predict_from
 from preftune.prompts import read_prompts
 from preftune.solver_names import PredictionType
-from preftune.training import scored_samples, workspace
-from preftune.training.policies import Base, Policy, distance
+from preftune.training import policies, scored_samples, workspace
 from preftune.training.scored_samples import Samples
 
 
@@ -135,8 +134,8 @@ def main(config: Config) -> int:
         run, family, settings = w.run, w.family, config.scored
         per_epoch = scored_samples.updates_per_epoch(settings, len(prompts), run)
         scored_samples.go_on(run, per_epoch)
-        old = Policy(w, run.resumed_state.get("old"))
-        base = Base(w) if config.kl_weight else None
+        old = policies.Policy(w, run.resumed_state.get("old"))
+        base = policies.Base(w) if config.kl_weight else None
 
         def samples_for(update: int) -> Samples | None:
             return scored_samples.samples_of(w, prompts, update // per_epoch, settings, old.swapped_in())
@@ -153,9 +152,9 @@ def main(config: Config) -> int:
                 rho = probabilities(batch.advantages)
                 losses = nft_losses(v, v_old, batch.at, batch.x0, kind, rho, config.beta)
                 loss = settings.advantage_clip * losses.mean()
-                noted: dict[str, Any] = {"old_distance": distance(v, v_old)}
+                noted: dict[str, Any] = {"old_distance": policies.distance(v, v_old)}
                 if v_base is not None:
-                    noted["kl"] = distance(v, v_base)
+                    noted["kl"] = policies.distance(v, v_base)
                     loss = loss + config.kl_weight * noted["kl"]
                 run.update(loss, diffusion_loss=batch.at.errors(v).mean(), **noted, **samples.metrics())
             if (step + 1) % per_epoch == 0:

@@ -373,6 +373,10 @@ def test_images_are_of_the_old_policy_with_guidance(
     trained = dict(family.trainable(LoRA(), 0).named_parameters())
     state = read(straight[driver] / "step_000002")
     names = list(state["parameters"])
+    first = weights_of(straight[driver], 0)
+    for name, weight in zip(names, state["driver"]["old"], strict=True):
+        kept = 0.0 if driver == "awm" else 0.002  # min(u / 1000, 0.5) after two updates
+        torch.testing.assert_close(weight, torch.lerp(state["parameters"][name], first[name], kept))
     rows = read_jsonl(straight[driver] / "epoch_0002" / "metadata.jsonl")
     samples = scored_samples._read(straight[driver] / "epoch_0002", 1, ScoredConfig(images_per_prompt=2))
     settings = Sampling(num_inference_steps=2, solver="ddim", resolution="32", guidance_scale=7.5)
