@@ -364,6 +364,18 @@ def test_the_metrics_of_nft(straight: dict[str, Path]) -> None:
     assert 0 < rows[2]["old_distance"] < rows[2]["kl"], "the old policy is nearer than the base"
 
 
+@pytest.mark.parametrize(("driver", "flags", "more"), [("awm", ["--ema-kl-weight", "2e4"], 3e4 - 0.2), ("nft", [], 1e4 - 0.1)])  # fmt: skip
+def test_distances_are_part_of_the_loss(
+    driver: str, flags: list[str], more: float, root: Path, straight: dict[str, Path], tmp_path: Path
+) -> None:
+    """They and their gradients are 0 in the first update, so that the second begins where it does with other weights."""
+    own = [*flags, "--kl-weight", "1e4", "--max-train-steps", "2"]
+    assert recorded.train(driver, argv(driver, root, tmp_path, *own)) == 0
+    found, before = rows_of(tmp_path)[1], rows_of(straight[driver])[1]
+    assert found["kl"] == pytest.approx(before["kl"], rel=1e-6)
+    assert found["loss"] - before["loss"] == pytest.approx(more * found["kl"], rel=1e-3)
+
+
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_images_are_of_the_old_policy_with_guidance(
     driver: str, root: Path, straight: dict[str, Path]
