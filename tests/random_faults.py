@@ -40,6 +40,8 @@ _BUILDERS = {
     "annotate_mllm": "--data {root}/rankings --base-url {endpoint} --model m --concurrency 1 --aspects fidelity --orders 2",
     "unpack": "--data {root}/parts/part-000001.zip",
     "select_prompts": "--prompts {root}/prompts.txt --per-group 2 --k 3",
+    "discord_choices": "--input {root}/chats/chat.json --salt-file {root}/chats/salt",
+    "clean_prompts": "--prompts {root}/prompts.txt",
 }
 _EVALUATIONS = {
     "benchmark images": f"--model {{root}}/pipeline --prompts {{root}}/prompts.txt --count 3 --num-images-per-prompt 2 {_SAMPLE}"
@@ -66,6 +68,7 @@ MODULES = tuple(dict.fromkeys(map(module_of, PROGRAMS)))
 def write_inputs(root: Path) -> None:
     """Write what the command lines name."""
     import test_diffusiondb
+    import test_discord
     import test_preferences
 
     recorded.write_inputs(root)
@@ -73,6 +76,7 @@ def write_inputs(root: Path) -> None:
     for part, prompts in ((1, range(5)), (2, range(3, 8))):
         members = test_diffusiondb.members(part, prompts, 3)
         test_diffusiondb.write_part(root / "parts" / f"part-{part:06d}.zip", members)
+    test_discord.write_small(root / "chats")
     (root / "hpd").mkdir()
     rows = [test_preferences.hpd(root / "hpd", ["0.jpg", "1.jpg", "2.jpg"])]
     test_preferences.config(root / "hpd", [*rows, test_preferences.hpd(root / "hpd", ["2.jpg", "3.jpg"])])

@@ -213,7 +213,7 @@ CALLS = {
     "io.read_image": (),
     "utils.load_image": (),
     "print": ("preftune/cli/printable.py", "rewards/__main__.py"),
-    "jinja2.Environment": ("eval/pages.py", "data_build/selected_folder.py"),
+    "jinja2.Environment": ("eval/pages.py", "data_build/selected_folder.py", "data_build/clean_prompts.py"),
 }
 """Function -> the only files that may call it: what opens images has limits, what prints makes text printable, pages escape."""
 
