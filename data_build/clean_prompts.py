@@ -15,7 +15,7 @@ where they are listed, weights and flags of interfaces, and DiffusionDB's spaces
 
 Prints the same frequencies. The words that are counted are those of the rules, so that what these do not know is not in the
 list; the page also shows the parts between commas that are left most often. Rules make mistakes: look at the page. Hardware: one
-CPU core cleans 800 prompts per second. Left out: rewriting what is left as a sentence, contradictory prompts, and prompts that
+CPU core cleans 1,000 prompts per second. Left out: rewriting what is left as a sentence, contradictory prompts, and prompts that
 are unsafe for work, which all need a model.
 """
 

@@ -19,7 +19,7 @@ choices with another prompt, of another person's image, of a file that is none o
 which may show somebody. A group is chosen from once. The file name says which image was sent back, as far as the images are
 alike, otherwise a perceptual hash (discord_matching.py). Ids of people are hashed with a salt and names are not written. Whether the bot's
 grammar (dream_bot.py) is that of another server's bot has to be looked at: `--bot` is only its name. Hardware: one CPU core
-reads 3,000 messages per second, and 60 images of 512 pixels where names do not help. Left out: addresses in place of attachments,
+reads 9,000 messages per second, and recognises 150 JPEG or 38 PNG images of 512 pixels. Left out: addresses in place of attachments,
 and continuing after a kill; the folder gets its name only when it is complete.
 """
 

@@ -120,8 +120,8 @@ def match(
         return "upload not readable"
     if any(image.name == upload.name and _is_file_of(image, upload) for image in candidates if image.layout):
         return "the whole grid"
-    image = _most_alike(groups, upload, candidates)
-    return (image, "hash") if isinstance(image, GroupImage) else image
+    found = _most_alike(groups, upload, candidates)
+    return (found, "hash") if isinstance(found, GroupImage) else found
 
 
 def elsewhere(groups: Groups, upload: Upload, channel: str, person: str) -> Missed:
@@ -130,8 +130,7 @@ def elsewhere(groups: Groups, upload: Upload, channel: str, person: str) -> Miss
         if upload.is_like(groups, image):
             return "prompt changed" if owner == person else "image of another person"
     if upload.hash != UNUSABLE:
-        image = _most_alike(groups, upload, groups.recent(channel, person))
-        if image != "foreign upload":
+        if _most_alike(groups, upload, groups.recent(channel, person)) != "foreign upload":
             return "prompt changed"
     return "foreign upload"
 

@@ -285,9 +285,11 @@ def test_names_alone_choose_nothing(tmp_path: Path) -> None:
     chat.asks(ALICE, "a dog", "", chat.file("image.png", pattern(70)))
     chat.asks(ALICE, "a dog", "", chat.file("image.png", pattern(10)))
     chat.asks(ALICE, "a dog", "", chat.file("3.png", pattern(71)))
+    chat.four(chat.asks(ALICE, "a dog"), "a dog", 20)
+    chat.asks(ALICE, "a dog", "", chat.file("image_21.png", pattern(72)))
     found = run(chat)
     assert (found["choices"], found["matched"]) == (1, {"name": 0, "hash": 1})
-    assert found["left_out"] == {"foreign upload": 2}
+    assert found["left_out"] == {"foreign upload": 3}
     (row,) = read_jsonl(tmp_path / "out/rankings.jsonl")
     assert row["ranking"] == [1, 2, 2, 2]
     assert Image.open(tmp_path / "out" / row["generations"][0]).tobytes() == pattern(10).tobytes()
