@@ -8,8 +8,8 @@ their media, a message at a time; memory does not grow with their number (measur
     DiscordChatExporter.Cli export --format Json --media --channel ID --token TOKEN --output chats/
     python data_build/discord_choices.py --input chats/*.json --output-dir data/choices
 
-    rankings.jsonl   prompt, generations (file names), ranking (1 = chosen, 2 = not), source (who chose, hashed), matched (name
-                     or hash)
+    rankings.jsonl   prompt, generations (file names), ranking (1 = chosen, 2 = not), source (who chose, hashed), matched (name,
+                     name alone: the file that was sent is missing, or hash)
     images/          the images of these groups; grids are cut, other files are hard links where possible
     rejected.jsonl   place (export and message), reason, detail: what is left out, and images that cannot be used
     summary.json     counts
@@ -296,7 +296,7 @@ def write_folder(config: Config, exports: list[Export], salt: bytes, folder: Pat
         "people": len(work.choices_of),
         "most_choices_of_one": max(work.choices_of.values(), default=0),
         "images_in_a_choice": {str(size): work.sizes[size] for size in sorted(work.sizes)},
-        "matched": {how: work.counts[f"matched_by_{how}"] for how in ("name", "hash")},
+        "matched": {how: work.counts[f"matched_by_{how}"] for how in ("name", "name alone", "hash")},
         "images_unsafe_for_work": work.counts["images_unsafe_for_work"],
         "left_out": dict(sorted(work.reasons.items())),
     }  # fmt: skip

@@ -1,7 +1,7 @@
 """Which of the bot's images a person has attached: by the name of the file, and by a perceptual hash.
 
 Names say little alone: many images are called image.png. A name therefore only counts where the images are alike, as far as
-both can be read. Hashes are compared in the number of their bits that differ, of 256 (pHash of the library ImageHash, 16 x 16
+both can be read; "name alone" is told where the upload cannot. Hashes are compared in the number of their bits that differ, of 256 (pHash of the library ImageHash, 16 x 16
 coefficients of the cosine transform of a small grey copy). Measured: photographs and images of 512 pixels that are saved again
 as JPEG of quality 30 to 90, as WebP of quality 50, at half, three quarters or twice the size differ in at most 12 bits, with 2
 pixels cut off in 22, with 3 % cut off in 74; two different images of one prompt in 122 to 126, two photographs of one object in
@@ -110,12 +110,12 @@ class Upload:
 
 def match(
     groups: Groups, upload: Upload, candidates: Sequence[GroupImage]
-) -> tuple[GroupImage, Literal["name", "hash"]] | Missed:
+) -> tuple[GroupImage, Literal["name", "name alone", "hash"]] | Missed:
     """Return which image of what a person got for a prompt is attached, and how that was seen, or why none is."""  # fmt: skip
     apart = [image for image in candidates if image.layout is None]
     named = [image for image in apart if image.name == upload.name]
     if len(named) == 1 and upload.is_like(groups, named[0]):
-        return named[0], "name"
+        return named[0], "name alone" if upload.hash == UNUSABLE else "name"
     if upload.hash == UNUSABLE:
         return "upload not readable"
     if any(image.name == upload.name and _is_file_of(image, upload) for image in candidates if image.layout):
@@ -129,10 +129,12 @@ def elsewhere(groups: Groups, upload: Upload, channel: str, person: str) -> Miss
     for image, owner in groups.named(channel, upload.name):
         if upload.is_like(groups, image):
             return "prompt changed" if owner == person else "image of another person"
-    if upload.hash != UNUSABLE:
-        if _most_alike(groups, upload, groups.recent(channel, person)) != "foreign upload":
-            return "prompt changed"
-    return "foreign upload"
+    if (
+        upload.hash == UNUSABLE
+        or _most_alike(groups, upload, groups.recent(channel, person)) == "foreign upload"
+    ):
+        return "foreign upload"
+    return "prompt changed"
 
 
 def _most_alike(groups: Groups, upload: Upload, images: Sequence[GroupImage]) -> GroupImage | Missed:

@@ -229,7 +229,7 @@ def test_six_messages(tmp_path: Path) -> None:
     found = run(chat)
     assert found == {
         "messages": 6, "repeated_messages": 0, "commands": 4, "answers": 2, "groups": 2, "commands_with_images": 4, "choices": 1,
-        "images": 4, "people": 1, "most_choices_of_one": 1, "images_in_a_choice": {"4": 1}, "matched": {"name": 1, "hash": 0},
+        "images": 4, "people": 1, "most_choices_of_one": 1, "images_in_a_choice": {"4": 1}, "matched": {"name": 1, "name alone": 0, "hash": 0},
         "images_unsafe_for_work": 0,
         "left_out": {"foreign upload": 1, "image of another person": 1, "prompt changed": 1},
     }  # fmt: skip
@@ -254,7 +254,10 @@ def test_a_grid_is_cut(tmp_path: Path) -> None:
     chat.answers(asked, "six", "-n 6 -g", chat.file("grid.png", grid_of([*range(6)], 2, 3)))
     chat.asks(ALICE, "six", "", chat.file("download.jpg", pattern(4).resize((96, 96)), quality=80))
     found = run(chat)
-    assert (found["matched"], found["images_in_a_choice"]) == ({"name": 0, "hash": 1}, {"6": 1})
+    assert (found["matched"], found["images_in_a_choice"]) == (
+        {"name": 0, "name alone": 0, "hash": 1},
+        {"6": 1},
+    )
     (row,) = read_jsonl(tmp_path / "out/rankings.jsonl")
     assert row["ranking"] == [2, 2, 2, 2, 1, 2]
     for seed, name in enumerate(row["generations"]):
@@ -288,11 +291,25 @@ def test_names_alone_choose_nothing(tmp_path: Path) -> None:
     chat.four(chat.asks(ALICE, "a dog"), "a dog", 20)
     chat.asks(ALICE, "a dog", "", chat.file("image_21.png", pattern(72)))
     found = run(chat)
-    assert (found["choices"], found["matched"]) == (1, {"name": 0, "hash": 1})
+    assert (found["choices"], found["matched"]) == (1, {"name": 0, "name alone": 0, "hash": 1})
     assert found["left_out"] == {"foreign upload": 3}
     (row,) = read_jsonl(tmp_path / "out/rankings.jsonl")
     assert row["ranking"] == [1, 2, 2, 2]
     assert Image.open(tmp_path / "out" / row["generations"][0]).tobytes() == pattern(10).tobytes()
+
+
+def test_an_upload_that_was_not_exported(tmp_path: Path) -> None:
+    """Its name is all that there is, which the ranking says; a name of two images says nothing."""
+    chat = Chat(tmp_path)
+    names = chat.four(chat.asks(ALICE, "x"), "x", 0)
+    chat.asks(ALICE, "x", "", chat.file(names[2], None))
+    for first in (10, 20):
+        files = [chat.file("image.png", pattern(first + at)) for at in range(2)]
+        chat.answers(chat.asks(ALICE, "y", "-n 2"), "y", "-n 2", *files)
+    chat.asks(ALICE, "y", "", chat.file("image.png", None))
+    found = run(chat)
+    assert (found["choices"], found["matched"]["name alone"]) == (1, 1)
+    assert read_jsonl(tmp_path / "out/rankings.jsonl")[0]["ranking"] == [2, 2, 1, 2]
 
 
 def test_what_is_left_out(tmp_path: Path) -> None:
