@@ -40,6 +40,7 @@ PROGRAMS = {
     "preferences": "data_build.preferences",
     "annotate-mllm": "data_build.annotate_mllm",
     "discord-choices": "data_build.discord_choices",
+    "annotate": "data_build.annotate",
     "unpack": "data_build.unpack",
     "select-prompts": "data_build.select_prompts",
     "clean-prompts": "data_build.clean_prompts",

@@ -47,6 +47,8 @@ HOMES = {
     "open_clip": (),
     "httpx2": ("preftune/mllm/client.py",),
     "ray": ("data_build/cluster.py",),
+    "werkzeug": ("data_build/annotation_server.py",),
+    "sqlite3": ("preftune/annotation/storage.py",),
 }
 """The only places that know a library, so that swapping it touches one file."""
 
@@ -213,7 +215,12 @@ CALLS = {
     "io.read_image": (),
     "utils.load_image": (),
     "print": ("preftune/cli/printable.py", "rewards/__main__.py"),
-    "jinja2.Environment": ("eval/pages.py", "data_build/selected_folder.py", "data_build/clean_prompts.py"),
+    "jinja2.Environment": (
+        "eval/pages.py",
+        "data_build/selected_folder.py",
+        "data_build/annotation_server.py",
+        "data_build/clean_prompts.py",
+    ),
 }
 """Function -> the only files that may call it: what opens images has limits, what prints makes text printable, pages escape."""
 
