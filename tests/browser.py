@@ -22,7 +22,7 @@ class Browser:
     def __init__(self) -> None:
         if importlib.util.find_spec("PySide6") is None:
             pytest.skip("PySide6, the browser of these tests, is not installed: pip install -e .[browser]")
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, str(SCRIPT)],
             stdin=subprocess.PIPE,
@@ -108,6 +108,10 @@ class Tab:
         """Drag an element onto another with the mouse; both must be in the window."""
         self._middle(to)
         self._do("drag", at=self._middle(selector), to=self._middle(to))
+
+    def type(self, text: str) -> None:
+        """Type a text, letter by letter."""
+        self.keys(*text)
 
     def keys(self, *names: str) -> None:
         """Press keys one after the other."""

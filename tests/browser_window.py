@@ -149,7 +149,7 @@ def do(command: dict[str, Any]) -> Any:
     elif kind == "reload":
         waited(window.page.loadFinished, window.view.reload)
     elif kind == "shot":
-        QTest.qWait(250)
+        QTest.qWait(700)  # until it is painted
         return window.view.grab().save(command["path"])
     else:
         return {"requests": window.requests.seen, "said": window.page.said}

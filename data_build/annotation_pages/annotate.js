@@ -280,7 +280,11 @@ function rankingForm(place, before) {
 // Pointer: a press without movement is `press`, a movement is a drag of an image. Fingers drag thumbnails only: elsewhere they scroll.
 function dragging(place, press, drop) {
   let held = null;
+  const stop = (event) => { // the click of the mouse that follows a press or drag; one of the keyboard has no detail
+    if (event.detail > 0) event.stopPropagation();
+  };
   place.addEventListener("pointerdown", (event) => {
+    place.removeEventListener("click", stop, { capture: true });
     const source = event.target.closest("[data-image]");
     const taken = source && event.button === 0 && !event.target.closest(".zoom");
     if (!taken || (event.pointerType !== "mouse" && source.matches("figure"))) return;
@@ -304,11 +308,9 @@ function dragging(place, press, drop) {
     const { image, ghost } = held;
     held = null;
     ghost?.remove();
-    place.addEventListener("click", stop, { capture: true, once: true }); // the click that follows is this one
-    setTimeout(() => place.removeEventListener("click", stop, { capture: true }), 0);
+    place.addEventListener("click", stop, { capture: true, once: true });
     if (event.type === "pointerup") (ghost ? drop(image, event.clientX, event.clientY) : press(image));
   };
-  const stop = (event) => event.stopPropagation();
   place.addEventListener("pointerup", end);
   place.addEventListener("pointercancel", end);
   place.addEventListener("click", (event) => { // of fingers on an image, and of the space bar on a thumbnail
@@ -426,7 +428,6 @@ byId("send").addEventListener("click", submit);
 byId("back").addEventListener("click", () => { if (!sending) load(task.at - 1); });
 byId("skip").addEventListener("click", () => { fillSkips(); byId("skips").showModal(); });
 byId("stay").addEventListener("click", () => byId("skips").close());
-byId("zoom").addEventListener("click", () => byId("zoom").close());
 document.addEventListener("keydown", (event) => {
   if (isTyping(event) || isOwn(event) || sending || !form) return;
   if (event.key === "Enter" && !event.repeat) submit();

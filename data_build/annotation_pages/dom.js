@@ -51,6 +51,12 @@ export function zoom(id, name) {
   dialog.showModal();
 }
 
+// After the mouse, a button does not hold the keyboard: Enter is for the page again. Who came to it by Tab stays on it.
+document.addEventListener("click", (event) => {
+  if (event.detail > 0) event.target.closest("button")?.blur();
+}, { capture: true });
+byId("zoom").addEventListener("click", () => byId("zoom").close());
+
 export const isTyping = (event) =>
   event.ctrlKey || event.altKey || event.metaKey || event.target.matches("textarea, select") ||
   document.querySelector("dialog[open]") !== null;

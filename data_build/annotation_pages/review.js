@@ -110,7 +110,6 @@ byId("export").addEventListener("click", () => doing(async () => {
   const counts = await ask("export", {});
   say(Object.entries(counts).map(([name, number]) => `${name}: ${number}`).join(", "));
 }));
-byId("zoom").addEventListener("click", () => byId("zoom").close());
 document.addEventListener("keydown", (event) => {
   if (event.target.matches("textarea")) {
     if (event.key === "Escape") event.target.blur();
