@@ -78,8 +78,8 @@ class Served:
         self.process.wait()
 
     def end(self) -> str:
-        """End it as a user does, and return what it said."""
-        self.process.send_signal(2)
+        """End it as a user or a system does, and return what it said; a process in the background may ignore Ctrl-C."""
+        self.process.terminate()
         said, _ = self.process.communicate(timeout=60)
         assert self.process.returncode == 0, said
         return said

@@ -3,7 +3,7 @@
 A block of commands is fenced with ```bash, and one of Python with ```python; other blocks are shown only. HTML comments directly
 above a block say how it is tested:
 
-    <!-- needs: gpu, network -->             not run, but its flags are parsed; also hours, data (what)
+    <!-- needs: gpu, network -->             not run, but its flags are parsed; also hours, people, data (what)
     <!-- test: --count 4 -->                 flags that are added to each command, so that it is quick
     <!-- test grid: --count 4 -->            flags for the command of this name alone
     <!-- command run -->                     run by .ci/run
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-NEEDS = re.compile(r"gpu|network|hours|data \(.+\)")
+NEEDS = re.compile(r"gpu|network|hours|people|data \(.+\)")
 """What a block may need that the tests have not."""
 
 _FENCE = re.compile(r"( *)```(\w*) *(.*)")

@@ -38,6 +38,7 @@ _BUILDERS = {
     "diffusiondb": "--data {root}/parts --rewards shapes --workers 0 --batch-size 5 --shown 2 --scale 2",
     "preferences": "--layout hpdv2-test --input {root}/hpd/test.json",
     "annotate_mllm": "--data {root}/rankings --base-url {endpoint} --model m --concurrency 1 --aspects fidelity --orders 2",
+    "annotate": "--data {root}/images --tasks prompt rating --no-serve",
     "unpack": "--data {root}/parts/part-000001.zip",
     "select_prompts": "--prompts {root}/prompts.txt --per-group 2 --k 3",
     "discord_choices": "--input {root}/chats/chat.json --salt-file {root}/chats/salt",

@@ -101,6 +101,7 @@ def test_win_rate_by_hand() -> None:
     items = pairs(4)
     answers = study(items, ann=[1, 1, -1, -1], bob=[1, 0, 1, -1])
     (row,) = statistics.win_rates(votes.outcomes(items, answers))
+    assert row.kind == "choice"
     assert (row.group, row.against, row.wins, row.ties, row.losses) == ("tuned", "base", 4, 1, 3)
     assert row.rate == pytest.approx(4.5 / 8)
     assert 0 <= row.low < row.rate < row.high <= 1

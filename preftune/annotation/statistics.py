@@ -14,7 +14,7 @@ import numpy as np
 from preftune.annotation import votes as voting
 from preftune.annotation.items import Item
 from preftune.annotation.storage import Answer
-from preftune.annotation.tasks import AXES, CATEGORIES, IMAGE_PROBLEMS, PROMPT_PROBLEMS
+from preftune.annotation.tasks import AXES, CATEGORIES, IMAGE_PROBLEMS, PROMPT_PROBLEMS, Kind
 from preftune.annotation.votes import Agreement, Outcome
 from preftune.statistics import bootstrap, krippendorff
 from preftune.statistics.paired import sign_test, wins_ties_losses
@@ -24,6 +24,8 @@ from preftune.statistics.paired import sign_test, wins_ties_losses
 class WinRate:
     """How often the images of one group are preferred to those of another."""
 
+    kind: Kind
+    """Task: ranking or choice."""
     group: str
     against: str
     wins: int
@@ -43,6 +45,7 @@ class WinRate:
 class Histogram:
     """How many pairs got how many votes for one group (HPS, arXiv 2303.14420, Fig. 8)."""
 
+    kind: Kind
     group: str
     against: str
     voters: int
@@ -57,10 +60,10 @@ class Histogram:
 
 
 def win_rates(outcomes: Sequence[Outcome], seed: int = 0) -> list[WinRate]:
-    """Return the win rates of all two groups, the second of the alphabet against the first."""
+    """Return the win rates of all two groups in each kind of task, the second of the alphabet against the first."""
     found = []
-    for groups in sorted({one.groups for one in outcomes}):
-        some = [one for one in outcomes if one.groups == groups]
+    for kind, groups in sorted({(one.kind, one.groups) for one in outcomes}):
+        some = [one for one in outcomes if (one.kind, one.groups) == (kind, groups)]
         by_prompt: dict[str, list[int]] = defaultdict(list)
         for one in some:
             by_prompt[one.prompt].append(one.vote)
@@ -72,7 +75,7 @@ def win_rates(outcomes: Sequence[Outcome], seed: int = 0) -> list[WinRate]:
         better, _, worse = wins_ties_losses(means)
         found.append(
             WinRate(
-                group=groups[1], against=groups[0], wins=wins, ties=ties, losses=losses, rate=rate, low=low, high=high,
+                kind=kind, group=groups[1], against=groups[0], wins=wins, ties=ties, losses=losses, rate=rate, low=low, high=high,
                 p=sign_test(better, worse), prompts=len(by_prompt),
             )
         )  # fmt: skip
@@ -80,18 +83,18 @@ def win_rates(outcomes: Sequence[Outcome], seed: int = 0) -> list[WinRate]:
 
 
 def histograms(outcomes: Sequence[Outcome]) -> list[Histogram]:
-    """Return the histograms of all two groups, one for each number of voters that pairs have."""
+    """Return the histograms of all two groups in each kind of task, one for each number of voters that pairs have."""
     found = []
-    for groups in sorted({one.groups for one in outcomes}):
+    for kind, groups in sorted({(one.kind, one.groups) for one in outcomes}):
         by_item: dict[str, list[int]] = defaultdict(list)
         for one in outcomes:
-            if one.groups == groups:
+            if (one.kind, one.groups) == (kind, groups):
                 by_item[one.item].append(one.vote)
         for voters in sorted({len(values) for values in by_item.values()}):
             some = [values for values in by_item.values() if len(values) == voters]
             counts = Counter(sum(vote > 0 for vote in values) for values in some)
             pairs = tuple(counts[at] for at in range(voters + 1))
-            found.append(Histogram(group=groups[1], against=groups[0], voters=voters, pairs=pairs))
+            found.append(Histogram(kind=kind, group=groups[1], against=groups[0], voters=voters, pairs=pairs))
     return found
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from preftune.annotation.items import Item
 from preftune.annotation.storage import Answer
+from preftune.annotation.tasks import Kind
 from preftune.statistics import krippendorff
 
 Floats = NDArray[np.float64]
@@ -28,6 +29,8 @@ Votes = dict[Pair, int]
 class Outcome:
     """A vote on an item between images of two groups."""
 
+    kind: Kind
+    """ranking or choice."""
     prompt: str
     item: str
     annotator: str
@@ -175,6 +178,7 @@ def outcomes(items: Mapping[str, Item], answers: Sequence[Answer]) -> list[Outco
                 groups = (a, b) if a < b else (b, a)
                 found.append(
                     Outcome(
+                        kind=item.kind,
                         prompt=item.prompt,
                         item=f"{item.id} {i} {j}",
                         annotator=answer.annotator,
