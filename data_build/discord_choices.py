@@ -23,13 +23,10 @@ reads 9,000 messages per second, and recognises 150 JPEG or 38 PNG images of 512
 and continuing after a kill; the folder gets its name only when it is complete.
 """
 
-import errno
 import hashlib
 import hmac
 import json
 import secrets
-import sqlite3
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -75,7 +72,7 @@ from tqdm import tqdm
 from data_build import discord_matching
 from data_build.decode import UnusableError
 from data_build.discord_export import Export, Message, attachment_path, find_export, read_messages
-from data_build.discord_groups import GroupImage, Groups
+from data_build.discord_groups import GroupImage, Groups, opened
 from data_build.discord_matching import Missed, Upload
 from data_build.dream_bot import SPOILER, arrangement, parse_answer, parse_command
 from preftune.cli.printable import show
@@ -271,17 +268,9 @@ def store_image(image: GroupImage, pixels: Image.Image, target: Path) -> None:
 
 def write_folder(config: Config, exports: list[Export], salt: bytes, folder: Path) -> dict[str, Any]:
     """Write the folder and return its summary."""
-    groups = Groups()
-    try:
-        with (folder / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
-            work = Work(
-                folder=folder, bots=frozenset(config.bot), salt=salt, groups=groups, rejected=rejected
-            )
-            write_jsonl(folder / "rankings.jsonl", ranking_rows(exports, work))
-    except sqlite3.OperationalError as error:
-        raise OSError(errno.ENOSPC, str(error), tempfile.gettempdir()) from error
-    finally:
-        groups.close()
+    with opened() as groups, (folder / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
+        work = Work(folder=folder, bots=frozenset(config.bot), salt=salt, groups=groups, rejected=rejected)
+        write_jsonl(folder / "rankings.jsonl", ranking_rows(exports, work))
     names = (
         "messages",
         "repeated_messages",

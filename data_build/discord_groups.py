@@ -4,8 +4,11 @@ SQLite keeps it in a file of the system's folder for temporary files that has no
 hashes of persons' ids, never the ids.
 """
 
+import errno
 import sqlite3
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from data_build.discord_export import Attachment
@@ -138,3 +141,15 @@ class Groups:
             )
             for row in found
         ]  # fmt: skip
+
+
+@contextmanager
+def opened() -> Iterator[Groups]:
+    """Context with groups, none at first. OSError where the temporary folder has no more room."""
+    groups = Groups()
+    try:
+        yield groups
+    except sqlite3.OperationalError as error:
+        raise OSError(errno.ENOSPC, str(error), tempfile.gettempdir()) from error
+    finally:
+        groups.close()

@@ -89,13 +89,13 @@ class Config:
 if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
     CONFIG = parse(Config, default_config=TINY)
 
-import torch
 from torch import Tensor
 
 from preftune.files.one_writer import one_writer
 from preftune.prompts import read_prompts
 from preftune.training import scored_samples, workspace
 from preftune.training.policies import Base, Policy, distance
+from preftune.training.policy_gradient import is_clipped, ppo_losses
 from preftune.training.scored_samples import Samples
 
 
@@ -112,13 +112,6 @@ def log_likelihoods(errors: Tensor, t: Tensor, weighting: Weighting, power: floa
     return -t * ((errors + 1e-10).pow(power) - 1e-10**power) / power
 
 
-def clipped_losses(log_ratios: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
-    """Return PPO's losses (B,) of log(p / p_old) (B,): Schulman et al. 2017, arXiv 1707.06347, eq. 7."""
-    ratios = log_ratios.exp()
-    clipped = ratios.clamp(1 - clip_range, 1 + clip_range)
-    return torch.maximum(-advantages * ratios, -advantages * clipped)
-
-
 def policy_loss(
     errors: Tensor, before: Tensor | None, t: Tensor, advantages: Tensor, config: Config
 ) -> tuple[Tensor, dict[str, Any]]:
@@ -128,14 +121,14 @@ def policy_loss(
     """
     lp = log_likelihoods(errors, t, config.weighting, config.ghuber_power)
     lp_old = lp if before is None else log_likelihoods(before, t, config.weighting, config.ghuber_power)
-    log_ratios = lp - lp_old.detach()
-    moved = (log_ratios.detach().exp() - 1).abs()
+    losses, ratios = ppo_losses(lp, lp_old.detach(), advantages, config.clip_range)
+    now = ratios.detach()
     noted: dict[str, Any] = {
         "diffusion_loss": errors.mean(),
-        "ratio_error": moved.mean(),
-        "clipped": (moved > config.clip_range).float().mean(),
+        "ratio_error": (now - 1).abs().mean(),
+        "clip_share": is_clipped(now, advantages, config.clip_range).float().mean(),
     }
-    return clipped_losses(log_ratios, advantages, config.clip_range).mean(), noted
+    return losses.mean(), noted
 
 
 def ema_decay(updates: int) -> float:

@@ -19,10 +19,13 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 if TYPE_CHECKING:
     from preftune.api import (
+        awm,
+        ddpo,
         dpo,
         draft,
         drtune,
         flowbp,
+        nft,
         pretrain,
         raft,
         refl,
@@ -32,10 +35,13 @@ if TYPE_CHECKING:
     )  # fmt: skip
 
 __all__ = [
+    "awm",
+    "ddpo",
     "dpo",
     "draft",
     "drtune",
     "flowbp",
+    "nft",
     "pretrain",
     "raft",
     "refl",

@@ -184,6 +184,9 @@ def test_every_call_returns_a_pipeline(root: Path, given: dict[str, Any]) -> Non
         ("drtune", {"active_steps": 1, "early_stop": 1}),
         ("flowbp", {"surrogate": "lagrange", "input_share": 0.5}),
         ("dpo", {"loss": "ipo", "beta": 20, "labels": "majority"}),
+        ("ddpo", {"eta": 0.5, "clip_range": 0.1}),
+        ("awm", {"weighting": "t2"}),
+        ("nft", {"beta": 0.5}),
     ],
 )
 def test_a_call_trains_the_weights_of_the_command(
@@ -195,8 +198,13 @@ def test_a_call_trains_the_weights_of_the_command(
         if method == "dpo"
         else {"rewards": {"brightness": 1}, "prompts": str(root / "prompts.txt")}
     )
-    if method != "dpo":
+    epoch = {"prompts_per_epoch": 2, "images_per_prompt": 2, "updates_per_epoch": 1, "timesteps_per_image": 1}
+    if method in ("awm", "nft"):
+        inputs |= epoch
+    elif method != "dpo":
         inputs |= {"num_inference_steps": 3, "guidance_scale": 2}
+    if method == "ddpo":
+        inputs |= {"prompts_per_rollout": 2, "images_per_prompt": 2, "prompt_buffer_min_count": 1}
     names = ("model", "max_train_steps", "resolution", "learning_rate", "train_batch_size", "gradient_accumulation_steps",
              "num_validation_prompts", "sample", "threads")  # fmt: skip
     common = {name: given[name] for name in names} | inputs

@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,14 +84,17 @@ def test_likelihoods_by_hand() -> None:
 
 def test_the_clip_stops_what_goes_further() -> None:
     """Ratios 0.5, 0.9, 1.1, 1.5 with clip 0.2: no gradient above 1.2 for good images, below 0.8 for bad ones."""
+    config = SimpleNamespace(weighting="1", ghuber_power=0.25, clip_range=0.2)
     for sign, live in ((1.0, [True, True, True, False]), (-1.0, [False, True, True, True])):
-        log_ratios = torch.tensor([0.5, 0.9, 1.1, 1.5]).log().requires_grad_()
-        losses = awm.clipped_losses(log_ratios, torch.full((4,), sign), 0.2)
-        losses.sum().backward()
-        assert log_ratios.grad is not None
-        assert (log_ratios.grad != 0).tolist() == live
+        errors = (1 - torch.tensor([0.5, 0.9, 1.1, 1.5]).log()).requires_grad_()
+        loss, noted = awm.policy_loss(errors, torch.ones(4), torch.ones(4), torch.full((4,), sign), config)  # type: ignore[arg-type]
+        loss.backward()
+        assert errors.grad is not None
+        assert (errors.grad != 0).tolist() == live
         inside = [-0.5, -0.9, -1.1, -1.2] if sign > 0 else [0.8, 0.9, 1.1, 1.5]
-        assert losses.tolist() == pytest.approx(inside)
+        assert float(loss.detach()) == pytest.approx(sum(inside) / 4)
+        assert float(noted["clip_share"]) == 0.25
+        assert float(noted["ratio_error"]) == pytest.approx(0.3)
 
 
 def test_decays() -> None:
@@ -214,7 +218,7 @@ def test_awm_on_its_own_images_is_weighted_training(trained_family: tuple[Family
         for before in (False, True):
             loss, noted = policy(weighting, signed, before)
             assert noted["ratio_error"] == 0
-            assert noted["clipped"] == 0
+            assert noted["clip_share"] == 0
             assert float(loss.detach()) == pytest.approx(-float(signed.mean()), abs=1e-7)
             torch.testing.assert_close(gradient_of(weights, loss), expected)
 

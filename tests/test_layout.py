@@ -48,7 +48,7 @@ HOMES = {
     "httpx2": ("preftune/mllm/client.py",),
     "ray": ("data_build/cluster.py",),
     "werkzeug": ("data_build/annotation_server.py",),
-    "sqlite3": ("preftune/annotation/storage.py",),
+    "sqlite3": ("preftune/annotation/storage.py", "data_build/discord_groups.py"),
 }
 """The only places that know a library, so that swapping it touches one file."""
 

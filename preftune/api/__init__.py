@@ -120,6 +120,63 @@ def flowbp(
     return tune("flowbp", given | {"output_dir": output_dir, "max_train_steps": max_train_steps} | arguments)
 
 
+def ddpo(
+    *,
+    model: PathLike | None = None,
+    prompts: Prompts | None = None,
+    rewards: Rewards | None = None,
+    output_dir: PathLike | None = None,
+    max_train_steps: int | None = None,
+    **arguments: Any,
+) -> Any:
+    """Tune a model by policy gradients, with any reward (DDPO; GRPO with advantages="group"), and return the tuned pipeline.
+
+    arXiv 2305.13301, 2505.07818. Arguments, result and errors as `refl`. Usual ones more: advantages, images_per_prompt,
+    prompts_per_rollout, clip_range, kl_weight.
+    """
+    __tracebackhide__ = True
+    given = {"model": model, "prompts": prompts, "rewards": rewards}
+    return tune("ddpo", given | {"output_dir": output_dir, "max_train_steps": max_train_steps} | arguments)
+
+
+def awm(
+    *,
+    model: PathLike | None = None,
+    prompts: Prompts | None = None,
+    rewards: Rewards | None = None,
+    output_dir: PathLike | None = None,
+    max_train_steps: int | None = None,
+    **arguments: Any,
+) -> Any:
+    """Tune a model on its own images, weighted by signed advantages (AWM, arXiv 2509.25050), and return the tuned pipeline.
+
+    Arguments, result and errors as `refl`; the reward needs no gradient. Usual ones more: prompts_per_epoch, images_per_prompt,
+    timesteps_per_image, kl_weight.
+    """
+    __tracebackhide__ = True
+    given = {"model": model, "prompts": prompts, "rewards": rewards}
+    return tune("awm", given | {"output_dir": output_dir, "max_train_steps": max_train_steps} | arguments)
+
+
+def nft(
+    *,
+    model: PathLike | None = None,
+    prompts: Prompts | None = None,
+    rewards: Rewards | None = None,
+    output_dir: PathLike | None = None,
+    max_train_steps: int | None = None,
+    **arguments: Any,
+) -> Any:
+    """Tune a model towards its good images and away from its bad ones (DiffusionNFT, arXiv 2509.16117); return the tuned pipeline.
+
+    Arguments, result and errors as `refl`; the reward needs no gradient. Usual ones more: prompts_per_epoch, images_per_prompt,
+    timesteps_per_image, beta.
+    """
+    __tracebackhide__ = True
+    given = {"model": model, "prompts": prompts, "rewards": rewards}
+    return tune("nft", given | {"output_dir": output_dir, "max_train_steps": max_train_steps} | arguments)
+
+
 def raft(
     *,
     model: PathLike | None = None,

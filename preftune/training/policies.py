@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from preftune.families.base import Cond
-from preftune.training import workspace
+from preftune.training.before_tuning import BeforeTuning
 from preftune.training.workspace import Workspace
 
 
@@ -59,27 +59,15 @@ class Policy:
 
 
 class Base:
-    """The model before tuning: the same with its LoRA off; where all weights are trained a second one, frozen."""
+    """The model before tuning, asked as a `Policy`."""
 
     def __init__(self, w: Workspace) -> None:
-        self._w = w
-        self._second: nn.Module | None = None
-        if w.model.train == "full":
-            self._second = workspace.load_reference(w.model, w.run.config, w.run.device)
+        self._family, self._before = w.family, BeforeTuning(w)
 
-    @torch.no_grad()
     def output(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Return what its network says, as `Policy.output`."""
-        family = self._w.family
-        if self._second is None:
-            with family.reference():
-                return family.predict(x, t, cond).output
-        tuned, family.denoiser = family.denoiser, self._second
-        try:
-            with self._w.run.autocast():  # as in the prepared module
-                return family.predict(x, t, cond).output
-        finally:
-            family.denoiser = tuned
+        with self._before():
+            return self._family.predict(x, t, cond).output
 
 
 def distance(output: Tensor, other: Tensor) -> Tensor:

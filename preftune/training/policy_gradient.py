@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from preftune.training import advantages
+
 History = Mapping[str, Sequence[float]]
 """Prompt -> its latest rewards, the oldest first."""
 
@@ -66,13 +68,10 @@ def group_advantages(rewards: Tensor, groups: Sequence[str]) -> Advantages:
 
     GRPO's, as DanceGRPO's code for Stable Diffusion has it. A group of one image, or of one reward, has no better image: 0.
     """
-    values, flat = torch.zeros(len(rewards), dtype=torch.float64), torch.ones(len(rewards), dtype=torch.bool)
-    for rows in _rows(groups).values():
-        own = rewards[rows].double()
-        if own.max() > own.min():
-            values[rows] = (own - own.mean()) / (own.std() + 1e-8)
-            flat[rows] = False
-    return Advantages(values.float(), flat)
+    places = {group: place for place, group in enumerate(dict.fromkeys(groups))}
+    numbers = torch.tensor([places[group] for group in groups])
+    values = advantages.group_advantages(rewards, numbers, unbiased=True, epsilon=1e-8)
+    return Advantages(values, advantages.statistics(rewards, numbers, unbiased=True).flat)
 
 
 def prompt_advantages(
