@@ -21,7 +21,7 @@ class Browser:
 
     def __init__(self) -> None:
         if importlib.util.find_spec("PySide6") is None:
-            pytest.skip("PySide6, the browser of these tests, is not installed: pip install -e .[browser]")
+            pytest.skip("PySide6, the browser of these tests, is not installed: pip install -e .[dev]")
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, str(SCRIPT)],
