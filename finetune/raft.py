@@ -81,7 +81,6 @@ if __name__ == "__main__":  # flags are read before torch is imported, which tak
 import torch
 
 from preftune import files, seeds
-from preftune.files import manifest
 from preftune.files.one_writer import one_writer
 from preftune.images import save_image
 from preftune.order import items_at
@@ -89,7 +88,7 @@ from preftune.prompts import read_prompts
 from preftune.records import CaptionedImage, read_imagefolder, read_jsonl, write_jsonl
 from preftune.sampling import sample, sharded
 from preftune.seeds import Stream
-from preftune.training import workspace
+from preftune.training import generated_folders, workspace
 from preftune.training.run import Run
 from preftune.training.workspace import Workspace
 
@@ -146,23 +145,22 @@ def data_set(config: Config, w: Workspace, prompts: list[str], iteration: int) -
     if not folder.is_dir():
         number = min(config.prompts_per_iteration, len(prompts))
         texts = items_at(prompts, range(iteration * number, (iteration + 1) * number), config.run.seed)
-        partial = folder.with_name(f".{folder.name}.tmp-shared")  # of all processes
+        partial = generated_folders.partial_folder(folder)
         rows = generate_best(config, w, texts, iteration, partial)
         if run.interrupted:
             if run.is_main:
                 files.remove(partial)
             return []
         write_jsonl(partial / f"rank_{run.rank}.jsonl", rows)
-        run.wait()
-        if run.is_main:
-            paths = [partial / f"rank_{rank}.jsonl" for rank in range(run.world)]
-            rows = sorted(
+
+        def join(parts: Path) -> None:
+            paths = [parts / f"rank_{rank}.jsonl" for rank in range(run.world)]
+            found = sorted(
                 (row for path in paths for row in read_jsonl(path)), key=lambda row: str(row["file_name"])
             )
-            write_jsonl(partial / "metadata.jsonl", keep_best(rows, config.keep_share))
-            manifest.write(partial)
-            partial.rename(folder)
-        run.wait()
+            write_jsonl(parts / "metadata.jsonl", keep_best(found, config.keep_share))
+
+        generated_folders.publish(run, folder, join)
     return read_imagefolder(folder)
 
 
@@ -176,25 +174,12 @@ def remove_later(run: Run, steps_per_iteration: int) -> None:
 
     ValueError where it goes on within an iteration whose data set is gone or damaged.
     """
-    now = folder_of(run.folder, run.start // steps_per_iteration)
-    run.wait()
-    if run.is_main and run.resumed and (now.is_dir() or run.start % steps_per_iteration):
-        try:
-            manifest.verify(now)
-        except ValueError as error:
-            if run.start % steps_per_iteration:
-                raise ValueError(
-                    f"{error}, and the data set cannot be generated again with later weights; start again with"
-                    " --overwrite-output-dir"
-                ) from error
-            files.remove(now)  # of these very weights, which generate it again
-    if run.is_main:
-        for folder in run.folder.glob("iteration_[0-9][0-9]*"):
-            number = folder.name.removeprefix("iteration_")
-            later = number.isdigit() and (int(number) - 1) * steps_per_iteration > run.start
-            if later or (number.isdigit() and not run.resumed):
-                files.remove(folder)
-    run.wait()
+    found = {path.name.removeprefix("iteration_"): path for path in run.folder.glob("iteration_[0-9][0-9]*")}
+    generated_folders.remove_stale(
+        run, {int(number) - 1: path for number, path in found.items() if number.isdigit()},
+        folder_of(run.folder, run.start // steps_per_iteration), steps_per_iteration,
+        "the data set cannot be generated again with later weights; start again with --overwrite-output-dir",
+    )  # fmt: skip
 
 
 @one_writer

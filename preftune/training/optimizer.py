@@ -1,14 +1,14 @@
 """AdamW, the learning-rate schedule, and the exponential moving average (EMA) of the trained weights."""
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from preftune.training.run_config import RunConfig
+from preftune.training.weight_copy import WeightCopy
 
 
 def adamw(config: RunConfig, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
@@ -75,7 +75,7 @@ class SkippedUpdates:
             raise FloatingPointError(f"{MAX_SKIPPED} gradients overflowed fp16, up to {where}: use bf16")
 
 
-class EMA:
+class EMA(WeightCopy):
     """Exponential moving average of trained parameters; with ema_decay 0 it holds none and does nothing.
 
     The n-th update (from 1) decays by min(ema_decay, (1 + n) / (10 + n)), so that short runs are not
@@ -84,37 +84,15 @@ class EMA:
 
     def __init__(self, config: RunConfig, parameters: Iterable[nn.Parameter]) -> None:
         self._decay = config.ema_decay
-        self._parameters: list[Tensor] = list(parameters) if self._decay else []
-        self.weights: list[Tensor] = [p.detach().clone() for p in self._parameters]
+        super().__init__(parameters if self._decay else ())
         self.count = 0
 
-    @torch.no_grad()
     def update(self) -> None:
         """Move towards the present parameters."""
         self.count += 1
-        decay = min(self._decay, (1 + self.count) / (10 + self.count))
-        if self.weights:
-            torch._foreach_lerp_(self.weights, self._parameters, 1 - decay)
+        self.follow(min(self._decay, (1 + self.count) / (10 + self.count)))
 
-    @torch.no_grad()
-    def load(self, weights: list[Tensor], count: int) -> None:
-        """Load a saved average."""
-        for mine, saved in zip(self.weights, weights, strict=True):
-            mine.copy_(saved)
+    def go_on(self, weights: list[Tensor], count: int) -> None:
+        """Go on with a saved average of so many updates."""
+        self.load(weights)
         self.count = count
-
-    @contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """Context in which the parameters are the average."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for average, parameter in zip(self.weights, self._parameters, strict=True):
-            own = parameter.clone()
-            parameter.copy_(average)
-            average.copy_(own)

@@ -4,58 +4,32 @@ What they say is asked for without gradient before the pass with gradient begins
 such a pass does not survive.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from preftune.families.base import Cond
 from preftune.training.before_tuning import BeforeTuning
+from preftune.training.weight_copy import WeightCopy
 from preftune.training.workspace import Workspace
 
 
-class Policy:
-    """A copy of the trained weights, in their precision; of a LoRA a few megabytes, of all weights as much as those."""
+class Policy(WeightCopy):
+    """Other weights of the trained parameters, asked what the network says with them."""
 
     def __init__(self, w: Workspace, kept: Sequence[Tensor] | None = None) -> None:
         """Begin as the weights are, or with those of `state` of an earlier copy."""
-        self._w = w
-        self._trained: list[Tensor] = [p for p in w.family.denoiser.parameters() if p.requires_grad]
-        self.weights = [p.detach().clone() for p in self._trained]
-        for mine, other in zip(self.weights, kept or self.weights, strict=True):
-            mine.copy_(other)
-
-    def state(self) -> list[Tensor]:
-        """Return what a checkpoint keeps."""
-        return [weight.cpu() for weight in self.weights]
-
-    @torch.no_grad()
-    def follow(self, decay: float) -> None:
-        """Become decay times this copy plus (1 - decay) times the trained weights."""
-        torch._foreach_lerp_(self.weights, self._trained, 1 - decay)  # exact for 0
-
-    @contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """Context in which the model has these weights."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
+        super().__init__(p for p in w.family.denoiser.parameters() if p.requires_grad)
+        self._family = w.family
+        if kept is not None:
+            self.load(kept)
 
     @torch.no_grad()
     def output(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Return what the network says with these weights, (B, C, h, w), of noisy latents x at timesteps t (B,), without guidance."""
         with self.swapped_in():
-            return self._w.family.predict(x, t, cond).output
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for mine, trained in zip(self.weights, self._trained, strict=True):
-            own = trained.clone()
-            trained.copy_(mine)
-            mine.copy_(own)
+            return self._family.predict(x, t, cond).output
 
 
 class Base:

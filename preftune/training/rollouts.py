@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from preftune import files
-from preftune.files import manifest
-from preftune.training import checkpoint
+from preftune.training import checkpoint, generated_folders
 from preftune.training.run import Run
 
 PATTERN = "rollout_" + 6 * "[0-9]"
@@ -64,23 +63,14 @@ def folder_of(run: Path, number: int) -> Path:
     return run / f"rollout_{number:06d}"
 
 
-def partial_folder(run: Path, number: int) -> Path:
-    """Return where the processes write their parts of a rollout."""
-    folder = folder_of(run, number)
-    return folder.with_name(f".{folder.name}.tmp-shared")
-
-
 def write(run: Run, number: int, places: list[int], tensors: Mapping[str, Tensor]) -> None:
     """Write this process' images, whose places in the rollout are given; once all have, the folder gets its name."""
-    partial = partial_folder(run.folder, number)
+    folder = folder_of(run.folder, number)
+    partial = generated_folders.partial_folder(folder)
     partial.mkdir(parents=True, exist_ok=True)
     contents = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file({**contents, "places": torch.tensor(places)}, partial / f"rank_{run.rank}.safetensors")
-    run.wait()
-    if run.is_main:
-        manifest.write(partial, rollout=number)
-        partial.rename(folder_of(run.folder, number))
-    run.wait()
+    generated_folders.publish(run, folder, rollout=number)
 
 
 def read(run: Path, number: int) -> Rollout:
@@ -97,23 +87,13 @@ def remove_stale(run: Run, updates: int) -> None:
 
     ValueError where it goes on within the updates of a rollout that is gone or damaged.
     """
-    now, within = divmod(run.start, updates)
-    current = folder_of(run.folder, now)
-    run.wait()
+    generated_folders.remove_stale(
+        run, {number_of(folder): folder for folder in run.folder.glob(PATTERN)},
+        folder_of(run.folder, run.start // updates), updates,
+        f"the rollout cannot be made again with later weights; go on from a checkpoint after a multiple of {updates} updates, or start again"
+        " with --overwrite-output-dir",
+    )  # fmt: skip
     if run.is_main:
-        if run.resumed and (current.is_dir() or within):
-            try:
-                manifest.verify(current)
-            except ValueError as error:
-                if within:
-                    raise ValueError(
-                        f"{error}, and the rollout cannot be made again with later weights; go on from a checkpoint after a multiple of"
-                        f" {updates} updates, or start again with --overwrite-output-dir"
-                    ) from error
-                files.remove(current)  # of these very weights, which make it again
-        for folder in run.folder.glob(PATTERN):
-            if not run.resumed or number_of(folder) > now:
-                files.remove(folder)
         for partial in run.folder.glob(f".{PATTERN}.tmp-shared"):
             files.remove(partial)
     run.wait()

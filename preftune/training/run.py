@@ -364,7 +364,7 @@ class Run:
             "skipped": (self._skipped.total, self._skipped.in_a_row),
             "parameters": {name: p.detach().cpu() for name, p in self._named.items()},
             "optimizer": self._optimizer.state_dict()["state"],
-            "average": [weight.cpu() for weight in self._ema.weights],
+            "average": self._ema.state(),
             "averaged": self._ema.count,
             "scaler": scaler.state_dict() if scaler is not None else {},
         }
@@ -376,7 +376,7 @@ class Run:
         resume.refuse_mismatch(source, then, now)
         for name, parameter in self._named.items():
             parameter.copy_(state["parameters"][name])
-        self._ema.load(state["average"], state["averaged"])
+        self._ema.go_on(state["average"], state["averaged"])
         self._skipped.total, self._skipped.in_a_row = state["skipped"]
         self.resumed_state, self.row = state["driver"], state["row"]
         # Learning rate, betas and so on are the configuration's; only the moments come from the checkpoint.

@@ -19,12 +19,11 @@ from preftune import files, seeds
 from preftune.cli.notes import say
 from preftune.diffusion_loss import Noised, noised
 from preftune.families.base import Cond
-from preftune.files import manifest
 from preftune.order import items_at
 from preftune.records import read_jsonl, write_jsonl
 from preftune.sampling import decoded_parts, sample_latents, sharded
 from preftune.seeds import Stream
-from preftune.training import advantages, checkpoint
+from preftune.training import advantages, checkpoint, generated_folders
 from preftune.training.run import Run
 from preftune.training.scored_config import ScoredConfig
 from preftune.training.workspace import Workspace
@@ -96,22 +95,8 @@ def go_on(run: Run, per_epoch: int) -> None:
     """Remove the images of epochs after the update from which a run goes on, which are of later weights, and those of its own
     epoch where they are not as they were written.
     """
-    run.wait()
-    if run.is_main:
-        now = run.start // per_epoch
-        for epoch, folder in _folders(run.folder).items():
-            if not run.resumed or epoch > now or (epoch == now and not _is_sound(folder)):
-                files.remove(folder)
-    run.wait()
-
-
-def _is_sound(folder: Path) -> bool:
-    try:
-        manifest.verify(folder)
-    except ValueError as error:
-        say(f"{error}; generating it again")
-        return False
-    return True
+    current = folder_of(run.folder, run.start // per_epoch)
+    generated_folders.remove_stale(run, _folders(run.folder), current, per_epoch, again=None)
 
 
 def prune(run: Run, step: int, per_epoch: int) -> None:
@@ -141,7 +126,7 @@ def samples_of(
         number = min(config.prompts_per_epoch, len(prompts))
         texts = items_at(prompts, range(epoch * number, (epoch + 1) * number), run.config.seed)
         each = [text for text in texts for _ in range(config.images_per_prompt)]
-        partial = folder.with_name(f".{folder.name}.tmp-shared")  # of all processes
+        partial = generated_folders.partial_folder(folder)
         partial.mkdir(parents=True, exist_ok=True)
         with policy:
             rows, latents = generate(w, each, epoch)
@@ -151,12 +136,7 @@ def samples_of(
                 files.remove(partial)
             return None
         _write(partial, f"rank_{run.rank}", rows, latents)
-        run.wait()
-        if run.is_main:
-            _merge(partial, run.world)
-            manifest.write(partial)
-            partial.rename(folder)
-        run.wait()
+        generated_folders.publish(run, folder, lambda parts: _merge(parts, run.world))
     return _read(folder, epoch, config)
 
 
