@@ -20,6 +20,7 @@ PROMPTS = [
 PLACES = "[...document.querySelectorAll('.place')].map((one) => [...one.querySelectorAll('[data-image]')].map((i) => i.dataset.image))"
 
 CHECKED = "document.querySelectorAll('input[type=radio]:checked').length"
+BOXES = "[...document.querySelectorAll('input[type=checkbox]:checked')].map((box) => box.name).join()"
 
 
 def wait_for(tab: Tab, places: list[list[int]]) -> None:
@@ -66,6 +67,7 @@ def fill(tab: Tab, by: str, *, until: int = 9) -> dict[str, Any]:
             tab.click("input[value='World Knowledge']")
             tab.click("input[name='sexual']")
             tab.click("input[name='personal']")
+        tab.until(f"{CHECKED} === 1 && {BOXES} === 'sexual,personal'")
         return {"category": "World Knowledge", "problems": ["sexual", "personal"]}
     if kind == "rating":
         points = {"alignment": 2, "fidelity": 7, "harmlessness": 1, "overall": 4}
@@ -78,6 +80,9 @@ def fill(tab: Tab, by: str, *, until: int = 9) -> dict[str, Any]:
                 tab.click(f"input[name='{axis}'][value='{value}']")
             if until > 4:
                 tab.click("input[name='blurred']")
+        tab.until(f"{CHECKED} === {min(until, 4)}")
+        if until > 4:
+            tab.until(f"{BOXES} === 'blurred'")
         return points | {"problems": ["blurred"]}
     shown = shown_images(tab)
     if by == "keys":  # 3, then 1 and 4, then 2; with detours
@@ -244,6 +249,28 @@ def test_choices_inspection_and_statistics(browser: Browser, tmp_path: Path) -> 
     assert found == {prompt: dict(sorted(ranks.items())) for prompt, ranks in wanted.items()}
     assert sorted(one.state for one in answers) == ["accepted"] * 11 + ["given"]
     assert len(read_rankings(tmp_path / "study")) == sum(map(bool, wanted.values()))
+
+
+def test_a_choice_by_mouse_after_a_ranking(browser: Browser, tmp_path: Path) -> None:
+    """What a ranking listens to ends with it: the mouse chooses an image of the next task."""
+    data = [f"{name}={images(tmp_path / name, PROMPTS, 1, shade)}" for shade, name in enumerate(("a", "b"))]
+    words = ("--data", *data, "--tasks", "ranking", "choice", "--annotators", "ann", "--repeats", "0", "--output-dir", tmp_path / "study")  # fmt: skip
+    kinds = []
+    with Served(*words) as web:
+        tab = browser.open("mixed", web.links["ann"])
+        while (task := tab.task()) and (kind := tab.run("document.body.dataset.kind")) != "finished":
+            kinds.append(kind)
+            if kind == "ranking":
+                tab.click("figure[data-image='1']")
+                tab.click("figure[data-image='0']")
+                wait_for(tab, [[1], [0]])
+                tab.click("#send")
+            else:
+                tab.click("figure[data-image='1'] button.image")
+            next_task(tab, task)
+    assert sorted(kinds) == ["choice", "choice", "ranking", "ranking"]
+    assert "choice" in kinds[kinds.index("ranking") :]
+    assert [sorted(one.answer["ranks"].values()) for one in answers_of(tmp_path)[1]] == [[1, 2]] * 4
 
 
 def test_an_order_by_every_key(browser: Browser, tmp_path: Path) -> None:

@@ -339,8 +339,8 @@ function show(next) {
   byId("bar").max = Math.max(task.total, 1);
   byId("bar").value = task.done;
   byId("inspect").hidden = task.role !== "inspector";
-  const place = byId("work");
-  place.replaceChildren();
+  const place = element("div"); // a new one: what the last task listened to goes with it
+  byId("work").replaceChildren(place);
   const finished = Boolean(task.finished);
   for (const id of ["send", "skip", "help"]) byId(id).hidden = finished;
   byId("back").hidden = task.at === 0;
