@@ -75,6 +75,8 @@ class Config:
     columns: Annotated[Columns, tyro.conf.arg(name="")] = field(default_factory=Columns)
     model: Path | None = None
     """Scorer folder that an earlier run wrote, to go on from with its sizes and vocabulary, as on harder images; None = random weights."""
+    image_tower: Path | None = None
+    """Scorer folder of a CLIP, whose image tower a new ImageReward starts from; --sizes must be its. BLIP's starts from a trained ViT, too."""
     vocab: Path | None = None
     """ImageReward: WordPiece vocab.txt, as bert-base-uncased's. CLIP: merges.txt, or the tokenizer.json of a pipeline."""
     architecture: Literal["imagereward", "clip"] = "imagereward"
@@ -94,6 +96,10 @@ class Config:
             raise ValueError("give --vocab to start from random weights, or --model to go on from a scorer")
         if self.model is not None and self.sizes != Sizes():
             raise ValueError(f"--model {self.model} has its own sizes; leave out --sizes")
+        if self.image_tower is not None and (self.model is not None or self.architecture == "clip"):
+            raise ValueError(
+                "--image-tower is of a new ImageReward; leave it out with --model and with --architecture clip"
+            )
         if self.architecture == "clip" and self.sizes.head != Sizes().head:
             raise ValueError(
                 f"--sizes.head {self.sizes.head} is of an ImageReward; leave it out with --architecture clip"
@@ -126,6 +132,7 @@ from rewards.card import ImageRewardConfig
 from rewards.clip import ClipScorer
 from rewards.clip_tokenizer import vocab_size
 from rewards.head import apply_head
+from rewards.image_tower import take_image_tower
 from rewards.imagereward import ImageReward
 from rewards.on_device import upload
 from rewards.trained_cards import clip_card
@@ -224,7 +231,11 @@ def hardest(images: Tensor, texts: Tensor, captions: Sequence[str]) -> list[int]
 
 
 def check_start(config: Config) -> None:
-    """Raise ValueError where a file is missing or --model is of another architecture; reads no weights."""
+    """Raise ValueError where a file is missing or a scorer is of another architecture; reads no weights."""
+    if config.image_tower is not None:
+        check_trainable(str(config.image_tower))
+        if rewards.find_card(str(config.image_tower)).clip is None:
+            raise ValueError(f"--image-tower {config.image_tower} is no CLIP")
     if config.model is not None:
         check_trainable(str(config.model))
         kind = "imagereward" if rewards.find_card(str(config.model)).clip is None else "clip"
@@ -269,7 +280,7 @@ def build_clip(config: Config, vocab: Path) -> ClipScorer:
 
 
 def build_imagereward(config: Config, vocab: Path) -> ImageReward:
-    """Return the ImageReward with random weights."""
+    """Return the ImageReward with random weights, but for an image tower that is given."""
     sizes = config.sizes
     layout = ImageRewardConfig(
         image_size=sizes.image,
@@ -291,7 +302,10 @@ def build_imagereward(config: Config, vocab: Path) -> ImageReward:
         mean=0.0,
         std=1.0,
     )
-    return ImageReward.build(layout, vocab, config.run.seed)
+    scorer = ImageReward.build(layout, vocab, config.run.seed)
+    if config.image_tower is not None:
+        take_image_tower(scorer, cast(ClipScorer, load_trainable(str(config.image_tower))))
+    return scorer
 
 
 @one_writer

@@ -270,7 +270,7 @@ def test_a_choice_by_mouse_after_a_ranking(browser: Browser, tmp_path: Path) -> 
             next_task(tab, task)
     assert sorted(kinds) == ["choice", "choice", "ranking", "ranking"]
     assert "choice" in kinds[kinds.index("ranking") :]
-    assert [sorted(one.answer["ranks"].values()) for one in answers_of(tmp_path)[1]] == [[1, 2]] * 4
+    assert [sorted(one.answer["ranks"]) for one in answers_of(tmp_path)[1]] == [[1, 2]] * 4
 
 
 def test_an_order_by_every_key(browser: Browser, tmp_path: Path) -> None:

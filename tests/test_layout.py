@@ -1,6 +1,7 @@
 """The shape of the house: who imports whom, file names, and that every driver and every YAML file is sound."""
 
 import ast
+import functools
 import graphlib
 import importlib
 import importlib.metadata
@@ -67,16 +68,22 @@ def short(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def imports(path: Path) -> set[str]:
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
     """The dotted names that a file imports, at any depth; `from a import b` is a.b."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{short(path)} line {node.lineno}: imports are absolute"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return frozenset(names)
 
 
 def imported_at_once(body: list[ast.stmt]) -> set[str]:
@@ -98,9 +105,9 @@ def module_of(path: Path) -> str:
     return short(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
+@functools.cache
 def is_program(path: Path) -> bool:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body)
+    return any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree_of(path).body)
 
 
 DRIVERS = [path for path in sorted((ROOT / "finetune").glob("*.py")) if is_program(path)]
@@ -227,7 +234,7 @@ CALLS = {
 
 @pytest.mark.parametrize("path", [*SOURCES, *sorted((ROOT / "benchmarks").glob("*.py"))], ids=short)
 def test_dangerous_calls_have_one_home(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if not isinstance(node, ast.Call):
             continue
         name = ast.unparse(node.func)

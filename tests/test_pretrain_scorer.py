@@ -1,16 +1,28 @@
 """Pre-training of scorers that goes on from an earlier one."""
 
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 
 import record_trajectories as recorded
-from finetune.pretrain_scorer import Config
+from finetune.pretrain_scorer import Config, Sizes, build_imagereward
+from rewards.clip import ClipScorer
+from rewards.image_tower import take_image_tower
+from rewards.imagereward import ImageReward
 from rewards.training import load_trainable
 
+IMAGES = Path(__file__).parents[1] / "assets/tiny/images/000"
 STEPS = ("--max-train-steps", "1", "--learning-rate", "1e-9", "--mixed-precision", "no")
+
+
+def pil_to_tensor(path: Path) -> torch.Tensor:
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1) / 255
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -33,6 +45,43 @@ def test_it_goes_on_from_an_earlier_scorer(root: Path, tmp_path: Path) -> None:
             "pretrain_scorer", [*second, "--output-dir", f"{tmp_path}/third", "--architecture", "clip"]
         )
     assert stop.value.code == 2
+
+
+EMBEDDED_CLIP = str(Path(__file__).parents[1] / "assets/tiny/pretrained/clip")
+
+
+def tiny_imagereward(**sizes: int) -> ImageReward:
+    vocab = Path(__file__).parents[1] / "assets/tiny/imagereward/vocab.txt"
+    return build_imagereward(Config(data=vocab, vocab=vocab, sizes=Sizes(**sizes)), vocab)
+
+
+def test_an_image_tower_of_a_clip_sees_as_it_did() -> None:
+    """Unit vectors of images stay near: the layer norm that BLIP has not is part of the embeddings, but for one number."""
+    clip, scorer = cast(ClipScorer, load_trainable(EMBEDDED_CLIP)), tiny_imagereward()
+    pixels = torch.stack([pil_to_tensor(path) for path in sorted(IMAGES.iterdir())[:32]])
+    take_image_tower(scorer, clip)
+    with torch.no_grad():
+        theirs = clip.vision(pixels)
+        ours = F.normalize(scorer.vision_proj(scorer.image_tokens(pixels)[:, 0]), dim=1)
+    same, others = (ours * theirs).sum(1), ours @ theirs.T
+    assert same.mean() > 0.9
+    assert (others.argmax(1) == torch.arange(32)).float().mean() > 0.9
+    # of images of one colour where all patches have the mean sigma nothing is lost: the start token is exact
+    embedded = scorer.vision_model.embeddings(pixels[:1])[0, 0]
+    assert torch.allclose(
+        embedded,
+        clip.vision.vision_model.pre_layrnorm(clip.vision.vision_model.embeddings(pixels[:1]))[0, 0],
+        atol=1e-5,
+    )
+
+
+def test_an_image_tower_of_another_size_is_refused(tmp_path: Path) -> None:
+    clip = cast(ClipScorer, load_trainable(EMBEDDED_CLIP))
+    with pytest.raises(ValueError, match=r"does not fit: patch 8 instead of 16, layers 4 instead of 2"):
+        take_image_tower(tiny_imagereward(patch=16, vision_layers=2), clip)
+    for wrong in ({"model": tmp_path}, {"vocab": tmp_path, "architecture": "clip"}):
+        with pytest.raises(ValueError, match="--image-tower is of a new ImageReward"):
+            Config(data=tmp_path, image_tower=tmp_path, **wrong)
 
 
 def test_a_start_is_one_of_two(tmp_path: Path) -> None:
