@@ -38,7 +38,7 @@ def read_table(path: Path) -> dict[tuple[str, str, str, str, str], float]:
 
 
 @pytest.mark.usefixtures("trained_here")
-@pytest.mark.parametrize("architecture", ["blip", "clip"])
+@pytest.mark.parametrize("architecture", [pytest.param("blip", marks=pytest.mark.slow), "clip"])
 def test_the_ablation_in_small(architecture: str, checkout: Path) -> None:
     """Every objective of Tables 2 and 3 trains a scorer from the pre-trained one, and all are measured."""
     single, held, _ = DATA

@@ -228,6 +228,7 @@ def test_wrong_flags(
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("trained_here")
 def test_a_failing_driver_says_where_to_look(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -494,7 +494,15 @@ def run_with_distance(
 _BRIEF = ("--max-train-steps", "2", "--num-validation-prompts", "1", "--checkpointing-steps", "0", "--gradient-accumulation-steps", "1")  # fmt: skip
 
 
-@pytest.mark.parametrize("driver", ["draft", "drtune", "flowbp"])
+_ONE_AT_ONCE = [
+    pytest.param("draft", marks=pytest.mark.slow),
+    "drtune",
+    pytest.param("flowbp", marks=pytest.mark.slow),
+]
+"""All three share the loop's parts; trainings of one are enough where not all tests are run."""
+
+
+@pytest.mark.parametrize("driver", _ONE_AT_ONCE)
 def test_the_distance_is_part_of_the_loss(driver: str, root: Path, tmp_path: Path) -> None:
     """0 before the first update; in the second the loss is that of a run without it, and the weighted distance."""
     light, heavy = (
@@ -507,6 +515,7 @@ def test_the_distance_is_part_of_the_loss(driver: str, root: Path, tmp_path: Pat
     assert distance > 1e-8
 
 
+@pytest.mark.slow
 def test_the_distance_to_the_base_holds_the_model_back(root: Path, tmp_path: Path) -> None:
     flags = (
         *_BRIEF,
@@ -601,7 +610,7 @@ def test_checkpointed_calls_have_the_same_gradient_bit_for_bit(
     assert kept[1] < 0.1 * kept[0], "activations are not kept"
 
 
-@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("train", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_number_of_live_steps(train: str, tmp_path: Path) -> None:
     """The peak of what is alive beyond the model, one call's activations at a time; without checkpoints it grows."""
 
@@ -747,7 +756,7 @@ def test_alignprop_as_released(truncation_step: int, tmp_path: Path, in_float64:
 # ---------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize("driver", ["draft", "drtune", "flowbp"])
+@pytest.mark.parametrize("driver", _ONE_AT_ONCE)
 def test_a_run_that_goes_on_has_the_bits_of_one_that_never_stopped(
     driver: str, root: Path, tmp_path: Path
 ) -> None:

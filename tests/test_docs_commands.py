@@ -13,7 +13,13 @@ from preftune.cli import parse
 PROGRAMS: dict[str, str] = pytest.importorskip("preftune.programs").PROGRAMS
 
 BLOCKS = {block.place: block for page in PAGES for block in blocks(page)}
-STORIES = [page for page in PAGES if any(block.language in ("bash", "python") for block in blocks(page))]
+LONG = ("methods", "reward-models")
+"""Pages with a training of each method, which the tests of the drivers do as well; without -m slow their flags alone are parsed."""
+STORIES = [
+    pytest.param(page, marks=[pytest.mark.slow] * (page.stem in LONG), id=page.stem)
+    for page in PAGES
+    if any(block.language in ("bash", "python") for block in blocks(page))
+]
 TOOLS = ("pip", "hf", "tensorboard", "mkdocs", "pytest", "git")
 """Programs of others; a block with one is not run."""
 
@@ -30,7 +36,7 @@ def run(command: Command, block: Block, monkeypatch: pytest.MonkeyPatch) -> None
     assert code in (None, 0), f"{block.place}: {command.name} {' '.join(words)} ended with {code}"
 
 
-@pytest.mark.parametrize("page", STORIES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", STORIES)
 def test_what_a_page_says_works(
     page: Path, tmp_path: Path, cpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -52,7 +58,11 @@ def test_what_a_page_says_works(
                 run(command, block, monkeypatch)
 
 
-MARKED = [place for place, block in BLOCKS.items() if block.needs and block.language == "bash"]
+MARKED = [
+    place
+    for place, block in BLOCKS.items()
+    if block.language == "bash" and (block.needs or block.page.stem in LONG)
+]
 
 
 @pytest.mark.parametrize("place", MARKED)

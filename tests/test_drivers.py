@@ -441,8 +441,16 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.pipeline_xl_folder(tmp_path_factory.mktemp("sdxl") / "pipeline")
 
 
-@pytest.mark.parametrize("family", ["SD", "SDXL"])
-@pytest.mark.parametrize("driver", TUNING)
+@pytest.mark.parametrize(
+    ("driver", "family"),
+    [
+        *((driver, "SDXL") for driver in TUNING),
+        *(
+            pytest.param(driver, "SD", marks=[pytest.mark.slow] * (driver not in ("pretrain", "refl")))
+            for driver in TUNING
+        ),
+    ],
+)
 def test_one_update_at_a_resolution_that_is_not_square(
     driver: str, family: str, root: Path, sdxl: Path, tmp_path: Path
 ) -> None:

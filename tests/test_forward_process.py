@@ -322,8 +322,15 @@ def straight(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return {driver: folder / driver for driver in DRIVERS}
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
-@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize(
+    ("driver", "updates"),
+    [
+        (DRIVERS[0], 1),
+        (DRIVERS[1], 2),
+        pytest.param(DRIVERS[0], 2, marks=pytest.mark.slow),
+        pytest.param(DRIVERS[1], 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(
     driver: str, updates: int, root: Path, straight: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -216,7 +216,7 @@ def test_stop_ends_the_run_and_keeps_the_best(
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("scorer", ["dark", "light"])
+@pytest.mark.parametrize("scorer", ["dark", pytest.param("light", marks=pytest.mark.slow)])
 def test_a_resumed_run_decides_as_one_that_was_never_stopped(
     scorer: str, root: Path, tmp_path: Path, own: Path
 ) -> None:

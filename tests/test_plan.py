@@ -89,12 +89,17 @@ def test_autocast_has_the_rules_of_cuda() -> None:
         assert norm(x).dtype == torch.bfloat16  # without autocast
 
 
-def test_a_lean_pass_has_few_kernels() -> None:
-    """Of Stable Diffusion's UNet: casts and the LoRA's products are gone; published are 1,474 kernels and 758 casts."""
-    setting = Setting(method="pretrain", train_batch_size=1)
-    step, lean = (totals(count.one_call(setting, place)) for place in ("step", "lean"))
+@pytest.mark.slow
+def test_a_pass_with_gradient_has_many_kernels() -> None:
+    """Of Stable Diffusion's UNet; published are 1,474 kernels and 758 casts."""
+    step = totals(count.one_call(Setting(method="pretrain", train_batch_size=1), "step"))
     assert 2100 < step["kernels"] < 2250
     assert 900 < step["casts"] < 950
+
+
+def test_a_lean_pass_has_few_kernels() -> None:
+    """Of Stable Diffusion's UNet: casts and the LoRA's products are gone."""
+    lean = totals(count.one_call(Setting(method="pretrain", train_batch_size=1), "lean"))
     assert lean["kernels"] <= 760
     assert lean["casts"] <= 10
     assert 1600 / 2 < lean["gflop"] < 1610 / 2

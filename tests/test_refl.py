@@ -473,7 +473,8 @@ def leaves(saved: Any) -> list[Tensor]:
     return [torch.as_tensor(saved)]
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 5])
 def test_killed_runs_resume_bit_for_bit(kills: int, root: Path, tmp_path: Path) -> None:
     updates = 10 * kills + 10
     run = {

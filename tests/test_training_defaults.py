@@ -265,8 +265,16 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
-@pytest.mark.parametrize("program", TUNING)
+@pytest.mark.parametrize(
+    ("program", "name"),
+    [
+        *((program, "sd15") for program in TUNING),
+        *(
+            pytest.param(program, "sdxl", marks=[pytest.mark.slow] * (program not in ("dpo", "refl")))
+            for program in TUNING
+        ),
+    ],
+)
 def test_shipped_configurations_run(
     models: dict[str, Path], root: Path, tmp_path: Path, program: str, name: str
 ) -> None:

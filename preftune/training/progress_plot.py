@@ -27,7 +27,14 @@ def draw(
     if len(moments) < 2:
         return
     updates = [moment.updates for moment in moments]
-    figure, (scores, images) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    margins = {
+        "left": 0.05,
+        "right": 0.99,
+        "bottom": 0.12,
+        "top": 0.92,
+        "wspace": 0.12,
+    }  # a layout would draw everything twice
+    figure, (scores, images) = plt.subplots(1, 2, figsize=(11, 4), gridspec_kw=margins)
     for name, changes in _changes(moments, found, weights):
         rows = np.array([bootstrap.mean(change, resamples=2000) for change in changes])
         (line,) = scores.plot(updates, rows[:, 0], marker=".", label=name)
