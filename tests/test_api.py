@@ -181,11 +181,11 @@ def test_every_call_returns_a_pipeline(root: Path, given: dict[str, Any]) -> Non
     ("method", "own"),
     [
         ("draft", {"last_steps": 2, "eta": 0.5, "jitter": 2}),
-        ("drtune", {"active_steps": 1, "early_stop": 1}),
-        ("flowbp", {"surrogate": "lagrange", "input_share": 0.5}),
+        pytest.param("drtune", {"active_steps": 1, "early_stop": 1}, marks=pytest.mark.slow),
+        pytest.param("flowbp", {"surrogate": "lagrange", "input_share": 0.5}, marks=pytest.mark.slow),
         ("dpo", {"loss": "ipo", "beta": 20, "labels": "majority"}),
-        ("ddpo", {"eta": 0.5, "clip_range": 0.1}),
-        ("awm", {"weighting": "t2"}),
+        pytest.param("ddpo", {"eta": 0.5, "clip_range": 0.1}, marks=pytest.mark.slow),
+        pytest.param("awm", {"weighting": "t2"}, marks=pytest.mark.slow),
         ("nft", {"beta": 0.5}),
     ],
 )

@@ -380,11 +380,11 @@ def trained(
 
 SLOW = [
     pytest.param(name, marks=pytest.mark.slow)
-    for name in ("autoencoder", "pretrain_scorer", "refl", "weird_lora")
+    for name in ("autoencoder", "dpo", "pretrain_scorer", "raft", "refl", "weird_lora")
 ]
 
 
-@pytest.mark.parametrize("driver", ["dpo", "raft", "reward_model", "reward_weighted", *SLOW])
+@pytest.mark.parametrize("driver", ["reward_model", "reward_weighted", *SLOW])
 def test_a_run_is_the_same_with_workers_and_caches(driver: str, root: Path, tmp_path: Path) -> None:
     flags = ["--dataloader-num-workers", "1"]
     if driver not in ("autoencoder", "pretrain_scorer", "reward_model"):

@@ -43,7 +43,7 @@ def test_the_interrupted_demo_goes_on_by_the_command_that_it_prints(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "a run"
-    flags = [*QUICK, "--max-train-steps=8", "--output-dir", str(output)]
+    flags = [*QUICK, "--max-train-steps=5", "--output-dir", str(output)]
     demo = [sys.executable, "finetune/refl.py", *flags]
     process = start([*demo, "--overwrite-output-dir"])
     while process.poll() is None and not (output / "metrics.jsonl").exists():
@@ -55,8 +55,8 @@ def test_the_interrupted_demo_goes_on_by_the_command_that_it_prints(
     assert process.returncode == 128 + signal.SIGINT
     *_, sentence, command = said.splitlines()
     done = int(find_checkpoints(output)[-1].name.removeprefix("step_"))
-    assert 0 < done < 8
-    assert sentence == f"refl.py: stopped after {done} of 8 updates; go on with:"
+    assert 0 < done < 5
+    assert sentence == f"refl.py: stopped after {done} of 5 updates; go on with:"
     assert shlex.split(command) == [*demo, "--resume-from-checkpoint", "latest"]
 
     process = start(shlex.split(command))
@@ -64,31 +64,31 @@ def test_the_interrupted_demo_goes_on_by_the_command_that_it_prints(
     assert process.returncode == 0, said
     assert "1 validation prompt; change" in out
     assert "go on with" not in said
-    assert [json.loads(row)["step"] for row in (output / "metrics.jsonl").open()] == [*range(8)]
+    assert [json.loads(row)["step"] for row in (output / "metrics.jsonl").open()] == [*range(5)]
 
     # Run twice, as README prints it: nothing is lost, and what the user can do is said.
     files = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
     capsys.readouterr()
     assert run_again(*flags) == 0
     out, said = capsys.readouterr()
-    assert f"{output} is complete, with all 8 updates; to run anew, add --overwrite-output-dir" in said
+    assert f"{output} is complete, with all 5 updates; to run anew, add --overwrite-output-dir" in said
     assert "1 validation prompt; change" in out
     checkpoints = [path for path in files if path.parent.name.startswith("step_")]
-    assert len(checkpoints) > 4
+    assert len(checkpoints) > 3
     assert all(path.stat().st_mtime_ns == files[path] for path in checkpoints)
     assert files.keys() == {path for path in output.rglob("*") if path.is_file()}
 
     assert run_again(*flags, "--max-train-steps", "3") == 2
     said = capsys.readouterr().err
-    assert "--max-train-steps 3 is less than the 8 updates that" in said
+    assert "--max-train-steps 3 is less than the 5 updates that" in said
     assert "start anew with --overwrite-output-dir or another --output-dir" in said
     assert run_again(*flags, "--rewards", "brightness=1") == 2
     assert "start anew with --overwrite-output-dir or another --output-dir" in capsys.readouterr().err
-    assert run_again(*flags, "--lr-scheduler", "cosine", "--max-train-steps", "9") == 0
+    assert run_again(*flags, "--lr-scheduler", "cosine", "--max-train-steps", "6") == 0
     said = capsys.readouterr().err
-    assert "--max-train-steps 9 (was 8)" in said
+    assert "--max-train-steps 6 (was 5)" in said
     assert "warning: --lr-scheduler cosine falls to 0 at --max-train-steps" in said
-    assert find_checkpoints(output)[-1].name == "step_000009"
+    assert find_checkpoints(output)[-1].name == "step_000006"
 
 
 def test_ctrl_c_before_a_checkpoint_ends_in_a_command(

@@ -13,8 +13,8 @@ from preftune.cli import parse
 PROGRAMS: dict[str, str] = pytest.importorskip("preftune.programs").PROGRAMS
 
 BLOCKS = {block.place: block for page in PAGES for block in blocks(page)}
-LONG = ("methods", "reward-models")
-"""Pages with a training of each method, which the tests of the drivers do as well; without -m slow their flags alone are parsed."""
+LONG = ("evaluation", "lora", "methods", "reward-models")
+"""Pages with many trainings, which the tests of the drivers do as well; but for the slow tests, their flags alone are parsed."""
 STORIES = [
     pytest.param(page, marks=[pytest.mark.slow] * (page.stem in LONG), id=page.stem)
     for page in PAGES

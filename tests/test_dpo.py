@@ -227,7 +227,11 @@ def test_reference_errors_of_fixed_noise_are_worked_out_once(
 
 @pytest.mark.parametrize(
     "flags",
-    [[], ["--fixed-noise", "1", "--validation-share", "0"], ["--train", "full"], ["--loss", "mapo"]],
+    [
+        ["--fixed-noise", "1", "--validation-share", "0"],
+        ["--train", "full"],
+        *(pytest.param(flags, marks=pytest.mark.slow) for flags in ([], ["--loss", "mapo"])),
+    ],
     ids=" ".join,
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(flags: Sequence[str], root: Path, tmp_path: Path) -> None:

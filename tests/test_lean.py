@@ -136,8 +136,15 @@ CHANGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("lora", [None, LoRA(rank=2)])
+@pytest.mark.parametrize(
+    ("dtype", "lora"),
+    [
+        (torch.float32, None),
+        (torch.bfloat16, LoRA(rank=2)),
+        pytest.param(torch.float32, LoRA(rank=2), marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, None, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("change", CHANGES)
 def test_no_answer_is_that_of_earlier_weights(
     folder: Path, change: Callable[[Any], None], lora: LoRA | None, dtype: torch.dtype

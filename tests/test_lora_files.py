@@ -554,7 +554,7 @@ def read_kohya(path: Path, pipe: Any) -> None:
         weight += scale * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("cpu")
 def test_a_lora_trained_here_is_the_same_in_diffusers_peft_and_by_kohyas_description(
     kind: str, root: Path, models: Mapping[str, Path], tmp_path: Path

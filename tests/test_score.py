@@ -745,6 +745,7 @@ def command(settings: score.Config) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_command_resumes(rendered: Path, tmp_path: Path) -> None:
     """The program itself, with a worker process and a learned scorer."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
