@@ -20,6 +20,10 @@ a folder with captions, several for each caption, or with rankings (by people, s
     calls.jsonl      all answers as they came, line by line, with tokens; an answer that is there is not asked for again
     summary.json     counts, tokens, cost, agreement of two orders, position bias
 
+Of a prompt with more images than --max-images so many are drawn, at random but always the same. Without the prompt training would
+lose it; its first images may all be of one model; and parts, as the pages for people make them, cost as much again for each part,
+and their ranks say nothing of images of two parts. The images that were left out are counted.
+
 A program that was stopped or killed goes on where it was; the same command with another --rule makes other rankings and asks
 nothing. What has failed is asked again by the next start. Hardware: that of the endpoint.
 """
@@ -38,7 +42,6 @@ from data_build.aspect_rules import RULES
 from preftune.cli import exit_on_user_error, parse
 from preftune.mllm.config import ASPECTS, EndpointConfig
 
-CALLS = "calls.jsonl"
 IMAGES = "images"
 
 
@@ -62,7 +65,7 @@ class Config:
     rule: str = "sum"
     """How aspects become a ranking: sum, mean, majority, each (one ranking for each aspect and order), or the name of an aspect."""
     max_images: int = 9
-    """Prompts with more images are left out; a model may be limited to fewer in a question."""
+    """Images of a prompt; of more so many are drawn by --seed. A model may be limited to fewer in a question."""
     count: int | None = None
     """Maximum number of prompts; None = all."""
 
@@ -82,18 +85,22 @@ class Config:
 if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
     CONFIG = parse(Config)
 
-from tqdm import tqdm
-
 from data_build.aspect_rules import Verdict, averaged, of_preferences, of_scores, ranked
+from data_build.mllm_calls import (
+    CALLS,
+    all_calls,
+    asking,
+    calls_in_words,
+    check_folder,
+    watched,
+)
 from data_build.mllm_quality import Quality, in_words, preferences
 from data_build.mllm_tasks import Answer, Group, Task, ask, known, read_groups, tasks_of
 from preftune.cli.notes import counted, say
 from preftune.cli.printable import show
-from preftune.files import is_leftover, replacing, tidy, write_text
-from preftune.files.lock import is_lock
+from preftune.files import replacing, tidy, write_text
 from preftune.files.one_writer import one_writer
-from preftune.mllm.calls import CallLog
-from preftune.mllm.client import Client, EndpointError
+from preftune.mllm.client import Client
 from preftune.mllm.templates import OURS, Template, load
 from rewards.atomic_folder import link
 
@@ -116,15 +123,15 @@ def check_inputs(config: Config) -> tuple[list[Group], list[Template], Counter[s
         raise ValueError(
             f"--output-dir {folder} is --data, whose rankings would be lost; choose another folder"
         )
-    others = list(folder.iterdir()) if folder.is_dir() else []
-    if not (folder / CALLS).is_file() and not all(is_leftover(path) or is_lock(path) for path in others):
-        raise ValueError(f"{folder} exists and holds something else; choose another --output-dir")
+    check_folder(folder)
     if not config.data.is_dir():
         raise ValueError(f"there is no data at {config.data}")
     kind = "compare" if config.mode == "pairwise" else "rate"
     templates = [load(config.templates or OURS, kind, aspect) for aspect in config.aspects]
     config.endpoint.key()
-    groups, left_out = read_groups(config.data, least=2, most=config.max_images, count=config.count)
+    groups, left_out = read_groups(
+        config.data, least=2, most=config.max_images, count=config.count, seed=config.endpoint.seed
+    )
     return groups, templates, left_out
 
 
@@ -139,22 +146,8 @@ def ask_all(client: Client, tasks: Sequence[Task]) -> dict[tuple[str, ...], tupl
 
     Ends the program where the endpoint is of no use.
     """
-    failed: dict[tuple[str, ...], tuple[str, str]] = {}
-    known_before = 0
-    try:
-        with tqdm(total=len(tasks), desc="asking", unit="question", mininterval=1) as bar:
-            for task, asked in client.each(lambda task: ask(client, task), tasks):
-                bar.update()
-                known_before += asked.cached
-                if asked.value is None:
-                    failed[place_of(task)] = (asked.error, asked.detail)
-    except EndpointError as error:
-        with exit_on_user_error():
-            raise error
-    say(
-        f"{counted(len(tasks), 'question')}: {known_before:,} were answered before, {len(failed):,} have no answer"
-    )
-    return failed
+    found = watched(client.each(lambda task: ask(client, task), tasks), len(tasks))
+    return {place_of(task): (asked.error, asked.detail) for task, asked in found if asked.value is None}
 
 
 def place_of(task: Task) -> tuple[str, ...]:
@@ -284,17 +277,15 @@ def write_results(
         for group in groups:
             tasks = list(tasks_of(group, templates, config.mode, config.orders, config.endpoint.seed))
             write_group(config, client, group, tasks, failed, written)
-    used, endpoint = client.calls.used, config.endpoint
     names = ("rankings", "ratings", "untied_pairs", "ties")
     summary = {
-        "model": endpoint.model, "mode": config.mode, "rule": config.rule, "aspects": list(config.aspects),
+        "model": config.endpoint.model, "mode": config.mode, "rule": config.rule, "aspects": list(config.aspects),
         "templates": {template.name: template.digest for template in templates}, "prompts": len(groups),
         **{name: written.counts[name] for name in names},
         "prompts_without_a_ranking": written.counts["prompts without a ranking"],
         "errors": {k.removeprefix("error "): n for k, n in sorted(written.counts.items()) if k.startswith("error ")},
-        "left_out": dict(left_out),
-        "all_calls": {"requests": used.requests, "input_tokens": used.input, "output_tokens": used.output,
-                      "requests_without_tokens": used.uncounted, "cost": used.cost(endpoint.price_input, endpoint.price_output)},
+        "left_out": dict(left_out), "prompts_with_images_left_out": sum(group.left_out > 0 for group in groups),
+        "all_calls": all_calls(client),
         **written.quality.summary(),
     }  # fmt: skip
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -303,18 +294,12 @@ def write_results(
 
 def report(config: Config, summary: dict[str, Any]) -> str:
     """Return the lines that are printed."""
-    calls, endpoint = summary["all_calls"], config.endpoint
-    tokens = f"{calls['input_tokens']:,} + {calls['output_tokens']:,} tokens"
-    untold = f", {counted(calls['requests_without_tokens'], 'request')} without a count" * bool(
-        calls["requests_without_tokens"]
-    )
-    cost = f", cost {calls['cost']:.4g}" if endpoint.price_input or endpoint.price_output else ""
     errors = ", ".join(f"{number:,} {kind}" for kind, number in summary["errors"].items())
     return "\n".join(
         [
             f"{summary['prompts']:,} prompts: {summary['ratings']:,} ratings, {summary['rankings']:,} rankings by {config.rule},"
             f" {summary['untied_pairs']:,} untied pairs, {summary['ties']:,} ties",
-            f"all calls of this folder: {calls['requests']:,} requests, {tokens}{untold}{cost}",
+            calls_in_words(summary["all_calls"], config.endpoint),
             *([f"no answer, in errors.jsonl: {errors}"] if errors else []),
             *in_words(summary),
             str(config.output_dir),
@@ -329,12 +314,12 @@ def main(config: Config) -> None:
         groups, templates, left_out = check_inputs(config)
     if left_out:
         say("left out: " + ", ".join(f"{number:,} {reason}" for reason, number in left_out.items()))
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    images = {(config.output_dir / IMAGES / name).parent for group in groups for name in group.names}
-    tidy(config.output_dir, *images)
-    with exit_on_user_error():
-        calls = CallLog(config.output_dir / CALLS)
-    with calls, Client(config.endpoint, calls) as client:
+    if drawn := sum(group.left_out > 0 for group in groups):
+        say(
+            f"of {counted(drawn, 'prompt')} with more images {config.max_images} each were drawn (--max-images)"
+        )
+    tidy(*{(config.output_dir / IMAGES / name).parent for group in groups for name in group.names})
+    with asking(config.output_dir, config.endpoint) as client:
         failed = ask_all(client, list(all_tasks(config, groups, templates)))
         summary = write_results(config, client, groups, templates, failed, left_out)
     show(report(config, summary))

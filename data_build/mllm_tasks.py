@@ -29,6 +29,8 @@ class Group:
     names: tuple[str, ...]
     """Files, relative to the data set's folder."""
     paths: tuple[Path, ...]
+    left_out: int = 0
+    """Number of further images that it has, which were not drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,26 +81,42 @@ class Task:
         return Answer(scores=scores, rationales=rationales)
 
 
-def read_groups(data: Path, *, least: int, most: int, count: int | None) -> tuple[list[Group], Counter[str]]:
-    """Return the images of each prompt, of at most `count` prompts, and how many prompts and rows were left out, by reason.
+def read_groups(
+    data: Path, *, least: int, most: int, count: int | None, seed: int
+) -> tuple[list[Group], Counter[str]]:
+    """Return the images of each prompt, of at most `count` prompts, and how many prompts, images and rows were left out, by reason.
 
     Of a folder with a rankings.jsonl the images that were ranked together, each once, however many annotators ranked them; else the
-    images with one caption. ValueError where no group has at least `least` images and at most `most`.
+    images with one caption. Of more than `most` so many are drawn by seed, prompt and name. ValueError where no group has `least`.
     """
     found, left_out = _groups(data)
     groups = []
     for prompt, paths in found:
-        if not least <= len(paths) <= most:
-            left_out[
-                "prompts with one image" if len(paths) < least else f"prompts with more than {most} images"
-            ] += 1
+        if len(paths) < least:
+            left_out["prompts with one image"] += 1
             continue
         names = tuple(path.relative_to(data).as_posix() for path in paths)
-        groups.append(Group(prompt=prompt, names=names, paths=paths))
+        group = Group(prompt=prompt, names=names, paths=paths)
+        groups.append(drawn(group, most, seed) if len(paths) > most else group)
     if not groups:
         reasons = "; ".join(f"{number} {reason}" for reason, number in left_out.items())
         raise ValueError(f"{data} has no prompt whose images can be compared: {reasons}")
-    return groups[:count], left_out
+    groups = groups[:count]
+    if further := sum(group.left_out for group in groups):
+        left_out[f"images of prompts with more than {most}"] = further
+    return groups, left_out
+
+
+def drawn(group: Group, number: int, seed: int) -> Group:
+    """Return a group with so many of its images, in their order; which ones depends on seed, prompt and each name alone."""
+    places = range(len(group.names))
+    kept = sorted(sorted(places, key=lambda at: _digest([seed, group.prompt, group.names[at]]))[:number])
+    return Group(
+        prompt=group.prompt,
+        names=tuple(group.names[at] for at in kept),
+        paths=tuple(group.paths[at] for at in kept),
+        left_out=len(places) - number,
+    )
 
 
 def _groups(data: Path) -> tuple[list[tuple[str, tuple[Path, ...]]], Counter[str]]:

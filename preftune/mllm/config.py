@@ -15,8 +15,8 @@ ResponseFormat = Literal["json-schema", "json-object", "text"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EndpointConfig:
-    """An endpoint that speaks OpenAI's chat completions, and how it is asked."""
+class TextEndpointConfig:
+    """An endpoint that speaks OpenAI's chat completions, and how it is asked about texts."""
 
     base_url: str
     """Its address, such as http://localhost:8000/v1; requests go to ADDRESS/chat/completions."""
@@ -29,13 +29,11 @@ class EndpointConfig:
     temperature: float = 0.0
     """Temperature of sampling."""
     seed: int = 0
-    """Seed of the orders in which images are shown; also sent, plus 1 for each time that a wrong answer is asked for again."""
+    """Seed that is sent, plus 1 for each time that a wrong answer is asked for again; also of the images and orders that are shown."""
     max_tokens: int = 1024
     """Longest answer in tokens."""
     body: str = "{}"
     """JSON object that is merged into each request, such as '{"top_p": 0.9}'; null takes a key out."""
-    image_side: int = 512
-    """Images are sent as PNG, made smaller until no side has more pixels."""
     concurrency: int = 4
     """Requests at the same time."""
     timeout: float = 120.0
@@ -61,12 +59,10 @@ class EndpointConfig:
             )
         if not self.model.strip():
             raise ValueError("--model is empty; it is the name of a model of the endpoint")
-        least = {"max_tokens": 1, "image_side": 16, "concurrency": 1, "retries": 0, "answer_retries": 0}
-        least |= {"max_failures": 0, "seed": 0}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
+        for name, least in self._least().items():
+            if getattr(self, name) < least:
                 raise ValueError(
-                    f"--{name.replace('_', '-')} must be at least {bound}, got {getattr(self, name)}"
+                    f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}"
                 )
         for name in ("temperature", "price_input", "price_output"):
             value = getattr(self, name)
@@ -75,6 +71,11 @@ class EndpointConfig:
         if not (math.isfinite(self.timeout) and self.timeout > 0):
             raise ValueError(f"--timeout must be a number of seconds above 0, got {self.timeout}")
         self.extra()
+
+    def _least(self) -> dict[str, int]:
+        """Whole numbers -> their lowest value."""
+        once = {"max_tokens": 1, "concurrency": 1}
+        return once | {"retries": 0, "answer_retries": 0, "max_failures": 0, "seed": 0}
 
     @property
     def url(self) -> str:
@@ -103,3 +104,39 @@ class EndpointConfig:
                 f"--api-key-env {self.api_key_env}: the variable holds characters that no key has"
             )
         return key
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointConfig(TextEndpointConfig):
+    """An endpoint whose model reads images, too."""
+
+    image_side: int = 512
+    """Images are sent as PNG, made smaller until no side has more pixels."""
+
+    def _least(self) -> dict[str, int]:
+        return super()._least() | {"image_side": 16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionalEndpointConfig(TextEndpointConfig):
+    """An endpoint of a program that works without one, too: it is checked by `config`, once it is known to be asked."""
+
+    base_url: str = ""
+    """Its address, such as http://localhost:8000/v1; requests go to ADDRESS/chat/completions. Empty = no model is asked."""
+    model: str = ""
+    """Name of the model there."""
+
+    def __post_init__(self) -> None:
+        """Check nothing yet."""
+
+    def config(self) -> EndpointConfig:
+        """Return the endpoint; ValueError where something is wrong or missing."""
+        if not self.base_url or not self.model:
+            raise ValueError("a model is asked: --base-url and --model name it")
+        return EndpointConfig(**vars(self))
+
+    def given(self) -> list[str]:
+        """Return the flags that are not as they are by themselves."""
+        usual = OptionalEndpointConfig()
+        changed = [name for name, value in vars(self).items() if value != getattr(usual, name)]
+        return [f"--{name.replace('_', '-')}" for name in changed]

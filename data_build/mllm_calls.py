@@ -1,0 +1,82 @@
+"""What programs that ask a model have in common: a folder that is gone on with, the file of the answers, the bar, tokens and cost."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from preftune.cli import exit_on_user_error
+from preftune.cli.notes import counted, say
+from preftune.files import is_leftover, tidy
+from preftune.files.lock import is_lock
+from preftune.mllm.calls import CallLog
+from preftune.mllm.client import Asked, Client, EndpointError
+from preftune.mllm.config import EndpointConfig, TextEndpointConfig
+
+CALLS = "calls.jsonl"
+"""All answers as they came, in the folder of the output."""
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ValueError for an output folder with something in it that no such program has begun."""
+    others = list(folder.iterdir()) if folder.is_dir() else []
+    if not (folder / CALLS).is_file() and not all(is_leftover(path) or is_lock(path) for path in others):
+        raise ValueError(f"{folder} exists and holds something else; choose another --output-dir")
+
+
+@contextmanager
+def asking(folder: Path, config: EndpointConfig) -> Iterator[Client]:
+    """Make the folder of the output, or open one that has been begun, and yield who asks and keeps the answers there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tidy(folder)
+    with exit_on_user_error():
+        calls = CallLog(folder / CALLS)
+    with calls, Client(config, calls) as client:
+        yield client
+
+
+def watched(
+    found: Iterable[tuple[Item, Asked[Answer]]], total: int, unit: str = "question"
+) -> Iterator[tuple[Item, Asked[Answer]]]:
+    """Yield what became of questions under a bar, and say at the end how many were known and how many have no answer.
+
+    Ends the program where the endpoint is of no use.
+    """
+    known = failed = 0
+    try:
+        with tqdm(total=total, desc="asking", unit=unit, mininterval=1) as bar:
+            for item, asked in found:
+                bar.update()
+                known += asked.cached
+                failed += asked.value is None
+                yield item, asked
+    except EndpointError as error:
+        with exit_on_user_error():
+            raise error
+    say(f"{counted(total, unit)}: {known:,} were answered before, {failed:,} have no answer")
+
+
+def all_calls(client: Client) -> dict[str, Any]:
+    """Return what all questions of a folder have used, failed ones too."""
+    used, prices = client.calls.used, client.config
+    return {
+        "requests": used.requests,
+        "input_tokens": used.input,
+        "output_tokens": used.output,
+        "requests_without_tokens": used.uncounted,
+        "cost": used.cost(prices.price_input, prices.price_output),
+    }
+
+
+def calls_in_words(calls: dict[str, Any], endpoint: TextEndpointConfig) -> str:
+    """Return a line to print."""
+    tokens = f"{calls['input_tokens']:,} + {calls['output_tokens']:,} tokens"
+    untold = f", {counted(calls['requests_without_tokens'], 'request')} without a count" * bool(
+        calls["requests_without_tokens"]
+    )
+    cost = f", cost {calls['cost']:.4g}" if endpoint.price_input or endpoint.price_output else ""
+    return f"all calls of this folder: {calls['requests']:,} requests, {tokens}{untold}{cost}"
