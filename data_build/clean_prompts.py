@@ -1,32 +1,41 @@
 """Clean prompts of style words, which otherwise decide what annotators and scorers compare (HPS v2, arXiv 2306.09341, section 3.1).
 
 Prompts of users end in lists such as "highly detailed, 8 k, trending on artstation, art by greg rutkowski". HPS v2 has a language
-model take them away; `--cleaner rules` does it offline (prompt_rules.py, with its words in style_words.tsv): it keeps subject,
-relations, count, colours and setting, and drops artists, render engines, sites, resolutions, qualities, light, camera and medium
-where they are listed, weights and flags of interfaces, and DiffusionDB's spaces in numbers.
+model take them away, and so does `--cleaner model`, by any that speaks OpenAI's chat completions and a template of our own
+(preftune/mllm/templates/clean.txt). `--cleaner rules` does it offline (prompt_rules.py, with its words in style_words.tsv): it
+keeps subject, relations, count, colours and setting, and drops artists, render engines, sites, resolutions, qualities, light, camera
+and medium where they are listed, weights and flags of interfaces, and DiffusionDB's spaces in numbers.
 
     python data_build/clean_prompts.py --prompts refl_data.json --output-dir data/cleaned
     python data_build/clean_prompts.py --prompts prompts.txt --output-dir data/cleaned --keep medium light
+    python data_build/clean_prompts.py --prompts prompts.txt --output-dir data/cleaned --cleaner model \
+        --base-url http://localhost:8000/v1 --model Qwen/Qwen2.5-7B-Instruct
 
     prompts.jsonl    prompt (cleaned), original, removed ([kind, text] of each piece), only_style (nothing else was there: its
-                     first words were kept); in the order of the files, read by drivers with --prompts
+                     first words were kept); in the order of the files, read by drivers with --prompts. Of a model also error:
+                     why it gave no answer, so that the prompt is the original; null for an answer
     index.html       how often each style word is there before and after, and prompts with what was removed
     summary.json     counts
+    calls.jsonl      of a model: all answers as they came; an answer that is there is not asked for again
 
 Prints the same frequencies. The words that are counted are those of the rules, so that what these do not know is not in the
-list; the page also shows the parts between commas that are left most often. Rules make mistakes: look at the page. Hardware: one
-CPU core cleans 1,000 prompts per second. Left out: rewriting what is left as a sentence, contradictory prompts, and prompts that
-are unsafe for work, which all need a model.
+list; of a model `removed` holds those that are gone. The page also shows the parts between commas that are left most often. Rules
+and models make mistakes: look at the page. With a model the same command goes on where it was stopped or killed, and asks again
+for what has failed. Hardware: one CPU core cleans 1,000 prompts per second by rules; else that of the endpoint. Left out: prompts
+that are unsafe for work stay; annotators can mark them (annotate.py).
 """
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from preftune.cli import exit_on_user_error, parse
+from preftune.mllm.config import OptionalEndpointConfig
 
 Kind = Literal["artist", "camera", "engine", "light", "medium", "quality", "resolution", "site", "style", "syntax"]  # fmt: skip
 
@@ -38,11 +47,16 @@ class Config:
     prompts: tuple[Path, ...]
     """Prompt files: txt, json, jsonl, csv, tsv or parquet."""
     output_dir: Path
-    """Folder to create; it must not exist yet."""
-    cleaner: Literal["rules"] = "rules"
-    """What cleans."""
+    """Folder to create; it must not exist yet. With --cleaner model one that this program has begun goes on."""
+    cleaner: Literal["rules", "model"] = "rules"
+    """What cleans: rules, without a model, or the model --model at --base-url."""
+    endpoint: Annotated[OptionalEndpointConfig, tyro.conf.arg(name="")] = field(
+        default_factory=OptionalEndpointConfig
+    )
+    templates: Path | None = None
+    """Folder with a clean.txt, what a model is told, in place of preftune/mllm/templates; None = those."""
     keep: tuple[Kind, ...] = ()
-    """Kinds of words that stay."""
+    """Kinds of words that the rules leave."""
     table: Path | None = None
     """Table of words: kind, place and phrase in each line; None = that of the program."""
     shown: int = 200
@@ -53,26 +67,39 @@ class Config:
             raise ValueError("--prompts needs a file")
         if self.shown < 0:
             raise ValueError(f"--shown must be at least 0, got {self.shown}")
+        of_model = [*self.endpoint.given(), *(["--templates"] if self.templates is not None else [])]
+        if self.cleaner == "rules" and of_model:
+            raise ValueError(f"{of_model[0]} is for --cleaner model; rules ask nobody")
+        if self.cleaner == "model":
+            if self.keep:
+                raise ValueError("--keep is for --cleaner rules; a model follows --templates")
+            self.endpoint.config()
 
 
 if __name__ == "__main__":  # flags are read before slow imports
     CONFIG = parse(Config)
 
 import difflib
-import functools
 
 import jinja2
 from tqdm import tqdm
 
-from data_build.prompt_rules import TABLE, Cleaned, Table, clean, read_table, unspaced
+from data_build.mllm_calls import (
+    all_calls,
+    asking,
+    calls_in_words,
+    check_folder,
+    watched,
+)
+from data_build.prompt_rules import TABLE, Cleaned, Removed, Table, clean, read_table, unspaced
 from preftune.cli.printable import show
 from preftune.files import replacing
 from preftune.files.one_writer import one_writer
+from preftune.mllm.cleaning import clean_all
+from preftune.mllm.templates import OURS, load
 from preftune.prompts import read_rows
 from preftune.records import write_jsonl, write_lines
 
-Cleaner = Callable[[str], Cleaned]
-"""What makes a cleaned prompt of an original one; a model can be one as well as the rules."""
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
 PRINTED = 20
 """Words whose frequencies are printed."""
@@ -96,7 +123,7 @@ def frequencies(texts: Iterable[str], table: Table) -> Counter[tuple[str, str]]:
     for text in texts:
         text = unspaced(text)
         found = {(one.kind, _spelt(text[one.start : one.end])) for one in table.find(text)}
-        counts.update(found)
+        counts.update(sorted(found))  # equal counts in one order
     return counts
 
 
@@ -149,7 +176,7 @@ def pieces(original: str, cleaned: str) -> list[tuple[str, str]]:
     return found
 
 
-def page(originals: Sequence[str], cleaned: Sequence[Cleaned], summary: dict[str, Any], shown: int) -> str:
+def page(originals: Sequence[str], cleaned: Sequence[Cleaned], summary: Mapping[str, Any], shown: int) -> str:
     """Return the page; every text in it is escaped."""
     changed = [(old, new) for old, new in zip(originals, cleaned, strict=True) if old.strip() != new.prompt]
     step = max(1, -(-len(changed) // shown)) if shown else len(changed) + 1
@@ -163,9 +190,9 @@ def page(originals: Sequence[str], cleaned: Sequence[Cleaned], summary: dict[str
     return template.render(summary=summary, rows=rows, left=left)
 
 
-def printed(summary: dict[str, Any]) -> str:
+def printed(summary: Mapping[str, Any]) -> str:
     """Return the counts and the most frequent words as text."""
-    counts = {name: value for name, value in summary.items() if name != "style_words"}
+    counts = {name: value for name, value in summary.items() if name not in ("style_words", "all_calls")}
     words = [*summary["style_words"].items()][:PRINTED]
     wide = max((len(word) for word, _ in words), default=0)
     lines = [
@@ -175,39 +202,103 @@ def printed(summary: dict[str, Any]) -> str:
     return "\n".join([*lines, json.dumps(counts)])
 
 
-def load_cleaner(config: Config) -> tuple[Cleaner, Table]:
-    """Return what cleans, and the words whose frequencies are counted; ValueError for a table that is none."""
-    path = config.table or TABLE
-    table = read_table(path, without=config.keep)
-    return functools.partial(clean, table=table, kept=config.keep), read_table(path)
+def by_rules(originals: Sequence[str], config: Config) -> list[Cleaned]:
+    """Return the prompts that the rules make; ValueError for a table that is none."""
+    table = read_table(config.table or TABLE, without=config.keep)
+    return [
+        clean(text, table, config.keep)
+        for text in tqdm(originals, desc="cleaning", unit="prompt", mininterval=1)
+    ]
+
+
+def by_model(
+    originals: Sequence[str], config: Config, table: Table
+) -> tuple[list[Cleaned], dict[int, str], dict[str, Any]]:
+    """Return the prompts that a model makes, place -> kind of the error where the original stays, and facts for the summary.
+
+    Ends the program where the endpoint is of no use; what was answered is kept for the next start.
+    """
+    cleaned = [Cleaned(prompt=text) for text in originals]
+    errors: dict[int, str] = {}
+    templates, endpoint = config.templates or OURS, config.endpoint.config()
+    with asking(config.output_dir, endpoint) as client:
+        for place, asked in watched(clean_all(client, originals, templates), len(originals), "prompt"):
+            if asked.value is None:
+                errors[place] = asked.error
+            else:
+                gone = words_gone(originals[place], asked.value, table)
+                cleaned[place] = Cleaned(prompt=asked.value, removed=gone)
+        used = all_calls(client)
+    kinds = Counter(errors.values())
+    about = {"model": endpoint.model, "template": load(templates, "clean").digest}
+    return cleaned, errors, about | {"errors": dict(sorted(kinds.items())), "all_calls": used}
+
+
+def words_gone(original: str, prompt: str, table: Table) -> tuple[Removed, ...]:
+    """Return the phrases of the table that an original has and its cleaned prompt has not, as they are written in it."""
+    original = unspaced(original)
+    left = {found.key for found in table.find(unspaced(prompt))}
+    return tuple(
+        Removed(kind=found.kind, text=original[found.start : found.end])
+        for found in table.find(original)
+        if found.key not in left
+    )
+
+
+def check_inputs(config: Config) -> tuple[list[str], Table]:
+    """Return the prompts, and the words whose frequencies are counted; ValueError for what is wrong, before anything is asked."""
+    if config.cleaner == "model":
+        check_folder(config.output_dir)
+        load(config.templates or OURS, "clean")
+        config.endpoint.config().key()
+    elif config.output_dir.exists():
+        raise ValueError(f"{config.output_dir} exists already; remove it or choose another --output-dir")
+    return read_all(config.prompts), read_table(config.table or TABLE)
+
+
+def write_results(
+    folder: Path, originals: Sequence[str], cleaned: Sequence[Cleaned], errors: Mapping[int, str] | None,
+    summary: Mapping[str, Any], shown: int,
+) -> None:  # fmt: skip
+    """Write the files of a folder, each in one piece; `errors` is None where nobody was asked."""
+    rows = (
+        {"prompt": new.prompt, "original": old, "removed": [[piece.kind, piece.text] for piece in new.removed]}
+        | {"only_style": new.only_style} | ({} if errors is None else {"error": errors.get(place)})
+        for place, (old, new) in enumerate(zip(originals, cleaned, strict=True))
+    )  # fmt: skip
+    write_jsonl(folder / "prompts.jsonl", rows)
+    write_lines(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False).splitlines())
+    write_lines(folder / "index.html", page(originals, cleaned, summary, shown).splitlines())
 
 
 @one_writer
 def main(config: Config) -> None:
-    """Clean, write the folder under a temporary name, and rename it."""
+    """Clean, count and write; by rules the folder is written under a temporary name, and renamed."""
     with exit_on_user_error():
-        if config.output_dir.exists():
-            raise ValueError(f"{config.output_dir} exists already; remove it or choose another --output-dir")
-        cleaner, table = load_cleaner(config)
-        originals = read_all(config.prompts)
-    cleaned = [cleaner(text) for text in tqdm(originals, desc="cleaning", unit="prompt", mininterval=1)]
+        originals, table = check_inputs(config)
+    errors: dict[int, str] | None = None
+    about: dict[str, Any] = {"cleaner": config.cleaner}
+    if config.cleaner == "rules":
+        about["kept"] = [*config.keep]
+        cleaned = by_rules(originals, config)
+    else:
+        cleaned, errors, facts = by_model(originals, config, table)
+        about |= facts
     before = frequencies(originals, table)
     after = frequencies((one.prompt for one in cleaned), table)
-    summary = {"cleaner": config.cleaner, "kept": [*config.keep]} | summary_of(
-        originals, cleaned, before, after
-    )
-    rows = (
-        {
-            "prompt": new.prompt, "original": old, "removed": [[piece.kind, piece.text] for piece in new.removed],
-            "only_style": new.only_style,
-        }
-        for old, new in zip(originals, cleaned, strict=True)
-    )  # fmt: skip
-    with replacing(config.output_dir) as partial:
-        write_jsonl(partial / "prompts.jsonl", rows)
-        write_lines(partial / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False).splitlines())
-        write_lines(partial / "index.html", page(originals, cleaned, summary, config.shown).splitlines())
-    show(f"{printed(summary)}\n{config.output_dir}")
+    summary = about | summary_of(originals, cleaned, before, after)
+    if errors is None:
+        with replacing(config.output_dir) as partial:
+            write_results(partial, originals, cleaned, None, summary, config.shown)
+    else:
+        write_results(config.output_dir, originals, cleaned, errors, summary, config.shown)
+    used = [calls_in_words(summary["all_calls"], config.endpoint)] if "all_calls" in summary else []
+    show("\n".join([printed(summary), *used, str(config.output_dir)]))
+    with exit_on_user_error():
+        if errors is not None and len(errors) == len(originals):
+            raise ValueError(
+                f"{config.endpoint.model} cleaned no prompt; all are as they were, see {config.output_dir / 'prompts.jsonl'}"
+            )
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ _BUILDERS = {
     "select_prompts": "--prompts {root}/prompts.txt --per-group 2 --k 3",
     "discord_choices": "--input {root}/chats/chat.json --salt-file {root}/chats/salt",
     "clean_prompts": "--prompts {root}/prompts.txt",
+    "clean_prompts model": "--prompts {root}/prompts.txt --cleaner model --base-url {endpoint} --model m --concurrency 1",
 }
 _EVALUATIONS = {
     "benchmark images": f"--model {{root}}/pipeline --prompts {{root}}/prompts.txt --count 3 --num-images-per-prompt 2 {_SAMPLE}"
@@ -89,8 +90,9 @@ def arguments(program: str, root: Path, box: Path) -> list[str]:
         flags = recorded.arguments(program, root, box / "out")
         validated = ["--validation-prompts", str(root / "two.txt")] if "--sample.solver" in flags else []
         return [*flags, *validated, "--checkpoints-total-limit", "2", "--validation-steps", "2"]
-    endpoint = stub_endpoint.background() if program == "annotate_mllm" else ""
-    words = (_BUILDERS | _EVALUATIONS)[program].format(root=root, box=box, endpoint=endpoint).split()
+    line = (_BUILDERS | _EVALUATIONS)[program]
+    endpoint = stub_endpoint.background() if "{endpoint}" in line else ""
+    words = line.format(root=root, box=box, endpoint=endpoint).split()
     return [*words, "--output-dir", str(box / "out")]
 
 

@@ -11,10 +11,14 @@ import base64
 import functools
 import io
 import json
+import os
 import re
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -168,6 +172,32 @@ class StubEndpoint:
             self.times.append(time.monotonic())
             fault = self.faults.pop(0) if self.faults else None
         return self.answer(body) if fault is None else fault
+
+
+@contextmanager
+def killed_after(stub: StubEndpoint, answers: int, work: Callable[[], None]) -> Iterator[None]:
+    """Do work in a child of this process, which is killed once the stub has answered so often; the stub runs in the block, not before.
+
+    The child starts at once, with all that is imported here: a fork, from before the stub has threads.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads that other tests have left
+        child = os.fork()
+    if not child:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    with stub:
+        while stub.answered < answers:
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "it has ended by itself"
+            time.sleep(0.002)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        seen = -1
+        while seen != (seen := len(stub.requests)) or stub.now:  # what was under way
+            time.sleep(0.2)
+        yield
 
 
 @functools.cache
