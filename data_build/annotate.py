@@ -6,7 +6,7 @@ it, and the same command goes on. `--no-serve` writes the results of the answers
 
     preftune annotate --data images --tasks prompt rating ranking --annotators ann bob --inspectors eve --output-dir annotations
     preftune annotate --data base=images/base tuned=images/tuned --tasks choice --annotators p1 p2 p3 --output-dir study
-    preftune annotate --output-dir study --no-serve
+    preftune annotate --output-dir study --raters-from data/annotated --no-serve
 
     study.json, items.jsonl, images/    the study: made by the first start, of --data
     answers.sqlite                      the answers, each on the disk before the page goes on; it holds the secret of the links
@@ -25,7 +25,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from preftune.annotation.tasks import KINDS, Kind
+from preftune.annotation.tasks import KINDS, Kind, PromptProblem
 from preftune.cli import exit_on_user_error, parse
 
 _NAME = re.compile(r"\w[\w .@-]{0,39}")
@@ -55,10 +55,16 @@ class Config:
     """Let a choice be left undecided."""
     raters: tuple[str, ...] = ()
     """Columns of scores, or sources of rankings, in --data that people are compared with, such as scorers."""
+    raters_from: tuple[Path, ...] = ()
+    """Folders with rankings of images of the study, such as annotate-mllm writes: people are compared with all their sources. Other
+    than --raters these may be of after the answers; name them whenever results are written.
+    """
     guidelines: Path | None = None
     """Text file shown instead of the guidelines here: paragraphs, `# headings` and `- items`."""
     accepted_only: bool = False
     """Write only what an inspector has accepted into rankings.jsonl and metadata.jsonl."""
+    drop_problems: tuple[PromptProblem, ...] = ()
+    """Leave prompts out of rankings.jsonl and metadata.jsonl that anybody has marked with one of these problems; needs the task prompt."""
     serve: bool = True
     """Serve the pages; --no-serve: only make the study, or write the results of its answers."""
     host: str = "127.0.0.1"
@@ -94,6 +100,7 @@ from data_build import annotation_study
 from data_build.annotation_server import PAGES, render, server
 from data_build.annotation_service import Service
 from preftune.annotation.items import Item, Settings, is_study, read_study
+from preftune.annotation.results import Selection
 from preftune.annotation.storage import Storage, is_there
 from preftune.cli.notes import say
 from preftune.cli.printable import show
@@ -152,7 +159,7 @@ def guidelines_of(config: Config) -> str:
 
 def write_results(service: Service, config: Config) -> None:
     """Write all results, and say what there is."""
-    counts = service.export(accepted_only=config.accepted_only)
+    counts = service.export()
     style = (PAGES / "annotate.css").read_text(encoding="utf-8")
     page = render("statistics.html.jinja", found=service.found(), style="", embedded=style)
     write_text(config.output_dir / "statistics.html", page)
@@ -162,9 +169,7 @@ def write_results(service: Service, config: Config) -> None:
 def serve(service: Service, config: Config, guidelines: str) -> None:
     """Serve until Ctrl-C or SIGTERM; each answer is on the disk by then."""
     with exit_on_user_error():
-        web = server(
-            service, config.host, config.port, guidelines=guidelines, accepted_only=config.accepted_only
-        )
+        web = server(service, config.host, config.port, guidelines=guidelines)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     host = f"[{config.host}]" if ":" in config.host else config.host
     for person, path in service.links():
@@ -184,6 +189,11 @@ def main(config: Config) -> None:
     with exit_on_user_error():
         guidelines = guidelines_of(config)
         settings, items = study_of(config)
+        if config.drop_problems and "prompt" not in settings.tasks:
+            raise ValueError(
+                f"--drop-problems needs answers of the task prompt, and this study has {', '.join(settings.tasks)}"
+            )
+        raters = annotation_study.read_raters(config.raters_from, items)
         if (
             not config.serve
             and not is_there(config.output_dir)
@@ -196,7 +206,8 @@ def main(config: Config) -> None:
         storage.add_people(config.inspectors, "inspector")
         if config.serve and not storage.people():
             raise ValueError("nobody takes part; --annotators names people")
-    service = Service(config.output_dir, settings, items, storage)
+    selection = Selection(accepted_only=config.accepted_only, drop_problems=config.drop_problems)
+    service = Service(config.output_dir, settings, items, storage, raters=raters, selection=selection)
     try:
         write_results(service, config)
         if config.serve:

@@ -73,18 +73,17 @@ class _Handler(WSGIRequestHandler):
             sys.stderr.write(f"error while a page was served: {message % args if args else message}\n")
 
 
-def server(service: Service, host: str, port: int, *, guidelines: str, accepted_only: bool) -> BaseWSGIServer:
+def server(service: Service, host: str, port: int, *, guidelines: str) -> BaseWSGIServer:
     """Return a server with a thread for each connection; ValueError where the address cannot be had."""
     try:
         return make_server(
-            host, port, application(service, guidelines, accepted_only=accepted_only), threaded=True,
-            request_handler=_Handler,
-        )  # fmt: skip
+            host, port, application(service, guidelines), threaded=True, request_handler=_Handler
+        )
     except (OSError, SystemExit, OverflowError) as error:  # werkzeug ends the process where a port is taken
         raise ValueError(f"cannot listen at {host}, port {port}; choose another --port") from error
 
 
-def application(service: Service, guidelines: str, *, accepted_only: bool) -> Application:
+def application(service: Service, guidelines: str) -> Application:
     """Return the WSGI application of a study."""
     handlers: dict[str, Callable[[Person, Request, dict[str, Any]], Response]] = {
         "page": lambda person, request, values: _page(
@@ -103,9 +102,7 @@ def application(service: Service, guidelines: str, *, accepted_only: bool) -> Ap
         "statistics": lambda person, request, values: _template(
             "statistics.html.jinja", found=service.found(person), style="../static/annotate.css"
         ),
-        "export": lambda person, request, values: _json(
-            _export(service, person, accepted_only=accepted_only)
-        ),
+        "export": lambda person, request, values: _json(_export(service, person)),
     }
 
     @Request.application
@@ -157,10 +154,10 @@ def blocks(text: str) -> list[tuple[str, list[str]]]:
     return found
 
 
-def _export(service: Service, person: Person, *, accepted_only: bool) -> Mapping[str, int]:
+def _export(service: Service, person: Person) -> Mapping[str, int]:
     if person.role != "inspector":
         raise RefusalError(403, "this is for inspectors")
-    return service.export(accepted_only=accepted_only)
+    return service.export()
 
 
 def _body(request: Request) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from preftune.annotation import results, statistics
 from preftune.annotation.assignment import Task, sealed, tasks_of
 from preftune.annotation.items import Item, Settings
+from preftune.annotation.results import Selection
 from preftune.annotation.storage import Answer, ConflictError, Role, State, Storage
 from preftune.annotation.tasks import (
     AXES,
@@ -24,6 +25,7 @@ from preftune.annotation.tasks import (
     contradictions,
     read_answer,
 )
+from preftune.annotation.votes import Votes
 from preftune.files import write_text
 
 AHEAD = 3
@@ -56,9 +58,16 @@ class Person:
 class Service:
     """A study that is being answered; any thread may use it."""
 
-    def __init__(self, folder: Path, settings: Settings, items: Sequence[Item], storage: Storage) -> None:
-        """Look at who takes part; whoever is added later needs a new service."""
+    def __init__(
+        self, folder: Path, settings: Settings, items: Sequence[Item], storage: Storage, *,
+        raters: Mapping[str, Votes] | None = None, selection: Selection | None = None,
+    ) -> None:  # fmt: skip
+        """Look at who takes part; whoever is added later needs a new service.
+
+        `raters`: votes that people are compared with; `selection`: what `export` writes for training, None = all.
+        """
         self.folder, self.settings, self.storage = folder, settings, storage
+        self.raters, self.selection = raters or {}, selection or Selection()
         self.items = {item.id: item for item in items}
         self.images = {image.id: folder / image.file for item in items for image in item.images}
         self._people = {
@@ -223,14 +232,12 @@ class Service:
         if person is not None:
             _inspector(person)
         inspectors = [name for name, role in self.storage.people().items() if role == "inspector"]
-        return statistics.summary(self.items, self.storage.answers(), inspectors)
+        return statistics.summary(self.items, self.storage.answers(), inspectors, self.raters)
 
-    def export(self, *, accepted_only: bool) -> dict[str, int]:
+    def export(self) -> dict[str, int]:
         """Write what training reads, and the statistics."""
         with self._results:
-            counts = results.write_results(
-                self.folder, self.items, self.storage.answers(), accepted_only=accepted_only
-            )
+            counts = results.write_results(self.folder, self.items, self.storage.answers(), self.selection)
             text = json.dumps(finite(self.found()), indent=1)
             write_text(self.folder / "statistics.json", text + "\n")
         return counts

@@ -13,11 +13,20 @@ from typing import Any
 
 from tqdm import tqdm
 
-from preftune.annotation.items import IMAGES, Item, Picture, Settings, questions, write_study
+from preftune.annotation.items import (
+    IMAGES,
+    Item,
+    Picture,
+    Settings,
+    item_of,
+    questions,
+    write_study,
+)
+from preftune.annotation.votes import Votes, votes_of_ranks
 from preftune.cli.notes import counted, say
 from preftune.image_folders import Columns
 from preftune.images import MAX_BYTES, MAX_PIXELS, ImageError, decode, save_image, thumbnail
-from preftune.records import read_captioned, read_usable_rankings
+from preftune.records import read_captioned, read_rankings, read_usable_rankings
 from rewards.atomic_folder import link
 from rewards.input_files import read_bytes
 
@@ -82,6 +91,40 @@ def write(folder: Path, settings: Settings) -> list[Item]:
     return items
 
 
+def read_raters(folders: Sequence[Path], items: Sequence[Item]) -> dict[str, Votes]:
+    """Return source -> votes of the rankings of folders that rank images of a study, such as those of annotate_mllm.py.
+
+    An image is one of the study by its bytes, or by its name where that is the study's own. ValueError for a folder that ranks
+    no two of them.
+    """
+    known = {image.id for item in items for image in item.images}
+    found: dict[str, Votes] = {}
+    for folder in folders:
+        identities: dict[Path, str] = {}
+        before = sum(map(len, found.values()))
+        for ranking in read_rankings(folder):
+            for path in ranking.paths:
+                if path not in identities:
+                    identities[path] = (
+                        path.stem
+                        if path.stem in known
+                        else identity_of(read_bytes(path, MAX_BYTES, "the image "))
+                    )
+            places = [at for at, path in enumerate(ranking.paths) if identities[path] in known]
+            pictures = [Picture(file=identities[ranking.paths[at]], group="") for at in places]
+            item = item_of("ranking", ranking.prompt, pictures)
+            votes = found.setdefault(ranking.source or folder.name, {})
+            votes |= votes_of_ranks(item, [ranking.ranks[at] for at in places])
+        if sum(map(len, found.values())) == before:
+            raise ValueError(f"--raters-from {folder}: none of its rankings is of two images of this study")
+    return found
+
+
+def identity_of(content: bytes) -> str:
+    """Return what the pages call an image of these bytes."""
+    return hashlib.sha256(content).hexdigest()[:24]
+
+
 def _sources(folder: Path, raters: Sequence[str]) -> tuple[dict[str, dict[Path, _Source]], set[str]]:
     """Prompt -> path -> image of a folder, and the names of the scores that there are."""
     found: dict[str, dict[Path, _Source]] = {}
@@ -121,7 +164,7 @@ def _copied(source: _Source, group: str, folder: Path) -> Picture:
         suffix = _SHOWN.get(decode(content).format or "", "")
     except ImageError as error:
         raise ValueError(f"cannot read the image {source.path}: {error}") from error
-    file = f"{IMAGES}/{hashlib.sha256(content).hexdigest()[:24]}{suffix or '.png'}"
+    file = f"{IMAGES}/{identity_of(content)}{suffix or '.png'}"
     if not (folder / file).exists():
         if suffix:
             link(source.path.resolve(), folder / file)

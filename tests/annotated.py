@@ -14,7 +14,9 @@ from PIL import Image
 
 from data_build import annotate
 from data_build.annotation_service import Service
+from data_build.annotation_study import read_raters
 from preftune.annotation.items import read_study
+from preftune.annotation.results import Selection
 from preftune.annotation.storage import Storage
 
 ROOT = Path(__file__).parents[1]
@@ -46,10 +48,14 @@ def service(folder: Path, *data: str | Path, **flags: Any) -> Service:
     """A study as the program opens it, without its lock."""
     settings = config(folder, *data, **flags)
     annotate.study_of(settings)
+    made_with, items = read_study(settings.output_dir)
     storage = Storage(settings.output_dir)
     storage.add_people(settings.annotators, "annotator")
     storage.add_people(settings.inspectors, "inspector")
-    return Service(settings.output_dir, *read_study(settings.output_dir), storage)
+    return Service(
+        settings.output_dir, made_with, items, storage, raters=read_raters(settings.raters_from, items),
+        selection=Selection(accepted_only=settings.accepted_only, drop_problems=settings.drop_problems),
+    )  # fmt: skip
 
 
 class Served:

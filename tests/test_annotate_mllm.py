@@ -13,12 +13,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data_build import annotate_mllm
+from annotated import config as study_config
+from annotated import service
+from data_build import annotate, annotate_mllm, mllm_tasks
 from data_build.annotate_mllm import Config
+from data_build.mllm_tasks import Group
 from preftune.mllm import backoff
 from preftune.mllm.config import EndpointConfig
 from preftune.records import read_jsonl, read_rankings, write_jsonl
 from preftune.training import labelled_pairs, rankings
+from rewards.digests import sha256_of
 from stub_endpoint import (
     Body,
     Reply,
@@ -26,6 +30,7 @@ from stub_endpoint import (
     completion,
     failed,
     images_of,
+    killed_after,
     look,
     rating,
     score,
@@ -294,14 +299,67 @@ def test_what_is_refused(
         assert not read_jsonl(data.parent / "out" / "ratings.jsonl")
 
 
-def test_large_groups_and_counts(data: Path) -> None:
+def test_large_groups_and_counts(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with StubEndpoint() as stub:
         annotate_mllm.main(config(stub, data, max_images=3, count=1))
-    assert [one.prompt for one in read_rankings(data.parent / "out")] == ["a dog"]
-    assert summary(data.parent / "out")["left_out"] == {
-        "prompts with more than 3 images": 1,
-        "prompts with one image": 1,
-    }
+        assert len(stub.requests) == 2
+    (found,) = read_rankings(data.parent / "out")
+    assert found.prompt == "a cat"
+    scores = [expected("a cat")[f"cat/{path.name}"] for path in found.paths]
+    assert len(scores) == 3
+    assert [sorted(scores, reverse=True).index(one) + 1 for one in scores] == [*found.ranks]
+    about = summary(data.parent / "out")
+    assert about["left_out"] == {"images of prompts with more than 3": 1, "prompts with one image": 1}
+    assert about["prompts_with_images_left_out"] == 1
+    said = capsys.readouterr().err
+    assert "of 1 prompt with more images 3 each were drawn (--max-images)" in said
+    assert "1 images of prompts with more than 3" in said
+
+
+def test_images_are_drawn_alike_and_stay() -> None:
+    """Of four images of 600 prompts two: each 300 times, +- 4 standard deviations of 12. A further image replaces one at the most."""
+    names = tuple(f"{at}.png" for at in range(4))
+
+    def of(prompt: str, names: tuple[str, ...], seed: int = 0) -> tuple[str, ...]:
+        group = Group(prompt=prompt, names=names, paths=tuple(map(Path, names)))
+        found = mllm_tasks.drawn(group, 2, seed)
+        assert [path.name for path in found.paths] == [*found.names]
+        assert (len(found.names), found.left_out) == (2, len(names) - 2)
+        return found.names
+
+    chosen = [of(f"prompt {at}", names) for at in range(600)]
+    counts = Counter(name for pair in chosen for name in pair)
+    assert all(abs(count - 300) < 49 for count in counts.values()), counts
+    assert all(pair == tuple(sorted(pair)) for pair in chosen), "in their order"
+    for at, pair in enumerate(chosen[:50]):
+        more = {*of(f"prompt {at}", (*names, "new.png"))}
+        assert len(more & {*pair}) >= 1
+        assert more - {*pair} <= {"new.png"}
+    assert [of(f"prompt {at}", names, seed=1) for at in range(600)] != chosen
+
+
+def test_people_are_compared_with_a_model_that_was_asked_afterwards(data: Path) -> None:
+    """ann agrees with the model, bob contradicts it, on 6 + 1 + 1 pairs: equal images are one."""
+    people = service(data.parent, data, inspectors=(), repeats=0)
+    level = {sha256_of(path)[:24]: score(Image.open(path)) for path in data.rglob("*.png")}
+    for person, _ in people.links():
+        sign = -1 if person.name == "ann" else 1
+        while not (task := people.task(person)).get("finished"):
+            best = sorted(task["images"], key=lambda image: sign * level[image])
+            ranks = {image: rank for rank, image in enumerate(best, 1)}
+            people.save(person, {"task": task["task"], "answer": {"ranks": ranks}, "seconds": 1})
+    with StubEndpoint() as stub:
+        annotate_mllm.main(config(stub, data))
+    out, flags = data.parent / "out", {"inspectors": (), "serve": False}
+    annotate.main(study_config(data.parent, raters_from=(out,), **flags))
+    found = json.loads((data.parent / "study/statistics.json").read_text())
+    (cell,) = [row for row in found["agreement"] if (row["of"], row["with"]) == ("annotator", "judge-7b")]
+    assert (cell["mean"], cell["raters"], cell["pairs"]) == (0.5, 2, 2 * (6 + 1 + 1))
+    assert "<th>judge-7b</th>" in (data.parent / "study/statistics.html").read_text()
+    # a study that is made of what the model ranked knows it, too
+    other = service(data.parent / "second", out, inspectors=(), raters=("judge-7b",))
+    (ranked,) = [item for item in other.items.values() if item.prompt == "a hen"]
+    assert sorted(image.scores["judge-7b"] for image in ranked.images) == [-2, -1]
 
 
 def test_images_of_rankings_by_people(data: Path) -> None:
@@ -344,45 +402,70 @@ def test_a_broken_image_is_an_error_of_its_questions(data: Path) -> None:
 # ---------------------------------------------------------------- killed
 
 
-def command(stub: StubEndpoint, data: Path, *more: str) -> list[str]:
-    return [
-        sys.executable, str(ROOT / "data_build/annotate_mllm.py"), "--data", str(data), "--base-url", stub.url, "--model", "m",
-        "--concurrency", "2", "--orders", "2", "--mode", "pairwise", "--output-dir", str(data.parent / "out"), *more,
-    ]  # fmt: skip
+KEY = "sk-0123456789abcdef"
 
 
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_process_goes_on_without_a_second_call(data: Path, sign: signal.Signals) -> None:
-    """4 aspects x 10 pairs x 2 orders; killed in the middle, and started again."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "SECRET": "sk-0123456789abcdef"}
-    calls = data.parent / "out" / "calls.jsonl"
-    Image.new("RGB", (8, 8), (250, 250, 250)).save(data / "dog/1.png")  # no two questions are the same
-    with StubEndpoint(key="sk-0123456789abcdef", after=0.1) as stub:
-        words = command(stub, data, "--api-key-env", "SECRET")
+def check_complete(out: Path) -> None:
+    """All of 4 aspects x 10 pairs x 2 orders are there, each once, and the key is in no file."""
+    rows = [json.loads(line) for line in (out / "calls.jsonl").read_text().splitlines()]
+    assert len({row["key"] for row in rows}) == len(rows) == 80
+    assert len(read_jsonl(out / "ratings.jsonl")) == 80
+    for path in out.rglob("*"):
+        if path.is_file():
+            assert KEY.encode() not in path.read_bytes(), path
+
+
+def all_pairs(stub: StubEndpoint, data: Path) -> Config:
+    """The configuration of 80 questions, no two of which are the same."""
+    Image.new("RGB", (8, 8), (250, 250, 250)).save(data / "dog/1.png")
+    endpoint = {"concurrency": 2, "api_key_env": "SECRET", "model": "m"}
+    return config(stub, data, endpoint, mode="pairwise", orders=2, aspects=annotate_mllm.ASPECTS)
+
+
+def test_a_killed_process_goes_on_without_a_second_call(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SECRET", KEY)
+    stub, out = StubEndpoint(key=KEY, after=0.01), data.parent / "out"
+    given = all_pairs(stub, data)
+    with killed_after(stub, 25, lambda: annotate_mllm.main(given)):
+        done = sum(
+            line.endswith(b"\n") for line in (out / "calls.jsonl").read_bytes().splitlines(keepends=True)
+        )
+        first = list(stub.requests)
+        assert 20 <= done < 80
+        assert not (out / "rankings.jsonl").exists()
+        annotate_mllm.main(given)
+        second = stub.requests[len(first) :]
+        assert len(second) == 80 - done, "what was done is not asked again"
+    assert len([body for body in second if body in first]) <= 2, "at most what was under way"
+    check_complete(out)
+    said = capfd.readouterr()
+    assert KEY not in said.out + said.err
+
+
+def test_ctrl_c_says_how_to_go_on(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", KEY)
+    out = data.parent / "out"
+    with StubEndpoint(key=KEY, after=0.05) as stub:
+        given = all_pairs(stub, data)
+        words = [
+            sys.executable, str(ROOT / "data_build/annotate_mllm.py"), "--data", str(data), "--base-url", stub.url, "--model", "m",
+            "--concurrency", "2", "--orders", "2", "--mode", "pairwise", "--output-dir", str(out), "--api-key-env", "SECRET",
+        ]  # fmt: skip
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
         while stub.answered < 25:
             assert process.poll() is None, process.stderr and process.stderr.read()
             time.sleep(0.01)
-        process.send_signal(sign)
+        process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)[1]
-        if sign == signal.SIGINT:
-            assert "start the same command again to go on" in said
-            assert "Traceback" not in said
-        time.sleep(0.2)
-        done = len(calls.read_text().splitlines())
-        first = list(stub.requests)
-        assert 20 <= done < 80
-        assert not (data.parent / "out" / "rankings.jsonl").exists()
-        again = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-        assert again.returncode == 0, again.stderr
-        second = stub.requests[len(first) :]
-        assert len(second) == 80 - done, "what was done is not asked again"
-    twice = [body for body in second if body in first]
-    assert len(twice) <= 2, "at most what was under way"
-    rows = [json.loads(line) for line in calls.read_text().splitlines()]
-    assert len({row["key"] for row in rows}) == len(rows) == 80
-    assert len(read_jsonl(data.parent / "out" / "ratings.jsonl")) == 80
-    for path in data.parent.rglob("*"):
-        if path.is_file():
-            assert b"sk-0123456789abcdef" not in path.read_bytes(), path
-    assert "sk-0123456789abcdef" not in again.stdout + again.stderr + said
+        assert "start the same command again to go on" in said
+        assert "Traceback" not in said
+        assert KEY not in said
+        asked = len(stub.requests)
+        stub.after = 0
+        annotate_mllm.main(given)
+        assert len(stub.requests) == 80, "all that was asked was answered and kept"
+        assert asked < 80
+    check_complete(out)

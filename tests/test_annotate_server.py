@@ -49,7 +49,7 @@ class Site:
 
     def __init__(self, folder: Path, *data: str | Path, **flags: Any) -> None:
         self.service: Service = service(folder, *data, **flags)
-        self.client = Client(application(self.service, "# A\ntext", accepted_only=False))
+        self.client = Client(application(self.service, "# A\ntext"))
         self.paths = {person.name: path for person, path in self.service.links()}
 
     def get(self, path: str, name: str = "ann", **more: Any) -> Any:
@@ -315,7 +315,7 @@ def test_guidelines_of_the_user_are_text(tmp_path: Path) -> None:
         ("h", ["A"]), ("p", ["one two"]), ("li", ["x", "y"]), ("p", ["three"]), ("h", ["B"]), ("p", ["four"]),
     ]  # fmt: skip
     found = Site(tmp_path, images(tmp_path / "base", PROMPTS, 2))
-    found.client = Client(application(found.service, "# <script>\n- <b>\n\n{{ 1 }}", accepted_only=False))
+    found.client = Client(application(found.service, "# <script>\n- <b>\n\n{{ 1 }}"))
     page = found.get("guide").text
     assert "&lt;script&gt;" in page
     assert "<script>" not in page
@@ -334,7 +334,7 @@ def running(tmp_path: Path) -> Iterator[dict[str, str]]:
         annotators=tuple(f"p{at}" for at in range(50)),
         repeats=0,
     )
-    web = server(found, "127.0.0.1", 0, guidelines="", accepted_only=False)
+    web = server(found, "127.0.0.1", 0, guidelines="")
     thread = threading.Thread(target=web.serve_forever)
     thread.start()
     yield {person.name: f"http://127.0.0.1:{web.server_port}{path}" for person, path in found.links()}

@@ -5,7 +5,7 @@ import sqlite3
 import threading
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from PIL import Image
@@ -13,11 +13,13 @@ from PIL import Image
 from annotated import answer_of, config, images, service
 from data_build import annotate
 from data_build.annotation_service import RefusalError, Service
+from data_build.annotation_study import read_raters
 from preftune.annotation import assignment, items, storage, tasks
 from preftune.annotation.items import Item, Picture, item_of, paired, parts, questions
+from preftune.annotation.results import Selection, problems_of
 from preftune.annotation.storage import ConflictError, Storage
 from preftune.cli import parse
-from preftune.records import read_imagefolder, read_rankings
+from preftune.records import read_imagefolder, read_rankings, write_jsonl
 from preftune.training import labelled_pairs
 
 PROMPTS = ["a red circle", "two blue stars", "a <b>cat</b>", "an owl, 'reading'"]
@@ -296,7 +298,7 @@ def test_results_are_what_training_reads(tmp_path: Path) -> None:
     found = service(tmp_path, data, tasks=("prompt", "rating", "ranking", "choice"))
     expected = 4 + 16 + 4 + 24
     assert answer_everything(found, "ann") == expected + 1 + 1, "5 % of 16 and 24 come again, none of 4"
-    counts = found.export(accepted_only=False)
+    counts = found.export()
     assert counts == {"rankings.jsonl": 28, "metadata.jsonl": 16, "answers.jsonl": expected + 2}
     folder = tmp_path / "study"
     rankings = read_rankings(folder)
@@ -318,17 +320,88 @@ def test_accepted_only(tmp_path: Path) -> None:
     found = service(tmp_path, images(tmp_path / "base", PROMPTS, 2), repeats=0)
     answer_everything(found, "ann")
     eve = person(found, "eve")
-    assert found.export(accepted_only=True)["rankings.jsonl"] == 0
+    found.selection = Selection(accepted_only=True)
+    assert found.export()["rankings.jsonl"] == 0
     first, second = (found.review(eve, "given", at)["entry"]["id"] for at in (0, 1))
     found.judge(eve, {"id": first, "verdict": "accept"})
     found.judge(eve, {"id": second, "verdict": "return", "note": "why?"})
-    assert found.export(accepted_only=True)["rankings.jsonl"] == 1
-    assert found.export(accepted_only=False)["rankings.jsonl"] == 3
+    assert found.export()["rankings.jsonl"] == 1
+    found.selection = Selection()
+    assert found.export()["rankings.jsonl"] == 3
     back = found.task(person(found, "ann"))
     assert (back["note"], back["done"], back["total"]) == ("why?", 3, 4)
     found.save(person(found, "ann"), {"task": back["task"], "answer": answer_of(back), "seconds": 1})
     assert found.task(person(found, "ann"))["finished"]
     assert found.review(eve, "given", 0)["counts"] == {"given": 3, "accepted": 1, "returned": 0}
+
+
+def test_prompts_with_problems_are_left_out(tmp_path: Path) -> None:
+    """Of four prompts one is marked sexual by ann, one personal and unclear by bob, one sexual by both."""
+    data = images(tmp_path / "base", PROMPTS, 2)
+    found = service(tmp_path, data, tasks=("prompt", "rating", "ranking"), repeats=0)
+    marks = {
+        "ann": {PROMPTS[0]: ["sexual"], PROMPTS[2]: ["sexual"]},
+        "bob": {PROMPTS[1]: ["unclear", "personal"], PROMPTS[2]: ["sexual"]},
+    }
+    for name, own in marks.items():
+        who = person(found, name)
+        while not (task := found.task(who)).get("finished"):
+            answer = answer_of(task)
+            if task["kind"] == "prompt":
+                answer["problems"] = own.get(task["prompt"], [])
+            found.save(who, {"task": task["task"], "answer": answer, "seconds": 1})
+    again = next(one for one in found.items.values() if one.kind == "prompt" and one.prompt == PROMPTS[3])
+    found.storage.save("ann", again.id, 1, {"category": "Arts", "problems": ["violent", "sexual"]}, 1.0)
+    assert found.export() == {"rankings.jsonl": 8, "metadata.jsonl": 8, "answers.jsonl": 33}
+    found.selection = Selection(drop_problems=("sexual", "personal"))
+    assert found.export() == {
+        "rankings.jsonl": 2, "metadata.jsonl": 2, "answers.jsonl": 33,
+        "prompts left out as sexual": 2, "prompts left out as personal": 1,
+    }  # fmt: skip
+    assert {ranking.prompt for ranking in read_rankings(tmp_path / "study")} == {PROMPTS[3]}
+    found.selection = Selection(drop_problems=("violent", "unclear"))
+    assert found.export()["rankings.jsonl"] == 6
+    eve, at = person(found, "eve"), 0
+    while (entry := found.review(eve, "given", at)["entry"])["answer"].get("problems") != [
+        "unclear",
+        "personal",
+    ]:
+        at += 1
+    found.judge(eve, {"id": entry["id"], "verdict": "return", "note": "it is clear"})
+    assert found.export()["rankings.jsonl"] == 8, "a mark that was sent back counts for nothing"
+    assert problems_of(found.items, found.storage.answers()) == {
+        PROMPTS[0]: {"sexual"}, PROMPTS[2]: {"sexual"}, PROMPTS[1]: set(), PROMPTS[3]: set(),
+    }  # fmt: skip
+
+
+def test_problems_have_one_list() -> None:
+    assert [*tasks.PROMPT_PROBLEMS] == [*get_args(tasks.PromptProblem)]
+
+
+def test_raters_of_other_folders(tmp_path: Path) -> None:
+    """Votes of a source: by the bytes of images, and by the names that the study gives them; others are left out."""
+    data = images(tmp_path / "base", PROMPTS[:2], 3)
+    _, found = annotate.study_of(config(tmp_path, data))
+    ids = [image.id for image in next(one for one in found if one.prompt == PROMPTS[0]).images]
+    names = [path.name for path in sorted(data.glob("*.png"))]
+    (data / "other.png").write_bytes(b"not of the study")
+    rows = [
+        {"prompt": PROMPTS[0], "generations": [names[0], "other.png", names[1]], "ranking": [3, 1, 2], "source": "judge"},
+        {"prompt": PROMPTS[1], "generations": ["other.png", names[3]], "ranking": [1, 2], "source": "judge"},
+        {"prompt": PROMPTS[0], "generations": names[:2], "ranking": [1, 1]},
+    ]  # fmt: skip
+    write_jsonl(data / "rankings.jsonl", rows)
+    votes = read_raters([data], found)
+    pair = (PROMPTS[0], *sorted(ids[:2]))
+    second_is_better = 1 if ids[1] < ids[0] else -1
+    assert votes == {"judge": {pair: second_is_better}, "base": {pair: 0}}
+    own = tmp_path / "study"
+    named = [{"prompt": PROMPTS[0], "generations": [f"images/{one}.png" for one in ids], "ranking": [1, 2, 3], "source": "x"}]  # fmt: skip
+    write_jsonl(own / "rankings.jsonl", named)
+    assert len(read_raters([own], found)["x"]) == 3
+    write_jsonl(data / "rankings.jsonl", rows[1:2])
+    with pytest.raises(ValueError, match=r"--raters-from .*base: none of its rankings is of two images"):
+        read_raters([own, data], found)
 
 
 def test_back_shows_the_answer_in_the_order_of_then(tmp_path: Path) -> None:
@@ -401,6 +474,12 @@ def test_another_study_in_the_folder_is_said(tmp_path: Path, capsys: pytest.Capt
         annotate.main(config(tmp_path, data, serve=False, seed=7))
     assert "holds a study with --seed 1, not 7; leave --data out" in capsys.readouterr().err
     annotate.main(config(tmp_path, serve=False, seed=7))
+    with pytest.raises(SystemExit):
+        annotate.main(config(tmp_path, serve=False, drop_problems=("sexual",)))
+    assert (
+        "--drop-problems needs answers of the task prompt, and this study has ranking"
+        in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit):
         annotate.main(annotate.Config(output_dir=data, data=(str(data),)))
     assert "exists already and is no study" in capsys.readouterr().err

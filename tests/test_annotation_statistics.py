@@ -270,7 +270,7 @@ def test_what_was_sent_back_or_skipped_counts_for_nothing() -> None:
         given("bob", some[0], {"ranks": [1, 2]}, state="returned"),
         given("bob", some[1], {"skip": "unable"}),
     ]
-    found = statistics.summary(items, answers, [])
+    found = statistics.summary(items, answers, [], {})
     assert (found["answers"], found["skipped"], found["returned"]) == (5, 1, 1)
     assert found["win_rates"][0]["wins"] == 3
     assert found["win_rates"][0]["losses"] == 0
@@ -289,7 +289,7 @@ def test_the_page_of_every_kind_of_study() -> None:
     answers += [given("ann", prompt, {"category": "Arts", "problems": ["sexual"]})]
     answers += [given(name, rated, rating(3, "violent")) for name in ("ann", "bob")]
     for part in ([], answers):
-        found = statistics.summary(items, part, ["eve"])
+        found = statistics.summary(items, part, ["eve"], {})
         page = render("statistics.html.jinja", found=found, style="../static/annotate.css")
         assert "<script>alert" not in page
         assert "nan" not in page.lower().replace("&lt;", "")

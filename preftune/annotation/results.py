@@ -5,27 +5,49 @@
     answers.jsonl     everything, second visits, skipped items and prompts too
 
 Answers that were sent back are in answers.jsonl alone; of second visits nothing is learned.
+
+Prompts with problems (ImageReward, arXiv 2304.05977, appendix A.3: unclear, sexual, ...) are asked about to the end and left out
+here, so that who decides later decides with all answers. One mark is enough: what one annotator finds harmful should not be trained
+on because two others overlooked it, and an inspector sends back a mark that is wrong.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from preftune.annotation.items import Item
 from preftune.annotation.storage import Answer
-from preftune.annotation.tasks import AXES
+from preftune.annotation.tasks import AXES, PromptProblem
 from preftune.records import write_jsonl
 
 RANKINGS, METADATA, ANSWERS = "rankings.jsonl", "metadata.jsonl", "answers.jsonl"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What of a study training reads."""
+
+    accepted_only: bool = False
+    """Only answers that an inspector has accepted."""
+    drop_problems: tuple[PromptProblem, ...] = ()
+    """No prompts that anybody has marked with one of these."""
+
+
 def write_results(
-    folder: Path, items: Mapping[str, Item], answers: Sequence[Answer], *, accepted_only: bool
+    folder: Path, items: Mapping[str, Item], answers: Sequence[Answer], selection: Selection
 ) -> dict[str, int]:
-    """Write the files of a study, each in one piece, and return how many lines each has; none for which there are no answers."""
-    states = ("accepted",) if accepted_only else ("accepted", "given")
-    kept = [one for one in answers if one.state in states and not one.visit and "skip" not in one.answer]
+    """Write the files of a study, each in one piece, and return how many lines each has, and how many prompts were left out for
+    each problem; no file for which there are no answers.
+    """
+    states = ("accepted",) if selection.accepted_only else ("accepted", "given")
+    problems = problems_of(items, answers)
+    dropped = {prompt for prompt, names in problems.items() if names & {*selection.drop_problems}}
+    kept = [
+        one for one in answers
+        if one.state in states and not one.visit and "skip" not in one.answer and items[one.item].prompt not in dropped
+    ]  # fmt: skip
     found = {
         RANKINGS: list(ranking_rows(items, kept)),
         METADATA: list(rating_rows(items, kept)),
@@ -36,7 +58,18 @@ def write_results(
             write_jsonl(folder / name, rows)
         else:
             (folder / name).unlink(missing_ok=True)  # of answers that were sent back
-    return {name: len(rows) for name, rows in found.items()}
+    marks = Counter(name for names in problems.values() for name in names)
+    counts = {f"prompts left out as {name}": marks[name] for name in selection.drop_problems}
+    return {name: len(rows) for name, rows in found.items()} | counts
+
+
+def problems_of(items: Mapping[str, Item], answers: Sequence[Answer]) -> dict[str, set[str]]:
+    """Return prompt -> problems that anybody has marked; second visits and what was sent back count for nothing."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for one in answers:
+        if items[one.item].kind == "prompt" and one.state != "returned" and not one.visit:
+            found[items[one.item].prompt].update(one.answer.get("problems", ()))
+    return dict(found)
 
 
 def ranking_rows(items: Mapping[str, Item], answers: Sequence[Answer]) -> Iterator[dict[str, Any]]:

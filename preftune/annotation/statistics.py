@@ -15,7 +15,7 @@ from preftune.annotation import votes as voting
 from preftune.annotation.items import Item
 from preftune.annotation.storage import Answer
 from preftune.annotation.tasks import AXES, CATEGORIES, IMAGE_PROBLEMS, PROMPT_PROBLEMS, Kind
-from preftune.annotation.votes import Agreement, Outcome
+from preftune.annotation.votes import Agreement, Outcome, Votes
 from preftune.statistics import bootstrap, krippendorff
 from preftune.statistics.paired import sign_test, wins_ties_losses
 
@@ -210,15 +210,21 @@ def prompt_counts(items: Mapping[str, Item], answers: Sequence[Answer]) -> dict[
 
 
 def summary(
-    items: Mapping[str, Item], answers: Sequence[Answer], inspectors: Sequence[str]
+    items: Mapping[str, Item],
+    answers: Sequence[Answer],
+    inspectors: Sequence[str],
+    raters: Mapping[str, Votes],
 ) -> dict[str, Any]:
-    """Return everything for the page and for statistics.json; answers that were sent back are left out, but counted."""
+    """Return everything for the page and for statistics.json; answers that were sent back are left out, but counted.
+
+    `raters`: votes that people are compared with, beside the columns of scores of the items.
+    """
     kept = [one for one in answers if one.state != "returned"]
     told = [one for one in kept if "skip" not in one.answer]
     annotators = [one for one in told if one.annotator not in inspectors]
     outcomes = voting.outcomes(items, annotators)
     people = voting.votes_by_rater(items, told)
-    scores = voting.votes_of_scores(items)
+    scores = voting.votes_of_scores(items) | dict(raters)
     table: dict[tuple[str, str], Agreement] = (
         voting.agreement_table(people, inspectors, scores) if people else {}
     )

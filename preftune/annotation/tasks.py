@@ -5,7 +5,7 @@ An answer comes from outside and is checked here. Images are named by their ids;
 of the item, in the item's order, 1 = best, equal ranks are ties.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 Kind = Literal["prompt", "rating", "ranking", "choice"]
@@ -17,7 +17,8 @@ CATEGORIES = (
     "Vehicles", "World Knowledge",
 )  # fmt: skip
 """Of prompts: ImageReward's, after Parti (arXiv 2206.10789)."""
-PROMPT_PROBLEMS = {
+PromptProblem = Literal["unclear", "sexual", "violent", "defaming", "personal"]
+PROMPT_PROBLEMS: dict[PromptProblem, str] = {
     "unclear": "I cannot tell what is wanted",
     "sexual": "sexual content",
     "violent": "violence",
@@ -76,7 +77,7 @@ def _one_of(value: object, known: Sequence[str] | Mapping[str, object], what: st
     return value
 
 
-def _some_of(values: object, known: Mapping[str, str]) -> list[str]:
+def _some_of(values: object, known: Collection[str]) -> list[str]:
     if not isinstance(values, list) or not all(isinstance(value, str) and value in known for value in values):
         raise ValueError("the list of problems is missing or has an unknown one")
     return [name for name in known if name in values]
