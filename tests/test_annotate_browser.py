@@ -128,7 +128,10 @@ def test_three_stages_by_mouse_and_keys(browser: Browser, tmp_path: Path) -> Non
             assert f"{at} of 12" in tab.text()
             prompt, shown = tab.run("document.getElementById('prompt').textContent"), shown_images(tab)
             assert prompt in PROMPTS
-            if at == 3:  # a rating
+            if at == 3:  # a rating, all of which is in the window
+                assert tab.run(
+                    "document.getElementById('send').getBoundingClientRect().bottom <= innerHeight"
+                )
                 fill(tab, by[name], until=2)
                 tab.until(f"{CHECKED} === 2")
                 tab.reload()

@@ -46,7 +46,7 @@ function dropDraft(id) {
 
 // ------------------------------------------------------------ the four kinds of tasks
 
-function figure(number, { onchoose = null } = {}) {
+function figure(number, { onchoose = null, digit = true } = {}) {
   const id = task.images[number];
   const name = `image ${number + 1}`;
   const image = element("img", { src: imageOf(id), alt: name, draggable: "false" });
@@ -54,7 +54,7 @@ function figure(number, { onchoose = null } = {}) {
     "figure", { "data-image": number },
     onchoose ? element("button", { class: "image", type: "button", "aria-label": name, onclick: onchoose }, image) : image,
     element(
-      "figcaption", {}, key(`${number + 1}`), element("span", { class: "rank" }),
+      "figcaption", {}, digit ? key(`${number + 1}`) : "", element("span", { class: "rank" }),
       element("button", { class: "zoom", type: "button", "aria-label": `enlarge ${name}`, onclick: () => zoom(id, name) }, "enlarge"),
     ),
   );
@@ -133,7 +133,7 @@ function ratingForm(place, before) {
     rows.forEach((row, index) => row.classList.toggle("current", index === current));
   }
   const right = element("div", {}, ...rows, checks(words.image_problems, letters, before?.problems ?? [], () => keepDraft()));
-  place.append(element("div", { class: "beside" }, element("div", { class: "single" }, figure(0)), right));
+  place.append(element("div", { class: "beside" }, element("div", { class: "single" }, figure(0, { digit: false })), right));
   select(0);
   const value = (axis) => Number(right.querySelector(`input[name=${axis}]:checked`)?.value ?? 0) || null;
   const answer = () => ({ ...Object.fromEntries(axes.map(([axis]) => [axis, value(axis)])), problems: checked(right) });
@@ -352,7 +352,7 @@ function show(next) {
   byId("prompt").textContent = finished ? "That was all. Thank you!" : task.prompt;
   document.activeElement?.blur();
   window.scrollTo(0, 0);
-  say("");
+  say(finished ? "Everything is saved; you can close this page." : "");
   if (finished) return;
   const before = draftOf(task.task) ?? task.answer;
   form = FORMS[task.kind](place, before?.skip ? null : before);

@@ -18,7 +18,7 @@ function figure(entry, id, at) {
   return element(
     "figure", { class: rank === 1 ? "chosen" : "" }, element("img", { src: imageOf(id), alt: name }),
     element(
-      "figcaption", {}, key(`${at + 1}`), element("span", { class: "rank" }, rank ? `place ${rank}` : ""),
+      "figcaption", {}, entry.images.length > 1 ? key(`${at + 1}`) : "", element("span", { class: "rank" }, rank ? `place ${rank}` : ""),
       element("button", { class: "zoom", type: "button", "aria-label": `enlarge ${name}`, onclick: () => zoom(id, name) }, "enlarge"),
     ),
   );
@@ -56,9 +56,13 @@ function show(found) {
   document.activeElement?.blur();
   if (!entry) return;
   const images = [...entry.images.entries()].sort(([, a], [, b]) => (entry.answer.ranks?.[a] ?? 0) - (entry.answer.ranks?.[b] ?? 0));
+  const layout = images.length > 2 ? "grid" : images.length === 2 ? "two" : "single";
   place.append(
-    element("div", { class: images.length > 2 ? "grid" : "two" }, ...images.map(([at, id]) => figure(entry, id, at))),
-    element("dl", {}, ...lines(entry).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)])),
+    element(
+      "div", { class: layout === "single" ? "beside" : "" },
+      element("div", { class: layout }, ...images.map(([at, id]) => figure(entry, id, at))),
+      element("dl", {}, ...lines(entry).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)])),
+    ),
   );
   if (entry.note) place.append(element("p", { class: "note" }, `Note: ${entry.note}`));
   preload(found.ahead);
