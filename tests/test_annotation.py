@@ -386,7 +386,7 @@ def test_raters_of_other_folders(tmp_path: Path) -> None:
     names = [path.name for path in sorted(data.glob("*.png"))]
     (data / "other.png").write_bytes(b"not of the study")
     rows = [
-        {"prompt": PROMPTS[0], "generations": [names[0], "other.png", names[1]], "ranking": [3, 1, 2], "source": "judge"},
+        {"prompt": PROMPTS[0], "generations": [names[0], "other.png", names[1]], "ranking": [2, 3, 1], "source": "judge"},
         {"prompt": PROMPTS[1], "generations": ["other.png", names[3]], "ranking": [1, 2], "source": "judge"},
         {"prompt": PROMPTS[0], "generations": names[:2], "ranking": [1, 1]},
     ]  # fmt: skip

@@ -118,6 +118,7 @@ def test_an_address_may_lack_its_version() -> None:
         ({"temperature": float("nan")}, "--temperature"),
         ({"timeout": 0.0}, "--timeout"),
         ({"concurrency": 0}, "--concurrency must be at least 1"),
+        ({"image_side": 8}, "--image-side must be at least 16"),
         ({"price_input": -1.0}, "--price-input"),
         ({"body": "[1]"}, "JSON object"),
         ({"body": "{"}, "not JSON"),
