@@ -306,7 +306,7 @@ def check_rollout(config: Config, defaults: Defaults) -> None:
         return
     assert config.window is not None, "filled"
     check_rollout_steps(config, config.window)
-    defaults.check_solver(config.rollout_solver, config.rollout_steps)
+    defaults.check_solver(config.rollout_solver, config.rollout_steps, "--rollout-steps")
 
 
 def with_defaults(config: Config, defaults: Defaults) -> Config:

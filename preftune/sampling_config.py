@@ -60,7 +60,7 @@ class Sampling:
             resolution=parsed or defaults.resolution,
             batch_size=self.batch_size,
         )
-        defaults.check_solver(settings.solver, settings.num_inference_steps)
+        defaults.check_solver(settings.solver, settings.num_inference_steps, "--sample.num-inference-steps")
         return settings
 
 

@@ -187,7 +187,7 @@ def timesteps(
     1..num_train_timesteps, or a solver that has no timesteps here (pndm, dpm++).
     """
     row = _row(name)
-    _check_steps(num_inference_steps, num_train_timesteps)
+    _check_steps(num_inference_steps, num_train_timesteps, "num_inference_steps")
     if trailing:
         ratio = num_train_timesteps / num_inference_steps
         starts = [round(num_train_timesteps - k * ratio) - 1 for k in range(num_inference_steps)]
@@ -206,12 +206,13 @@ def check(
     prediction_type: PredictionType,
     zero_snr: bool,
     num_train_timesteps: int = 1000,
+    flag: str = "num_inference_steps",
 ) -> None:
-    """Raise ValueError, before any weight loads, for a solver that cannot take these steps or such a model."""
+    """Raise ValueError, before any weight loads, for a solver that cannot take these steps, of this flag, or such a model."""
     if name not in get_args(SolverName):
         raise ValueError(f"unknown solver {name}; one of {', '.join(get_args(SolverName))}")
     # pndm adds 1 to every timestep, dpm++ also counts the end: neither has room for num_train_timesteps steps.
-    _check_steps(num_inference_steps, num_train_timesteps - (name in _DIFFUSERS), name)
+    _check_steps(num_inference_steps, num_train_timesteps - (name in _DIFFUSERS), flag, f" for solver {name}")
     usable = ", ".join(SOLVERS)
     if name in _DIFFUSERS and zero_snr:
         raise ValueError(f"solver {name} cannot start at zero terminal SNR; one of {usable} can")
@@ -251,7 +252,6 @@ def _row(name: SolverName) -> Solver:
     return SOLVERS[name]
 
 
-def _check_steps(num_inference_steps: int, limit: int, name: str = "") -> None:
-    if not 1 <= num_inference_steps <= limit:
-        where = f" for solver {name}" if name else ""
-        raise ValueError(f"num_inference_steps must lie in 1..{limit}{where}, got {num_inference_steps}")
+def _check_steps(number: int, limit: int, name: str, where: str = "") -> None:
+    if not 1 <= number <= limit:
+        raise ValueError(f"{name} must lie in 1..{limit}{where}, got {number}")

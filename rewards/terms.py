@@ -27,7 +27,7 @@ def units(
         raise ValueError(f"unknown reward normalization {normalization!r}; one of none, card, dataset")
     if (normalization == "dataset") != (stats is not None):
         raise ValueError(
-            f"reward normalization {normalization} with {'no file of statistics' if stats is None else stats}; dataset, and"
+            f"--reward-normalization {normalization} with {'no file of statistics' if stats is None else stats}; dataset, and"
             " dataset alone, needs --reward-stats, a summary.json of preftune score"
         )
     if stats is not None:

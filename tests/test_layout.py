@@ -6,6 +6,7 @@ import graphlib
 import importlib
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -252,6 +253,47 @@ def test_dangerous_calls_have_one_home(path: Path) -> None:
         if name == "torch.load":
             weights_only = {k.arg: ast.unparse(k.value) for k in node.keywords}.get("weights_only")
             assert weights_only == "True", f"{where} unpickles"
+
+
+def flag_fields() -> set[str]:
+    """Fields of the programs' Configs whose flags are written in another way: max_train_steps, and lora.rank of a group."""
+    trees = [tree_of(path) for path in SOURCES]
+    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    by_name = {node.name: node for node in classes if node.name != "Config"}
+    found, todo = set[str](), [node for node in classes if node.name == "Config"]
+    while todo:
+        for field in todo.pop().body:
+            if isinstance(field, ast.AnnAssign):
+                words = {node.id for node in ast.walk(field.annotation) if isinstance(node, ast.Name)}
+                groups = [by_name.pop(word) for word in sorted(words) if word in by_name]
+                name = ast.unparse(field.target)
+                inside = [
+                    ast.unparse(one.target)
+                    for one in ast.walk(*groups[:1] or [field])
+                    if isinstance(one, ast.AnnAssign)
+                ]
+                found |= {f"{name}.{one}" for one in inside} if groups else {name}
+                todo += groups
+    return {name for name in found if "_" in name or "." in name}
+
+
+def test_sentences_name_flags() -> None:
+    """As the user types them: --num-inference-steps, not the field num_inference_steps."""
+    fields = flag_fields()
+    assert {"max_train_steps", "lora.rank", "num_inference_steps", "output_dir"} <= fields
+    pattern = re.compile(rf"(?<![\w./-])({'|'.join(map(re.escape, sorted(fields)))})\b(?![\w=])")
+    for path in SOURCES:
+        for node in ast.walk(tree_of(path)):
+            if not isinstance(node, ast.Raise) or short(path).startswith(
+                ("preftune/api/", "rewards/card.py")
+            ):
+                continue  # what is called from Python has arguments, not flags, and a card the keys of a file
+            for text in ast.walk(node):
+                if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                    match = pattern.search(text.value)
+                    assert not match, (
+                        f"{short(path)} line {text.lineno} names the field {match[0]}, not its flag"
+                    )
 
 
 def test_sources_are_ascii() -> None:

@@ -114,10 +114,10 @@ def test_statistics_that_cannot_be_used(tmp_path: Path) -> None:
 def test_statistics_are_for_dataset_alone(tmp_path: Path) -> None:
     stats = stats_file(tmp_path, a={"mean": 0, "std": 1})
     with pytest.raises(
-        ValueError, match=r"reward normalization card with .*summary\.json; dataset, and dataset alone"
+        ValueError, match=r"--reward-normalization card with .*summary\.json; dataset, and dataset alone"
     ):
         Mix([Fixed("a", 0)], {"a": 1.0}, "card", stats)
-    with pytest.raises(ValueError, match="reward normalization dataset with no file of statistics"):
+    with pytest.raises(ValueError, match="--reward-normalization dataset with no file of statistics"):
         Mix([Fixed("a", 0)], {"a": 1.0}, "dataset")
 
 

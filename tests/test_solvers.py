@@ -265,6 +265,8 @@ def test_what_is_refused() -> None:
         solvers.check("heun", 10, "epsilon", False)
     with pytest.raises(ValueError, match=r"must lie in 1..1000 for solver ddim, got 1001"):
         solvers.check("ddim", 1001, "epsilon", False)
+    with pytest.raises(ValueError, match=r"^--rollout-steps must lie in"):
+        solvers.check("ddim", 1001, "epsilon", False, flag="--rollout-steps")
     solvers.check("ddim", 1000, "v_prediction", True)
     with pytest.raises(AssertionError, match="eta is 2"):
         solvers.ddim(Prediction(*latents(3)), flow(0.8), flow(0.6), eta=2)

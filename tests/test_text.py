@@ -114,6 +114,7 @@ def test_more_steps_than_timesteps_are_refused_before_weights_load(
 ) -> None:
     defaults = families.check(tiny.pipeline_folder(tmp_path / "model"))
     with pytest.raises(
-        ValueError, match=rf"num_inference_steps must lie in 1\.\.(999|1000) .*{re.escape(solver)}, got 2000"
+        ValueError,
+        match=rf"--num-inference-steps must lie in 1\.\.(999|1000) .*{re.escape(solver)}, got 2000",
     ):
         defaults.check_solver(solver, 2000)

@@ -43,12 +43,16 @@ class Defaults:
     """The last timestep is pure noise, where some solvers cannot start."""
     num_train_timesteps: int
 
-    def check_solver(self, name: SolverName, num_inference_steps: int) -> None:
-        """Raise ValueError, before any weight loads, for a solver or a number of steps that the model cannot be sampled with."""
+    def check_solver(
+        self, name: SolverName, num_inference_steps: int, flag: str = "--num-inference-steps"
+    ) -> None:
+        """Raise ValueError, before any weight loads, for a solver or a number of steps that the model cannot be sampled with; flag is
+        that of the number.
+        """
         from preftune import solvers
 
         solvers.check(
-            name, num_inference_steps, self.prediction_type, self.zero_snr, self.num_train_timesteps
+            name, num_inference_steps, self.prediction_type, self.zero_snr, self.num_train_timesteps, flag
         )
 
 

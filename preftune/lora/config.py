@@ -18,11 +18,11 @@ class LoRA:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(
-                f"lora.rank is {self.rank}; it must be 1 or more; --train full trains all weights"
+                f"--lora.rank is {self.rank}; it must be 1 or more; --train full trains all weights"
             )
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"lora.alpha is {self.alpha}; it must be above 0, or None for alpha = rank")
+            raise ValueError(f"--lora.alpha is {self.alpha}; it must be above 0, or None for alpha = rank")
         if not self.target_modules or not all(self.target_modules):
             raise ValueError(
-                f"lora.target_modules is {self.target_modules}; name at least one layer, such as to_q"
+                f"--lora.target-modules is {self.target_modules}; name at least one layer, such as to_q"
             )

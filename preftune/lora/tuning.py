@@ -40,7 +40,7 @@ def inject(unet: nn.Module, lora: LoRA, seed: int) -> list[nn.Parameter]:
                 {name.rpartition(".")[2] for name in names if not name[-1].isdigit()} | {"to_out.0"}
             )
             raise ValueError(
-                f"lora.target_modules: no layer is called {target}; there are {', '.join(known)}"
+                f"--lora.target-modules: no layer is called {target}; there are {', '.join(known)}"
             )
     unet.requires_grad_(False)
     config = LoraConfig(
