@@ -35,6 +35,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from preftune.cli import exit_on_user_error, parse
+from preftune.cli.given_once import check_given_once
 from preftune.mllm.config import OptionalEndpointConfig
 
 Kind = Literal["artist", "camera", "engine", "light", "medium", "quality", "resolution", "site", "style", "syntax"]  # fmt: skip
@@ -63,8 +64,7 @@ class Config:
     """Number of changed prompts on the page, spread over all."""
 
     def __post_init__(self) -> None:
-        if not self.prompts:
-            raise ValueError("--prompts needs a file")
+        check_given_once("--prompts", self.prompts, "file", "its words would count twice")
         if self.shown < 0:
             raise ValueError(f"--shown must be at least 0, got {self.shown}")
         of_model = [*self.endpoint.given(), *(["--templates"] if self.templates is not None else [])]

@@ -43,6 +43,7 @@ from data_build.published import (
     read_published,
 )
 from preftune.cli import exit_on_user_error, parse
+from preftune.cli.given_once import check_given_once
 
 IMAGES = "images"
 
@@ -68,8 +69,7 @@ class Config:
     """
 
     def __post_init__(self) -> None:
-        if not self.input:
-            raise ValueError("--input needs at least one file")
+        check_given_once("--input", self.input, "file", "its rankings would count twice")
         if self.aspect is not None and self.layout != "aspects":
             raise ValueError(f"--aspect is for --layout aspects; {self.layout} has one ranking")
         if self.repeated_ratings != "last" and self.layout != "ratings":

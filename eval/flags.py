@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from preftune.cli.given_once import check_given_once
+
 BASE = "base"
 """Name of what all methods start from and are compared with."""
 
@@ -36,16 +38,8 @@ def named_folders(terms: Sequence[str]) -> dict[str, Path]:
 
 def check_folders(folders: Sequence[Path]) -> None:
     """Raise ValueError unless there are folders, each once, by whatever path."""
-    if not folders:
-        raise ValueError("--data needs at least one folder with rankings.jsonl")
-    resolved = [folder.resolve() for folder in folders]
-    for number, folder in enumerate(folders):
-        if resolved[number] in resolved[:number]:
-            first = folders[resolved.index(resolved[number])]
-            raise ValueError(
-                f"--data names {folder} twice{'' if first == folder else f', first as {first}'}; its annotators would be"
-                " compared with themselves"
-            )
+    why = "its annotators would be compared with themselves"
+    check_given_once("--data", folders, "folder with rankings.jsonl", why)
 
 
 def check_crops(crops: Sequence[float]) -> None:

@@ -32,6 +32,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from preftune.cli import dump, exit_on_user_error, parse
+from preftune.cli.given_once import check_given_once
 from preftune.training.cache_config import CacheConfig
 from preftune.training.config import ModelConfig, RewardConfig, ValidationConfig, check_dropout
 from preftune.training.defaults import of_model
@@ -74,8 +75,10 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        if not self.data:
-            raise ValueError("--data needs at least one folder")
+        check_given_once("--data", self.data, "folder", "its pairs would count twice")
+        if len(set(self.raters)) < len(self.raters):
+            twice = max(self.raters, key=self.raters.count)
+            raise ValueError(f"--raters names {twice} twice; its pairs would count twice")
         if self.beta is not None and not 0 < self.beta < math.inf:
             raise ValueError(f"--beta must be above 0 and finite, got {self.beta}")
         if not -1 <= self.poly_alpha < math.inf:

@@ -91,7 +91,7 @@ class Config:
     weights: Path | None = None
     """Weights of --model on disk; None = from the Hugging Face cache."""
     data: tuple[Path, ...]
-    """Folders with rankings.jsonl (prompt, generations, ranking); `preftune preferences` writes them from published data."""
+    """Folders with rankings.jsonl (prompt, generations, ranking), from `preftune preferences`, say; one that is named twice counts twice."""
     objective: Literal["pairs", "choice", "soft"] = "pairs"
     """Loss on pairs, on the chosen image among all, or on shares of votes."""
     stable: Stable = field(default_factory=Stable)

@@ -300,7 +300,7 @@ def test_the_page_shows_some(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"prompts": ()}, "--prompts needs"), ({"shown": -1}, "--shown must be")],
+    [({"prompts": ()}, "--prompts needs"), ({"prompts": (Path("a"),) * 2}, "--prompts names a twice;"), ({"shown": -1}, "--shown must be")],
 )  # fmt: skip
 def test_wrong_flags(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=words):

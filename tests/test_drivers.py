@@ -144,6 +144,15 @@ ONE: dict[str, list[tuple[list[str], str]]] = {
         *PIPELINE,
         (["--lora.target-modules", "to_z"], "no layer is called to_z"),
         (["--data"], "--data needs at least one folder"),
+        (
+            ["--data", "{root}/rankings", "{root}/../{root.name}/rankings"],
+            "/rankings; its pairs would count twice",
+        ),
+        (["--raters", "ann", "bob", "ann"], "--raters names ann twice; its pairs would count twice"),
+        (
+            ["--sample.num-inference-steps", "1000", "--sample.solver", "pndm"],
+            "--sample.num-inference-steps must lie in 1..999 for solver pndm, got 1000",
+        ),
         (["--data", "{bad}/absent"], "there is no data at"),
         (
             ["--data", "{root}/prompts.txt"],

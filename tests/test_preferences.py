@@ -352,6 +352,13 @@ def test_wrong_flags(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         config(folder, [], aspect="fidelity")
     with pytest.raises(ValueError, match="--input needs at least one file"):
         config(folder, [], input=())
+    link = folder / "link"
+    link.symlink_to("test.json")
+    twice = (folder / "test.json", link)
+    with pytest.raises(
+        ValueError, match=r"link twice, first as .*test\.json; its rankings would count twice"
+    ):
+        config(folder, [], input=twice)
     good = [hpd(folder, ["0.jpg", "1.jpg"])]
     assert "--images nowhere is no folder" in refused(config(folder, good, images=Path("nowhere")), capsys)
     assert "element 1 has no image_path" in refused(config(folder, [{"prompt": "a"}]), capsys)
