@@ -36,6 +36,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVi
 from rewards.card import HEAD_DROPOUT, Card, Clip, Preprocess
 from rewards.clip_state_dict import to_authors, to_transformers
 from rewards.clip_tokenizer import MERGES, ClipTokenizer
+from rewards.distinct import distinct
 from rewards.head import apply_head, draw_head, new_head, set_dropout
 from rewards.on_device import upload
 from rewards.pixels import at_least_float32, one_each, prepare, takes_images
@@ -170,9 +171,9 @@ class ClipScorer(nn.Module):
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """Return the prompts' unit vectors (B, E), of those that are alike from one pass."""
-        places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
-        vectors = self.text([*places])
-        return vectors[upload(torch.tensor([places[prompt] for prompt in prompts]), vectors.device)]
+        different, places = distinct(prompts)
+        vectors = self.text(different)
+        return vectors[upload(torch.tensor(places), vectors.device)]
 
     def renew_head(self, seed: int) -> None:
         """Put an MLP head with random weights that depend on seed alone on the towers; scores are its output from now on."""

@@ -1,9 +1,10 @@
-"""Which item belongs to which image of a run: epochs are permutations, whatever divides the work."""
+"""Which item belongs to which image of a run: epochs are permutations, whatever divides the work; which items are alike."""
 
 import numpy as np
 import pytest
 
 from preftune.order import image_indices, items_at
+from rewards.distinct import distinct
 
 LETTERS = "abcdefg"
 
@@ -37,3 +38,8 @@ def test_a_step_has_the_same_images_however_it_is_divided(batch: int, accumulati
             for index in image_indices(step, micro_batch, each, batch, rank, world)
         ]
         assert seen == list(range(step * each, (step + 1) * each))
+
+
+def test_values_that_come_again_have_the_place_of_the_first() -> None:
+    assert distinct(["b", "a", "b", "c", "a"]) == (["b", "a", "c"], [0, 1, 0, 2, 1])
+    assert distinct(()) == ([], [])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from preftune.training import advantages
+from rewards.distinct import distinct
 
 History = Mapping[str, Sequence[float]]
 """Prompt -> its latest rewards, the oldest first."""
@@ -68,8 +69,7 @@ def group_advantages(rewards: Tensor, groups: Sequence[str]) -> Advantages:
 
     GRPO's, as DanceGRPO's code for Stable Diffusion has it. A group of one image, or of one reward, has no better image: 0.
     """
-    places = {group: place for place, group in enumerate(dict.fromkeys(groups))}
-    numbers = torch.tensor([places[group] for group in groups])
+    numbers = torch.tensor(distinct(groups)[1])
     values = advantages.group_advantages(rewards, numbers, unbiased=True, epsilon=1e-8)
     return Advantages(values, advantages.statistics(rewards, numbers, unbiased=True).flat)
 

@@ -22,6 +22,7 @@ from preftune.training.policy_config import Plan, PolicyConfig
 from preftune.training.policy_gradient import Advantages
 from preftune.training.rollouts import Clock, Rollout
 from preftune.training.workspace import Workspace
+from rewards.distinct import distinct
 from rewards.on_device import upload
 
 Histories = list[dict[str, list[float]]]
@@ -74,8 +75,7 @@ class Experience:
     @cached_property
     def _rows(self) -> list[int]:
         """The row of each image's prompt in cond."""
-        places = {text: row for row, text in enumerate(dict.fromkeys(self.texts))}
-        return [places[text] for text in self.texts]
+        return distinct(self.texts)[1]
 
     def pairs(self, indices: Sequence[int], numbers: Sequence[int]) -> tuple[Pairs, Cond]:
         """Return the pairs of these numbers, 0 to N x steps - 1, and their prompts; indices count the pairs of the run.
@@ -131,7 +131,7 @@ def obtain(
     first = number * policy.prompts_per_rollout
     chosen = items_at(prompts, range(first, first + policy.prompts_per_rollout), run.config.seed)
     texts = [text for text in chosen for _ in range(policy.images_per_prompt)]
-    unique = list(dict.fromkeys(texts))
+    unique, _ = distinct(texts)
     with torch.no_grad():
         parts = [unique[start : start + ENCODED] for start in range(0, len(unique), ENCODED)]
         cond = Cond.cat([w.family.encode(part) for part in parts])
@@ -224,12 +224,12 @@ def _batches(
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the images at these places of a rollout, some at a time, on the CPU."""
     size = policy.rollout_batch_size or w.run.config.train_batch_size
-    rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    _, rows = distinct(texts)
     starts = range(0, len(mine), size)
     for start in tqdm(starts, desc=f"rollout {number}", disable=not w.run.is_main, leave=False):
         places = mine[start : start + size]
         prompts = [texts[place] for place in places]
-        own = cond.rows([rows[prompt] for prompt in prompts])
+        own = cond.rows([rows[place] for place in places])
         yield _batch(w, policy, plan, prompts, own, [number * plan.images + place for place in places], clock)
 
 
