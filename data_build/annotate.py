@@ -97,7 +97,7 @@ if __name__ == "__main__":  # flags are read before numpy is imported
     CONFIG = parse(Config)
 
 from data_build import annotation_study
-from data_build.annotation_server import PAGES, render, server
+from data_build.annotation_server import PAGES, server
 from data_build.annotation_service import Service
 from preftune.annotation.items import Item, Settings, is_study, read_study
 from preftune.annotation.results import Selection
@@ -106,6 +106,7 @@ from preftune.cli.notes import say
 from preftune.cli.printable import show
 from preftune.files import replacing, write_text
 from preftune.files.one_writer import one_writer
+from preftune.pages import render
 from rewards.input_files import read_text
 
 MAX_GUIDELINES = 1 << 20
@@ -161,7 +162,7 @@ def write_results(service: Service, config: Config) -> None:
     """Write all results, and say what there is."""
     counts = service.export()
     style = (PAGES / "annotate.css").read_text(encoding="utf-8")
-    page = render("statistics.html.jinja", found=service.found(), style="", embedded=style)
+    page = render(PAGES / "statistics.html.jinja", found=service.found(), style="", embedded=style)
     write_text(config.output_dir / "statistics.html", page)
     show(", ".join(f"{name}: {number}" for name, number in counts.items()))
 

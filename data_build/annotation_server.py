@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import Map, Rule
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
@@ -19,6 +18,7 @@ from werkzeug.wrappers import Request, Response
 
 from data_build.annotation_service import WORDS, Person, RefusalError, Service, finite
 from preftune.images import MAX_BYTES
+from preftune.pages import render
 from rewards.input_files import parse_json, read_bytes
 
 PAGES = Path(__file__).parent / "annotation_pages"
@@ -125,14 +125,6 @@ def application(service: Service, guidelines: str) -> Application:
     return answer
 
 
-def render(name: str, **values: object) -> str:
-    """Return a page of a template, with all values escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(PAGES), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.get_template(name).render(**values)
-
-
 def blocks(text: str) -> list[tuple[str, list[str]]]:
     """Return the parts of a guideline text: ("h", [heading]) of a line `# heading`, ("li", items) of lines `- item`, and
     ("p", [paragraph]) of others; blank lines end a part.
@@ -207,7 +199,7 @@ def _page(name: str) -> Response:
 
 
 def _template(name: str, **values: object) -> Response:
-    return Response(render(name, **values), mimetype="text/html")
+    return Response(render(PAGES / name, **values), mimetype="text/html")
 
 
 def _json(value: object, status: int = 200) -> Response:

@@ -81,7 +81,6 @@ if __name__ == "__main__":  # flags are read before slow imports
 
 import difflib
 
-import jinja2
 from tqdm import tqdm
 
 from data_build.mllm_calls import (
@@ -97,6 +96,7 @@ from preftune.files import replacing
 from preftune.files.one_writer import one_writer
 from preftune.mllm.cleaning import clean_all
 from preftune.mllm.templates import OURS, load
+from preftune.pages import render
 from preftune.prompts import read_rows
 from preftune.records import write_jsonl, write_lines
 
@@ -185,9 +185,7 @@ def page(originals: Sequence[str], cleaned: Sequence[Cleaned], summary: Mapping[
         {"pieces": pieces(old, new.prompt), "prompt": new.prompt[:MAX_SHOWN], "only_style": new.only_style}
         for old, new in changed[::step][:shown]
     ]
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(summary=summary, rows=rows, left=left)
+    return render(TEMPLATE, summary=summary, rows=rows, left=left)
 
 
 def printed(summary: Mapping[str, Any]) -> str:

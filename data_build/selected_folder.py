@@ -11,7 +11,6 @@ The scores are read from the chunks of score_folder.py, one per part. The folder
 them, so a killed process needs no special treatment.
 """
 
-import base64
 import json
 from array import array
 from collections import Counter
@@ -20,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -34,6 +32,7 @@ from data_build.selection import KINDS, Chosen, Selection, select
 from preftune.files import remove
 from preftune.grid import captioned_grid
 from preftune.images import save_image, to_pil
+from preftune.pages import base64_of, render
 from preftune.records import read_jsonl, write_jsonl, write_lines
 from rewards.pixels import from_pil
 
@@ -257,11 +256,10 @@ def draw_report(folder: Path, summary: Mapping[str, Any], shown: int) -> None:
     pairs = [(ranked[place], prompts[ranked[place]]) for place in places.tolist()]
     if pairs:
         save_image(best_worst(folder, pairs), folder / REPORT / "best_worst.png")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        summary=summary, lines=summary_lines(summary), pairs=pairs, kinds=KINDS,
+    page = render(
+        TEMPLATE, summary=summary, lines=summary_lines(summary), pairs=pairs, kinds=KINDS,
         image=lambda row: base64_png(folder, row),
-        scores=base64.b64encode((folder / REPORT / "scores.png").read_bytes()).decode("ascii"),
+        scores=base64_of(folder / REPORT / "scores.png"),
     )  # fmt: skip
     write_lines(folder / REPORT / "index.html", page.splitlines())
 
@@ -301,6 +299,6 @@ def base64_png(folder: Path, row: Mapping[str, Any]) -> str:
     path = folder / REPORT / ".thumbnail.png"
     save_image(thumbnail(folder, row), path)
     try:
-        return base64.b64encode(path.read_bytes()).decode("ascii")
+        return base64_of(path)
     finally:
         path.unlink()

@@ -28,11 +28,11 @@ from eval.benchmark_table import (
     to_text,
 )
 from eval.compared_folders import ModelFolder, SideBySide
-from eval.pages import base64_of, render
 from eval.win_rates import csv_text
 from preftune.cli.printable import show
 from preftune.files import write_text
 from preftune.images import save_figure, thumbnail
+from preftune.pages import base64_of, render
 from preftune.statistics.bootstrap import interval
 
 TEMPLATE = Path(__file__).with_name("benchmark.html.jinja")

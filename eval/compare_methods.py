@@ -145,7 +145,6 @@ from eval.benchmark_report import csv_of, measure_table
 from eval.benchmark_table import Measure, measures
 from eval.generated import Request, generate, missing_columns, score_generated, settings_of
 from eval.models import Column, check_scorers, parse_column
-from eval.pages import base64_of, render
 from eval.report_folder import check_report, write_record
 from eval.win_rates import MethodResult, heat_maps, method_table, scores_csv, to_csv, to_text
 from preftune import families
@@ -154,6 +153,7 @@ from preftune.files import check_writable, tidy, write_text
 from preftune.files.one_writer import one_writer
 from preftune.grid import captioned_grid
 from preftune.images import save_image
+from preftune.pages import base64_of, render
 from preftune.prompts import read_prompts
 from preftune.records import read_jsonl
 from preftune.statistics.bootstrap import interval

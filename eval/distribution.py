@@ -80,7 +80,6 @@ from eval.compared_folders import read_folder, size_of
 from eval.folder_scores import digest_of, score_folder
 from eval.generated import DTYPES
 from eval.models import check_scorers
-from eval.pages import base64_of, render
 from eval.report_folder import check_report, write_record
 from eval.score_distribution import (
     Floats,
@@ -101,6 +100,7 @@ from preftune.cli.notes import say
 from preftune.cli.printable import show
 from preftune.files import check_writable, tidy, write_text
 from preftune.files.one_writer import one_writer
+from preftune.pages import base64_of, render
 from preftune.scorer_digests import digests
 from preftune.statistics import best_of_n
 from preftune.statistics.bootstrap import interval

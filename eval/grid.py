@@ -128,7 +128,6 @@ from PIL import Image
 
 from eval.generated import Request, generate, missing_columns, score_generated
 from eval.models import Column, check_column, check_scorers, parse_column
-from eval.pages import render
 from eval.report_folder import check_report, write_record
 from preftune import families
 from preftune.cli.printable import show
@@ -136,6 +135,7 @@ from preftune.files import check_writable, replacing, tidy, write_text
 from preftune.files.one_writer import one_writer
 from preftune.grid import captioned_grid
 from preftune.images import opened, save_image, thumbnail
+from preftune.pages import render
 from preftune.prompts import read_prompts
 from rewards.shared_towers import load_all
 

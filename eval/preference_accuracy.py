@@ -87,7 +87,6 @@ import rewards
 from eval import preference_plots as plots
 from eval.agreement import GOLD, Floats, RankedSet
 from eval.agreement_table import Measurement, agreement_table
-from eval.pages import base64_of, render
 from eval.rankings import RankedImages, read_ranked_images, rejected_rows, sound_sets, summary
 from eval.report_folder import check_report, write_record
 from eval.view_scores import PromptedImage, score_views, view_names
@@ -96,6 +95,7 @@ from preftune.cli.printable import show
 from preftune.files import check_writable, tidy, write_text
 from preftune.files.one_writer import one_writer
 from preftune.images import opened
+from preftune.pages import base64_of, render
 from preftune.records import write_jsonl
 from rewards.shapes import SIZE, check_judgeable
 from rewards.shared_towers import load_all

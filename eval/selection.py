@@ -100,7 +100,6 @@ from eval.compared_folders import read_folder, size_of
 from eval.folder_scores import digest_of, score_folder
 from eval.generated import DTYPES
 from eval.models import check_scorers
-from eval.pages import base64_of, render
 from eval.rankings import read_ranked_images
 from eval.report_folder import check_report, write_record
 from eval.top_picks import (
@@ -123,6 +122,7 @@ from preftune.cli.printable import show
 from preftune.files import check_writable, tidy, write_text
 from preftune.files.one_writer import one_writer
 from preftune.images import save_image
+from preftune.pages import base64_of, render
 from preftune.scorer_digests import digests
 from preftune.statistics.bootstrap import interval
 from rewards.shared_towers import load_all

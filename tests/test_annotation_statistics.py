@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_build.annotation_server import render
+from data_build.annotation_server import PAGES
 from data_build.annotation_service import finite
 from preftune.annotation import statistics, votes
 from preftune.annotation.items import Item, Picture, item_of
 from preftune.annotation.storage import Answer
+from preftune.pages import render
 from preftune.statistics import krippendorff
 
 NAN = math.nan
@@ -290,7 +291,7 @@ def test_the_page_of_every_kind_of_study() -> None:
     answers += [given(name, rated, rating(3, "violent")) for name in ("ann", "bob")]
     for part in ([], answers):
         found = statistics.summary(items, part, ["eve"], {})
-        page = render("statistics.html.jinja", found=found, style="../static/annotate.css")
+        page = render(PAGES / "statistics.html.jinja", found=found, style="../static/annotate.css")
         assert "<script>alert" not in page
         assert "nan" not in page.lower().replace("&lt;", "")
     assert "&lt;script&gt;alert(1)" in page

@@ -33,9 +33,8 @@ import rewards
 from data_build import decode, readers
 from data_build.published import read_published
 from data_build.scoring import PrepareEntry
-from eval import pages
 from eval.models import check_scorers
-from preftune import cli, families, grid, images, prompts, scorer_digests
+from preftune import cli, families, grid, images, pages, prompts, scorer_digests
 from preftune.cli.printable import printable, show
 from preftune.prepared_images import Recipe
 from preftune.prompts import read_prompts

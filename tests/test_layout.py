@@ -45,6 +45,7 @@ HOMES = {
         "preftune/training/process_state.py",
     ),
     "diffusers": ("preftune/families/", "preftune/solvers.py"),
+    "jinja2": ("preftune/pages.py",),
     "peft": ("preftune/lora/tuning.py",),
     "open_clip": (),
     "httpx2": ("preftune/mllm/client.py",),
@@ -223,14 +224,8 @@ CALLS = {
     "io.read_image": (),
     "utils.load_image": (),
     "print": ("preftune/cli/printable.py", "rewards/__main__.py"),
-    "jinja2.Environment": (
-        "eval/pages.py",
-        "data_build/selected_folder.py",
-        "data_build/annotation_server.py",
-        "data_build/clean_prompts.py",
-    ),
 }
-"""Function -> the only files that may call it: what opens images has limits, what prints makes text printable, pages escape."""
+"""Function -> the only files that may call it: what opens images has limits, what prints makes text printable."""
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *sorted((ROOT / "benchmarks").glob("*.py"))], ids=short)

@@ -1,4 +1,4 @@
-"""HTML pages from templates: values are escaped, and files can be embedded."""
+"""HTML pages from templates: the one place that makes them, so that every value is escaped; and files in them."""
 
 import base64
 from pathlib import Path
