@@ -16,8 +16,9 @@ from werkzeug.routing import Map, Rule
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 from werkzeug.wrappers import Request, Response
 
-from data_build.annotation_service import WORDS, Person, RefusalError, Service, finite
+from data_build.annotation_service import WORDS, Person, RefusalError, Service
 from preftune.images import MAX_BYTES
+from preftune.json_values import json_value
 from preftune.pages import render
 from rewards.input_files import parse_json, read_bytes
 
@@ -203,4 +204,4 @@ def _template(name: str, **values: object) -> Response:
 
 
 def _json(value: object, status: int = 200) -> Response:
-    return Response(json.dumps(finite(value)), status=status, mimetype="application/json")
+    return Response(json.dumps(json_value(value)), status=status, mimetype="application/json")

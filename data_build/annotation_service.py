@@ -27,6 +27,7 @@ from preftune.annotation.tasks import (
 )
 from preftune.annotation.votes import Votes
 from preftune.files import write_text
+from preftune.json_values import json_value
 
 AHEAD = 3
 """Tasks whose images a page loads while the one before is answered."""
@@ -238,7 +239,7 @@ class Service:
         """Write what training reads, and the statistics."""
         with self._results:
             counts = results.write_results(self.folder, self.items, self.storage.answers(), self.selection)
-            text = json.dumps(finite(self.found()), indent=1)
+            text = json.dumps(json_value(self.found()), indent=1)
             write_text(self.folder / "statistics.json", text + "\n")
         return counts
 
@@ -251,15 +252,6 @@ def outside(item: Item, answer: Mapping[str, Any]) -> dict[str, Any]:
     if "ranks" not in answer:
         return dict(answer)
     return {"ranks": dict(zip(item.image_ids, answer["ranks"], strict=True))}
-
-
-def finite(value: Any) -> Any:
-    """Return a value for JSON, which has no NaN: None instead."""
-    if isinstance(value, float):
-        return value if value == value else None
-    if isinstance(value, dict):
-        return {key: finite(one) for key, one in value.items()}
-    return [finite(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _key(task: Task) -> tuple[str, int]:

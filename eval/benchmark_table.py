@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from preftune.json_values import json_value
 from preftune.statistics import bootstrap, diversity
 from preftune.statistics.bootstrap import interval
 from preftune.statistics.image_statistics import STATISTICS
@@ -273,6 +274,5 @@ def to_text(rows: Sequence[Row], base: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return a row as JSON has it: NaN, which there is no number for, is null."""
-    row = asdict(value) | ({"verdict": value.verdict} if isinstance(value, Row) else {})
-    return {key: None if isinstance(item, float) and item != item else item for key, item in row.items()}
+    """Return a row as JSON has it."""
+    return json_value(asdict(value) | ({"verdict": value.verdict} if isinstance(value, Row) else {}))

@@ -100,6 +100,7 @@ from preftune.cli.notes import say
 from preftune.cli.printable import show
 from preftune.files import check_writable, tidy, write_text
 from preftune.files.one_writer import one_writer
+from preftune.json_values import json_value
 from preftune.pages import base64_of, render
 from preftune.scorer_digests import digests
 from preftune.statistics import best_of_n
@@ -181,10 +182,7 @@ def results(rows: list[ModelRow], names: tuple[str, ...], correlations: dict[str
     return {
         "scorers": list(names),
         "rows": [row.to_json() for row in rows],
-        "correlations": {
-            title: [[None if value != value else value for value in line] for line in found.tolist()]
-            for title, found in correlations.items()
-        },
+        "correlations": {title: json_value(found.tolist()) for title, found in correlations.items()},
     }
 
 

@@ -20,6 +20,7 @@ from eval.heat_maps import finite, heat_map
 from eval.view_scores import PromptedImage
 from eval.win_rates import csv_text
 from preftune.images import save_figure
+from preftune.json_values import json_value
 from preftune.statistics import best_of_n, bootstrap, paired
 from preftune.statistics.bootstrap import interval
 
@@ -53,15 +54,8 @@ class ModelRow:
 
     def to_json(self) -> dict[str, Any]:
         """Return it with null for NaN and "inf" for infinity, which JSON does not know."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(one) for one in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else "inf"
-    return value
+        found: dict[str, Any] = json_value(asdict(self))
+        return found
 
 
 def units(model: ModelFolder, base: ModelFolder) -> tuple[list[list[PromptedImage]], int]:

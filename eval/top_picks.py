@@ -23,6 +23,7 @@ from eval.view_scores import PromptedImage
 from eval.win_rates import csv_text, percent
 from preftune.grid import captioned_grid
 from preftune.images import save_figure
+from preftune.json_values import json_value
 from preftune.statistics import best_of_n, bootstrap, paired
 from preftune.statistics.bootstrap import interval
 
@@ -262,13 +263,17 @@ def to_csv(rows: Sequence[PickRow]) -> str:
 
 def to_json(picks: Picks, rows: Sequence[PickRow]) -> str:
     """Return table, curves and win rates of the picks against each other as JSON; null where there is no number."""
-    lines = [{key: None if value != value else value for key, value in asdict(row).items()} for row in rows]
     judged = {} if picks.quality is None else {
         "curves": {name: curve(picks, name).tolist() for name in picks.scores},
         "against each other": against_each_other(picks).tolist(),
     }  # fmt: skip
-    found = {"judge": picks.judge, "scorers": list(picks.scores), "rows": lines, **judged}
-    return json.dumps(found, indent=1) + "\n"
+    found = {
+        "judge": picks.judge,
+        "scorers": list(picks.scores),
+        "rows": [asdict(row) for row in rows],
+        **judged,
+    }
+    return json.dumps(json_value(found), indent=1) + "\n"
 
 
 def picks_csv(picks: Picks) -> str:

@@ -1,12 +1,14 @@
 """Captioned and ranked images on disk."""
 
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 
 from preftune.image_folders import Columns
+from preftune.json_values import json_value
 from preftune.records import (
     CaptionedImage,
     Ranking,
@@ -170,3 +172,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_jsonl(path, [{"a": 1}, {"a": float("nan")}])
     assert read_jsonl(path) == [{"a": "caf\u00e9\u2028"}]
     assert [file.name for file in path.parent.iterdir()] == ["m.jsonl"]
+
+
+def test_what_json_has_no_number_for() -> None:
+    """A reader that knows JSON alone reads it; what has a number stays as it is."""
+    value = {"a": [math.nan, 1.5, (math.inf, -math.inf)], "b": True, "c": "nan", "d": 3}
+    found = {"a": [None, 1.5, ["inf", "-inf"]], "b": True, "c": "nan", "d": 3}
+    assert json.loads(json.dumps(json_value(value), allow_nan=False)) == found
