@@ -24,17 +24,14 @@ Hardware: the embedded model generates 25 images/s on one CPU core at 16 steps; 
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from eval.flags import split_term
+from eval.columns_config import ColumnsConfig
 from eval.protocol import ALL, Protocol, first, load_protocol, read_lists
 from preftune.cli import exit_on_user_error, parse
-from preftune.cli.precision import check_precision
-from preftune.families import Pretrained
 from preftune.prompts import read_prompts
-from preftune.sampling_config import Sampling
 
 EMBEDDED_PROMPTS = Path("assets/tiny/held_out.txt")
 
@@ -43,14 +40,7 @@ EMBEDDED_PROMPTS = Path("assets/tiny/held_out.txt")
 class Config:
     """Generate the prompts of a protocol, or of a file, with several models into a folder each."""
 
-    model: Annotated[Pretrained, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: Pretrained(model="assets/tiny/pipeline")
-    )
-    vae: Path | None = None
-    """Folder or hub id of an autoencoder to use instead of the pipelines', such as madebyollin/sdxl-vae-fp16-fix for SDXL in fp16."""
-    columns: tuple[str, ...] = ("base=",)
-    """TITLE=WHAT, where WHAT is empty, a LoRA file, a LoRA, run or UNet folder, or a model (of the hub: https://huggingface.co/OWNER/NAME); LoRA and run may end in @WEIGHT.
-    """
+    models: Annotated[ColumnsConfig, tyro.conf.arg(name="")] = field(default_factory=ColumnsConfig)
     protocol: str | None = None
     """hpsv2, hpsv2.1, drawbench, imagereward, pickscore, lpo, parti or geneval_prompts, or a YAML file; None = the prompts of --prompts."""
     prompts: Path | None = None
@@ -61,11 +51,6 @@ class Config:
     """Images per prompt; None = the protocol's number, else 1."""
     seed: int | None = None
     """Image k of prompt i has the seed seed + i * num_images_per_prompt + k; None = the protocol's, else 0."""
-    negative: str = ""
-    """Negative prompt."""
-    sample: Sampling = field(default_factory=Sampling)
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Precision of the models."""
     output_dir: Path = Path("images")
     """Folder of the folders of images; what is there is kept."""
     overwrite_output_dir: bool = False
@@ -77,13 +62,7 @@ class Config:
         ):  # fmt: skip
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
-        if not self.columns:
-            raise ValueError("--columns is empty; name at least one, as in --columns base= tuned=runs/refl")
-        titles = [split_term(term)[0] for term in self.columns]
-        if repeated := {title for title in titles if titles.count(title) > 1}:
-            raise ValueError(f"--columns repeats the title {min(repeated)}; give each column another")
         self.followed()
-        check_precision(self.precision)
 
     def followed(self) -> Protocol | None:
         """Return the protocol, None without one; ValueError for one that is not there."""
@@ -106,30 +85,31 @@ from rewards import embedded
 
 def check_inputs(config: Config) -> Request:
     """Return what to generate; ValueError before any weight loads."""
-    protocol, chosen, each, begin = config.followed(), config.sample, 1, 0
+    models = config.models
+    protocol, chosen, each, begin = config.followed(), models.sample, 1, 0
     if protocol is None or config.protocol is None:
         lists = {ALL: read_prompts(embedded.find(config.prompts or EMBEDDED_PROMPTS))}
     else:
         lists = read_lists(config.protocol, protocol, config.prompts)
         chosen, each, begin = (
-            protocol.sampling(config.sample),
+            protocol.sampling(models.sample),
             protocol.num_images_per_prompt,
             protocol.seed,
         )
     lists = first(lists, config.count)
-    for term in config.columns:
+    for term in models.columns:
         check_column(term)
-    if config.vae is not None:
-        families.vae_folder(str(config.vae))
-    source = config.model.source()
-    sampling = chosen.resolved(families.check(source, config.vae))
-    if config.negative and sampling.guidance_scale <= 1:
+    if models.vae is not None:
+        families.vae_folder(str(models.vae))
+    source = models.model.source()
+    sampling = chosen.resolved(families.check(source, models.vae))
+    if models.negative and sampling.guidance_scale <= 1:
         raise ValueError(
             f"--negative does nothing at --sample.guidance-scale {sampling.guidance_scale:g}; choose another, such as 3"
         )
-    columns = [parse_column(term, source) for term in config.columns]
+    columns = [parse_column(term, source) for term in models.columns]
     for column in columns:
-        chosen.resolved(families.check(column.pipeline, config.vae))
+        chosen.resolved(families.check(column.pipeline, models.vae))
     check_writable(config.output_dir)
     each = config.num_images_per_prompt or each
     begin = begin if config.seed is None else config.seed
@@ -140,9 +120,9 @@ def check_inputs(config: Config) -> Request:
         prompts=[prompt for _, prompt in images],
         seeds=range(begin, begin + len(images)),
         sampling=sampling,
-        negatives={column.title: config.negative for column in columns},
-        precision=config.precision,
-        vae=config.vae,
+        negatives={column.title: models.negative for column in columns},
+        precision=models.precision,
+        vae=models.vae,
         groups=[group for group, _ in images] if len(lists) > 1 else (),
     )
 

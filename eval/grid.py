@@ -27,16 +27,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
-from eval.flags import split_term
+from eval.columns_config import ColumnsConfig
 from preftune.cli import exit_on_user_error, parse
-from preftune.cli.precision import check_precision, device_here, workers_here
+from preftune.cli.precision import device_here, workers_here
 from preftune.cli.scorer_flags import Files, Weighted
-from preftune.families import Pretrained
-from preftune.sampling_config import Resolved, Sampling
+from preftune.sampling_config import Resolved
 from rewards.terms import parse_files, parse_weights
 
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
@@ -51,14 +50,7 @@ THUMBNAIL_SIZE = 320
 class Config:
     """Generate the same prompts and seeds with several models, score the images, and write a page and a grid."""
 
-    model: Annotated[Pretrained, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: Pretrained(model="assets/tiny/pipeline")
-    )
-    vae: Path | None = None
-    """Folder or hub id of an autoencoder to use instead of the pipelines', such as madebyollin/sdxl-vae-fp16-fix for SDXL in fp16."""
-    columns: tuple[str, ...] = ("base=",)
-    """TITLE=WHAT, where WHAT is empty, a LoRA file, a LoRA, run or UNet folder, or a model (of the hub: https://huggingface.co/OWNER/NAME); LoRA and run may end in @WEIGHT.
-    """
+    models: Annotated[ColumnsConfig, tyro.conf.arg(name="")] = field(default_factory=ColumnsConfig)
     prompts: Path = Path("assets/tiny/held_out.txt")
     """Prompt file: txt, json, jsonl, csv, tsv or parquet; or prompts, each in quotes."""
     count: int = 8
@@ -69,13 +61,8 @@ class Config:
     """Image k of prompt i has the seed seed + i * num_images_per_prompt + k."""
     rewards: Weighted = ("imagereward-tiny=1.0", "shapes=1.0")
     reward_files: Files = ()
-    negative: str = ""
-    """Negative prompt, such as "Weird image. "."""
     negative_columns: tuple[str, ...] = ()
     """Titles of the columns that use --negative; none = all."""
-    sample: Sampling = field(default_factory=Sampling)
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Precision of the models; scorers stay in fp32."""
     workers: int | None = None
     """Processes that decode images for the scorers; 0 = the main process; None = one for each core."""
     grid_rows: int = 32
@@ -92,21 +79,15 @@ class Config:
         ):  # fmt: skip
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
-        if not self.columns:
-            raise ValueError("--columns is empty; name at least one, as in --columns base= tuned=runs/refl")
-        titles = [split_term(term)[0] for term in self.columns]
-        if repeated := {title for title in titles if titles.count(title) > 1}:
-            raise ValueError(f"--columns repeats the title {min(repeated)}; give each column another")
-        scale = self.sample.guidance_scale
-        if self.negative and scale is not None and scale <= 1:
+        scale, negative = self.models.sample.guidance_scale, self.models.negative
+        if negative and scale is not None and scale <= 1:
             raise ValueError(
                 f"--negative does nothing at --sample.guidance-scale {scale:g}; choose another, such as 3"
             )
-        if unknown := set(self.negative_columns) - set(titles if self.negative else ()):
+        if unknown := set(self.negative_columns) - set(self.models.titles() if negative else ()):
             raise ValueError(
                 f"--negative-columns names {min(unknown)}; it takes titles of --columns, and needs --negative"
             )
-        check_precision(self.precision)
         self.weights()
 
     def weights(self) -> dict[str, float]:
@@ -178,15 +159,16 @@ class Sheet:
 
 def check_inputs(config: Config) -> Request:
     """Return what to generate; ValueError before any weight loads."""
+    models = config.models
     chosen = read_prompts(config.prompts)[: config.count]
-    for term in config.columns:
+    for term in models.columns:
         check_column(term)
-    if config.vae is not None:
-        families.vae_folder(str(config.vae))
-    sampling = config.sample.resolved(families.check(config.model.source(), config.vae))
-    columns = [parse_column(term, config.model.source()) for term in config.columns]
+    if models.vae is not None:
+        families.vae_folder(str(models.vae))
+    sampling = models.sample.resolved(families.check(models.model.source(), models.vae))
+    columns = [parse_column(term, models.model.source()) for term in models.columns]
     for column in columns:
-        config.sample.resolved(families.check(column.pipeline, config.vae))
+        models.sample.resolved(families.check(column.pipeline, models.vae))
     prompts = [prompt for prompt in chosen for _ in range(config.num_images_per_prompt)]
     check_scorers(config.weights(), config.files(), chosen, sampling.resolution, config.prompts)
     check_writable(config.output_dir)
@@ -197,9 +179,9 @@ def check_inputs(config: Config) -> Request:
         prompts=prompts,
         seeds=[config.seed + index for index in range(len(prompts))],
         sampling=sampling,
-        negatives=dict.fromkeys(titles, config.negative),
-        precision=config.precision,
-        vae=config.vae,
+        negatives=dict.fromkeys(titles, models.negative),
+        precision=models.precision,
+        vae=models.vae,
     )
 
 

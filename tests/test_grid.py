@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import grid_memory
 import tiny
 from eval import generated, grid
+from eval.columns_config import ColumnsConfig
 from hub_server import Hub
 from preftune import cli, families
 from preftune.families import Pretrained
@@ -422,7 +423,9 @@ def test_wins_by_hand(tmp_path: Path) -> None:
 
 
 def test_the_page_names_the_model(tmp_path: Path) -> None:
-    config = grid.Config(model=Pretrained(model="a/b", revision="v1"), output_dir=tmp_path)
+    config = grid.Config(
+        models=ColumnsConfig(model=Pretrained(model="a/b", revision="v1")), output_dir=tmp_path
+    )
     page = page_of(sheet(tmp_path, [[1.0]]), config)
     assert "Model a/b (revision v1); " in page
     assert "Pretrained" not in page
@@ -430,7 +433,9 @@ def test_the_page_names_the_model(tmp_path: Path) -> None:
 
 def test_hostile_text_is_escaped_and_nothing_is_fetched(tmp_path: Path) -> None:
     table = sheet(tmp_path, [[1, 2], [3, 4]], title="<b onclick=x>", prompts=[HOSTILE, "{{ 7 * 7 }} ]]>"])
-    html = page_of(table, grid.Config(negative='"><script>', columns=("x=",), output_dir=tmp_path))
+    html = page_of(
+        table, grid.Config(models=ColumnsConfig(negative='"><script>', columns=("x=",)), output_dir=tmp_path)
+    )
     page = Page(html)
     assert "<script" not in html.lower()
     assert HOSTILE in page.text
@@ -555,8 +560,9 @@ def test_a_lora_that_does_not_fit_stops_before_the_first_image(
     }
     save_file(wrong, tmp_path / FILE)
     config = grid.Config(
-        model=Pretrained(model=str(stage / "model")),
-        columns=("base=", f"wrong={tmp_path}"),
+        models=ColumnsConfig(
+            model=Pretrained(model=str(stage / "model")), columns=("base=", f"wrong={tmp_path}")
+        ),
         prompts=stage / "prompts.txt",
         rewards=(),
         output_dir=tmp_path / "g",

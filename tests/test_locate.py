@@ -233,7 +233,8 @@ def test_programs_take_hub_ids(
             data = [] if program in (generate, grid) else ["--data", str(tmp_path)]
             prompts = [] if program is pretrain else few[:2]
             config = cli.parse(program.Config, [*flags, *data, *prompts, "--output-dir", str(tmp_path / "x")])
-            group = config.model.pretrained if program in (pretrain, refl) else config.model
+            models = config.models if program is grid else config
+            group = models.model.pretrained if program in (pretrain, refl) else models.model
             assert group == Pretrained(model=REPO, revision="v1", variant="fp16")
             assert group.flags() == flags
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

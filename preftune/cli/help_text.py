@@ -32,6 +32,7 @@ _FIELDS = {
     "run": "training",
     "cache": "training",
     "columns": OWN,
+    "models": OWN,
     "direct": OWN,
 }
 """Field of a Config that holds settings -> group of its flags; another field is its own group."""
