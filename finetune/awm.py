@@ -179,8 +179,8 @@ def main(config: Config) -> int:
                 if step + 1 < run.config.max_train_steps:
                     epoch = (step + 1) // number
                     samples = scored_samples.samples_of(w, prompts, epoch, own, old.swapped_in())
-            more = {"average": average.state()} if average is not None else {}
-            w.after(step, state={"old": old.state()} | more)
+            more = {"average": average.weights} if average is not None else {}
+            w.after(step, state={"old": old.weights} | more)
             scored_samples.prune(run, step, number)
         return w.finish()
 

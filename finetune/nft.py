@@ -161,7 +161,7 @@ def main(config: Config) -> int:
                 old.follow(old_decay(step + 1, config.decay_type))
                 if step + 1 < run.config.max_train_steps:
                     samples = samples_for(step + 1)
-            w.after(step, state={"old": old.state()})
+            w.after(step, state={"old": old.weights})
             scored_samples.prune(run, step, per_epoch)
         return w.finish()
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import rewards
 import tiny
-from finetune import dpo, draft, drtune, flowbp, refl, reward_weighted
+from finetune import awm, ddpo, dpo, draft, drtune, flowbp, nft, refl, reward_weighted
 from golden_weights import tiny_card
 from preftune import families
 from preftune.cli import parse
@@ -235,38 +235,49 @@ def updates(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[list[str], l
 
 
 DRIVERS = {
+    "awm": awm,
+    "ddpo": ddpo,
     "dpo": dpo,
     "draft": draft,
     "drtune": drtune,
     "flowbp": flowbp,
+    "nft": nft,
     "refl": refl,
     "reward_weighted": reward_weighted,
 }
+CLOCK = ("images_per_s", "sampling_time", "scoring_time", "update_time")
+_FEW = "--updates-per-epoch 3 --prompts-per-epoch 2 --timesteps-per-image 1"
+GENERATING = {"awm": _FEW, "nft": _FEW, "ddpo": "--inner-epochs 2"}
+"""Drivers that generate images, and wait for these, before their first update -> flags with which they do not between the next ones."""
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_an_update_waits_once(
     driver: str, root: Path, tmp_path: Path, request: pytest.FixtureRequest, cpu: None
 ) -> None:
-    """Once for each step of the optimizer: ReFL has two, with its pre-training loss. Metrics are those of the CPU."""
+    """Once for each step of the optimizer: ReFL has two, with its pre-training loss. Metrics are those of the CPU.
+
+    Of drivers that generate images, an update between two generations.
+    """
     program: Any = DRIVERS[driver]
 
     def train(name: str) -> list[dict[str, Any]]:
-        few = "--max-train-steps 2 --checkpointing-steps 0 --num-validation-prompts 2"
+        few = f"--max-train-steps {2 + (driver in GENERATING)} --checkpointing-steps 0 --num-validation-prompts 2"
         argv = [*arguments(driver, root, tmp_path / name), *few.split()]
         if driver not in ("dpo", "reward_weighted"):
             argv += ["--rewards", f"{root / 'scorer'}=1"]
         if driver == "dpo":
             argv += ["--validation-share", "0"]
+        argv += GENERATING.get(driver, "").split()
         config = parse(program.Config, argv)
         assert program.main(config) == 0
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in lines]
+        return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
 
     expected = train("cpu")
     counts = request.getfixturevalue("updates")
     for ours, theirs in zip(train("device"), expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
-    waits = counts[0][1]  # the last also writes the result
+    waits = counts[driver in GENERATING][1]  # the last also writes the result
     assert len(waits) == (2 if driver == "refl" else 1), waits
     assert all("_averaged" in wait for wait in waits)

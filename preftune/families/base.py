@@ -72,8 +72,17 @@ class Cond:
         return len(next(iter(self.positive.values())))
 
     def rows(self, index: slice | Sequence[int]) -> Cond:
-        """Return some of the prompts, in this order, with the same negative."""
-        chosen = index if isinstance(index, slice) else list(index)
+        """Return some of the prompts, in this order, with the same negative. A GPU is not waited for, as by a list as an index."""
+        import torch
+
+        from rewards.on_device import upload
+
+        chosen: slice | Tensor
+        if isinstance(index, slice):
+            chosen = index
+        else:
+            device = next(iter(self.positive.values())).device
+            chosen = upload(torch.tensor(index, dtype=torch.int64), device)
         return Cond(
             positive={name: value[chosen] for name, value in self.positive.items()}, negative=self.negative
         )

@@ -13,6 +13,7 @@ class WeightCopy:
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._parameters: list[Tensor] = list(parameters)
         self.weights: list[Tensor] = [parameter.detach().clone() for parameter in self._parameters]
+        """Where the parameters are; a checkpoint may be given them as they are, which copies nothing before it is written."""
 
     @torch.no_grad()
     def load(self, weights: Sequence[Tensor]) -> None:
