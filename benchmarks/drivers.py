@@ -3,8 +3,8 @@
 Within FakeTensorMode nothing has content; outside it, the same functions make and train real models on the CPU.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks import models, sdxl
-from benchmarks.setting import DIRECT, SCORED, Setting
-from finetune import dpo, draft, drtune, flowbp, refl
+from benchmarks.setting import DIRECT, FORWARD, REFERENCED, SCORED, Setting
+from finetune import awm, ddpo, dpo, draft, drtune, flowbp, nft, refl
 from preftune import paths, surrogates
 from preftune.captioned_inputs import CaptionedInputs
-from preftune.diffusion_loss import captioned_loss
+from preftune.diffusion_loss import captioned_loss, noised
 from preftune.families import Pretrained, tiny
 from preftune.families.sd import SD
 from preftune.families.sdxl import SDXL
@@ -27,11 +27,15 @@ from preftune.lora.config import LoRA
 from preftune.paths import Grid
 from preftune.sampling import Sampling, sample
 from preftune.training import defaults, direct
-from preftune.training.config import ModelConfig
+from preftune.training.config import ModelConfig, RewardConfig
 from preftune.training.direct_config import DirectConfig
 from preftune.training.labelled_pairs import Pair
 from preftune.training.optimizer import EMA, adamw
+from preftune.training.policies import distance
+from preftune.training.policy_config import PolicyConfig
+from preftune.training.policy_rollouts import Pairs
 from preftune.training.run_config import RunConfig
+from preftune.training.weight_copy import WeightCopy
 from preftune.training.workspace import DTYPES
 from rewards.imagereward import FULL_SIZE, VOCAB, ImageReward
 
@@ -49,7 +53,9 @@ class Loaded:
     scorer: ImageReward | None
     """Of the methods that have one."""
     second: nn.Module | None = None
-    """The model before tuning, of dpo where all weights are trained."""
+    """The model before tuning, of the methods that ask it, where all weights are trained."""
+    earlier: WeightCopy | None = None
+    """The policy that generated the images, of the methods that hold one."""
     grid: Grid | None = None
     """Of the methods whose gradient reaches several steps, made while the noise schedule has numbers."""
 
@@ -80,7 +86,7 @@ def build(setting: Setting) -> Loaded:
     again = setting.checkpointed()
     family.set_speed("sdpa", gradient_checkpointing=again, vae_checkpointing=again)
     second = None
-    if setting.method == "dpo" and setting.train == "full":
+    if setting.method in REFERENCED and setting.train == "full":
         with torch.device("meta"):
             second = (models.unet() if setting.model == "sd1" else sdxl.unet()).requires_grad_(False).eval()
     loaded = Loaded(setting=setting, family=family, scorer=scorer, second=second)
@@ -117,6 +123,8 @@ def load(loaded: Loaded, call_checkpointing: bool = True) -> None:
             denoiser.forward = torch.autocast("cpu", dtype)(denoiser.forward)
     if setting.method in DIRECT and call_checkpointing:
         direct.checkpoint_calls(family.denoiser)
+    if setting.method in FORWARD:
+        loaded.earlier = WeightCopy(weight for weight in family.denoiser.parameters() if weight.requires_grad)
 
 
 def put(module: nn.Module, dtype: torch.dtype) -> None:
@@ -234,6 +242,70 @@ def data_loss(loaded: Loaded, folder: Path) -> Tensor:
     return captioned_loss(inputs, [image] * len(texts), texts, generators, caption_dropout=0.0).mean()
 
 
+@contextmanager
+def before_tuning(loaded: Loaded) -> Iterator[None]:
+    """Context, without gradient, in which the family predicts as before tuning: by a second denoiser, or with its LoRA off."""
+    family, tuned = loaded.family, loaded.family.denoiser
+    with torch.no_grad(), nullcontext() if loaded.second is not None else family.reference():
+        family.denoiser = tuned if loaded.second is None else loaded.second
+        try:
+            yield
+        finally:
+            family.denoiser = tuned
+
+
+def policy_loss(loaded: Loaded) -> Callable[[], Tensor]:
+    """Return the loss of a pass of DDPO, whose images are (image, step) pairs: with its defaults the model before tuning is not asked.
+
+    What a rollout has once is there: prompts are encoded.
+    """
+    family, model = loaded.family, ModelConfig(pretrained=Pretrained(model="-"))
+    own = {name.removeprefix("policy."): value for name, value in defaults.policy(family.defaults).items()}
+    config = ddpo.Config(prompts=Path("-"), policy=PolicyConfig(**own), model=model)  # type: ignore[arg-type]
+    texts, _ = loaded.prompts(loaded.setting.train_batch_size)
+    x = torch.zeros(len(texts), *family.latent_shape(loaded.setting.size()))
+    t, each = torch.full((len(texts),), 500), torch.ones(len(texts))
+    with torch.no_grad():
+        cond = family.encode(texts)
+    pairs = Pairs(x, x, t, t - 20, each, each)
+    return lambda: ddpo.losses_of(family, pairs, cond, config, None)[0].mean()
+
+
+def forward_loss(loaded: Loaded) -> Callable[[], Tensor]:
+    """Return the loss of a pass of AWM or DiffusionNFT: each image at one noise level. The earlier policy is asked, which AWM spares in
+    the first update of an epoch, and the model before tuning. Prompts are encoded, which an update does once for all noise levels.
+    """
+    family, earlier = loaded.family, loaded.earlier
+    assert earlier is not None
+    texts, generators = loaded.prompts(loaded.setting.train_batch_size)
+    x0 = torch.zeros(len(texts), *family.latent_shape(loaded.setting.size()))
+    given: dict[str, Any] = {
+        "prompts": Path("-"),
+        "model": ModelConfig(pretrained=Pretrained(model="-")),
+        "reward": RewardConfig(rewards=("imagereward=1.0",)),
+    }
+    matching, contrast, advantages = awm.Config(**given), nft.Config(**given), torch.ones(len(texts))
+    with torch.no_grad():
+        cond = family.encode(texts)
+
+    def loss() -> Tensor:
+        at = noised(family, x0, generators)
+        where = at.x, at.t, cond
+        with torch.no_grad(), earlier.swapped_in():
+            old = family.predict(*where).output
+        with before_tuning(loaded):
+            before = family.predict(*where).output
+        output = family.predict(*where).output
+        if loaded.setting.method == "awm":
+            own, _ = awm.policy_loss(at.errors(output), at.errors(old), at.sigma, advantages, matching)
+            return own + matching.kl_weight * distance(output, before)
+        rho, kind = nft.probabilities(advantages), family.prediction_type
+        losses = nft.nft_losses(output, old, at, x0, kind, rho, contrast.beta)
+        return contrast.scored.advantage_clip * losses.mean() + contrast.kl_weight * distance(output, before)
+
+    return loss
+
+
 def pair_loss(loaded: Loaded, folder: Path) -> Tensor:
     """Return the loss of an update of DPO, of --train-batch-size pairs; writes an image to the folder."""
     family, size, image = loaded.family, loaded.setting.size(), folder / "image.png"
@@ -246,11 +318,8 @@ def pair_loss(loaded: Loaded, folder: Path) -> Tensor:
         return loaded.prompts(len(texts))[1]
 
     x0, cond = dpo.inputs_of(CaptionedInputs(family, size), pairs, draw, 0.0)
-    tuned = family.denoiser
-    with torch.no_grad(), nullcontext() if loaded.second is not None else family.reference():
-        family.denoiser = tuned if loaded.second is None else loaded.second
+    with before_tuning(loaded):
         before = dpo.errors_of(family, x0, cond, draw)
-    family.denoiser = tuned
     errors = dpo.errors_of(family, x0, cond, draw)
     losses, _ = dpo.losses_of(errors, before, torch.ones(len(texts)), config, 1000)
     return losses.mean()
@@ -264,6 +333,10 @@ def loss_of(loaded: Loaded, folder: Path) -> Callable[[], Tensor]:
         return lambda: direct_loss(loaded)
     if loaded.setting.method == "dpo":
         return lambda: pair_loss(loaded, folder)
+    if loaded.setting.method == "ddpo":
+        return policy_loss(loaded)
+    if loaded.setting.method in FORWARD:
+        return forward_loss(loaded)
     return lambda: data_loss(loaded, folder)
 
 

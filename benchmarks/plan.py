@@ -53,7 +53,7 @@ class Config:
     checkpointing: Switch | None = None
     """Gradient checkpointing of the denoiser, and for refl, draft, drtune and flowbp of the decoder; None = on for these, else off."""
     reward_precision: RewardPrecision = "fp32"
-    """Precision of the scorer, ImageReward, which refl, draft, drtune, flowbp and raft have in memory."""
+    """Precision of the scorer, ImageReward, which all but pretrain, reward_weighted, weird_lora and dpo have in memory."""
     use_8bit_adam: bool = False
     """Keep AdamW's moments in 8 bits."""
     ema_decay: float = 0.0

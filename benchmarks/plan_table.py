@@ -4,10 +4,32 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+import torch
+
 from benchmarks.cards import CARDS
 from benchmarks.drivers import build
-from benchmarks.prediction import CONTEXT_GIB, FRAGMENTATION, GIB, Phase, count_images, count_update, fits
-from benchmarks.setting import SCORED, Method, Model, RewardPrecision, Setting, Train
+from benchmarks.prediction import (
+    CONTEXT_GIB,
+    FRAGMENTATION,
+    GIB,
+    Phase,
+    count_images,
+    count_update,
+    counting,
+    fits,
+)
+from benchmarks.setting import (
+    FORWARD,
+    GENERATED,
+    REFERENCED,
+    SCORED,
+    THROUGH_PIXELS,
+    Method,
+    Model,
+    RewardPrecision,
+    Setting,
+    Train,
+)
 from preftune.training.workspace import DTYPES
 
 SIZES = (8, 12, 16, 24, 40, 80)
@@ -18,6 +40,9 @@ METHODS: dict[Method, str] = {
     "refl": "refl",
     "raft": "raft",
     "pretrain": "pretrain, reward_weighted, weird_lora",
+    "dpo": "dpo",
+    "ddpo": "ddpo",
+    "awm": "awm, nft",
 }
 """Methods that differ in memory -> all that share the row."""
 MODELS: dict[Model, str] = {
@@ -42,10 +67,16 @@ def ladder(model: Model, method: Method, train: Train) -> Iterator[Setting]:
 
 
 @functools.cache
-def counted(setting: Setting) -> tuple[Phase, int]:
-    """Return an update and the peak in bytes while it loads."""
-    found, loading = count_update(setting)
-    return found, loading["loading"]
+def counted(setting: Setting) -> Phase:
+    """Return an update."""
+    return count_update(setting)[0]
+
+
+@functools.cache
+def loading_bytes(setting: Setting) -> int:
+    """Return the peak in bytes while a setting loads, which needs no update."""
+    with counting(setting) as (_, _, loading):
+        return loading
 
 
 @functools.cache
@@ -63,6 +94,16 @@ def scorer_bytes(precision: RewardPrecision) -> int:
     return sum(weight.numel() for weight in scorer.parameters()) * DTYPES[precision].itemsize
 
 
+@functools.cache
+def held_bytes(model: Model, method: Method, train: Train) -> int:
+    """Return the size of the denoisers that a method holds besides the trained one: the model before tuning, an earlier policy."""
+    loaded = build(Setting(model=model, method=method, train=train))
+    second = 0 if loaded.second is None else sum(weight.numel() for weight in loaded.second.parameters())
+    trained = sum(weight.numel() for weight in loaded.family.denoiser.parameters() if weight.requires_grad)
+    precisions = DTYPES[loaded.setting.mixed_precision].itemsize, torch.float32.itemsize
+    return precisions[0] * second + precisions[1] * trained * (method in FORWARD)
+
+
 def between(batch: int, figure: Callable[[int], float]) -> float:
     """Return a figure of a batch size from 1 to 8 from those of 1 and 8: of a convex function, as peaks and times are, this is no less."""
     if batch in (1, IMAGES):
@@ -72,30 +113,39 @@ def between(batch: int, figure: Callable[[int], float]) -> float:
 
 
 def basis(setting: Setting, batch: int) -> Setting:
-    """Return the setting that is counted for an update: raft's and pretrain's are the same, but for a scorer in memory."""
+    """Return the setting that is counted for an update: raft's and pretrain's are the same, but for a scorer in memory; the precision of
+    a scorer that the update does not ask makes no other difference, and the number of validation images makes none.
+    """
     if setting.method == "raft":
-        setting = replace(setting, method="pretrain", reward_precision="fp32")
-    return replace(setting, train_batch_size=batch)
+        setting = replace(setting, method="pretrain")
+    if setting.method not in THROUGH_PIXELS:
+        setting = replace(setting, reward_precision="fp32")
+    return replace(setting, train_batch_size=batch, sample_batch_size=Setting().sample_batch_size)
 
 
 def update_gib(setting: Setting) -> float:
     """Return the peak of loading and of an update."""
-    peak = between(setting.train_batch_size, lambda batch: counted(basis(setting, batch))[0].peak)
-    scorer = scorer_bytes(setting.reward_precision) if setting.method == "raft" else 0
-    return (max(peak, counted(basis(setting, 1))[1]) + scorer) / GIB
+    peak = between(setting.train_batch_size, lambda batch: counted(basis(setting, batch)).peak)
+    scorer = 0
+    if setting.method in GENERATED:  # raft's update was counted without one, the others' with one in float32
+        there = 0 if setting.method == "raft" else scorer_bytes("fp32")
+        scorer = scorer_bytes(setting.reward_precision) - there
+    return (max(peak, loading_bytes(replace(basis(setting, 1), checkpointing="on"))) + scorer) / GIB
 
 
 def images_gib(setting: Setting, number: int) -> float:
-    """Return the peak of so many validation images: pretrain's, with a scorer in memory for the others."""
+    """Return the peak of so many validation images: pretrain's, with what the others have in memory besides, a scorer or denoisers."""
     peak = image_bytes(setting.model, setting.train, setting.use_8bit_adam, number)
-    return (peak + (0 if setting.method == "pretrain" else scorer_bytes(setting.reward_precision))) / GIB
+    scorer = scorer_bytes(setting.reward_precision) if setting.method in SCORED else 0
+    held = held_bytes(setting.model, setting.method, setting.train) if setting.method in REFERENCED else 0
+    return (peak + scorer + held) / GIB
 
 
 def images_per_s(setting: Setting) -> float:
     """Return the modelled images/s of updates on an H100."""
 
     def seconds(batch: int) -> float:
-        return batch / counted(basis(setting, batch))[0].images_per_s(CARDS["H100"])["modelled"]
+        return batch / counted(basis(setting, batch)).images_per_s(CARDS["H100"])["modelled"]
 
     return setting.train_batch_size / between(setting.train_batch_size, seconds)
 
@@ -135,10 +185,12 @@ def page(models: Sequence[Model]) -> Iterator[str]:
         "# Will it fit",
         "",
         "Counted, not measured: the drivers' own functions on tensors without content. `python benchmarks/plan.py --model sd1 sdxl --table plan.md`",
-        "makes this page in a checkout, without a GPU. bf16, updates of 8 images, LoRA of rank 4, ImageReward in float32 for refl and raft. The peak",
+        "makes this page in a checkout, without a GPU. bf16, updates of 8 images, LoRA of rank 4, ImageReward in float32 for refl, raft, ddpo, awm and nft. The peak",
         "is the largest of loading the models, an update, and generating validation images; a GPU suffices where the peak,",
         f"{FRAGMENTATION:.0%} for holes between tensors and {CONTEXT_GIB:g} GiB for CUDA and its libraries are no more than its memory. Of the settings that fit, the fastest",
-        "is shown; all other flags are the defaults. Images/s are of updates on an H100, modelled from kernels and bytes, not measured.",
+        "is shown; all other flags are the defaults. Images/s are of updates on an H100, modelled from kernels and bytes, not measured. An image of dpo is",
+        "a pair of images, one of ddpo an (image, step) pair with guidance, one of awm and nft an image at one noise level. The time to generate the images",
+        "that raft, ddpo, awm and nft learn from is not in it.",
     )
     for model in models:
         yield from ("", f"## {MODELS[model]}", "")
@@ -148,6 +200,6 @@ def page(models: Sequence[Model]) -> Iterator[str]:
                 yield from rows(model, method, train)
     yield from (
         "",
-        "Not in the tables: `draft`, `drtune`, `flowbp` and `dpo`. `python benchmarks/plan.py --method draft dpo --train-batch-size 1` counts a setting of them, with their",
-        "defaults; what was counted so far is in [methods](methods.md#through-several-steps) and [preference pairs](preference-pairs.md#run-it). Nothing of it was measured.",
+        "Not in the tables: `draft`, `drtune` and `flowbp`. `python benchmarks/plan.py --method draft --train-batch-size 1` counts a setting of them, with their",
+        "defaults; what was counted so far is in [methods](methods.md#through-several-steps). Nothing of it was measured.",
     )

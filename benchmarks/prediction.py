@@ -125,8 +125,9 @@ def phase(
 def count_update(setting: Setting) -> tuple[Phase, dict[str, int]]:
     """Count an update. Return it, and the bytes of the weights at rest (with moments and EMA) and while they load."""
     with counting(setting) as (counter, trained, loading), TemporaryDirectory() as folder:
-        at_rest, loaded = counter.now, trained.loaded
+        loaded = trained.loaded
         loss = loss_of(loaded, Path(folder))
+        at_rest = counter.now
         batch = setting.train_batch_size
         times = setting.late if setting.method == "refl" else 1.0
         found = phase(counter, loaded.family, lambda: trained.update(loss), batch, times)

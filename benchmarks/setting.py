@@ -8,8 +8,8 @@ from preftune.resolution import parse as parse_resolution
 
 Model = Literal["sd1", "sdxl"]
 Method = Literal[
-    "refl", "raft", "pretrain", "reward_weighted", "weird_lora", "dpo", "draft", "drtune", "flowbp"
-]
+    "refl", "raft", "pretrain", "reward_weighted", "weird_lora", "dpo", "draft", "drtune", "flowbp", "ddpo", "awm", "nft"
+]  # fmt: skip
 Train = Literal["lora", "full"]
 Switch = Literal["off", "on"]
 Precision = Literal["no", "fp16", "bf16"]
@@ -19,8 +19,14 @@ DIRECT = ("draft", "drtune", "flowbp")
 """Methods whose gradient of a reward reaches several steps."""
 THROUGH_PIXELS = ("refl", *DIRECT)
 """Methods with a gradient through the decoder, whose denoiser and decoder are checkpointed by default."""
-SCORED = (*THROUGH_PIXELS, "raft")
+FORWARD = ("awm", "nft")
+"""Methods that hold an earlier policy, and train on images that it generated at random noise levels."""
+GENERATED = ("raft", "ddpo", *FORWARD)
+"""Methods that learn from images of their own: the scorer is in memory while an update lasts, and does nothing in it."""
+SCORED = (*THROUGH_PIXELS, *GENERATED)
 """Methods with a scorer in training."""
+REFERENCED = ("dpo", *FORWARD)
+"""Methods that ask the model before tuning by default: with all weights trained it is a second denoiser in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,18 +5,22 @@ import json
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import count, plan, plan_table, prediction
+import tiny
+from benchmarks import count, drivers, plan, plan_table, prediction
 from benchmarks.cards import CARDS
 from benchmarks.counter import BLOCK, Counter, Kernel, cuda_autocast, largest, lean_steps, totals
-from benchmarks.setting import SCORED, THROUGH_PIXELS, Setting
-from preftune import cli
+from benchmarks.setting import FORWARD, GENERATED, SCORED, THROUGH_PIXELS, Setting
+from preftune import cli, families
+from preftune.lora.config import LoRA
 from preftune.noise import Prediction
+from preftune.training.weight_copy import WeightCopy
 
 MIB = 2**20
 
@@ -183,7 +187,52 @@ def test_pairs_of_stable_diffusion_fit_into_10_gb() -> None:
     )
 
 
-@pytest.mark.parametrize("method", ["refl", "raft", "pretrain", "dpo", "draft", "drtune", "flowbp"])
+@pytest.mark.parametrize(("method", "forwards"), [("awm", 3), ("nft", 3), ("ddpo", 2)])
+def test_an_update_asks_each_policy_once(
+    method: plan_table.Method, forwards: int, tmp_path: Path, cpu: None
+) -> None:
+    """AWM and DiffusionNFT the earlier policy, the model before tuning, and the one that learns; DDPO this alone, with guidance."""
+    family: Any = families.load(tiny.pipeline_folder(tmp_path / "model"))
+    weights = [weight for weight in family.trainable(LoRA(), 0).parameters() if weight.requires_grad]
+    setting = Setting(method=method, resolution=str(tiny.PIXELS), train_batch_size=2)
+    earlier = WeightCopy(weights) if method in FORWARD else None
+    loaded = drivers.Loaded(setting=setting, family=family, scorer=None, earlier=earlier)
+    x = torch.zeros(2, *family.latent_shape(setting.size()))
+    with Counter() as counter:
+        cond = family.encode(["a", "b"])
+        counter.restart()
+        with torch.no_grad(), family.reference():
+            family.predict(x, torch.ones(2, dtype=torch.int64), cond)
+        one = totals(counter.kernels)["gflop"]
+        loss = drivers.loss_of(loaded, tmp_path)
+        counter.restart()
+        value = loss()
+        assert forwards <= totals(counter.kernels)["gflop"] / one < 1.2 * forwards
+    assert any(grad.abs().sum() > 0 for grad in torch.autograd.grad(value, weights))
+    if earlier is not None and method == "nft":
+        for weight in earlier.weights:
+            weight.fill_(0.1)
+        assert loss().item() != pytest.approx(value.item(), rel=1e-4), "the earlier policy is asked"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "batch", "gib", "tflop"),
+    [("awm", 1, 4.93, 3.385), ("nft", 1, 4.93, 3.385), ("ddpo", 2, 8.20, 3.555)],
+)
+def test_what_learns_from_images_of_its_own(
+    method: plan_table.Method, batch: int, gib: float, tflop: float
+) -> None:
+    """Of an image or pair at 512 px with a LoRA; the scorer, 1.7 GiB, is in memory besides. ddpo has two samples of a pair, as dpo has."""
+    found, _ = prediction.count_update(Setting(method=method, train_batch_size=batch))
+    assert found.peak / prediction.GIB == pytest.approx(gib, abs=0.02)
+    assert found.per_image()["tflop_per_image"] == pytest.approx(tflop, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["refl", "raft", "pretrain", "dpo", "draft", "drtune", "flowbp", "ddpo", "awm", "nft"],
+)
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_the_flags_that_a_plan_names_are_the_drivers(
     method: plan_table.Method, train: plan_table.Train
@@ -191,7 +240,8 @@ def test_the_flags_that_a_plan_names_are_the_drivers(
     """And they say the same: the driver that gets them is the one that was planned."""
     driver = importlib.import_module(f"finetune.{method}")
     needed = dict.fromkeys(THROUGH_PIXELS, "--prompts p.txt --model m")
-    needed |= {"raft": "--prompts p.txt --model m --rewards imagereward=1", "pretrain": "--data d --model m", "dpo": "--data d --model m"}  # fmt: skip
+    needed |= dict.fromkeys(GENERATED, "--prompts p.txt --model m --rewards imagereward=1")
+    needed |= dict.fromkeys(("pretrain", "dpo"), "--data d --model m")
     settings = list(plan_table.ladder("sd1", method, train))
     assert len(settings) >= 5
     for setting in (*settings, replace(settings[0], sample_batch_size=2)):
@@ -206,6 +256,15 @@ def test_the_flags_that_a_plan_names_are_the_drivers(
             assert config.model.vae_checkpointing == setting.checkpointed()
         if method in SCORED:
             assert config.reward.reward_precision == setting.reward_precision
+
+
+def test_an_update_is_counted_once_for_settings_that_do_not_change_it() -> None:
+    one = Setting(method="awm", train_batch_size=8, checkpointing="on")
+    for other in ({"sample_batch_size": 2}, {"reward_precision": "bf16"}):
+        assert plan_table.basis(replace(one, **other), 8) == plan_table.basis(one, 8)  # type: ignore[arg-type]
+    refl = Setting(reward_precision="bf16")
+    assert plan_table.basis(refl, 2) == refl, "its scorer is part of the update"
+    assert plan_table.basis(replace(one, method="raft"), 1).method == "pretrain"
 
 
 def test_a_figure_between_two_batch_sizes() -> None:
