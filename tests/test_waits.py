@@ -251,7 +251,13 @@ GENERATING = {"awm": _FEW, "nft": _FEW, "ddpo": "--inner-epochs 2"}
 """Drivers that generate images, and wait for these, before their first update -> flags with which they do not between the next ones."""
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+OFTEN = ("dpo", "draft", "nft", "refl")
+"""Drivers whose updates are counted with the quick tests; the others share their parts."""
+
+
+@pytest.mark.parametrize(
+    "driver", [pytest.param(name, marks=[pytest.mark.slow] * (name not in OFTEN)) for name in DRIVERS]
+)
 def test_an_update_waits_once(
     driver: str, root: Path, tmp_path: Path, request: pytest.FixtureRequest, cpu: None
 ) -> None:
