@@ -19,7 +19,7 @@ from rewards.digests import sampled_sha256_of
 from rewards.terms import parse_files, parse_weights
 
 FLAGS = (
-    "model", "vae", "weights", "vocab", "data", "regularisation", "pretraining_data", "prompts", "validation_prompts",
+    "model", "vae", "weights", "vocab", "image_tower", "data", "regularisation", "pretraining_data", "prompts", "validation_prompts",
     "reward_stats", "reward_vae", "lora_start",
 )  # fmt: skip
 """Flags that name files and folders, whose content counts and not their place."""
