@@ -3,15 +3,14 @@
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file
 
 import record_trajectories as recorded
 from finetune.pretrain_scorer import Config, Sizes, build_imagereward
+from preftune.images import load_pixels
 from rewards.clip import ClipScorer
 from rewards.image_tower import take_image_tower
 from rewards.imagereward import ImageReward
@@ -19,10 +18,6 @@ from rewards.training import load_trainable
 
 IMAGES = Path(__file__).parents[1] / "assets/tiny/images/000"
 STEPS = ("--max-train-steps", "1", "--learning-rate", "1e-9", "--mixed-precision", "no")
-
-
-def pil_to_tensor(path: Path) -> torch.Tensor:
-    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1) / 255
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -58,7 +53,7 @@ def tiny_imagereward(**sizes: int) -> ImageReward:
 def test_an_image_tower_of_a_clip_sees_as_it_did() -> None:
     """Unit vectors of images stay near: the layer norm that BLIP has not is part of the embeddings, but for one number."""
     clip, scorer = cast(ClipScorer, load_trainable(EMBEDDED_CLIP)), tiny_imagereward()
-    pixels = torch.stack([pil_to_tensor(path) for path in sorted(IMAGES.iterdir())[:32]])
+    pixels = torch.stack([load_pixels(path) for path in sorted(IMAGES.iterdir())[:32]])
     take_image_tower(scorer, clip)
     with torch.no_grad():
         theirs = clip.vision(pixels)
@@ -66,7 +61,7 @@ def test_an_image_tower_of_a_clip_sees_as_it_did() -> None:
     same, others = (ours * theirs).sum(1), ours @ theirs.T
     assert same.mean() > 0.9
     assert (others.argmax(1) == torch.arange(32)).float().mean() > 0.9
-    # of images of one colour where all patches have the mean sigma nothing is lost: the start token is exact
+    # the start token is the same in all images: nothing of it is averaged
     embedded = scorer.vision_model.embeddings(pixels[:1])[0, 0]
     assert torch.allclose(
         embedded,
