@@ -20,6 +20,7 @@ generated on demand, and accounts: whoever has a link is that person. The server
 --host than this machine, put it behind a server that encrypts.
 """
 
+import dataclasses
 import re
 import signal
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Config:
     annotators_per_item: int | None = None
     """Annotators who answer each prompt; None = all."""
     repeats: float = 0.05
-    """Share of items that an annotator gets a second time, for the agreement with himself, in [0, 1]."""
+    """Share of items that an annotator gets a second time, for the agreement with themselves, in [0, 1]."""
     choice_ties: bool = False
     """Let a choice be left undecided."""
     raters: tuple[str, ...] = ()
@@ -132,12 +133,14 @@ def study_of(config: Config) -> tuple[Settings, list[Item]]:
     if is_study(folder):
         settings, items = read_study(folder)
         asked = settings_of(config)
-        if config.data and asked != settings:
-            name = next(name for name in vars(asked) if getattr(asked, name) != getattr(settings, name))
-            raise ValueError(
-                f"{folder} holds a study with --{name.replace('_', '-')} {getattr(settings, name)}, not {getattr(asked, name)};"
-                " leave --data out to go on with it, or choose another --output-dir"
-            )
+        usual = {field.name: field.default for field in dataclasses.fields(Config)}
+        for name, value in vars(asked).items():  # without --data, what is not named is the study's
+            if value != getattr(settings, name) and (config.data or value != usual[name]):
+                raise ValueError(
+                    f"{folder} holds a study with --{name.replace('_', '-')} {_typed(getattr(settings, name))}, not {_typed(value)};"
+                    " leave --data and the flags of the study out to go on with it, or choose another --output-dir"
+                )
+        _check_tasks(config, settings)
         return settings, items
     if folder.exists():
         raise ValueError(f"{folder} exists already and is no study; remove it or choose another --output-dir")
@@ -146,11 +149,26 @@ def study_of(config: Config) -> tuple[Settings, list[Item]]:
             f"there is no study at {folder} yet; --data names the folders of images to make it of"
         )
     settings = settings_of(config)
+    _check_tasks(config, settings)
+    if config.serve and not (config.annotators or config.inspectors):
+        raise ValueError("nobody takes part; --annotators names people")
     annotation_study.named_folders(settings.data)
     with replacing(folder) as unfinished:
         unfinished.mkdir()
         items = annotation_study.write(unfinished, settings)
     return settings, items
+
+
+def _check_tasks(config: Config, settings: Settings) -> None:
+    if config.drop_problems and "prompt" not in settings.tasks:
+        raise ValueError(
+            f"--drop-problems needs answers of the task prompt, and this study has {', '.join(settings.tasks)}"
+        )
+
+
+def _typed(value: object) -> str:
+    """Return a value as it is typed."""
+    return (" ".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
 
 
 def guidelines_of(config: Config) -> str:
@@ -190,10 +208,6 @@ def main(config: Config) -> None:
     with exit_on_user_error():
         guidelines = guidelines_of(config)
         settings, items = study_of(config)
-        if config.drop_problems and "prompt" not in settings.tasks:
-            raise ValueError(
-                f"--drop-problems needs answers of the task prompt, and this study has {', '.join(settings.tasks)}"
-            )
         raters = annotation_study.read_raters(config.raters_from, items)
         if (
             not config.serve

@@ -18,6 +18,7 @@ a folder with captions, several for each caption, or with rankings (by people, s
     images/          the images of the rankings, hard links where possible: preftune reward-model and preftune dpo read the folder
     errors.jsonl     questions without an answer, and why; none of them is a score
     calls.jsonl      all answers as they came, line by line, with tokens; an answer that is there is not asked for again
+    begun.json       data, model, mode and aspects: a start with others is refused, for its results would replace these
     summary.json     counts, tokens, cost, agreement of two orders, position bias
 
 Of a prompt with more images than --max-images so many are drawn, at random but always the same. Without the prompt training would
@@ -43,6 +44,7 @@ from preftune.cli import exit_on_user_error, parse
 from preftune.mllm.config import ASPECTS, EndpointConfig
 
 IMAGES = "images"
+PROGRAM = "annotate-mllm"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +118,16 @@ class Written:
     counts: Counter[str] = field(default_factory=Counter)
 
 
+def flags_of(config: Config) -> dict[str, str]:
+    """Return the flags without which the answers are of other questions: those of another rule, or of more prompts, are not."""
+    return {
+        "--data": str(config.data.resolve()),
+        "--model": config.endpoint.model,
+        "--mode": config.mode,
+        "--aspects": " ".join(config.aspects),
+    }
+
+
 def check_inputs(config: Config) -> tuple[list[Group], list[Template], Counter[str]]:
     """Return groups and templates, and what was left out; ValueError for what is wrong, before anything is asked."""
     folder = config.output_dir
@@ -123,7 +135,7 @@ def check_inputs(config: Config) -> tuple[list[Group], list[Template], Counter[s
         raise ValueError(
             f"--output-dir {folder} is --data, whose rankings would be lost; choose another folder"
         )
-    check_folder(folder)
+    check_folder(folder, PROGRAM, flags_of(config))
     if not config.data.is_dir():
         raise ValueError(f"there is no data at {config.data}")
     kind = "compare" if config.mode == "pairwise" else "rate"
@@ -319,7 +331,7 @@ def main(config: Config) -> None:
             f"of {counted(drawn, 'prompt')} with more images {config.max_images} each were drawn (--max-images)"
         )
     tidy(*{(config.output_dir / IMAGES / name).parent for group in groups for name in group.names})
-    with asking(config.output_dir, config.endpoint) as client:
+    with asking(config.output_dir, config.endpoint, PROGRAM, flags_of(config)) as client:
         failed = ask_all(client, list(all_tasks(config, groups, templates)))
         summary = write_results(config, client, groups, templates, failed, left_out)
     show(report(config, summary))

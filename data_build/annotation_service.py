@@ -137,7 +137,7 @@ class Service:
 
     def save(self, person: Person, body: Mapping[str, Any]) -> dict[str, Any]:
         """Store the answer of a task of this person; RefusalError for another's task, or an answer that is none."""
-        identity, seconds = body.get("task"), body.get("seconds", 0)
+        identity, seconds = body.get("task"), body.get("seconds")
         task = next((task for task in self.tasks(person.name) if task.id == identity), None)
         if task is None:
             raise RefusalError(403, "this is no task of yours")

@@ -17,6 +17,7 @@ and medium where they are listed, weights and flags of interfaces, and Diffusion
     index.html       how often each style word is there before and after, and prompts with what was removed
     summary.json     counts
     calls.jsonl      of a model: all answers as they came; an answer that is there is not asked for again
+    begun.json       of a model: its name and the prompt files, without which the folder is not gone on with
 
 Prints the same frequencies. The words that are counted are those of the rules, so that what these do not know is not in the
 list; of a model `removed` holds those that are gone. The page also shows the parts between commas that are left most often. Rules
@@ -26,6 +27,7 @@ that are unsafe for work stay; annotators can mark them (annotate.py).
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -101,10 +103,13 @@ from preftune.prompts import read_rows
 from preftune.records import write_jsonl, write_lines
 
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
+PROGRAM = "clean-prompts"
 PRINTED = 20
 """Words whose frequencies are printed."""
 COUNTED = 100
 """Words on the page, and parts that are left."""
+_PIECE = re.compile(r"\s*(?:\w+|[^\w\s])")
+"""A word or a sign, with the spaces before it."""
 MAX_SHOWN = 2_000
 """Characters of a prompt on the page."""
 
@@ -163,16 +168,13 @@ def summary_of(
 
 
 def pieces(original: str, cleaned: str) -> list[tuple[str, str]]:
-    """Return the original word by word as ("same" or "gone", words), and ("new", words) where the cleaned one has others."""
-    old, new = (text[:MAX_SHOWN].split() for text in (original, cleaned))
+    """Return the original, with its spaces, as ("same" or "gone", words), and ("new", words) where the cleaned one has others."""
+    old, new = (_PIECE.findall(text[:MAX_SHOWN]) for text in (original, cleaned))
+    bare = [[word.strip() for word in words] for words in (old, new)]
     found = list[tuple[str, str]]()
-    for tag, a, b, c, d in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        if tag == "equal":
-            found.append(("same", " ".join(old[a:b])))
-        else:
-            found += [
-                (kind, " ".join(words)) for kind, words in (("gone", old[a:b]), ("new", new[c:d])) if words
-            ]
+    for tag, a, b, c, d in difflib.SequenceMatcher(None, bare[0], bare[1], autojunk=False).get_opcodes():
+        parts = [("same", old[a:b])] if tag == "equal" else [("gone", old[a:b]), ("new", new[c:d])]
+        found += [(kind, "".join(words)) for kind, words in parts if words]
     return found
 
 
@@ -219,13 +221,14 @@ def by_model(
     cleaned = [Cleaned(prompt=text) for text in originals]
     errors: dict[int, str] = {}
     templates, endpoint = config.templates or OURS, config.endpoint.config()
-    with asking(config.output_dir, endpoint) as client:
+    with asking(config.output_dir, endpoint, PROGRAM, flags_of(config)) as client:
         for place, asked in watched(clean_all(client, originals, templates), len(originals), "prompt"):
             if asked.value is None:
                 errors[place] = asked.error
             else:
                 gone = words_gone(originals[place], asked.value, table)
-                cleaned[place] = Cleaned(prompt=asked.value, removed=gone)
+                bare = clean(originals[place], table).only_style
+                cleaned[place] = Cleaned(prompt=asked.value, removed=gone, only_style=bare)
         used = all_calls(client)
     kinds = Counter(errors.values())
     about = {"model": endpoint.model, "template": load(templates, "clean").digest}
@@ -243,10 +246,18 @@ def words_gone(original: str, prompt: str, table: Table) -> tuple[Removed, ...]:
     )
 
 
+def flags_of(config: Config) -> dict[str, str]:
+    """Return the flags without which a model's answers are of other questions."""
+    return {
+        "--prompts": " ".join(str(path.resolve()) for path in config.prompts),
+        "--model": config.endpoint.config().model,
+    }
+
+
 def check_inputs(config: Config) -> tuple[list[str], Table]:
     """Return the prompts, and the words whose frequencies are counted; ValueError for what is wrong, before anything is asked."""
     if config.cleaner == "model":
-        check_folder(config.output_dir)
+        check_folder(config.output_dir, PROGRAM, flags_of(config))
         load(config.templates or OURS, "clean")
         config.endpoint.config().key()
     elif config.output_dir.exists():

@@ -1,6 +1,7 @@
 """What programs that ask a model have in common: a folder that is gone on with, the file of the answers, the bar, tokens and cost."""
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,31 +10,56 @@ from tqdm import tqdm
 
 from preftune.cli import exit_on_user_error
 from preftune.cli.notes import counted, say
-from preftune.files import is_leftover, tidy
+from preftune.files import is_leftover, tidy, write_text
 from preftune.files.lock import is_lock
 from preftune.mllm.calls import CallLog
 from preftune.mllm.client import Asked, Client, EndpointError
 from preftune.mllm.config import EndpointConfig, TextEndpointConfig
+from rewards.input_files import read_text
 
 CALLS = "calls.jsonl"
 """All answers as they came, in the folder of the output."""
+BEGUN = "begun.json"
+"""What began the folder: the program, and its flags without which the results are others."""
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 
-def check_folder(folder: Path) -> None:
-    """Raise ValueError for an output folder with something in it that no such program has begun."""
+def check_folder(folder: Path, program: str, flags: Mapping[str, str]) -> None:
+    """Raise ValueError for an output folder with something in it that this program has not begun with the same flags.
+
+    The results of other flags would replace those that are there.
+    """
+    if (folder / BEGUN).is_file():
+        try:
+            begun = json.loads(read_text(folder / BEGUN))
+            earlier, same_program = dict(begun["flags"]), begun["program"] == program
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / BEGUN} is damaged; choose another --output-dir") from error
+        if not same_program:
+            raise ValueError(f"{folder} was begun by {begun['program']}; choose another --output-dir")
+        for flag, value in flags.items():
+            if earlier.get(flag) != value:
+                raise ValueError(
+                    f"{folder} was begun with {flag} {earlier.get(flag)}, got {value}; its results would be lost: choose another"
+                    " --output-dir"
+                )
+        return
     others = list(folder.iterdir()) if folder.is_dir() else []
-    if not (folder / CALLS).is_file() and not all(is_leftover(path) or is_lock(path) for path in others):
+    if not all(is_leftover(path) or is_lock(path) for path in others):
         raise ValueError(f"{folder} exists and holds something else; choose another --output-dir")
 
 
 @contextmanager
-def asking(folder: Path, config: EndpointConfig) -> Iterator[Client]:
+def asking(folder: Path, config: EndpointConfig, program: str, flags: Mapping[str, str]) -> Iterator[Client]:
     """Make the folder of the output, or open one that has been begun, and yield who asks and keeps the answers there."""
     folder.mkdir(parents=True, exist_ok=True)
     tidy(folder)
     with exit_on_user_error():
+        if not (folder / BEGUN).exists():
+            write_text(
+                folder / BEGUN, json.dumps({"program": program, "flags": dict(flags)}, indent=2) + "\n"
+            )
         calls = CallLog(folder / CALLS)
     with calls, Client(config, calls) as client:
         yield client

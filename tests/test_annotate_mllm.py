@@ -15,11 +15,11 @@ from PIL import Image
 
 from annotated import config as study_config
 from annotated import service
-from data_build import annotate, annotate_mllm, mllm_tasks
+from data_build import annotate, annotate_mllm, clean_prompts, mllm_tasks
 from data_build.annotate_mllm import Config
 from data_build.mllm_tasks import Group
 from preftune.mllm import backoff
-from preftune.mllm.config import EndpointConfig
+from preftune.mllm.config import EndpointConfig, OptionalEndpointConfig
 from preftune.records import read_jsonl, read_rankings, write_jsonl
 from preftune.training import labelled_pairs, rankings
 from rewards.digests import sha256_of
@@ -297,6 +297,32 @@ def test_what_is_refused(
         said = refused(config(stub, data, {"answer_retries": 0}), capsys)
         assert "no prompt has a ranking" in said
         assert not read_jsonl(data.parent / "out" / "ratings.jsonl")
+
+
+def test_a_folder_belongs_to_one_program_and_its_flags(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Results that are there are not replaced by those of another question; another rule asks nothing."""
+    with StubEndpoint() as stub:
+        annotate_mllm.main(config(stub, data))
+        asked, before = len(stub.requests), (data.parent / "out/ratings.jsonl").read_bytes()
+        for changes, endpoint, said in (
+            ({"mode": "pairwise"}, {}, "was begun with --mode "),
+            ({"aspects": ("alignment",)}, {}, "was begun with --aspects "),
+            ({}, {"model": "another"}, "was begun with --model judge-7b, got another"),
+        ):
+            assert said in refused(config(stub, data, endpoint, **changes), capsys)
+        (data.parent / "prompts.txt").write_text("a cat, 8k\n")
+        cleaning = clean_prompts.Config(
+            prompts=(data.parent / "prompts.txt",), output_dir=data.parent / "out", cleaner="model",
+            endpoint=OptionalEndpointConfig(base_url=stub.url, model="judge-7b"),
+        )  # fmt: skip
+        with pytest.raises(SystemExit):
+            clean_prompts.main(cleaning)
+        assert "was begun by annotate-mllm; choose another --output-dir" in capsys.readouterr().err
+        (data.parent / "out/begun.json").write_text("{")
+        assert "begun.json is damaged" in refused(config(stub, data), capsys)
+        assert (len(stub.requests), (data.parent / "out/ratings.jsonl").read_bytes()) == (asked, before)
 
 
 def test_large_groups_and_counts(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -472,8 +472,17 @@ def test_another_study_in_the_folder_is_said(tmp_path: Path, capsys: pytest.Capt
     annotate.main(config(tmp_path, data, serve=False))
     with pytest.raises(SystemExit):
         annotate.main(config(tmp_path, data, serve=False, seed=7))
-    assert "holds a study with --seed 1, not 7; leave --data out" in capsys.readouterr().err
-    annotate.main(config(tmp_path, serve=False, seed=7))
+    assert "holds a study with --seed 1, not 7; leave --data and the flags" in capsys.readouterr().err
+    for flags, said in (
+        ({"seed": 7}, "--seed 1, not 7"),
+        ({"repeats": 0.5}, "--repeats 0.05, not 0.5"),
+        ({"raters": ("hpsv2.1",)}, "--raters none, not hpsv2.1"),
+        ({"tasks": ("prompt", "ranking")}, "--tasks ranking, not prompt ranking"),
+    ):
+        with pytest.raises(SystemExit):
+            annotate.main(config(tmp_path, serve=False, **flags))
+        assert f"holds a study with {said};" in capsys.readouterr().err, "without --data, too"
+    annotate.main(config(tmp_path, serve=False))
     with pytest.raises(SystemExit):
         annotate.main(config(tmp_path, serve=False, drop_problems=("sexual",)))
     assert (

@@ -222,7 +222,10 @@ def test_frequencies_by_hand(table: Table) -> None:
 
 def test_pieces_say_both() -> None:
     assert pieces("a 8 k cat , hd", "a 8k cat") == [
-        ("same", "a"), ("gone", "8 k"), ("new", "8k"), ("same", "cat"), ("gone", ", hd"),
+        ("same", "a"), ("gone", " 8 k"), ("new", " 8k"), ("same", " cat"), ("gone", " , hd"),
+    ]  # fmt: skip
+    assert pieces("(a red car:1.3), hd", "a red car") == [
+        ("gone", "("), ("same", "a red car"), ("gone", ":1.3), hd"),
     ]  # fmt: skip
 
 

@@ -108,11 +108,19 @@ class Client:
         """
         threads = self.config.concurrency
         self._stop.clear()
+
+        def ending(item: Item) -> Result:
+            try:
+                return function(item)
+            except EndpointError:
+                self._stop.set()  # before this thread takes the next item
+                raise
+
         pending: dict[Future[Result], Item] = {}
         with ThreadPoolExecutor(threads) as pool:
             try:
                 for item in items:
-                    pending[pool.submit(function, item)] = item
+                    pending[pool.submit(ending, item)] = item
                     if len(pending) >= 2 * threads:
                         yield from _done(pending)
                 while pending:
