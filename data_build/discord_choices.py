@@ -15,8 +15,8 @@ their media, a message at a time; memory does not grow with their number (measur
     summary.json     counts
 
 Left out, and counted: groups of one, answers with fewer images than asked for, images that the bot flags as unsafe for work,
-choices with another prompt, of another person's image, of a file that is none of the bot's, and all answers to such a file,
-which may show somebody. A group is chosen from once. The file name says which image was sent back, as far as the images are
+choices with another prompt, of another person's image, of an image whose answer was left out, of a file that is none of the
+bot's, and all answers to such a file, which may show somebody. A group is chosen from once. The file name says which image was sent back, as far as the images are
 alike, otherwise a perceptual hash (discord_matching.py). Ids of people are hashed with a salt and names are not written. Whether the bot's
 grammar (dream_bot.py) is that of another server's bot has to be looked at: `--bot` is only its name. Hardware: one CPU core
 reads 9,000 messages per second, and recognises 150 JPEG or 38 PNG images of 512 pixels. Left out: addresses in place of attachments,
@@ -75,6 +75,7 @@ from data_build.discord_export import Export, Message, attachment_path, find_exp
 from data_build.discord_groups import GroupImage, Groups, opened
 from data_build.discord_matching import Missed, Upload
 from data_build.dream_bot import SPOILER, arrangement, parse_answer, parse_command
+from preftune.cli.notes import counted
 from preftune.cli.printable import show
 from preftune.files import replacing
 from preftune.files.one_writer import one_writer
@@ -87,6 +88,10 @@ SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif", "PPM": ".ppm"}
 """Format -> suffix, where that is not the format's name."""
 FOREIGN = ("foreign upload", "upload not readable", "several attachments")
 """Why an attached image may be somebody's own, so that the answers to it are left out, too."""
+TO_FOREIGN = "answer to a foreign upload"
+UNKNOWN = "nobody knows who asked"
+UNSAFE = "unsafe for work"
+LEFT_OUT = "image of an answer that was left out"
 
 
 @dataclass(kw_only=True)
@@ -153,7 +158,7 @@ def ranking_rows(exports: list[Export], work: Work) -> Iterator[dict[str, Any]]:
         if export.channel != channel:
             channel, last = export.channel, 0
         messages = enumerate(sound_messages(export), 1)
-        for at, message in tqdm(messages, desc=f"export {number}", unit="message", mininterval=1):
+        for at, message in tqdm(messages, desc=f"export {number}", unit=" message", mininterval=1):
             place = f"export {number} message {at}"
             work.counts["messages"] += 1
             if message is None:
@@ -180,20 +185,26 @@ def take_answer(work: Work, export: Export, message: Message, place: str) -> Non
         asker = hashed(work.salt, message.mentions[0]), False
     layout = arrangement(answer, len(message.attachments))
     shown = [file for file in message.attachments if not file.name.startswith(SPOILER)]
-    if isinstance(layout, str):
-        leave_out(work, place, layout)
+    alone = layout is None and len(shown) == 1
+    reason = ""
+    if asker is not None and asker[1]:
+        reason = TO_FOREIGN
+    elif isinstance(layout, str):
+        reason = layout
     elif asker is None:
-        leave_out(work, place, "nobody knows who asked")
-    elif asker[1]:
-        leave_out(work, place, "answer to a foreign upload")
-    elif answer.nsfw or not shown:
-        leave_out(work, place, "unsafe for work")
-    elif layout is None and len(shown) < 2:
-        leave_out(work, place, "unsafe for work", "one image is left")
-    else:
+        reason = UNKNOWN
+    elif answer.nsfw or not shown or alone:
+        reason = UNSAFE
+    whole = message.attachments if reason else [file for file in message.attachments if file not in shown]
+    about = (export.channel, asker[0] if asker else "", answer.command.prompt, str(export.path.parent))
+    if whole:  # what is known of them says where a file is from that is sent back
+        work.groups.add(*about, whole, None, left_out=reason or UNSAFE)
+    if reason:
+        is_flagged = reason == UNSAFE and alone and not answer.nsfw
+        leave_out(work, place, reason, "one image is left" if is_flagged else "")
+    elif not isinstance(layout, str):
         work.counts.update(groups=1, images_unsafe_for_work=len(message.attachments) - len(shown))
-        folder = str(export.path.parent)
-        work.groups.add(export.channel, asker[0], answer.command.prompt, folder, shown, layout)
+        work.groups.add(*about, shown, layout)
 
 
 def take_command(work: Work, export: Export, message: Message, place: str) -> dict[str, Any] | None:
@@ -208,6 +219,7 @@ def take_command(work: Work, export: Export, message: Message, place: str) -> di
         return None
     work.counts["commands_with_images"] += 1
     found: tuple[GroupImage, str] | Missed | str = "several attachments"
+    why = ""
     if len(message.attachments) == 1:
         upload = Upload(export.path.parent, message.attachments[0])
         candidates = work.groups.candidates(export.channel, person, command.prompt)
@@ -215,9 +227,14 @@ def take_command(work: Work, export: Export, message: Message, place: str) -> di
         if found in ("foreign upload", "upload not readable"):
             other = discord_matching.elsewhere(work.groups, upload, export.channel, person)
             found = other if other != "foreign upload" else found
-    work.groups.asked(message.id, person, foreign_upload=found in FOREIGN)
+        if found in FOREIGN and (
+            why := discord_matching.left_out(work.groups, upload, export.channel, person)
+        ):
+            found = LEFT_OUT
+    foreign = found in FOREIGN or why in (TO_FOREIGN, UNKNOWN)
+    work.groups.asked(message.id, person, foreign_upload=foreign)
     if isinstance(found, str):
-        leave_out(work, place, found)
+        leave_out(work, place, found, why)
         return None
     image, how = found
     if not work.groups.choose(image):
@@ -296,8 +313,11 @@ def write_folder(config: Config, exports: list[Export], salt: bytes, folder: Pat
 def nothing_found(summary: dict[str, Any], bots: tuple[str, ...]) -> str:
     """Why there is no choice."""
     if not summary["answers"]:
+        if not summary["messages"]:
+            return "the exports have no messages: their lists of messages are empty"
         return f"no message of {' or '.join(bots)} repeats a command and has images; --bot names another bot"
-    return f"no choice is left of {summary['groups']} groups; left out: {summary['left_out'] or 'nothing'}"
+    reasons = ", ".join(f"{number:,} {reason}" for reason, number in summary["left_out"].items())
+    return f"no choice is left of {counted(summary['groups'], 'group')}; left out: {reasons or 'nothing'}"
 
 
 @one_writer

@@ -19,6 +19,7 @@ from ijson.common import ObjectBuilder
 
 from data_build.decode import UnusableError, or_unusable
 from preftune import images
+from preftune.cli.notes import counted
 from preftune.records import check_name, field, inside
 from rewards.input_files import MAX_DEPTH, check_regular, has_surrogate, read_bytes
 
@@ -67,10 +68,14 @@ class Export:
 
 def find_export(path: Path) -> Export:
     """Return what a file exports, which its begin says; ValueError where it is no export."""
-    channel, first = "", 0
+    if path.is_dir():
+        raise ValueError(f"--input {path} is a folder; name the exports in it: {path}/*.json")
+    channel, first, has_list = "", 0, False
     for kind, value in _parts(path):
         if kind == "channel":
             channel = str(value)
+        elif kind == "list":
+            has_list = True
         elif (message := _message_of(value)) is not None:
             first = message.id
             break
@@ -78,6 +83,8 @@ def find_export(path: Path) -> Export:
         raise ValueError(
             f"{path} is no JSON export of DiscordChatExporter: no channel with an id comes before its messages"
         )
+    if not has_list:
+        raise ValueError(f"{path} is no JSON export of DiscordChatExporter: it has no list of messages")
     return Export(path=path, channel=channel, first=first)
 
 
@@ -117,7 +124,8 @@ class _Bounded:
 
 
 def _parts(path: Path) -> Iterator[tuple[str, Any]]:
-    """("channel", id) and ("message", value) for each message, in the order of the file; ValueError where it is not JSON.
+    """("channel", id), ("list", None) where the messages begin and ("message", value) for each, in the order of the file; ValueError
+    where it is not JSON.
 
     Events are taken one by one, for the parser has no bound on depth and would hold the names of all levels.
     """
@@ -134,7 +142,15 @@ def _parts(path: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
     except (ijson.JSONError, ValueError, OverflowError) as error:
         detail = str(error).split("\n")[0].removeprefix("parse error: ").removeprefix("lexical error: ")
-        raise ValueError(f"{path} cannot be read after {count} messages: {detail}") from error
+        if path.is_file() and not path.stat().st_size:
+            raise ValueError(f"{path} is empty, no JSON export of DiscordChatExporter") from error
+        if count:
+            raise ValueError(
+                f"{path} breaks off, or cannot be read, after {counted(count, 'message')}: {detail}"
+            ) from error
+        raise ValueError(
+            f"{path} cannot be read as far as its first message: {detail.rstrip('.')}; is it a whole export of --format Json?"
+        ) from error
 
 
 def _parsed(events: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -152,6 +168,8 @@ def _parsed(events: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
             key = value
         elif section == "channel" and depth == 2 and key == "id" and event in ("string", "number"):
             yield "channel", value
+        elif section == "messages" and depth == 1 and event == "start_array":
+            yield "list", None
         elif section == "messages" and depth == 2 and event == "start_map":
             builder = ObjectBuilder()
             builder.event(event, value)

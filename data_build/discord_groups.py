@@ -15,8 +15,8 @@ from data_build.discord_export import Attachment
 
 _TABLES = """
 CREATE TABLE commands (message TEXT PRIMARY KEY, person TEXT, foreign_upload INT) WITHOUT ROWID;
-CREATE TABLE groups (id INTEGER PRIMARY KEY, channel TEXT, person TEXT, prompt TEXT, chosen INT);
-CREATE INDEX groups_of ON groups (channel, person, prompt);
+CREATE TABLE groups (id INTEGER PRIMARY KEY, channel TEXT, person TEXT, prompt TEXT, left_out TEXT, chosen INT);
+CREATE INDEX groups_of ON groups (channel, person, prompt, left_out);
 CREATE TABLE images (id INTEGER PRIMARY KEY, "group" INT, place INT, folder TEXT, name TEXT, url TEXT, rows INT, columns INT, hash TEXT);
 CREATE INDEX images_of ON images ("group");
 CREATE INDEX images_named ON images (name);
@@ -72,12 +72,13 @@ class Groups:
         return next(((person, bool(foreign)) for person, foreign in found), None)
 
     def add(
-        self, channel: str, person: str, prompt: str, folder: str, files: Sequence[Attachment], layout: tuple[int, int] | None
+        self, channel: str, person: str, prompt: str, folder: str, files: Sequence[Attachment], layout: tuple[int, int] | None,
+        *, left_out: str = "",
     ) -> None:  # fmt: skip
-        """Add an answer: its files, or the cells of the one grid that it has."""
-        row = (channel, person, prompt)
+        """Add an answer: its files, or the cells of the one grid that it has; `left_out` says why nobody can choose from it."""
+        row = (channel, person, prompt, left_out)
         group = self._database.execute(
-            "INSERT INTO groups (channel, person, prompt) VALUES (?, ?, ?)", row
+            "INSERT INTO groups (channel, person, prompt, left_out) VALUES (?, ?, ?, ?)", row
         ).lastrowid
         rows, columns = layout or (0, 0)
         members = files if layout is None else [files[0]] * (rows * columns)
@@ -91,22 +92,28 @@ class Groups:
 
     def candidates(self, channel: str, person: str, prompt: str) -> list[GroupImage]:
         """Return the images that a person got for a prompt in a channel, of the newest NEWEST groups."""
-        newest = f"SELECT id FROM groups WHERE channel = ? AND person = ? AND prompt = ? ORDER BY id DESC LIMIT {NEWEST}"
+        newest = f"SELECT id FROM groups WHERE channel = ? AND person = ? AND prompt = ? AND left_out = '' ORDER BY id DESC LIMIT {NEWEST}"
         where = f'"group" IN ({newest})'
         return self._images(f"{where} ORDER BY id", channel, person, prompt)
 
-    def recent(self, channel: str, person: str) -> list[GroupImage]:
-        """Return the images of the newest RECENT groups that a person got for any prompt in a channel."""
-        newest = f"SELECT id FROM groups WHERE channel = ? AND person = ? ORDER BY id DESC LIMIT {RECENT}"
+    def recent(self, channel: str, person: str, *, left_out: bool = False) -> list[GroupImage]:
+        """Return the images of the newest RECENT groups that a person got for any prompt in a channel, or of those left out."""
+        sort = "<>" if left_out else "="
+        newest = f"SELECT id FROM groups WHERE channel = ? AND person = ? AND left_out {sort} '' ORDER BY id DESC LIMIT {RECENT}"
         return self._images(f'"group" IN ({newest}) ORDER BY id', channel, person)
 
-    def named(self, channel: str, name: str, limit: int = 20) -> list[tuple[GroupImage, str]]:
-        """Return the newest images apart of a name in a channel, whoever asked for them, with that person."""
-        found = self._images(f"name = ? AND rows = 0 ORDER BY id DESC LIMIT {limit}", name.casefold())
-        owners = [self._owner(image.group) for image in found]
-        return [
-            (image, person) for image, (there, person) in zip(found, owners, strict=True) if there == channel
-        ]
+    def named(
+        self, channel: str, name: str, limit: int = 20, *, left_out: bool = False
+    ) -> list[tuple[GroupImage, str]]:
+        """Return the newest images apart of a name in a channel, whoever asked for them, with that person; or those left out."""
+        some = f"SELECT id FROM groups WHERE channel = ? AND left_out {'<>' if left_out else '='} ''"
+        where = f'name = ? AND rows = 0 AND "group" IN ({some}) ORDER BY id DESC LIMIT {limit}'
+        return [(image, self._owner(image.group)) for image in self._images(where, name.casefold(), channel)]
+
+    def why_left_out(self, image: GroupImage) -> str:
+        """Return why nobody can choose an image; empty where somebody can."""
+        row = self._database.execute("SELECT left_out FROM groups WHERE id = ?", (image.group,)).fetchone()
+        return str(row[0])
 
     def members(self, group: int) -> list[GroupImage]:
         """Return the images of a group, in their order."""
@@ -123,11 +130,9 @@ class Groups:
         )
         return done.rowcount == 1
 
-    def _owner(self, group: int) -> tuple[str, str]:
-        found: tuple[str, str] = self._database.execute(
-            "SELECT channel, person FROM groups WHERE id = ?", (group,)
-        ).fetchone()
-        return found
+    def _owner(self, group: int) -> str:
+        row = self._database.execute("SELECT person FROM groups WHERE id = ?", (group,)).fetchone()
+        return str(row[0])
 
     def _images(self, where: str, *values: str | int) -> list[GroupImage]:
         found = self._database.execute(

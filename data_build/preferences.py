@@ -124,7 +124,7 @@ def published_entries(config: Config) -> Iterator[PublishedRanking | SetAside]:
 
 def ranking_rows(config: Config, work: Work) -> Iterator[dict[str, Any]]:
     """The lines of rankings.jsonl; their images are stored on the way."""
-    for entry in tqdm(published_entries(config), desc="reading", unit="ranking", mininterval=1):
+    for entry in tqdm(published_entries(config), desc="reading", unit=" ranking", mininterval=1):
         if isinstance(entry, SetAside):
             reject(work, entry.place, entry.reason, entry.detail)
             continue

@@ -19,6 +19,7 @@ rank is. VisionPrefer's data are not public: the fields of `aspects` are ours.
 
 import functools
 import hashlib
+import json
 import math
 import statistics
 import sys
@@ -197,7 +198,9 @@ def _hpdv1(place: str, row: dict[str, Any]) -> list[PublishedRanking]:
 def _hpdv2_train(place: str, row: dict[str, Any]) -> list[PublishedRanking]:
     marks = _numbers(row, "human_preference", place)
     if not set(marks) <= {0, 1}:
-        raise ValueError(f"{place}: human_preference is {marks}; it must hold 1 for preferred, 0 for others")
+        raise ValueError(
+            f"{place}: human_preference is {_json(marks)}; it must hold 1 for preferred, 0 for others"
+        )
     ranks = dense([-mark for mark in marks])
     return [_judged(place, text_field(row, "prompt", place), _named(row, "file_path", place), ranks)]
 
@@ -222,7 +225,7 @@ def _pickapic(place: str, row: dict[str, Any]) -> list[PublishedRanking | SetAsi
     ranks = {(1, 0): (1, 2), (0, 1): (2, 1), (0.5, 0.5): (1, 1)}.get(labels)
     if ranks is None:
         raise ValueError(
-            f"{place}: label_0 and label_1 are {labels}; they must be (1, 0), (0, 1) or (0.5, 0.5)"
+            f"{place}: label_0 and label_1 are {labels[0]:g} and {labels[1]:g}; they must be 1 and 0, 0 and 1, or both 0.5"
         )
     count = field(row, "num_example_per_prompt", int, place)
     if count < 1:
@@ -332,12 +335,17 @@ def _number(row: dict[str, Any], key: str, place: str) -> float:
     return _numbers({key: [row[key]]} if key in row else row, key, place)[0]
 
 
+def _json(values: object) -> str:
+    """Values as a file of data has them."""
+    return json.dumps(values, ensure_ascii=False, default=str)
+
+
 def _numbers(row: dict[str, Any], key: str, place: str) -> list[float]:
     """A list of finite numbers."""
     values: list[float] = field(row, key, list, place)
     if not all(type(value) in (int, float) and abs(value) <= sys.float_info.max for value in values):
         fault = ValueError if {type(value) for value in values} <= {int, float, type(None)} else SchemaError
-        raise fault(f"{place}: {key} is {values}; it must hold finite numbers")
+        raise fault(f"{place}: {key} is {_json(values)}; it must hold finite numbers")
     return values
 
 

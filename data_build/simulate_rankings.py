@@ -79,8 +79,11 @@ class Config:
             or min(self.guidance_scales) < 0
             or min(self.step_counts) < 1
         ):
+            scales, steps = (
+                " ".join(map(str, some)) or "none" for some in (self.guidance_scales, self.step_counts)
+            )
             raise ValueError(
-                f"--guidance-scales and --step-counts must be positive, got {self.guidance_scales} and {self.step_counts}"
+                f"--guidance-scales must be at least 0 and --step-counts at least 1, got {scales} and {steps}"
             )
 
     def source(self) -> Source | None:

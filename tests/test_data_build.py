@@ -186,8 +186,8 @@ def test_nothing_half_written(program: object, tmp_path: Path, monkeypatch: pyte
         (lambda path: simulate_rankings.Config(output_dir=path, images=1), "--images at least 2, got 1000 and 1"),
         (lambda path: simulate_rankings.Config(output_dir=path, annotators=0), "--annotators must be at least 1, got 0"),
         (lambda path: simulate_rankings.Config(output_dir=path, annotator_noise=-1), "--annotator-noise .* got -1"),
-        (lambda path: simulate_rankings.Config(output_dir=path, guidance_scales=()), "--guidance-scales and --step-counts must be positive"),
-        (lambda path: simulate_rankings.Config(output_dir=path, step_counts=(0,)), "--guidance-scales and --step-counts must be positive"),
+        (lambda path: simulate_rankings.Config(output_dir=path, guidance_scales=()), "--guidance-scales must be at least 0 and --step-counts at least 1"),
+        (lambda path: simulate_rankings.Config(output_dir=path, step_counts=(0,)), "--guidance-scales must be at least 0 and --step-counts at least 1"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_named(build: object, words: str, tmp_path: Path) -> None:

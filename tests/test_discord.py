@@ -341,10 +341,35 @@ def test_what_is_left_out(tmp_path: Path) -> None:
     found = run(chat)
     assert found["choices"] == 1
     assert found["left_out"] == {
-        "answer to a foreign upload": 5, "fewer images than asked for": 2, "foreign upload": 6, "group of one": 1,
-        "nobody knows who asked": 1, "several attachments": 1, "unsafe for work": 2,
-    } | {"answer to a foreign upload": 1}  # fmt: skip
+        "answer to a foreign upload": 1, "fewer images than asked for": 2, "foreign upload": 1, "group of one": 1,
+        "image of an answer that was left out": 5, "nobody knows who asked": 1, "several attachments": 1, "unsafe for work": 2,
+    }  # fmt: skip
+    rows = read_jsonl(tmp_path / "out/rejected.jsonl")
+    assert [row["detail"] for row in rows if row["reason"].startswith("image of an answer")] == [
+        "group of one", "fewer images than asked for", "unsafe for work", "unsafe for work", "answer to a foreign upload",
+    ]  # fmt: skip
     assert read_rankings(tmp_path / "out")[0].prompt == "a nsfw word in the prompt"
+
+
+@pytest.mark.parametrize(("first", "is_foreign"), [("", False), ("me.png", True)])
+def test_what_is_made_of_an_image_of_a_group_of_one(tmp_path: Path, first: str, *, is_foreign: bool) -> None:
+    """It is the bot's image, under another name, too, and its refinements are choices; but not where it was made of a foreign one."""
+    chat = Chat(tmp_path)
+    names = chat.four(chat.asks(BOB, "fine"), "fine", 90)
+    chat.asks(BOB, "fine", "", chat.file(names[0], pattern(90)))
+    asked = chat.asks(ALICE, "x", "", *([chat.file(first, pattern(50))] if first else []))
+    chat.answers(asked, "x", "", chat.file("single.png", pattern(1)))
+    names = chat.four(chat.asks(ALICE, "x", "-n 4", chat.file("saved.jpg", pattern(1), quality=90)), "x", 10)
+    chat.asks(ALICE, "x", "", chat.file(names[2], pattern(12)))
+    names = chat.four(chat.asks(BOB, "x", "-n 4", chat.file("single.png", pattern(2))), "x", 20)
+    chat.asks(BOB, "x", "", chat.file(names[2], pattern(22)))
+    found = run(chat)
+    assert found["choices"] == (1 if is_foreign else 2)
+    reason = "image of an answer that was left out"
+    assert found["left_out"][reason] == (3 if is_foreign else 2), (
+        "and of bob's own, whose upload has the name only"
+    )
+    assert found["left_out"]["foreign upload"] == (2 if is_foreign else 1)
 
 
 def test_a_group_is_chosen_from_once_and_after_it_is_there(tmp_path: Path) -> None:
@@ -550,7 +575,7 @@ def test_attachments_stay_in_the_folder(tmp_path: Path, capsys: pytest.CaptureFi
         chat.asks(ALICE, "x", "", chat.file("fine.png", pattern(1)))
         chat.asks(ALICE, "x", "", bad)
         said = left_out(chat, capsys)
-        assert f"'{reason}': 1" in said, (number, url, said)
+        assert f"1 {reason}" in said, (number, url, said)
         assert "Traceback" not in said
 
 
@@ -604,16 +629,20 @@ def test_malformed_messages_are_passed_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "cannot be read after 0 messages"),
+        ("", "chat.json is empty, no JSON export of DiscordChatExporter"),
         ("[]", "is no JSON export of DiscordChatExporter"),
-        ('{"channel": {"id": []}, "messages": []}', "is no JSON export"),
-        ('{"messages": [], "channel": {"id": "1"', "cannot be read after 0"),
-        ('{"channel": {"id": "1"}, "messages": [{"id": "1"}, {"id"', "cannot be read after 1 messages"),
+        ('{"channel": {"id": []}, "messages": []}', "no channel with an id comes before its messages"),
+        ('{"channel": {"id": "1"}}', "is no JSON export of DiscordChatExporter: it has no list of messages"),
+        ('{"channel": {"id": "1"}, "messages": {"id": "2"}}', "it has no list of messages"),
+        ('{"channel": {"id": "1"}, "messages": []}', "the exports have no messages: their lists of messages are empty"),
+        ("<!DOCTYPE html>", "as far as its first message: invalid char in json text; is it a whole export of --format Json?"),
+        ('{"messages": [], "channel": {"id": "1"', "cannot be read as far as its first message"),
+        ('{"channel": {"id": "1"}, "messages": [{"id": "1"}, {"id"', "breaks off, or cannot be read, after 1 message: "),
         ('{"channel": {"id": "1"}, "messages": ' + "[" * 300_000, "nested too deep"),
         ('{"channel": {"id": "1"}, "messages": [' + '{"a": ' * 300_000, "nested too deep"),
         ('{"channel": {"id": "1"}, "messages": [{"a": "' + "x" * 5_000_000, "has more than 4194304 bytes"),
-        ('{"channel": {"id": "1"}, "messages": [{"id": NaN}]}', "cannot be read after 0"),
-        ("\x1b[2J", "cannot be read after 0"),
+        ('{"channel": {"id": "1"}, "messages": [{"id": NaN}]}', "cannot be read as far as its first message"),
+        ("\x1b[2J", "cannot be read as far as its first message"),
     ],
 )  # fmt: skip
 def test_what_is_no_export(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, words: str) -> None:
@@ -628,11 +657,30 @@ def test_what_is_no_export(tmp_path: Path, capsys: pytest.CaptureFixture[str], t
     assert [*tmp_path.iterdir()] == [path]
 
 
+def test_an_export_that_breaks_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The progress is ended first: the sentence has a line of its own."""
+    chat = Chat(tmp_path)
+    for _ in range(3):
+        chat.say(ALICE, "hm")
+    path = chat.write()
+    path.write_text(path.read_text().rpartition('"content"')[0])
+    with pytest.raises(SystemExit):
+        discord_choices.main(Config(input=(path,), output_dir=tmp_path / "out"))
+    said = capsys.readouterr().err
+    assert "2 message" in said
+    line = next(line for line in said.split("\n") if "error: " in line)
+    assert line.startswith(
+        f"{Path(sys.argv[0]).name}: error: {path} breaks off, or cannot be read, after 2 messages: "
+    )
+
+
 def test_files_that_are_none_and_a_reversed_export(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.json")
-    for name in ("pipe.json", "none.json", "."):
+    for name in ("pipe.json", "none.json"):
         with pytest.raises(ValueError, match=r"cannot be read|cannot read"):
             find_export(tmp_path / name)
+    with pytest.raises(ValueError, match=r"is a folder; name the exports in it: .*/\*\.json"):
+        find_export(tmp_path)
     chat = Chat(tmp_path)
     for _ in range(3):
         chat.say(ALICE, "hm")
@@ -648,7 +696,7 @@ def test_nothing_to_choose_says_why(tmp_path: Path, capsys: pytest.CaptureFixtur
     chat.say(ALICE, "hello")
     assert "--bot names another bot" in left_out(chat, capsys)
     chat.four(chat.asks(ALICE, "x"), "x", 0)
-    assert "no choice is left of 1 groups; left out: nothing" in left_out(chat, capsys)
+    assert "no choice is left of 1 group; left out: nothing" in left_out(chat, capsys)
     with pytest.raises(ValueError, match="--input needs"):
         Config(input=(), output_dir=tmp_path)
     with pytest.raises(ValueError, match="--bot needs"):

@@ -28,6 +28,13 @@ def worded(wording: Callable[[str], str]) -> Iterator[None]:
         _WORDING.reset(token)
 
 
+def end_bars() -> None:
+    """End progress bars: what is printed next has a line of its own, and no bar is drawn again below it."""
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+
+
 def counted(number: int, one: str, many: str = "") -> str:
     """Return a number with its noun: 1 row, 1,000 rows."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"

@@ -31,7 +31,7 @@ from preftune.cli.config_files import read_yaml
 from preftune.cli.help_text import help_text
 from preftune.cli.last_word import last_word
 from preftune.cli.leaves import flag_of, leaves_of, words_of
-from preftune.cli.notes import say
+from preftune.cli.notes import end_bars, say
 from preftune.cli.printable import printable
 from preftune.cli.typed_flags import as_here, check_names, undone
 from preftune.files import disk
@@ -301,6 +301,7 @@ def _fail(reason: str) -> NoReturn:
     """Print one line on stderr and leave with exit code 2; ValueError in the context of `errors_raised`."""
     if are_errors_raised():
         raise ValueError(" ".join(reason.splitlines()))
+    end_bars()
     sentence = printable(f"{Path(sys.argv[0]).name}: error: {' '.join(reason.splitlines())}") + "\n"
     sys.stderr.write(sentence)
     last_word(sentence, code=2)

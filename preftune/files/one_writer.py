@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from preftune import files
 from preftune.cli import are_errors_raised, end_if_interrupted, exit_on_user_error
 from preftune.cli.last_word import last_word
 from preftune.cli.launcher import parent
+from preftune.cli.notes import end_bars
 from preftune.cli.printable import printable
 from preftune.cli.resume_command import resume_command
 from preftune.files import disk, lock
@@ -80,7 +79,7 @@ def exit_on_failed_write(folder: Path, config: Any = None) -> Iterator[None]:
             raise
         if lock.is_main_process():
             _tidy(folder)
-        _close_bars()
+        end_bars()
         if are_errors_raised():
             if more := reason.removeprefix(str(error)).removeprefix("; "):
                 error.add_note(more)
@@ -100,16 +99,10 @@ def _tidy(folder: Path) -> None:
 
 def _say(text: str, code: int) -> None:
     """Print what the program ends with: an exit code and its reason."""
-    _close_bars()
+    end_bars()
     text = f"{Path(sys.argv[0]).name}: {text}\n"
     sys.stderr.write(text)
     last_word(text, code)
-
-
-def _close_bars() -> None:
-    """End progress bars, which would be drawn again below what is printed."""
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()
 
 
 def _reason(error: Exception, folder: Path, config: Any) -> str | None:
