@@ -232,7 +232,7 @@ def of_annotator(judged: Sequence[RankedSet], name: str, reference: Sequence[Flo
     """Return what one annotator reaches: compared with each other, with the mean of the others, or with the judge.
 
     Weights are such that a set counts as much as it does for a scorer beside the same reference: A rankings, or once for the
-    judge. A set of one annotator has only the judge. No annotator is compared with a mean that includes him.
+    judge. A set of one annotator has only the judge. No annotator is compared with a mean that includes them.
     """
     assert name in (ANNOTATORS, OTHERS, JUDGE), f"no single annotator is comparable to a scorer beside {name}"
     found = []

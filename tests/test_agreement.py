@@ -241,7 +241,7 @@ def test_the_table(judged: list[RankedSet]) -> None:
     row = found["x", ANNOTATORS, AS_IS, ACCURACY]
     assert (row.prompts, row.total) == (2, 10)
     assert (row.low, row.high) == pytest.approx((7 / 9, 1)), "resamples are one prompt twice, or both"
-    assert ("shapes", JUDGE, AS_IS, ACCURACY) not in found, "nobody is measured against himself"
+    assert ("shapes", JUDGE, AS_IS, ACCURACY) not in found, "nobody is measured against themselves"
     assert (ONE, MEAN, AS_IS, ACCURACY) not in found, "an annotator is part of that mean"
     assert ("x", MEAN, AS_IS, ACCURACY) in found
     assert not any(key[0] == "shapes" and key[2] == "crop" for key in found), "the judge has no views"

@@ -107,6 +107,69 @@ def test_win_rate_by_hand() -> None:
     assert 0 <= row.low < row.rate < row.high <= 1
     assert row.prompts == 4
     assert row.p == 1.0, "two of three prompts"
+    assert row.method == "Wilson", "four prompts are too few for a bootstrap"
+
+
+def test_an_interval_has_a_width() -> None:
+    """Of prompts that are all alike, a bootstrap would be sure: it is Wilson's of their number, by hand 12 / (12 + 1.96^2)."""
+    for number in (3, 12):
+        items = pairs(number)
+        (row,) = statistics.win_rates(votes.outcomes(items, study(items, ann=[1] * number, bob=[1] * number)))
+        assert (row.rate, row.high, row.method) == (1, 1, "Wilson")
+        assert row.low == pytest.approx(number / (number + 1.96**2), abs=1e-4)
+    items = pairs(12)
+    (row,) = statistics.win_rates(votes.outcomes(items, study(items, ann=[1] * 9 + [-1] * 3)))
+    assert row.method == "bootstrap"
+    assert row.low < 0.75 < row.high <= 1
+
+
+@pytest.mark.parametrize(
+    ("points", "why"),
+    [
+        ([3, 4, 5], "no interval: 3 prompts, fewer than 10"),
+        ([4] * 12, "no interval: all prompts are alike"),
+        ([3, 5] * 6, ""),
+        ([3], "no interval: 1 prompt, fewer than 10"),
+    ],
+)  # fmt: skip
+def test_points_of_few_prompts_have_no_interval_and_say_why(points: list[int], why: str) -> None:
+    found = [item_of("rating", f"p{at}", [picture(f"p{at}", "base")]) for at in range(len(points))]
+    answers = [given("ann", item, rating(value)) for item, value in zip(found, points, strict=True)]
+    (row,) = statistics.points({item.id: item for item in found}, answers)
+    value, low, high, said = row["overall"]
+    assert (value, said) == (np.mean(points), why)
+    assert math.isnan(low) == math.isnan(high) == bool(why)
+
+
+@pytest.mark.parametrize(
+    ("ann", "bob", "why"),
+    [
+        ([1, -1] * 6, [1, -1] * 5 + [1, 1], ""),
+        ([1, -1] * 6, [1, -1] * 6, "no interval: all pairs of images are alike"),
+        ([0] * 12, [0] * 12, "all answers are the same, by chance they would agree as often"),
+        ([1, -1, 1], [1, 1, 1], "no interval: 3 pairs of images, fewer than 10"),
+        ([1], [1], "no interval: 1 pair of images, fewer than 10"),
+    ],
+)
+def test_alpha_says_why_there_is_none(ann: list[int], bob: list[int], why: str) -> None:
+    items = pairs(len(ann))
+    (row,) = statistics.alphas(items, study(items, ann=ann, bob=bob))
+    assert row[-1] == why
+    assert math.isnan(row[3]) == bool(why)
+
+
+def test_alpha_of_annotators_who_share_nothing() -> None:
+    items = pairs(2)
+    answers = [
+        given(name, item, {"ranks": [1, 2]})
+        for name, item in zip(("ann", "bob"), items.values(), strict=True)
+    ]
+    ((what, _, alpha, _, _, why),) = statistics.alphas(items, answers)
+    assert (what, math.isnan(alpha), why) == (
+        "preferences",
+        True,
+        "no pair of images that two people answered",
+    )
 
 
 def test_win_rates_are_of_all_two_models_of_a_ranking() -> None:
@@ -239,7 +302,7 @@ def test_points_problems_and_oneself_by_hand() -> None:
     assert row["overall"][0] == 4
     assert row["problems"]["body"] == pytest.approx(2 / 3)
     assert statistics.self_agreement(items, answers) == {"ann": {"points": 4, "off": 1.0}}
-    levels = {name: (level, alpha) for name, level, alpha, _, _ in statistics.alphas(items, answers)}
+    levels = {name: (level, alpha) for name, level, alpha, *_ in statistics.alphas(items, answers)}
     assert levels["points: overall"][0] == "ordinal"
     assert levels["problem: body (rating)"][0] == "nominal"
 
@@ -293,5 +356,19 @@ def test_the_page_of_every_kind_of_study() -> None:
         page = render(PAGES / "statistics.html.jinja", found=found, style="../static/annotate.css")
         assert "<script>alert" not in page
         assert "nan" not in page.lower().replace("&lt;", "")
+    assert "no item was answered a second time" in page
+    assert "1 pair of raters,<br>3 pairs of images" in page, "ann and bob, of whom neither ties"
+    assert "all answers are the same, by chance" in page
+    assert "no interval: 4 pairs of images, fewer than 10" in page
+    assert "(Wilson)" in page
+    alone = render(
+        PAGES / "statistics.html.jinja", found=statistics.summary(items, answers[:2], [], {}), style="x.css"
+    )
+    assert "it compares the answers of two or more annotators" in alone
+    tied = [given("ann", next(iter(kinds.values())), {"ranks": [1, 1]}, visit=1)]
+    found = statistics.summary(items, answers + tied, ["eve"], {})
+    assert "of the 1 second answer none is" in render(
+        PAGES / "statistics.html.jinja", found=found, style="x.css"
+    )
     assert "&lt;script&gt;alert(1)" in page
     assert ">68.8 %<" in page, "tuned wins 5, ties 1, loses 2 of 8 votes of annotators"

@@ -1,6 +1,7 @@
 """What a study has found: win rates, votes, agreement, points and problems, time; numbers and words for one page.
 
-Letters: P prompts. Intervals are over prompts (`preftune/statistics/bootstrap.py`): the votes of one prompt are alike.
+Letters: P prompts. Intervals are over prompts (`preftune/statistics/bootstrap.py`): the votes of one prompt are alike. Where prompts are
+few or all alike, resampling them gives intervals that are too short, or have no width: there is Wilson's or none then, and why.
 """
 
 import math
@@ -16,8 +17,15 @@ from preftune.annotation.items import Item
 from preftune.annotation.storage import Answer
 from preftune.annotation.tasks import AXES, CATEGORIES, IMAGE_PROBLEMS, PROMPT_PROBLEMS, Kind
 from preftune.annotation.votes import Agreement, Outcome, Votes
+from preftune.cli.notes import counted
 from preftune.statistics import bootstrap, krippendorff
-from preftune.statistics.paired import sign_test, wins_ties_losses
+from preftune.statistics.paired import sign_test, wilson, wins_ties_losses
+
+FEWEST = 10
+"""Prompts, or units of alpha, below which they are not resampled for an interval."""
+Interval = tuple[float, float, float, str]
+"""A value, the bounds of its 95 % interval, and why there is none."""
+_PAIRS, _PROMPTS, _IMAGES = ("pair of images", "pairs of images"), ("prompt", "prompts"), ("image", "images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +43,9 @@ class WinRate:
     """Share of votes, ties half, all prompts together; in [0, 1]."""
     low: float
     high: float
-    """95 % interval over prompts."""
+    """95 % interval over prompts; NaN for a single one."""
+    method: str
+    """bootstrap; Wilson where prompts are fewer than FEWEST or all alike, each prompt being one trial."""
     p: float
     """Sign test over prompts."""
     prompts: int
@@ -70,13 +80,16 @@ def win_rates(outcomes: Sequence[Outcome], seed: int = 0) -> list[WinRate]:
         shares = np.array([sum(vote + 1 for vote in values) / 2 for values in by_prompt.values()])
         totals = np.array([float(len(values)) for values in by_prompt.values()])
         rate, low, high = bootstrap.ratios(shares[None], totals[None], seed)[0].tolist()
+        method = "bootstrap"
+        if len(by_prompt) > 1 and (len(by_prompt) < FEWEST or not high > low):
+            method, (low, high) = "Wilson", wilson(rate * len(by_prompt), len(by_prompt))
         wins, ties, losses = wins_ties_losses(np.array([float(one.vote) for one in some]))
         means = np.array([sum(values) for values in by_prompt.values()], dtype=np.float64)
         better, _, worse = wins_ties_losses(means)
         found.append(
             WinRate(
                 kind=kind, group=groups[1], against=groups[0], wins=wins, ties=ties, losses=losses, rate=rate, low=low, high=high,
-                p=sign_test(better, worse), prompts=len(by_prompt),
+                method=method, p=sign_test(better, worse), prompts=len(by_prompt),
             )
         )  # fmt: skip
     return found
@@ -100,31 +113,56 @@ def histograms(outcomes: Sequence[Outcome]) -> list[Histogram]:
 
 def alphas(
     items: Mapping[str, Item], answers: Sequence[Answer]
-) -> list[tuple[str, str, float, float, float]]:
-    """Return (what, level, alpha, low, high) of Krippendorff's alpha of all that is asked, first visits."""
-    found = []
+) -> list[tuple[str, str, float, float, float, str]]:
+    """Return (what, level, alpha, low, high, why there is no alpha or interval) of Krippendorff's alpha of all that is asked, first
+    visits.
+    """
+    found: list[tuple[str, str, float, float, float, str]] = []
     people = voting.votes_by_rater(items, answers)
     if len(people) > 1:
-        found.append(("preferences", "nominal", *voting.alpha_of_votes(people)))
+        voters = Counter(pair for votes in people.values() for pair in votes)
+        both = sum(number > 1 for number in voters.values())
+        row = _explained(*voting.alpha_of_votes(people), both, _PAIRS)
+        found.append(("preferences", "nominal", *row))
     first = [answer for answer in answers if not answer.visit]
+
+    def add(what: str, level: krippendorff.Level, values: np.ndarray, units: tuple[str, str]) -> None:
+        both = int(((~np.isnan(values)).sum(0) > 1).sum())
+        row = _explained(*krippendorff.with_interval(values, level), both, units)
+        found.append((what, level, *row))
+
     for axis in AXES:
         values = _table(first, lambda answer, axis=axis: answer.get(axis))
         if len(values) > 1:
-            found.append((f"points: {axis}", "ordinal", *krippendorff.with_interval(values, "ordinal")))
+            add(f"points: {axis}", "ordinal", values, _IMAGES)
     values = _table(
         first, lambda answer: CATEGORIES.index(answer["category"]) if "category" in answer else None
     )
     if len(values) > 1:
-        found.append(("category of the prompt", "nominal", *krippendorff.with_interval(values, "nominal")))
-    for kind, names in (("prompt", PROMPT_PROBLEMS), ("rating", IMAGE_PROBLEMS)):
+        add("category of the prompt", "nominal", values, _PROMPTS)
+    kinds: list[tuple[Kind, Mapping[Any, str]]] = [("prompt", PROMPT_PROBLEMS), ("rating", IMAGE_PROBLEMS)]
+    for kind, names in kinds:
         part = [answer for answer in first if items[answer.item].kind == kind]
         for name in names:
             values = _table(part, lambda answer, name=name: _has(answer, name))
             if len(values) > 1 and np.nansum(values):
-                found.append(
-                    (f"problem: {name} ({kind})", "nominal", *krippendorff.with_interval(values, "nominal"))
-                )
+                add(f"problem: {name} ({kind})", "nominal", values, _PROMPTS if kind == "prompt" else _IMAGES)
     return found
+
+
+def _explained(value: float, low: float, high: float, number: int, units: tuple[str, str]) -> Interval:
+    """A value and its interval over so many units, without one where it would say too much, and why."""
+    if math.isnan(value) and not number:
+        why = f"no {units[0]} that two people answered"
+    elif math.isnan(value):
+        why = "all answers are the same, by chance they would agree as often"
+    elif number < FEWEST:
+        why = f"no interval: {counted(number, *units)}, fewer than {FEWEST}"
+    elif not high > low:
+        why = f"no interval: all {units[1]} are alike"
+    else:
+        return value, low, high, ""
+    return value, math.nan, math.nan, why
 
 
 def _has(answer: Mapping[str, Any], name: str) -> int | None:
@@ -178,7 +216,7 @@ def times(
 
 
 def points(items: Mapping[str, Item], answers: Sequence[Answer], seed: int = 0) -> list[dict[str, Any]]:
-    """Return for each group of images the mean points with intervals over prompts, and the share of ratings with each problem."""
+    """Return for each group of images the mean points with intervals over prompts (Interval), and the share of ratings with each problem."""
     rated = [one for one in answers if not one.visit and "overall" in one.answer]
     groups = sorted({items[one.item].images[0].group for one in rated})
     found = []
@@ -191,7 +229,8 @@ def points(items: Mapping[str, Item], answers: Sequence[Answer], seed: int = 0) 
                 sums[items[one.item].prompt].append(one.answer[axis])
             hits = np.array([float(sum(values)) for values in sums.values()])
             totals = np.array([float(len(values)) for values in sums.values()])
-            row[axis] = bootstrap.ratios(hits[None], totals[None], seed)[0].tolist()
+            value, low, high = bootstrap.ratios(hits[None], totals[None], seed)[0].tolist()
+            row[axis] = _explained(value, low, high, len(sums), _PROMPTS)
         row["problems"] = {
             name: sum(name in one.answer["problems"] for one in some) / len(some) for name in IMAGE_PROBLEMS
         }
@@ -239,10 +278,12 @@ def summary(
         "histograms": [asdict(one) | {"majority": one.majority} for one in histograms(outcomes)],
         "agreement": [{"of": row, "with": column, **asdict(cell)} for (row, column), cell in table.items()],
         "alpha": [
-            dict(zip(("of", "level", "alpha", "low", "high"), row, strict=True))
+            dict(zip(("of", "level", "alpha", "low", "high", "why"), row, strict=True))
             for row in alphas(items, annotators)
         ],
         "self_agreement": self_agreement(items, annotators),
+        "second": sum(one.visit > 0 for one in annotators),
+        "fewest": FEWEST,
         "points": points(items, annotators),
         "prompts": prompt_counts(items, annotators),
         "seconds": [

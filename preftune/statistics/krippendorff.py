@@ -57,7 +57,7 @@ def coincidences(values: Floats, scale: Floats | None = None) -> tuple[Floats, F
     counts = (values[..., None] == scale).sum(0).astype(np.float64)  # (U, V)
     pairs = counts[:, :, None] * counts[:, None, :]
     diagonal = range(len(scale))
-    pairs[:, diagonal, diagonal] -= counts  # nobody is compared with himself
+    pairs[:, diagonal, diagonal] -= counts  # nobody is compared with themselves
     return pairs / np.maximum(counts.sum(1) - 1, 1)[:, None, None], scale
 
 
