@@ -1,7 +1,7 @@
 """Serve pages on which people rate, rank and choose images, and write what training reads: the three annotation stages of
 ImageReward (arXiv 2304.05977, appendix A.3 and B) and the user study of two alternatives of HPS (arXiv 2303.14420).
 
-Each annotator has a link of his own, and an order of his own of prompts and images; nobody sees where an image is from. Ctrl-C ends
+Annotators have links of their own, and orders of their own of prompts and images; nobody sees where an image is from. Ctrl-C ends
 it, and the same command goes on. `--no-serve` writes the results of the answers that there are, and ends.
 
     preftune annotate --data images --tasks prompt rating ranking --annotators ann bob --inspectors eve --output-dir annotations
@@ -20,9 +20,11 @@ generated on demand, and accounts: whoever has a link is that person. The server
 --host than this machine, put it behind a server that encrypts.
 """
 
+import contextlib
 import dataclasses
 import re
 import signal
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +51,7 @@ class Config:
     inspectors: tuple[str, ...] = ()
     """Names of people who accept answers or send them back; they may answer, too."""
     annotators_per_item: int | None = None
-    """Annotators who answer each prompt; None = all."""
+    """Annotators who answer each prompt; None = all. Shares are even, and who joins later takes over what nobody has begun."""
     repeats: float = 0.05
     """Share of items that an annotator gets a second time, for the agreement with themselves, in [0, 1]."""
     choice_ties: bool = False
@@ -98,12 +100,12 @@ if __name__ == "__main__":  # flags are read before numpy is imported
     CONFIG = parse(Config)
 
 from data_build import annotation_study
-from data_build.annotation_server import PAGES, server
+from data_build.annotation_server import PAGES, listening, server
 from data_build.annotation_service import Service
 from preftune.annotation.items import Item, Settings, is_study, read_study
 from preftune.annotation.results import Selection
 from preftune.annotation.storage import Storage, is_there
-from preftune.cli.notes import say
+from preftune.cli.notes import counted, say
 from preftune.cli.printable import show
 from preftune.files import replacing, write_text
 from preftune.files.one_writer import one_writer
@@ -185,14 +187,31 @@ def write_results(service: Service, config: Config) -> None:
     show(", ".join(f"{name}: {number}" for name, number in counts.items()))
 
 
-def serve(service: Service, config: Config, guidelines: str) -> None:
+def say_shares(service: Service) -> None:
+    """Say who has how much where prompts are shared out, and that there are too few for it."""
+    number, shares = service.settings.annotators_per_item, service.shares()
+    if number is None or not shares:
+        return
+    parts = [
+        f"{name} {counted(items, 'item')}" + (f" and {counted(again, 'repeat')}" if again else "")
+        for name, (items, again) in shares.items()
+    ]
+    say(f"shares: {', '.join(parts)}")
+    if len(shares) < number:
+        there = "1 takes" if len(shares) == 1 else f"{len(shares)} take"
+        say(
+            f"each prompt is to have {number} annotators, and {there} part so far; --annotators adds people",
+            "warning: ",
+        )
+
+
+def serve(service: Service, config: Config, guidelines: str, place: socket.socket) -> None:
     """Serve until Ctrl-C or SIGTERM; each answer is on the disk by then."""
-    with exit_on_user_error():
-        web = server(service, config.host, config.port, guidelines=guidelines)
+    web = server(service, place, guidelines=guidelines)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     host = f"[{config.host}]" if ":" in config.host else config.host
     for person, path in service.links():
-        show(f"{person.name} ({person.role}): http://{host}:{web.server_port}{path}")
+        show(f"{person.name} ({person.role}): http://{host}:{web.port}{path}")
     say("each link is for its person alone; Ctrl-C ends, and the same command goes on")
     try:
         web.serve_forever()
@@ -205,31 +224,32 @@ def serve(service: Service, config: Config, guidelines: str) -> None:
 @one_writer
 def main(config: Config) -> None:
     """Make or open the study, write the results that there are, serve, write the results."""
-    with exit_on_user_error():
-        guidelines = guidelines_of(config)
-        settings, items = study_of(config)
-        raters = annotation_study.read_raters(config.raters_from, items)
-        if (
-            not config.serve
-            and not is_there(config.output_dir)
-            and not (config.annotators or config.inspectors)
-        ):
-            show(f"{config.output_dir}: {len(items)} items, no answers yet")
-            return
-        storage = Storage(config.output_dir)
-        storage.add_people(config.annotators, "annotator")
-        storage.add_people(config.inspectors, "inspector")
-        if config.serve and not storage.people():
-            raise ValueError("nobody takes part; --annotators names people")
-    selection = Selection(accepted_only=config.accepted_only, drop_problems=config.drop_problems)
-    service = Service(config.output_dir, settings, items, storage, raters=raters, selection=selection)
-    try:
+    with contextlib.ExitStack() as at_the_end:
+        with exit_on_user_error():
+            guidelines = guidelines_of(config)
+            place = at_the_end.enter_context(listening(config.host, config.port)) if config.serve else None
+            settings, items = study_of(config)
+            raters = annotation_study.read_raters(config.raters_from, items)
+            if (
+                not config.serve
+                and not is_there(config.output_dir)
+                and not (config.annotators or config.inspectors)
+            ):
+                show(f"{config.output_dir}: {len(items)} items, no answers yet")
+                return
+            storage = Storage(config.output_dir)
+            at_the_end.callback(storage.close)
+            storage.add_people(config.annotators, "annotator")
+            storage.add_people(config.inspectors, "inspector")
+            if config.serve and not storage.people():
+                raise ValueError("nobody takes part; --annotators names people")
+        selection = Selection(accepted_only=config.accepted_only, drop_problems=config.drop_problems)
+        service = Service(config.output_dir, settings, items, storage, raters=raters, selection=selection)
         write_results(service, config)
-        if config.serve:
-            serve(service, config, guidelines)
+        say_shares(service)
+        if place is not None:
+            serve(service, config, guidelines, place)
             write_results(service, config)
-    finally:
-        storage.close()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """The pages of a study over HTTP: who has a link, the sizes of requests, and headers that let a page load nothing from elsewhere.
 
-Every address begins with the token of a person, 128 bits that are in no cookie: another site cannot send requests in his name.
+Every address begins with the token of a person, 128 bits that are in no cookie: another site cannot send requests in their name, and
+what a page of another site sends is refused by its Origin.
 Images are named by digests and files of the pages by a table, so that no part of an address is ever a path of the file system.
 Values of data reach the pages as JSON, which the scripts put into text nodes alone, and the two pages from templates escape them.
 """
 
+import errno
 import json
+import socket
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,7 +16,7 @@ from typing import Any
 
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import Map, Rule
-from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
+from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server, select_address_family
 from werkzeug.wrappers import Request, Response
 
 from data_build.annotation_service import WORDS, Person, RefusalError, Service
@@ -74,14 +77,27 @@ class _Handler(WSGIRequestHandler):
             sys.stderr.write(f"error while a page was served: {message % args if args else message}\n")
 
 
-def server(service: Service, host: str, port: int, *, guidelines: str) -> BaseWSGIServer:
-    """Return a server with a thread for each connection; ValueError where the address cannot be had."""
+def listening(host: str, port: int) -> socket.socket:
+    """Return a socket that has an address for itself, so that nothing is begun that cannot be served; ValueError where it cannot be had."""
     try:
-        return make_server(
-            host, port, application(service, guidelines), threaded=True, request_handler=_Handler
-        )
-    except (OSError, SystemExit, OverflowError) as error:  # werkzeug ends the process where a port is taken
-        raise ValueError(f"cannot listen at {host}, port {port}; choose another --port") from error
+        family = select_address_family(host, port)
+        address = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0][4]
+        return socket.create_server(address, family=family, backlog=128)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ValueError(
+                f"another program listens at {host}, port {port}; --port names another port, --port 0 takes any that is free"
+            ) from error
+        why = str(error.strerror or error).partition(" (while")[0]
+        raise ValueError(f"cannot listen at {host}, port {port}: {why}; see --host and --port") from error
+
+
+def server(service: Service, place: socket.socket, *, guidelines: str) -> BaseWSGIServer:
+    """Return a server with a thread for each connection, at a socket of `listening`, which it takes over."""
+    host, port = place.getsockname()[:2]
+    web = application(service, guidelines)
+    with place:
+        return make_server(host, port, web, threaded=True, request_handler=_Handler, fd=place.fileno())
 
 
 def application(service: Service, guidelines: str) -> Application:
@@ -111,6 +127,7 @@ def application(service: Service, guidelines: str) -> Application:
         request.max_content_length = MAX_BODY
         try:
             endpoint, values = ROUTES.bind_to_environ(request.environ).match()
+            _check_origin(request)
             if endpoint == "file":
                 response = _file(values["name"])
             else:
@@ -151,6 +168,15 @@ def _export(service: Service, person: Person) -> Mapping[str, int]:
     if person.role != "inspector":
         raise RefusalError(403, "this is for inspectors")
     return service.export()
+
+
+def _check_origin(request: Request) -> None:
+    """RefusalError for what a page of another site sends; browsers name the site of a page that sends something."""
+    origin = request.headers.get("Origin")
+    if request.method == "POST" and origin is not None and origin.partition("://")[2] != request.host:
+        raise RefusalError(
+            403, "a page of another site has sent this; a server in front of this one has to pass the Host on"
+        )
 
 
 def _body(request: Request) -> dict[str, Any]:

@@ -1,17 +1,18 @@
 """What the pages of a study ask for, without HTTP: the next task, saving an answer, an inspector's view and verdict.
 
-A `Refusal` is what a user did that cannot be; its text is for him.
+A `Refusal` is what a user did that cannot be; its text is for the user.
 """
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from preftune.annotation import results, statistics
-from preftune.annotation.assignment import Task, sealed, tasks_of
+from preftune.annotation.assignment import Task, sealed, shared_out, tasks_of
 from preftune.annotation.items import Item, Settings
 from preftune.annotation.results import Selection
 from preftune.annotation.storage import Answer, ConflictError, Role, State, Storage
@@ -26,6 +27,7 @@ from preftune.annotation.tasks import (
     read_answer,
 )
 from preftune.annotation.votes import Votes
+from preftune.cli.notes import counted
 from preftune.files import write_text
 from preftune.json_values import json_value
 
@@ -76,10 +78,12 @@ class Service:
             for name, role in storage.people().items()
         }
         self._tasks: dict[str, list[Task]] = {}
+        self._begun = set(storage.begun())
+        self._held = self._shared_out() if settings.annotators_per_item else {}
         self._results = threading.Lock()
 
     def links(self) -> list[tuple[Person, str]]:
-        """Return each person with the path of his pages."""
+        """Return each person with the path of their pages."""
         return [(person, f"/{token}/") for token, person in self._people.items()]
 
     def person(self, token: str) -> Person:
@@ -92,14 +96,52 @@ class Service:
     def tasks(self, name: str) -> list[Task]:
         """Return the tasks of an annotator, or of an inspector who answers, too."""
         if name not in self._tasks:
-            people = self.storage.people()
-            annotators = [other for other, role in people.items() if role == "annotator"]
-            per_item = self.settings.annotators_per_item if people[name] == "annotator" else None
+            mine = [item for item in self.items.values() if name in self._held.get(item.prompt, (name,))]
+            if self.storage.people()[name] == "inspector":
+                mine = [*self.items.values()]
+            again = {item for other, item, visit in self._begun if other == name and visit}
             self._tasks[name] = tasks_of(
-                list(self.items.values()), name, annotators if people[name] == "annotator" else [name],
-                self.storage.secret, seed=self.settings.seed, repeats=self.settings.repeats, per_item=per_item,
-            )  # fmt: skip
+                mine,
+                name,
+                self.storage.secret,
+                seed=self.settings.seed,
+                repeats=self.settings.repeats,
+                again=again,
+            )
         return self._tasks[name]
+
+    def _shared_out(self) -> dict[str, list[str]]:
+        """Give those who are new their shares, and return prompt -> annotators."""
+        sizes = Counter(item.prompt for item in self.items.values())
+        annotators = [name for name, role in self.storage.people().items() if role == "annotator"]
+        before = self.storage.shares()
+        held: dict[str, set[str]] = {prompt: set() for prompt in sizes}
+        for name, item in before:
+            held[self.items[item].prompt].add(name)
+        begun: Counter[tuple[str, str]] = Counter()
+        for name, item, _ in self._begun:
+            if name in annotators:
+                begun[name, self.items[item].prompt] += 0
+        for one in self.storage.answers():
+            if (one.annotator, self.items[one.item].prompt) in begun:
+                begun[one.annotator, self.items[one.item].prompt] += not one.visit
+        found = shared_out(
+            sizes, annotators, self.settings.annotators_per_item or len(annotators), self.settings.seed, held=held, begun=begun
+        )  # fmt: skip
+        after = [(name, item.id) for item in self.items.values() for name in found[item.prompt]]
+        if set(after) != set(before):
+            self.storage.share_out(after)
+        return found
+
+    def shares(self) -> dict[str, tuple[int, int]]:
+        """Return annotator -> items, and how many of them come a second time."""
+        tasks = {
+            name: self.tasks(name) for name, role in self.storage.people().items() if role == "annotator"
+        }
+        return {
+            name: (sum(not task.visit for task in some), sum(task.visit for task in some))
+            for name, some in tasks.items()
+        }
 
     def task(self, person: Person, at: int | None = None) -> dict[str, Any]:
         """Return the task at a place, by default the next: first those that were sent back, then the first without an answer."""
@@ -117,10 +159,11 @@ class Service:
         }  # fmt: skip
         if at is None:
             if not upcoming:
-                return about | {"finished": True, "at": len(tasks)}
+                return about | {"finished": True, "at": len(tasks), "why": "" if tasks else self._nothing()}
             at = upcoming[0]
         at = max(0, min(at, upcoming[0] if upcoming else len(tasks) - 1))
         task = tasks[at]
+        self._begin(person, task)
         later = [tasks[place] for place in upcoming if place != at][:AHEAD]
         before = answers.get(_key(task))
         return about | {
@@ -134,6 +177,18 @@ class Service:
             "accepted": before is not None and before.state == "accepted",
             "ahead": [image for other in later for image in _shown(other)],
         }
+
+    def _begin(self, person: Person, task: Task) -> None:
+        """Note that a task is shown, where somebody who joins could be given it."""
+        key = person.name, task.item.id, task.visit
+        if self._held and person.role == "annotator" and key not in self._begun:
+            self.storage.begin(*key)
+            self._begun.add(key)
+
+    def _nothing(self) -> str:
+        """Why an annotator has no task."""
+        number = self.settings.annotators_per_item
+        return f"All items have their {counted(number or 0, 'annotator')}; there is nothing for you yet."
 
     def save(self, person: Person, body: Mapping[str, Any]) -> dict[str, Any]:
         """Store the answer of a task of this person; RefusalError for another's task, or an answer that is none."""

@@ -242,6 +242,13 @@ def test_choices_inspection_and_statistics(browser: Browser, tmp_path: Path) -> 
         eve.until("document.getElementById('status').textContent.startsWith('rankings.jsonl')")
         statistics = browser.open("inspector", web.links["eve"] + "statistics")
         assert "tuned" in statistics.text()
+        for width in (1280, 400):
+            narrow = browser.open("statistics", web.links["eve"] + "statistics", (width, 800))
+            assert narrow.run("document.documentElement.scrollWidth <= innerWidth"), width
+            tables = "[...document.querySelectorAll('.table')]"
+            assert narrow.run(
+                f"{tables}.length > 2 && {tables}.every((one) => one.scrollWidth <= one.clientWidth)"
+            ), width
         for tab in (ann, eve):
             quiet(tab, web.port)
     items, answers = answers_of(tmp_path)
@@ -252,6 +259,39 @@ def test_choices_inspection_and_statistics(browser: Browser, tmp_path: Path) -> 
     assert found == {prompt: dict(sorted(ranks.items())) for prompt, ranks in wanted.items()}
     assert sorted(one.state for one in answers) == ["accepted"] * 11 + ["given"]
     assert len(read_rankings(tmp_path / "study")) == sum(map(bool, wanted.values()))
+
+
+def test_somebody_joins_in_the_middle(browser: Browser, tmp_path: Path) -> None:
+    """One annotator for each prompt: a page that is open keeps its item; who comes when all is begun is told so, not thanked."""
+    data = images(tmp_path / "base", [f"prompt {at}" for at in range(5)], 2)
+    words = ("--data", data, "--tasks", "choice", "--annotators", "ann", "--annotators-per-item", "1", "--repeats", "0", "--output-dir", tmp_path / "study")  # fmt: skip
+    with Served(*words) as web:
+        ann = browser.open("early", web.links["ann"])
+        shown = ann.task()
+        port = web.port
+    for name, left, count in (("bob", 3, 2), ("cem", 0, 0)):
+        with Served("--annotators", name, "--output-dir", tmp_path / "study", port=port) as web:
+            joined = browser.open(f"late {name}", web.links[name])
+            joined.task()
+            if count:
+                assert f"0 of {count}" in joined.text()
+                ann.keys("1")
+                next_task(ann, shown)
+                for done in range(1, left):
+                    ann.until(f"document.getElementById('count').textContent === '{done} of {left}'")
+                    ann.keys("1")
+                ann.until("document.body.dataset.kind === 'finished'")
+                assert "That was all. Thank you!" in ann.text()
+                for done in range(count):
+                    joined.until(f"document.getElementById('count').textContent === '{done} of {count}'")
+                    joined.keys("2")
+                joined.until("document.body.dataset.kind === 'finished'")
+            else:
+                assert "All items have their 1 annotator; there is nothing for you yet." in joined.text()
+                assert "Thank you" not in joined.text()
+                assert "0 of" not in joined.text()
+    items, answers = answers_of(tmp_path)
+    assert sorted(one.item for one in answers) == sorted(items)
 
 
 def test_a_choice_by_mouse_after_a_ranking(browser: Browser, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from werkzeug.test import Client
 
 from annotated import Served, answer_all, answer_of, ask, images, service
 from data_build import annotate
-from data_build.annotation_server import FILES, MAX_BODY, PAGES, application, blocks, server
+from data_build.annotation_server import FILES, MAX_BODY, PAGES, application, blocks, listening, server
 from data_build.annotation_service import Service
 from preftune.annotation.storage import Storage
 from preftune.records import read_rankings
@@ -334,10 +334,10 @@ def running(tmp_path: Path) -> Iterator[dict[str, str]]:
         annotators=tuple(f"p{at}" for at in range(50)),
         repeats=0,
     )
-    web = server(found, "127.0.0.1", 0, guidelines="")
+    web = server(found, listening("127.0.0.1", 0), guidelines="")
     thread = threading.Thread(target=web.serve_forever)
     thread.start()
-    yield {person.name: f"http://127.0.0.1:{web.server_port}{path}" for person, path in found.links()}
+    yield {person.name: f"http://127.0.0.1:{web.port}{path}" for person, path in found.links()}
     web.shutdown()
     thread.join()
     web.server_close()
@@ -385,7 +385,65 @@ def test_a_taken_port_is_said(
             annotate.Config(output_dir=tmp_path / "b", data=(str(data),), annotators=("ann",), port=port)
         )
     assert stop.value.code == 2
-    assert f"cannot listen at 127.0.0.1, port {port}; choose another --port" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert (
+        f"another program listens at 127.0.0.1, port {port}; --port names another port, --port 0 takes"
+        in said.err
+    )
+    assert (said.out, said.err.count("\n")) == ("", 1), "one sentence, before anything is printed"
+    assert not (tmp_path / "b").exists(), "and before anything is written"
+    for host, why in (
+        ("192.0.2.1", "cannot listen at 192.0.2.1, port 0: "),
+        ("no.such.host.invalid", "cannot listen at no.such"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            listening(host, 0)
+
+
+def test_what_another_site_sends_is_refused(site: Site) -> None:
+    """Browsers name the site of the page that sends; what is no browser names none, and reading is no matter."""
+    task = site.get("task").json
+    body = {"task": task["task"], "answer": answer_of(task), "seconds": 1}
+    for path, name in (("answer", "ann"), ("verdict", "eve"), ("export", "eve")):
+        for origin in (
+            "http://evil.example",
+            "null",
+            "http://localhost.evil.example",
+            "http://localhost:81",
+            "",
+            "::",
+            "http://[x",
+        ):
+            found = site.post(path, body, name, headers={"Origin": origin})
+            assert found.status_code == 403, (path, origin)
+            assert "page of another site" in found.json["error"]
+    assert not site.service.storage.answers()
+    assert site.get("task", headers={"Origin": "http://evil.example"}).status_code == 200
+    for headers in (
+        {"Origin": "http://localhost"},
+        {"Origin": "https://study.example", "Host": "study.example"},
+        {},
+    ):
+        assert site.post("answer", body, headers=headers).status_code == 200, headers
+
+
+def test_shares_and_too_few_annotators_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = images(tmp_path / "base", [f"prompt {at}" for at in range(21)], 2)
+    flags = {"data": (str(data),), "annotators_per_item": 2, "repeats": 0.1, "serve": False}
+    annotate.main(annotate.Config(output_dir=tmp_path / "study", annotators=("ann",), **flags))
+    said = capsys.readouterr().err
+    assert "note: shares: ann 21 items and 2 repeats\n" in said
+    assert (
+        "warning: each prompt is to have 2 annotators, and 1 takes part so far; --annotators adds people"
+        in said
+    )
+    annotate.main(annotate.Config(output_dir=tmp_path / "study", annotators=("bob", "cem"), **flags))
+    said = capsys.readouterr().err
+    assert (
+        "note: shares: ann 14 items and 1 repeat, bob 14 items and 1 repeat, cem 14 items and 1 repeat\n"
+        in said
+    )
+    assert "warning" not in said
 
 
 def test_a_killed_server_loses_nothing_and_doubles_nothing(tmp_path: Path) -> None:

@@ -335,7 +335,8 @@ function show(next) {
   shownSince = null;
   countTime();
   byId("who").textContent = task.name;
-  byId("count").textContent = `${task.done} of ${task.total}`;
+  byId("count").textContent = task.total ? `${task.done} of ${task.total}` : "";
+  byId("bar").hidden = !task.total;
   byId("bar").max = Math.max(task.total, 1);
   byId("bar").value = task.done;
   byId("inspect").hidden = task.role !== "inspector";
@@ -349,10 +350,10 @@ function show(next) {
   document.body.dataset.kind = finished ? "finished" : task.kind;
   document.body.dataset.task = finished ? "" : task.task;
   byId("kind").textContent = finished ? "" : TITLES[task.kind];
-  byId("prompt").textContent = finished ? "That was all. Thank you!" : task.prompt;
+  byId("prompt").textContent = finished ? task.why || "That was all. Thank you!" : task.prompt;
   document.activeElement?.blur();
   window.scrollTo(0, 0);
-  say(finished ? "Everything is saved; you can close this page." : "");
+  say(finished && !task.why ? "Everything is saved; you can close this page." : "");
   if (finished) return;
   const before = draftOf(task.task) ?? task.answer;
   form = FORMS[task.kind](place, before?.skip ? null : before);

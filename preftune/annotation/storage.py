@@ -9,7 +9,7 @@ import os
 import secrets
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,6 +32,8 @@ CREATE TABLE IF NOT EXISTS answers (
 CREATE TABLE IF NOT EXISTS history (
   annotator TEXT, item TEXT, visit INTEGER, answer TEXT, seconds REAL, state TEXT, note TEXT, inspector TEXT, revision INTEGER,
   at TEXT);
+CREATE TABLE IF NOT EXISTS shares (annotator TEXT, item TEXT, PRIMARY KEY (annotator, item)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS begun (annotator TEXT, item TEXT, visit INTEGER, PRIMARY KEY (annotator, item, visit)) WITHOUT ROWID;
 """
 _COLUMNS = "annotator, item, visit, answer, seconds, state, note, inspector, revision, at"
 
@@ -97,6 +99,26 @@ class Storage:
     def people(self) -> dict[str, Role]:
         """Return name -> role."""
         return dict(self._rows("SELECT name, role FROM people ORDER BY rowid"))
+
+    def shares(self) -> list[tuple[str, str]]:
+        """Return (annotator, item) of what was shared out; nothing where each annotator gets every item."""
+        return [(name, item) for name, item in self._rows("SELECT annotator, item FROM shares")]
+
+    def share_out(self, rows: Iterable[tuple[str, str]]) -> None:
+        """Keep other shares in the place of those that there were."""
+        with self._change() as change:
+            change.execute("DELETE FROM shares")
+            change.executemany("INSERT INTO shares VALUES (?, ?)", rows)
+
+    def begun(self) -> list[tuple[str, str, int]]:
+        """Return (annotator, item, visit) of the tasks that were shown or answered."""
+        query = "SELECT annotator, item, visit FROM answers UNION SELECT annotator, item, visit FROM begun"
+        return [(name, item, visit) for name, item, visit in self._rows(query)]
+
+    def begin(self, annotator: str, item: str, visit: int) -> None:
+        """Note that a task is shown: it stays its annotator's."""
+        with self._change() as change:
+            change.execute("INSERT OR IGNORE INTO begun VALUES (?, ?, ?)", (annotator, item, visit))
 
     def answers(self, annotator: str | None = None) -> list[Answer]:
         """Return all answers, or those of one annotator, in the order of annotators, items and visits."""
