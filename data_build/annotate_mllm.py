@@ -18,7 +18,8 @@ a folder with captions, several for each caption, or with rankings (by people, s
     images/          the images of the rankings, hard links where possible: preftune reward-model and preftune dpo read the folder
     errors.jsonl     questions without an answer, and why; none of them is a score
     calls.jsonl      all answers as they came, line by line, with tokens; an answer that is there is not asked for again
-    begun.json       data, model, mode and aspects: a start with others is refused, for its results would replace these
+    begun.json       what began the folder: data, model, mode, aspects and the templates' texts. A start with others is refused:
+                     its results would replace those that are there
     summary.json     counts, tokens, cost, agreement of two orders, position bias
 
 Of a prompt with more images than --max-images so many are drawn, at random but always the same. Without the prompt training would
@@ -78,10 +79,10 @@ class Config:
             raise ValueError(f"--rule is {self.rule}; it must be {', '.join(RULES)} or one of --aspects")
         if self.mode == "pointwise" and self.orders == 2:
             raise ValueError("--orders 2 is for --mode together and pairwise; one image alone has no order")
-        if self.max_images < 2 or (self.count is not None and self.count < 1):
-            raise ValueError(
-                f"--max-images must be at least 2 and --count at least 1, got {self.max_images} and {self.count}"
-            )
+        if self.max_images < 2:
+            raise ValueError(f"--max-images must be at least 2, got {self.max_images}")
+        if self.count is not None and self.count < 1:
+            raise ValueError(f"--count must be at least 1, got {self.count}")
 
 
 if __name__ == "__main__":  # flags are read before torch is imported, which takes seconds
@@ -94,10 +95,12 @@ from data_build.mllm_calls import (
     asking,
     calls_in_words,
     check_folder,
+    digests_of,
+    failures_in_words,
     watched,
 )
 from data_build.mllm_quality import Quality, in_words, preferences
-from data_build.mllm_tasks import Answer, Group, Task, ask, known, read_groups, tasks_of
+from data_build.mllm_tasks import Answer, Group, Task, ask, known, read_groups, reasons, tasks_of
 from preftune.cli.notes import counted, say
 from preftune.cli.printable import show
 from preftune.files import replacing, tidy, write_text
@@ -118,13 +121,17 @@ class Written:
     counts: Counter[str] = field(default_factory=Counter)
 
 
-def flags_of(config: Config) -> dict[str, str]:
-    """Return the flags without which the answers are of other questions: those of another rule, or of more prompts, are not."""
+def flags_of(config: Config, templates: Sequence[Template]) -> dict[str, str]:
+    """Return the flags without which the answers are of other questions: those of another rule, or of more prompts, are not.
+
+    How the model is sampled is not among them: more tokens, or another response format, may be what a failed start needs.
+    """
     return {
         "--data": str(config.data.resolve()),
         "--model": config.endpoint.model,
         "--mode": config.mode,
         "--aspects": " ".join(config.aspects),
+        "--templates": digests_of(templates),
     }
 
 
@@ -135,11 +142,11 @@ def check_inputs(config: Config) -> tuple[list[Group], list[Template], Counter[s
         raise ValueError(
             f"--output-dir {folder} is --data, whose rankings would be lost; choose another folder"
         )
-    check_folder(folder, PROGRAM, flags_of(config))
-    if not config.data.is_dir():
-        raise ValueError(f"there is no data at {config.data}")
     kind = "compare" if config.mode == "pairwise" else "rate"
     templates = [load(config.templates or OURS, kind, aspect) for aspect in config.aspects]
+    check_folder(folder, PROGRAM, flags_of(config, templates))
+    if not config.data.is_dir():
+        raise ValueError(f"there is no data at {config.data}")
     config.endpoint.key()
     groups, left_out = read_groups(
         config.data, least=2, most=config.max_images, count=config.count, seed=config.endpoint.seed
@@ -309,8 +316,9 @@ def report(config: Config, summary: dict[str, Any]) -> str:
     errors = ", ".join(f"{number:,} {kind}" for kind, number in summary["errors"].items())
     return "\n".join(
         [
-            f"{summary['prompts']:,} prompts: {summary['ratings']:,} ratings, {summary['rankings']:,} rankings by {config.rule},"
-            f" {summary['untied_pairs']:,} untied pairs, {summary['ties']:,} ties",
+            f"{counted(summary['prompts'], 'prompt')}: {counted(summary['ratings'], 'rating')},"
+            f" {counted(summary['rankings'], 'ranking')} by {config.rule}, {counted(summary['untied_pairs'], 'untied pair')},"
+            f" {counted(summary['ties'], 'tie')}",
             calls_in_words(summary["all_calls"], config.endpoint),
             *([f"no answer, in errors.jsonl: {errors}"] if errors else []),
             *in_words(summary),
@@ -325,19 +333,20 @@ def main(config: Config) -> None:
     with exit_on_user_error():
         groups, templates, left_out = check_inputs(config)
     if left_out:
-        say("left out: " + ", ".join(f"{number:,} {reason}" for reason, number in left_out.items()))
+        say(reasons(left_out))
     if drawn := sum(group.left_out > 0 for group in groups):
         say(
             f"of {counted(drawn, 'prompt')} with more images {config.max_images} each were drawn (--max-images)"
         )
     tidy(*{(config.output_dir / IMAGES / name).parent for group in groups for name in group.names})
-    with asking(config.output_dir, config.endpoint, PROGRAM, flags_of(config)) as client:
+    with asking(config.output_dir, config.endpoint, PROGRAM, flags_of(config, templates)) as client:
         failed = ask_all(client, list(all_tasks(config, groups, templates)))
         summary = write_results(config, client, groups, templates, failed, left_out)
     show(report(config, summary))
     with exit_on_user_error():
         if not summary["rankings"]:
-            raise ValueError(f"no prompt has a ranking; see {config.output_dir / 'errors.jsonl'}")
+            why = f": {failures_in_words([*failed.values()])}" if failed else ""
+            raise ValueError(f"no prompt has a ranking{why}; see {config.output_dir / 'errors.jsonl'}")
 
 
 if __name__ == "__main__":

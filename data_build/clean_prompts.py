@@ -1,4 +1,4 @@
-"""Clean prompts of style words, which otherwise decide what annotators and scorers compare (HPS v2, arXiv 2306.09341, section 3.1).
+r"""Clean prompts of style words, which otherwise decide what annotators and scorers compare (HPS v2, arXiv 2306.09341, section 3.1).
 
 Prompts of users end in lists such as "highly detailed, 8 k, trending on artstation, art by greg rutkowski". HPS v2 has a language
 model take them away, and so does `--cleaner model`, by any that speaks OpenAI's chat completions and a template of our own
@@ -12,18 +12,20 @@ and medium where they are listed, weights and flags of interfaces, and Diffusion
         --base-url http://localhost:8000/v1 --model Qwen/Qwen2.5-7B-Instruct
 
     prompts.jsonl    prompt (cleaned), original, removed ([kind, text] of each piece), only_style (nothing else was there: its
-                     first words were kept); in the order of the files, read by drivers with --prompts. Of a model also error:
-                     why it gave no answer, so that the prompt is the original; null for an answer
+                     first words were kept); in the order of the files, read by drivers with --prompts. Of a model also
+                     unsafe (for work: true or false), and error and detail: why it gave no answer, so that the prompt is the
+                     original and unsafe null; error is null for an answer
+    unsafe.jsonl     with --drop-unsafe: the lines of the prompts that are unsafe, which are not in prompts.jsonl then
     index.html       how often each style word is there before and after, and prompts with what was removed
     summary.json     counts
     calls.jsonl      of a model: all answers as they came; an answer that is there is not asked for again
-    begun.json       of a model: its name and the prompt files, without which the folder is not gone on with
+    begun.json       of a model: what began the folder: model, prompt files and the template's text. A start with others is refused
 
 Prints the same frequencies. The words that are counted are those of the rules, so that what these do not know is not in the
 list; of a model `removed` holds those that are gone. The page also shows the parts between commas that are left most often. Rules
 and models make mistakes: look at the page. With a model the same command goes on where it was stopped or killed, and asks again
-for what has failed. Hardware: one CPU core cleans 1,000 prompts per second by rules; else that of the endpoint. Left out: prompts
-that are unsafe for work stay; annotators can mark them (annotate.py).
+for what has failed. Hardware: one CPU core cleans 1,000 prompts per second by rules; else that of the endpoint. Rules do not judge
+what is unsafe for work: a model says it, annotators can mark it (annotate.py), and DiffusionDB has scores of its own.
 """
 
 import json
@@ -61,7 +63,9 @@ class Config:
     keep: tuple[Kind, ...] = ()
     """Kinds of words that the rules leave."""
     table: Path | None = None
-    """Table of words: kind, place and phrase in each line; None = that of the program."""
+    """Table of words: kind, place and phrase in each line. With --cleaner model they are only counted: what it removes is up to --templates. None = that of the program."""
+    drop_unsafe: bool = False
+    """Leave prompts that the model of --cleaner model calls unsafe for work out of prompts.jsonl, and write them to unsafe.jsonl. One without an answer was not judged, and stays."""
     shown: int = 200
     """Number of changed prompts on the page, spread over all."""
 
@@ -69,7 +73,8 @@ class Config:
         check_given_once("--prompts", self.prompts, "file", "its words would count twice")
         if self.shown < 0:
             raise ValueError(f"--shown must be at least 0, got {self.shown}")
-        of_model = [*self.endpoint.given(), *(["--templates"] if self.templates is not None else [])]
+        own = {"--templates": self.templates is not None, "--drop-unsafe": self.drop_unsafe}
+        of_model = [*self.endpoint.given(), *(flag for flag, given in own.items() if given)]
         if self.cleaner == "rules" and of_model:
             raise ValueError(f"{of_model[0]} is for --cleaner model; rules ask nobody")
         if self.cleaner == "model":
@@ -90,20 +95,24 @@ from data_build.mllm_calls import (
     asking,
     calls_in_words,
     check_folder,
+    digests_of,
+    failures_in_words,
     watched,
 )
 from data_build.prompt_rules import TABLE, Cleaned, Removed, Table, clean, read_table, unspaced
+from preftune.cli.notes import counted, say
 from preftune.cli.printable import show
-from preftune.files import replacing
+from preftune.files import remove, replacing
 from preftune.files.one_writer import one_writer
-from preftune.mllm.cleaning import clean_all
-from preftune.mllm.templates import OURS, load
+from preftune.mllm.cleaning import clean_all, load_clean
+from preftune.mllm.templates import OURS
 from preftune.pages import render
 from preftune.prompts import read_rows
 from preftune.records import write_jsonl, write_lines
 
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
 PROGRAM = "clean-prompts"
+UNSAFE = "unsafe.jsonl"
 PRINTED = 20
 """Words whose frequencies are printed."""
 COUNTED = 100
@@ -112,6 +121,17 @@ _PIECE = re.compile(r"\s*(?:\w+|[^\w\s])")
 """A word or a sign, with the spaces before it."""
 MAX_SHOWN = 2_000
 """Characters of a prompt on the page."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What a model said of a prompt beside the cleaned one."""
+
+    unsafe: bool | None = None
+    """Whether it is unsafe for work; None without an answer."""
+    error: str | None = None
+    """Kind of the error where there is no answer."""
+    detail: str | None = None
 
 
 def read_all(paths: Sequence[Path]) -> list[str]:
@@ -178,16 +198,26 @@ def pieces(original: str, cleaned: str) -> list[tuple[str, str]]:
     return found
 
 
-def page(originals: Sequence[str], cleaned: Sequence[Cleaned], summary: Mapping[str, Any], shown: int) -> str:
-    """Return the page; every text in it is escaped."""
-    changed = [(old, new) for old, new in zip(originals, cleaned, strict=True) if old.strip() != new.prompt]
+def page(
+    originals: Sequence[str], cleaned: Sequence[Cleaned], said: Sequence[Said], summary: Mapping[str, Any], shown: int
+) -> str:  # fmt: skip
+    """Return the page; every text in it is escaped. `said` is empty where nobody was asked."""
+    every = zip(originals, cleaned, said or [Said()] * len(cleaned), strict=True)
+    changed = [(old, new, one.unsafe) for old, new, one in every if old.strip() != new.prompt]
+    failed = [
+        {"prompt": old[:MAX_SHOWN], "error": one.error, "detail": one.detail}
+        for old, one in zip(originals, said, strict=False)
+        if one.error
+    ]
     step = max(1, -(-len(changed) // shown)) if shown else len(changed) + 1
     left = parts_left(one.prompt for one in cleaned).most_common(COUNTED)
     rows = [
-        {"pieces": pieces(old, new.prompt), "prompt": new.prompt[:MAX_SHOWN], "only_style": new.only_style}
-        for old, new in changed[::step][:shown]
-    ]
-    return render(TEMPLATE, summary=summary, rows=rows, left=left)
+        {"pieces": pieces(old, new.prompt), "prompt": new.prompt[:MAX_SHOWN], "only_style": new.only_style, "unsafe": unsafe}
+        for old, new, unsafe in changed[::step][:shown]
+    ]  # fmt: skip
+    return render(
+        TEMPLATE, summary=summary, rows=rows, left=left, failed=failed[:shown], failures=len(failed)
+    )
 
 
 def printed(summary: Mapping[str, Any]) -> str:
@@ -213,26 +243,29 @@ def by_rules(originals: Sequence[str], config: Config) -> list[Cleaned]:
 
 def by_model(
     originals: Sequence[str], config: Config, table: Table
-) -> tuple[list[Cleaned], dict[int, str], dict[str, Any]]:
-    """Return the prompts that a model makes, place -> kind of the error where the original stays, and facts for the summary.
+) -> tuple[list[Cleaned], list[Said], dict[str, Any]]:
+    """Return the prompts that a model makes, the original where it gave no answer, what it said of each, and facts for the summary.
 
     Ends the program where the endpoint is of no use; what was answered is kept for the next start.
     """
     cleaned = [Cleaned(prompt=text) for text in originals]
-    errors: dict[int, str] = {}
+    said = [Said()] * len(originals)
     templates, endpoint = config.templates or OURS, config.endpoint.config()
     with asking(config.output_dir, endpoint, PROGRAM, flags_of(config)) as client:
         for place, asked in watched(clean_all(client, originals, templates), len(originals), "prompt"):
             if asked.value is None:
-                errors[place] = asked.error
+                said[place] = Said(error=asked.error, detail=asked.detail)
             else:
-                gone = words_gone(originals[place], asked.value, table)
+                gone = words_gone(originals[place], asked.value.prompt, table)
                 bare = clean(originals[place], table).only_style
-                cleaned[place] = Cleaned(prompt=asked.value, removed=gone, only_style=bare)
+                cleaned[place] = Cleaned(prompt=asked.value.prompt, removed=gone, only_style=bare)
+                said[place] = Said(unsafe=asked.value.unsafe)
         used = all_calls(client)
-    kinds = Counter(errors.values())
-    about = {"model": endpoint.model, "template": load(templates, "clean").digest}
-    return cleaned, errors, about | {"errors": dict(sorted(kinds.items())), "all_calls": used}
+    kinds = Counter(one.error for one in said if one.error)
+    unsafe = sum(one.unsafe is True for one in said)
+    about = {"model": endpoint.model, "template": load_clean(templates).digest}
+    about |= {"unsafe": unsafe, "left_out": unsafe if config.drop_unsafe else 0}
+    return cleaned, said, about | {"errors": dict(sorted(kinds.items())), "all_calls": used}
 
 
 def words_gone(original: str, prompt: str, table: Table) -> tuple[Removed, ...]:
@@ -251,6 +284,7 @@ def flags_of(config: Config) -> dict[str, str]:
     return {
         "--prompts": " ".join(str(path.resolve()) for path in config.prompts),
         "--model": config.endpoint.config().model,
+        "--templates": digests_of([load_clean(config.templates or OURS)]),
     }
 
 
@@ -258,7 +292,6 @@ def check_inputs(config: Config) -> tuple[list[str], Table]:
     """Return the prompts, and the words whose frequencies are counted; ValueError for what is wrong, before anything is asked."""
     if config.cleaner == "model":
         check_folder(config.output_dir, PROGRAM, flags_of(config))
-        load(config.templates or OURS, "clean")
         config.endpoint.config().key()
     elif config.output_dir.exists():
         raise ValueError(f"{config.output_dir} exists already; remove it or choose another --output-dir")
@@ -266,18 +299,41 @@ def check_inputs(config: Config) -> tuple[list[str], Table]:
 
 
 def write_results(
-    folder: Path, originals: Sequence[str], cleaned: Sequence[Cleaned], errors: Mapping[int, str] | None,
-    summary: Mapping[str, Any], shown: int,
+    folder: Path, originals: Sequence[str], cleaned: Sequence[Cleaned], said: Sequence[Said], summary: Mapping[str, Any],
+    config: Config,
 ) -> None:  # fmt: skip
-    """Write the files of a folder, each in one piece; `errors` is None where nobody was asked."""
-    rows = (
+    """Write the files of a folder, each in one piece; `said` is empty where nobody was asked."""
+    rows = [
         {"prompt": new.prompt, "original": old, "removed": [[piece.kind, piece.text] for piece in new.removed]}
-        | {"only_style": new.only_style} | ({} if errors is None else {"error": errors.get(place)})
+        | {"only_style": new.only_style} | (vars(said[place]) if said else {})
         for place, (old, new) in enumerate(zip(originals, cleaned, strict=True))
-    )  # fmt: skip
+    ]  # fmt: skip
+    if config.drop_unsafe:
+        write_jsonl(folder / UNSAFE, (row for row in rows if row["unsafe"]))
+        rows = [row for row in rows if not row["unsafe"]]
+    else:
+        remove(folder / UNSAFE)  # of an earlier start
     write_jsonl(folder / "prompts.jsonl", rows)
     write_lines(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False).splitlines())
-    write_lines(folder / "index.html", page(originals, cleaned, summary, shown).splitlines())
+    write_lines(folder / "index.html", page(originals, cleaned, said, summary, config.shown).splitlines())
+
+
+def check_result(config: Config, said: Sequence[Said], summary: Mapping[str, Any]) -> None:
+    """Say what was not judged; ValueError where a model made no prompt that can be used."""
+    failed = [(one.error, one.detail or "") for one in said if one.error]
+    if len(failed) == len(said):
+        raise ValueError(
+            f"{config.endpoint.model} cleaned no prompt: {failures_in_words(failed)}; all are as they were, see"
+            f" {config.output_dir / 'prompts.jsonl'}"
+        )
+    if failed and config.drop_unsafe:
+        say(
+            f"{counted(len(failed), 'prompt')} without an answer may be unsafe and stay; error says which, in prompts.jsonl"
+        )
+    if summary["left_out"] == len(said):
+        raise ValueError(
+            f"{config.endpoint.model} calls all prompts unsafe: none is left, see {config.output_dir / UNSAFE}"
+        )
 
 
 @one_writer
@@ -285,29 +341,27 @@ def main(config: Config) -> None:
     """Clean, count and write; by rules the folder is written under a temporary name, and renamed."""
     with exit_on_user_error():
         originals, table = check_inputs(config)
-    errors: dict[int, str] | None = None
+    said: list[Said] = []
     about: dict[str, Any] = {"cleaner": config.cleaner}
     if config.cleaner == "rules":
         about["kept"] = [*config.keep]
         cleaned = by_rules(originals, config)
     else:
-        cleaned, errors, facts = by_model(originals, config, table)
+        cleaned, said, facts = by_model(originals, config, table)
         about |= facts
     before = frequencies(originals, table)
     after = frequencies((one.prompt for one in cleaned), table)
     summary = about | summary_of(originals, cleaned, before, after)
-    if errors is None:
+    if config.cleaner == "rules":
         with replacing(config.output_dir) as partial:
-            write_results(partial, originals, cleaned, None, summary, config.shown)
+            write_results(partial, originals, cleaned, said, summary, config)
     else:
-        write_results(config.output_dir, originals, cleaned, errors, summary, config.shown)
+        write_results(config.output_dir, originals, cleaned, said, summary, config)
     used = [calls_in_words(summary["all_calls"], config.endpoint)] if "all_calls" in summary else []
     show("\n".join([printed(summary), *used, str(config.output_dir)]))
     with exit_on_user_error():
-        if errors is not None and len(errors) == len(originals):
-            raise ValueError(
-                f"{config.endpoint.model} cleaned no prompt; all are as they were, see {config.output_dir / 'prompts.jsonl'}"
-            )
+        if said:
+            check_result(config, said, summary)
 
 
 if __name__ == "__main__":

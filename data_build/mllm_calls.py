@@ -1,7 +1,8 @@
 """What programs that ask a model have in common: a folder that is gone on with, the file of the answers, the bar, tokens and cost."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from preftune.files.lock import is_lock
 from preftune.mllm.calls import CallLog
 from preftune.mllm.client import Asked, Client, EndpointError
 from preftune.mllm.config import EndpointConfig, TextEndpointConfig
+from preftune.mllm.templates import Template
 from rewards.input_files import read_text
 
 CALLS = "calls.jsonl"
@@ -70,15 +72,17 @@ def watched(
 ) -> Iterator[tuple[Item, Asked[Answer]]]:
     """Yield what became of questions under a bar, and say at the end how many were known and how many have no answer.
 
-    Ends the program where the endpoint is of no use.
+    The bar counts answers; behind it stands how many questions got none. Ends the program where the endpoint is of no use.
     """
     known = failed = 0
     try:
         with tqdm(total=total, desc="asking", unit=unit, mininterval=1) as bar:
             for item, asked in found:
-                bar.update()
                 known += asked.cached
                 failed += asked.value is None
+                if failed:
+                    bar.set_postfix_str(f"{failed:,} without an answer", refresh=False)
+                bar.update(asked.value is not None)
                 yield item, asked
     except EndpointError as error:
         with exit_on_user_error():
@@ -105,4 +109,15 @@ def calls_in_words(calls: dict[str, Any], endpoint: TextEndpointConfig) -> str:
         calls["requests_without_tokens"]
     )
     cost = f", cost {calls['cost']:.4g}" if endpoint.price_input or endpoint.price_output else ""
-    return f"all calls of this folder: {calls['requests']:,} requests, {tokens}{untold}{cost}"
+    return f"all calls of this folder: {counted(calls['requests'], 'request')}, {tokens}{untold}{cost}"
+
+
+def digests_of(templates: Iterable[Template]) -> str:
+    """Return what tells the texts of templates from others, wherever their folder is."""
+    return "of digest " + ", ".join(f"{template.name} {template.digest}" for template in templates)
+
+
+def failures_in_words(errors: Sequence[tuple[str, str]]) -> str:
+    """Return what went wrong, (kind, detail) of each, by kind, with the words of the first."""
+    kinds = Counter(kind for kind, _ in errors)
+    return f"{', '.join(f'{number:,} {kind}' for kind, number in sorted(kinds.items()))}, the first: {errors[0][1]}"

@@ -99,12 +99,16 @@ def read_groups(
         group = Group(prompt=prompt, names=names, paths=paths)
         groups.append(drawn(group, most, seed) if len(paths) > most else group)
     if not groups:
-        reasons = "; ".join(f"{number} {reason}" for reason, number in left_out.items())
-        raise ValueError(f"{data} has no prompt whose images can be compared: {reasons}")
+        raise ValueError(f"{data} has no prompt whose images can be compared; {reasons(left_out)}")
     groups = groups[:count]
     if further := sum(group.left_out for group in groups):
         left_out[f"images of prompts with more than {most}"] = further
     return groups, left_out
+
+
+def reasons(left_out: Counter[str]) -> str:
+    """Return in words what was left out."""
+    return "left out: " + ", ".join(f"{reason} ({number:,})" for reason, number in left_out.items())
 
 
 def drawn(group: Group, number: int, seed: int) -> Group:

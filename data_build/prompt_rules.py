@@ -205,10 +205,16 @@ def without_syntax(text: str) -> tuple[str, list[Removed]]:
     for pattern in (_NO, _FLAG, _TAG):
         text = " ".join(pattern.sub(drop, text).split())
     for _ in range(MAX_NESTED):
-        removed += [Removed(kind="syntax", text=match[0]) for match in _WEIGHTED.finditer(text)]
+        removed += [_around(match) for match in _WEIGHTED.finditer(text)]
         text = _WEIGHTED.sub(r"\1", text)
     text = _DOUBLED.sub(drop, _PART_WEIGHT.sub(lambda match: drop(match) + ", ", text))
     return " ".join(text.split()), removed
+
+
+def _around(match: re.Match[str]) -> Removed:
+    """The weight and the brackets of words that stay: (:1.3) of (a red car:1.3)."""
+    start, end = (place - match.start() for place in match.span(1))
+    return Removed(kind="syntax", text="".join((match[0][:start] + match[0][end:]).split()))
 
 
 def clean(text: str, table: Table, kept: Iterable[str] = ()) -> Cleaned:

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import FrameType, MappingProxyType, TracebackType
 from typing import Any
 
 from rewards.card import Card
@@ -35,6 +35,7 @@ NOT_RUN = (
 MAX_FILE = 1 << 22
 """Bytes of a file with rewards."""
 
+_OURS = ("rewards", "preftune")
 _FILE = re.compile(r"(.+\.py)(?::([^=:/\\]*))?", re.DOTALL)
 _PROMPTS, _PIXELS = ("prompt", "text", "caption"), ("pixel", "image", "img")
 """Beginnings of the names of arguments."""
@@ -45,7 +46,10 @@ _modules: dict[tuple[Path, str], dict[str, Any]] = {}
 
 
 class OwnRewardError(ValueError):
-    """What a reward of the user's own did wrong, in one sentence; `trace` is the traceback of an exception in it, or empty."""
+    """What a reward of the user's own did wrong, in one sentence; `trace` is the traceback of an exception in it, or empty.
+
+    It is empty, too, for a ValueError that this package raised: its words are for the user, and say all.
+    """
 
     def __init__(self, reason: str, trace: str = "") -> None:
         super().__init__(reason)
@@ -185,13 +189,18 @@ def check_callable(name: str, value: object) -> None:
 def failure(name: str, file: str | None, error: BaseException) -> OwnRewardError:
     """Return the error that says where a reward, defined in this file, raised another one, in its words.
 
-    The traceback of that one begins in the user's code from now on.
+    The traceback of that one begins in the user's code from now on. A ValueError of this package, as of a judge that cannot be asked,
+    is a sentence to the user already: it needs no traceback, and of its place only the line in the user's file.
     """
     tb = error.__traceback__ = _after_ours(error.__traceback__)
     frames = traceback.extract_tb(tb)
     inner = [frame for frame in frames if frame.filename == file] or frames[-1:]
     where = f" at {inner[-1].filename}:{inner[-1].lineno} ({inner[-1].line})" if inner else ""
     words = " ".join(str(error).split())[:500]
+    seen = [(_is_ours(frame), frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(tb)]
+    if isinstance(error, ValueError) and not isinstance(error, OwnRewardError) and seen and seen[-1][0]:
+        lines = [line for ours, place, line in seen if place == file and not ours]
+        return OwnRewardError(f"{name}{f' ({file}:{lines[-1]})' if lines else ''}: {words}")
     trace = "".join(traceback.format_exception(type(error), error, tb, chain=False))
     return OwnRewardError(
         f"{name} failed{where}: {type(error).__name__}{': ' if words else ''}{words}", trace
@@ -285,6 +294,11 @@ def _run(path: Path, module_name: str) -> dict[str, Any]:
         del sys.modules[module_name]
         raise failure(f"running {path.name}", str(path), error) from error
     return vars(module)
+
+
+def _is_ours(frame: FrameType) -> bool:
+    """Return whether a frame is of a module whose ValueErrors are sentences to the user."""
+    return str(frame.f_globals.get("__name__")).split(".")[0] in _OURS
 
 
 def _after_ours(tb: TracebackType | None) -> TracebackType | None:

@@ -106,6 +106,11 @@ def rating(scores: Iterable[int], rationale: str = "I see it.") -> str:
     return json.dumps({"scores": rows})
 
 
+def cleaned(prompt: str, *, unsafe: bool = False) -> str:
+    """An answer with a cleaned prompt."""
+    return json.dumps({"prompt": prompt, "unsafe": unsafe})
+
+
 def look(body: Body) -> Reply:
     """The answer of an honest model."""
     images, text = images_of(body), text_of(body)
@@ -116,7 +121,7 @@ def look(body: Body) -> Reply:
     if '"scores"' in text:
         return completion(rating(map(score, images)))
     prompt = json.loads(re.findall(r'^(".*")$', text, re.MULTILINE)[0])
-    return completion(json.dumps({"prompt": prompt.partition(",")[0]}))
+    return completion(cleaned(prompt.partition(",")[0], unsafe="naked" in prompt))
 
 
 class StubEndpoint:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from data_build.annotate_mllm import Config
 from data_build.mllm_tasks import Group
 from preftune.mllm import backoff
 from preftune.mllm.config import EndpointConfig, OptionalEndpointConfig
+from preftune.mllm.templates import OURS
 from preftune.records import read_jsonl, read_rankings, write_jsonl
 from preftune.training import labelled_pairs, rankings
 from rewards.digests import sha256_of
@@ -116,7 +118,7 @@ def test_ratings_belong_to_the_images_that_were_shown(data: Path, capsys: pytest
     assert "two orders agree on 100.0 %" in printed.out
     assert "position: mean score by place" in printed.out
     assert "12 requests, 1,200 + 240 tokens, cost 0.0048" in printed.out
-    assert "left out: 1 prompts with one image" in printed.err
+    assert "left out: prompts with one image (1)" in printed.err
 
 
 def test_pairs_of_images(data: Path) -> None:
@@ -284,8 +286,8 @@ def test_what_is_refused(
             ({"rule": "beauty"}, "--rule is beauty"),
             ({"aspects": ("a", "a")}, "each once"),
             ({"mode": "pointwise", "orders": 2}, "--orders 2 is for"),
-            ({"max_images": 1}, "--max-images"),
-            ({"count": 0}, "--count"),
+            ({"max_images": 1}, "^--max-images must be at least 2, got 1$"),
+            ({"count": 0}, "^--count must be at least 1, got 0$"),
         ):
             with pytest.raises(ValueError, match=words):
                 config(stub, data, **changes)
@@ -295,7 +297,7 @@ def test_what_is_refused(
         )
     with StubEndpoint(lambda body: completion("{")) as stub:
         said = refused(config(stub, data, {"answer_retries": 0}), capsys)
-        assert "no prompt has a ranking" in said
+        assert "no prompt has a ranking: 6 malformed, the first: it holds no JSON object: '{'" in said
         assert not read_jsonl(data.parent / "out" / "ratings.jsonl")
 
 
@@ -303,12 +305,19 @@ def test_a_folder_belongs_to_one_program_and_its_flags(
     data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Results that are there are not replaced by those of another question; another rule asks nothing."""
+    own, same = data.parent / "own", data.parent / "same"
+    for folder in (own, same):
+        shutil.copytree(OURS, folder)
+    (own / "rate.txt").write_text((OURS / "rate.txt").read_text().replace("experienced", "kind"))
     with StubEndpoint() as stub:
         annotate_mllm.main(config(stub, data))
         asked, before = len(stub.requests), (data.parent / "out/ratings.jsonl").read_bytes()
+        annotate_mllm.main(config(stub, data, templates=same, orders=1, count=9))
+        assert len(stub.requests) == asked, "the texts count, not their folder"
         for changes, endpoint, said in (
             ({"mode": "pairwise"}, {}, "was begun with --mode "),
-            ({"aspects": ("alignment",)}, {}, "was begun with --aspects "),
+            ({"aspects": ("fidelity",)}, {}, "was begun with --aspects fidelity aesthetic, got fidelity"),
+            ({"templates": own}, {}, "was begun with --templates of digest fidelity "),
             ({}, {"model": "another"}, "was begun with --model judge-7b, got another"),
         ):
             assert said in refused(config(stub, data, endpoint, **changes), capsys)
@@ -339,7 +348,7 @@ def test_large_groups_and_counts(data: Path, capsys: pytest.CaptureFixture[str])
     assert about["prompts_with_images_left_out"] == 1
     said = capsys.readouterr().err
     assert "of 1 prompt with more images 3 each were drawn (--max-images)" in said
-    assert "1 images of prompts with more than 3" in said
+    assert "left out: prompts with one image (1), images of prompts with more than 3 (1)" in said
 
 
 def test_images_are_drawn_alike_and_stay() -> None:
@@ -423,6 +432,33 @@ def test_a_broken_image_is_an_error_of_its_questions(data: Path) -> None:
         annotate_mllm.main(config(stub, data, {"max_failures": 1}))
     assert summary(data.parent / "out")["errors"] == {"bad image": 2}
     assert {one.prompt for one in read_rankings(data.parent / "out")} == {"a cat", "a dog"}
+
+
+def test_a_model_that_cannot_be_asked(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody there, or a server that rejects all: one sentence, soon, and a bar that has not moved."""
+    with StubEndpoint() as stub:
+        pass
+    start = time.monotonic()
+    said = refused(config(stub, data), capsys)
+    assert time.monotonic() - start < 5
+    assert f"error: no connection to {stub.url}: " in said
+    assert said.endswith("; is a server running there? (--base-url)")
+    with StubEndpoint(lambda body: failed(400, message="unknown response_format")) as stub:
+        with pytest.raises(SystemExit):
+            annotate_mllm.main(config(stub, data, {"concurrency": 1}))
+        said = capsys.readouterr().err
+        assert len(stub.requests) == 3
+    assert "unknown response_format; if it does not know JSON schemas: --response-format json-object" in said
+    assert "2 without an answer" in said
+    assert "0/6" in said.replace("\r", "\n").splitlines()[-2]
+
+
+def test_one_is_no_plural(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with StubEndpoint() as stub:
+        annotate_mllm.main(config(stub, data, aspects=("fidelity",), count=1, max_images=2))
+    said = capsys.readouterr().out
+    assert "1 prompt: 2 ratings, 1 ranking by sum, 1 untied pair, 0 ties" in said
+    assert "all calls of this folder: 1 request, " in said
 
 
 # ---------------------------------------------------------------- killed

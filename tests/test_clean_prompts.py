@@ -97,7 +97,7 @@ def test_rules(text: str, prompt: str | None, table: Table) -> None:
 def test_what_was_removed_is_told(table: Table) -> None:
     found = clean("(a cat:1.3), 8 k, octane render, by greg rutkowski, artgerm, bokeh, oil painting", table)
     assert [(one.kind, one.text) for one in found.removed] == [
-        ("syntax", "(a cat:1.3)"), ("resolution", "8k"), ("engine", "octane render"), ("artist", "by greg rutkowski"),
+        ("syntax", "(:1.3)"), ("resolution", "8k"), ("engine", "octane render"), ("artist", "by greg rutkowski"),
         ("artist", "artgerm"), ("camera", "bokeh"), ("medium", "oil painting"),
     ]  # fmt: skip
 

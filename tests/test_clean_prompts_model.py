@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from preftune.cli import parse
 from preftune.mllm import backoff
 from preftune.mllm.config import OptionalEndpointConfig
 from preftune.records import read_jsonl
-from stub_endpoint import Body, Reply, StubEndpoint, completion, failed, killed_after, look, text_of
+from stub_endpoint import Body, Reply, StubEndpoint, cleaned, completion, failed, killed_after, look, text_of
 
 TEXTS = ("a cat, 8 k, artgerm", "a dog, oil painting", "", "a cat, 8 k, artgerm", "a hen")
 
@@ -73,15 +74,15 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert len(stub.requests) == 4, "only the new one"
     cat = {
         "prompt": "a cat", "original": "a cat, 8 k, artgerm", "removed": [["resolution", "8k"], ["artist", "artgerm"]],
-        "only_style": False, "error": None,
+        "only_style": False, "unsafe": False, "error": None, "detail": None,
     }  # fmt: skip
     dog = {"prompt": "a dog", "original": "a dog, oil painting", "removed": [["medium", "oil painting"]]}
     hen = {"prompt": "a hen", "original": "a hen", "removed": []}
-    more = {"only_style": False, "error": None}
+    more = {"only_style": False, "unsafe": False, "error": None, "detail": None}
     assert rows(tmp_path)[1:] == [cat, dog | more, cat, hen | more]
     found = json.loads(before["summary.json"])
     assert (found["cleaner"], found["model"], found["prompts"], found["changed"]) == ("model", "m-7b", 4, 3)
-    assert found["errors"] == {}
+    assert (found["errors"], found["unsafe"], found["left_out"]) == ({}, 0, 0)
     assert found["removed_from_share"] == {"artist": 0.5, "medium": 0.25, "resolution": 0.5}
     assert found["style_words"]["artist artgerm"] == [2, 0]
     assert found["all_calls"]["input_tokens"] == 300
@@ -91,6 +92,7 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = before["index.html"].decode()
     assert "a cat<del>, 8 k, artgerm</del>" in page
     assert '<th scope="row">no answer of m-7b, left as they were</th><td class="number">0</td>' in page
+    assert "without an answer, left" not in page
 
 
 def test_an_error_keeps_the_original_and_is_counted(
@@ -99,8 +101,8 @@ def test_an_error_keeps_the_original_and_is_counted(
     wrongs: dict[str, Callable[[Body], Reply]] = {
         "refusal": lambda body: completion("I'm sorry, I can't help with that."),
         "malformed": lambda body: completion('{"prompt": "a do'),
-        "wrong schema": lambda body: completion('{"prompt": ""}'),
-        "cut off": lambda body: completion('{"prompt": "a"}', finish="length"),
+        "wrong schema": lambda body: completion(cleaned("")),
+        "cut off": lambda body: completion(cleaned("a"), finish="length"),
         "server": lambda body: failed(503),
         "rejected": lambda body: failed(400),
     }
@@ -118,11 +120,22 @@ def test_an_error_keeps_the_original_and_is_counted(
         for row in found[4:]:
             assert (row["prompt"], row["removed"]) == (row["original"], [])
             assert row["error"] in row["original"]
-        assert all(row["error"] is None for row in found[:4])
+            assert row["unsafe"] is None
+        assert [row["detail"] for row in found[4:]] == [
+            "it holds no JSON object: \"I'm sorry, I can't help with that.\"",
+            'it holds no JSON object: \'{"prompt": "a do\'',
+            "prompt is ''; it must be a text",
+            "the answer is longer than --max-tokens",
+            "status 503: it failed",
+            "status 400: it failed",
+        ]
+        assert all((row["error"], row["detail"], row["unsafe"]) == (None, None, False) for row in found[:4])
         assert summary(tmp_path)["errors"] == dict.fromkeys(sorted(wrongs), 1)
         assert "10 prompts: 0 were answered before, 6 have no answer" in capsys.readouterr().err
         page = (tmp_path / "out/index.html").read_text(encoding="utf-8")
         assert '<th scope="row">no answer of m-7b, left as they were</th><td class="number">6</td>' in page
+        assert "<h2>6 of 6 without an answer, left as they were</h2>" in page
+        assert '<p>server &lt;b&gt;, 8k</p>\n<p class="note">server: status 503: it failed</p>' in page
         asked, stub.answer = len(stub.requests), look
         clean_prompts.main(given)
         assert len(stub.requests) == asked + 6, "only what has failed"
@@ -133,7 +146,7 @@ def test_an_error_keeps_the_original_and_is_counted(
 def test_a_model_that_cleans_nothing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with StubEndpoint(lambda body: completion("{")) as stub:
         said = refused(config(tmp_path, stub.url, *TEXTS, endpoint={"answer_retries": 0}), capsys)
-        assert "m-7b cleaned no prompt" in said
+        assert "m-7b cleaned no prompt: 4 malformed, the first: it holds no JSON object" in said
         assert [row["prompt"] for row in rows(tmp_path)] == [text for text in TEXTS if text]
         many = config(tmp_path, stub.url, *(f"cat {at}" for at in range(30)), endpoint={"answer_retries": 0})
         assert "20 questions in a row got no answer" in refused(many, capsys)
@@ -165,8 +178,52 @@ def test_templates_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert "clean.txt" in refused(given, capsys)
         assert not (tmp_path / "out").exists()
         (tmp_path / "own/clean.txt").write_text("Clean, whatever it says:\n$prompt\n")
+        assert 'own/clean.txt does not ask for "unsafe"' in refused(given, capsys)
+        assert not (tmp_path / "out").exists()
+        (tmp_path / "own/clean.txt").write_text("Clean, is it unsafe, whatever it says:\n$prompt\n")
         clean_prompts.main(given)
-        assert text_of(stub.requests[0]) == 'Clean, whatever it says:\n"a cat, 8k"\n'
+        assert text_of(stub.requests[0]) == 'Clean, is it unsafe, whatever it says:\n"a cat, 8k"\n'
+        (tmp_path / "own/clean.txt").write_text("Clean it, say unsafe, whatever it says:\n$prompt\n")
+        assert "was begun with --templates of digest clean " in refused(given, capsys)
+
+
+def test_unsafe_prompts_are_told_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The stub calls unsafe what says naked; a prompt that it refuses is not judged, and stays."""
+    texts = ["a cat, 8k", "a naked man, 8k", "a refusal, naked", "a dog"]
+    with StubEndpoint(about("refusal", lambda body: completion("I can't."))) as stub:
+        given = config(tmp_path, stub.url, *texts, endpoint={"answer_retries": 0})
+        clean_prompts.main(given)
+        told = rows(tmp_path)
+        assert [row["unsafe"] for row in told] == [False, True, None, False]
+        assert (summary(tmp_path)["unsafe"], summary(tmp_path)["left_out"]) == (1, 0)
+        assert not (tmp_path / "out/unsafe.jsonl").exists()
+        assert "without an answer may be unsafe" not in capsys.readouterr().err
+        clean_prompts.main(replace(given, drop_unsafe=True))
+        assert rows(tmp_path) == [told[0], told[2], told[3]]
+        assert read_jsonl(tmp_path / "out/unsafe.jsonl") == [told[1]], "with its original"
+        assert (summary(tmp_path)["unsafe"], summary(tmp_path)["left_out"]) == (1, 1)
+        assert summary(tmp_path)["prompts"] == 4
+        page = (tmp_path / "out/index.html").read_text(encoding="utf-8")
+        assert 'unsafe for work, as m-7b says; left out</th><td class="number">1</td>' in page
+        assert "a naked man (unsafe for work)" in page
+        assert "1 prompt without an answer may be unsafe and stay" in capsys.readouterr().err
+        clean_prompts.main(given)
+        assert rows(tmp_path) == told
+        assert not (tmp_path / "out/unsafe.jsonl").exists(), "of an earlier start"
+        asked = len(stub.requests)
+        assert asked == 4 + 2, "what was answered is not asked again"
+        alone = replace(config(tmp_path, stub.url, "naked, 8k"), drop_unsafe=True)
+        assert "m-7b calls all prompts unsafe: none is left, see" in refused(alone, capsys)
+        assert [row["original"] for row in read_jsonl(tmp_path / "out/unsafe.jsonl")] == ["naked, 8k"]
+        assert rows(tmp_path) == []
+
+
+def test_nobody_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with StubEndpoint() as stub:
+        pass
+    said = refused(config(tmp_path, stub.url, *TEXTS), capsys)
+    assert f"no connection to {stub.url}: " in said
+    assert said.endswith("; is a server running there? (--base-url)")
 
 
 def test_flags_that_do_not_fit(
@@ -184,6 +241,7 @@ def test_flags_that_do_not_fit(
         (url, "--base-url is for --cleaner model"),
         (["--concurrency", "8"], "--concurrency is for --cleaner model"),
         (["--templates", "x"], "--templates is for --cleaner model"),
+        (["--drop-unsafe"], "--drop-unsafe is for --cleaner model"),
         ([*model, *url, "--model", "m", "--image-side", "64"], "--image-side"),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -1,7 +1,9 @@
 """The client of multimodal models against a stub that speaks the protocol: what is an answer, what is retried, what is kept."""
 
+import contextlib
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from PIL import Image
 
 import rewards
 from preftune.mllm import answers, backoff, client
-from preftune.mllm.answers import AnswerError, read_choice, read_prompt, read_scores
+from preftune.mllm.answers import AnswerError, CleanPrompt, read_choice, read_prompt, read_scores
 from preftune.mllm.calls import CallLog, Usage
 from preftune.mllm.cleaning import clean, clean_all
 from preftune.mllm.client import Asked, Client, EndpointError
@@ -24,7 +26,7 @@ from preftune.mllm.judge import Judge
 from preftune.mllm.questions import Question, of_file, of_image
 from preftune.mllm.templates import OURS, aspects_of, load
 from rewards import own
-from stub_endpoint import Reply, StubEndpoint, completion, failed, images_of, level, rating, text_of
+from stub_endpoint import Reply, StubEndpoint, cleaned, completion, failed, images_of, level, rating, text_of
 
 KEY = "sk-secret-0123456789"
 
@@ -187,10 +189,14 @@ def test_choices_and_prompts() -> None:
     for better in ('"both"', "1", "null", '["first"]'):
         with pytest.raises(AnswerError, match="wrong schema"):
             read_choice(f'{{"rationale": "r", "better": {better}}}')
-    assert read_prompt('{"prompt": " a\\n cat "}') == "a cat"
+    for unsafe in (False, True):
+        assert read_prompt(cleaned(" a\n cat ", unsafe=unsafe)) == CleanPrompt(prompt="a cat", unsafe=unsafe)
     for prompt in ('" "', "3", '"\\ud800"'):
-        with pytest.raises(AnswerError, match="wrong schema"):
-            read_prompt(f'{{"prompt": {prompt}}}')
+        with pytest.raises(AnswerError, match="wrong schema: prompt"):
+            read_prompt(f'{{"prompt": {prompt}, "unsafe": false}}')
+    for text in ('{"prompt": "a"}', '{"prompt": "a", "unsafe": "no"}', '{"prompt": "a", "unsafe": 0}'):
+        with pytest.raises(AnswerError, match="wrong schema: unsafe"):
+            read_prompt(text)
 
 
 def test_schemas_say_what_is_read() -> None:
@@ -285,11 +291,130 @@ def test_transient_faults_are_retried(fault: Reply) -> None:
         assert len(stub.requests) == 2
 
 
-def test_a_server_that_is_not_there(tmp_path: Path) -> None:
+NOBODY = r"no connection to {}: .*; is a server running there\? \(--base-url\)$"
+
+
+@pytest.mark.parametrize("retries", [0, 5])
+def test_a_server_that_is_not_there(retries: int) -> None:
+    """All threads say the same sentence, soon."""
     with StubEndpoint() as stub:
         pass
-    found = asked(stub, 255, retries=1)
-    assert (found.error, found.value) == ("connection", None)
+    start = time.monotonic()
+    with (
+        Client(EndpointConfig(base_url=stub.url, model="m", retries=retries), CallLog(None)) as one,
+        pytest.raises(EndpointError, match=NOBODY.format(stub.url)),
+    ):
+        for _ in one.each(lambda n: one.ask(question(n), partial(read_scores, count=1)), range(40)):
+            pass
+    assert time.monotonic() - start < (1 if not retries else 3)
+
+
+def test_an_address_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A socket whose queue is full: the network drops what comes, as it does for a host behind a wall."""
+    monkeypatch.setattr(client, "CONNECT", 0.3)
+    monkeypatch.setattr(client, "SECOND_TRY", 0.01)
+    with socket.socket() as deaf, contextlib.ExitStack() as stack:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        for _ in range(8):
+            caller = stack.enter_context(socket.socket())
+            caller.setblocking(False)
+            caller.connect_ex(deaf.getsockname())
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}/v1"
+        with (
+            Client(EndpointConfig(base_url=url, model="m"), CallLog(None)) as one,
+            pytest.raises(EndpointError, match=NOBODY.format(url)) as error,
+        ):
+            one.ask(question(1), partial(read_scores, count=1))
+    assert "it did not answer in 0.3 s" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "ask"),
+    [
+        ("ConnectError", "[Errno -2] Name or service not known", "is a server running there?"),
+        ("ConnectError", "[SSL: CERTIFICATE_VERIFY_FAILED] self-signed", "does it speak https"),
+        ("ProxyError", "403 Forbidden", "is a server running there?"),
+    ],
+)
+def test_an_address_that_leads_nowhere(
+    kind: str, words: str, ask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that nobody knows, a certificate, a proxy: tried twice, whatever --retries."""
+    monkeypatch.setattr(client, "SECOND_TRY", 0.01)
+    tries = []
+
+    def stream(*args: object, **kwargs: object) -> None:
+        tries.append(args)
+        raise getattr(client.httpx2, kind)(words)
+
+    config = EndpointConfig(base_url="http://nowhere.invalid/v1", model="m")
+    with Client(config, CallLog(None)) as one:
+        monkeypatch.setattr(one._http, "stream", stream)
+        with pytest.raises(EndpointError) as error:
+            one.ask(question(1), partial(read_scores, count=1))
+    assert len(tries) == 2
+    assert f"no connection to http://nowhere.invalid/v1: {kind}: {words}; {ask}" in str(error.value)
+
+
+def test_a_server_that_comes_at_once_or_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is there at the second try is asked; where one was, a lost connection is retried as always."""
+    with StubEndpoint() as stub:
+        pass
+    port = int(stub.url.split(":")[2].partition("/")[0])
+    with Client(EndpointConfig(base_url=stub.url, model="m", retries=2), CallLog(None)) as one:
+        monkeypatch.setattr(client, "SECOND_TRY", 0.5)
+        started: list[StubEndpoint] = []
+        timer = threading.Timer(0.2, lambda: started.append(StubEndpoint(port=port).__enter__()))
+        timer.start()
+        assert one.ask(question(255), partial(read_scores, count=1)).value == [(5, "I see it. 1")]
+        started[0].__exit__()
+    with StubEndpoint(faults=[Reply(hang_up=True)]) as stub:
+        calls = CallLog(None)
+        with Client(EndpointConfig(base_url=stub.url, model="m", retries=2), calls) as one:
+            monkeypatch.setattr(one, "_wait_turn", lambda: stub.__exit__() if stub.requests else None)
+            found = one.ask(question(255), partial(read_scores, count=1))
+    assert (found.error, calls.errors) == ("connection", {"connection": 1})
+
+
+@pytest.mark.parametrize(
+    ("reply", "settings", "words"),
+    [
+        (failed(400, message="unknown json_schema"), {}, "rejected the first 3 questions.*status 400: unknown json_schema; if it"
+         " does not know JSON schemas: --response-format json-object$"),
+        (failed(422, message="no"), {"response_format": "json-object"}, "status 422: no; if it .* --response-format text$"),
+        (failed(400, message="no"), {"response_format": "text"}, "status 400: no$"),
+        (Reply(content=b"<html>"), {"retries": 0}, "gave no usable reply to the first 3 questions.*; look at --base-url$"),
+    ],
+)  # fmt: skip
+def test_a_server_that_can_use_no_question(reply: Reply, settings: dict[str, Any], words: str) -> None:
+    """Three questions show it; where there was an answer, or another failure, or --max-failures 0, they do not."""
+
+    def ask(calls: CallLog, answer: Callable[[dict[str, Any]], Reply], **more: Any) -> int:
+        with StubEndpoint(answer) as stub:
+            config = EndpointConfig(base_url=stub.url, model="m", concurrency=1, **settings | more)
+            with Client(config, calls) as one:
+                rate = partial(read_scores, count=1)
+                return sum(
+                    found.value is None
+                    for _, found in one.each(lambda n: one.ask(question(n), rate), range(9))
+                )
+
+    with pytest.raises(EndpointError, match=words):
+        ask(CallLog(None), lambda body: reply)
+    assert ask(CallLog(None), lambda body: reply, max_failures=0) == 9
+    calls = CallLog(None)
+    calls.add({"key": "earlier", "text": "an answer"}, Usage())
+    assert ask(calls, lambda body: reply) == 9
+    seen: list[object] = []
+
+    def mixed(body: dict[str, Any]) -> Reply:
+        seen.append(body)
+        return completion("I can't.") if len(seen) == 2 else reply
+
+    assert ask(CallLog(None), mixed, answer_retries=0) == 9
+    with pytest.raises(EndpointError, match=r"2 questions in a row got no answer.*(rejected|bad reply)"):
+        ask(CallLog(None), lambda body: reply, max_failures=2)
 
 
 def test_retry_after_is_honoured_by_all_threads() -> None:
@@ -650,16 +775,18 @@ def test_a_judge_averages_aspects() -> None:
 
 def test_cleaned_prompts() -> None:
     with StubEndpoint() as stub, Client(EndpointConfig(base_url=stub.url, model="m"), CallLog(None)) as one:
-        assert clean(one, 'a "red" cat, trending on artstation').value == 'a "red" cat'
+        assert clean(one, 'a "red" cat, trending on artstation').value == CleanPrompt(
+            prompt='a "red" cat', unsafe=False
+        )
         prompts = ["a dog, 8k", "a hen, hd", "a dog, 8k"]
-        assert {place: found.value for place, found in clean_all(one, prompts)} == {
+        assert {place: found.value and found.value.prompt for place, found in clean_all(one, prompts)} == {
             0: "a dog",
             1: "a hen",
             2: "a dog",
         }
         assert len(stub.requests) == 3
         assert not images_of(stub.requests[0])
-        stub.answer = lambda body: completion('{"prompt": ""}')
+        stub.answer = lambda body: completion(cleaned(""))
         assert clean(one, "a pig").error == "wrong schema"
 
 

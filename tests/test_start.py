@@ -139,6 +139,8 @@ def test_help_shows_the_commands_of_the_docstring(helps: dict[Path, str]) -> Non
         shown = " ".join(text.replace("\\\n", " ").split())
         lines = [*commands(docstring)]
         assert lines or short(path).startswith(("benchmarks/", "rewards/")), f"{short(path)} has no example"
+        examples = text.partition("\nexamples:")[2].partition("\nthis program:")[0]
+        assert not re.search(r"\S {2,}\S", examples), f"{short(path)}: {examples}"
         for command, comment in lines:
             assert " ".join(f"{comment and '# '}{comment} {command}".split()) in shown or short(
                 path

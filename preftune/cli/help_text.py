@@ -78,7 +78,7 @@ def commands(docstring: str) -> Iterator[tuple[str, str]]:
     for line in joined.splitlines():
         if line.startswith("    ") and line.split(maxsplit=1)[:1] and line.split()[0] in _PROGRAMS:
             command, _, comment = line.strip().partition("  # ")
-            yield command.rstrip(), comment.strip()
+            yield " ".join(command.split()), comment.strip()
 
 
 def _as_started(command: str) -> str:
@@ -113,13 +113,13 @@ def _flag(head: str, help_: str, width: int) -> str:
 
 
 def in_words(text: str) -> str:
-    """A help whose default is said in words: `size; None = the model's own. (default: None)` has the default `the model's own`."""
+    """A help whose default is said in words, an empty one as none: `size; None = the model's own. (default: None)` has the default `the model's own`."""
     if text.endswith("(default: None)"):
         meaning = re.search(r"[;.]? ?\bNone = (.*?)\.(?=\s)", text)
         if meaning:
             rest = f"{text[: meaning.start()]}.{text[meaning.end() :]}"
             return f"{rest.removesuffix('None)')}{meaning[1]})"
-    return re.sub(r"\(default: (None)?\)$", "(default: none)", text)
+    return re.sub(r"\(default: (None|'')?\)$", "(default: none)", text)
 
 
 def _example(command: str, comment: str, width: int) -> str:

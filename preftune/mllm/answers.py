@@ -1,6 +1,7 @@
 """What a model may answer: JSON of a schema. Anything else is an AnswerError, never a score."""
 
 import re
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from rewards.input_files import has_surrogate, parse_json
@@ -24,6 +25,15 @@ class AnswerError(ValueError):
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(f"{kind}: {detail}")
         self.kind, self.detail = kind, detail
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanPrompt:
+    """A prompt as a model cleaned it, in one line."""
+
+    prompt: str
+    unsafe: bool
+    """Whether the prompt, as it was before, is unsafe for work."""
 
 
 def _object(properties: dict[str, Any]) -> dict[str, Any]:
@@ -55,8 +65,8 @@ def choice_schema() -> dict[str, Any]:
 
 
 def prompt_schema() -> dict[str, Any]:
-    """Return the schema of a cleaned prompt."""
-    return _object({"prompt": {"type": "string"}})
+    """Return the schema of a cleaned prompt, and whether it was unsafe for work."""
+    return _object({"prompt": {"type": "string"}, "unsafe": {"type": "boolean"}})
 
 
 def read_scores(text: str, count: int) -> list[tuple[int, str]]:
@@ -85,12 +95,15 @@ def read_choice(text: str) -> tuple[Choice, str]:
     return better, _rationale(row)
 
 
-def read_prompt(text: str) -> str:
-    """Return a cleaned prompt in one line; AnswerError for another answer, and for an empty one."""
-    prompt = read_object(text).get("prompt")
+def read_prompt(text: str) -> CleanPrompt:
+    """Return a cleaned prompt; AnswerError for another answer, for an empty prompt, and where it is not said whether it is unsafe."""
+    row = read_object(text)
+    prompt, unsafe = row.get("prompt"), row.get("unsafe")
     if not isinstance(prompt, str) or not prompt.strip() or has_surrogate(prompt):
         raise AnswerError("wrong schema", f"prompt is {prompt!r:.100}; it must be a text")
-    return " ".join(prompt.split())
+    if not isinstance(unsafe, bool):
+        raise AnswerError("wrong schema", f"unsafe is {unsafe!r:.100}; it must be true or false")
+    return CleanPrompt(prompt=" ".join(prompt.split()), unsafe=unsafe)
 
 
 def read_object(text: str) -> dict[str, Any]:

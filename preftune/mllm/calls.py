@@ -84,6 +84,11 @@ class CallLog:
     def __contains__(self, key: str) -> bool:
         return key in self._places or key in self._kept
 
+    @property
+    def answered(self) -> bool:
+        """Whether there is an answer to any question."""
+        return bool(self._places or self._kept)
+
     def get(self, key: str) -> str | None:
         """Return the text that answered a question; None where none did."""
         with self._lock:

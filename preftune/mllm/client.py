@@ -3,8 +3,9 @@
     with CallLog(folder / "calls.jsonl") as calls, Client(config, calls) as client:
         asked = client.ask(template.rate(prompt, pictures), functools.partial(read_scores, count=4))
 
-A question has an answer, or an error that is counted and written down; it never has a score that no model gave. The key goes into
-the header of requests to this address alone: redirects are not followed, and it is cut out of what the server says.
+A question has an answer, or an error that is counted and written down; it never has a score that no model gave. What goes wrong with
+all questions ends the work soon: an address where nobody has ever listened, and a server that can use no request. The key goes into the
+header of requests to this address alone: redirects are not followed, and it is cut out of what the server says.
 """
 
 import itertools
@@ -12,6 +13,7 @@ import json
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from typing import Any, Generic, Self, TypeVar
 
 import httpx2
 
+from preftune.cli.notes import counted
 from preftune.mllm import backoff
 from preftune.mllm.answers import AnswerError
 from preftune.mllm.calls import CallLog, Usage
@@ -38,6 +41,20 @@ SHOWN = 300
 SECRET = 8
 """Characters from which on a key is one; servers at home take any text, such as none."""
 _AGAIN = (408, 425, 429)
+CONNECT = 10.0
+"""Seconds until a connection that does not come is given up, at most; the network has tried it four times by then."""
+SECOND_TRY = 1.0
+"""Seconds until an address that nobody has listened at is tried again, once."""
+FIRST_QUESTIONS = 3
+"""So many questions that the server can do nothing with, and no answer yet, end the work."""
+_USELESS = {"rejected": "rejected", "bad reply": "gave no usable reply to"}
+"""Errors that are of the request or of the address, and not of one question, where all have them -> what is said of the server."""
+_WEAKER = {
+    "json-schema": "JSON schemas: --response-format json-object",
+    "json-object": "JSON objects: --response-format text",
+}
+"""What holds a model to JSON -> what else to take where a server does not know it."""
+_UNREACHED = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError)
 _HINTS = {
     401: "--api-key-env names the environment variable with the key",
     403: "--api-key-env names the environment variable with the key",
@@ -47,7 +64,7 @@ _HINTS = {
 
 
 class EndpointError(ValueError):
-    """What ends all questions: a wrong address, key or model, or too many failures in a row."""
+    """What ends all questions: a wrong address, key or model, a request that is none, or too many failures in a row."""
 
 
 class _FailedError(Exception):
@@ -57,6 +74,10 @@ class _FailedError(Exception):
         """`again`: it may be sent again; `asked_for`: seconds that the server asks to wait before."""
         super().__init__(detail)
         self.kind, self.detail, self.again, self.asked_for = kind, detail, again, asked_for
+
+
+class _UnreachedError(_FailedError):
+    """A request that nobody has got: there was no connection."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +103,7 @@ class Client:
         local = httpx2.URL(config.url).host in ("localhost", "127.0.0.1", "::1")
         self._http = httpx2.Client(
             headers={"Authorization": f"Bearer {self._key or 'none'}", "Content-Type": "application/json"},
-            timeout=config.timeout,
+            timeout=httpx2.Timeout(config.timeout, connect=min(config.timeout, CONNECT)),
             limits=httpx2.Limits(max_connections=config.concurrency),
             verify=config.url.startswith("https:"),  # certificates take a while to read
             trust_env=not local,  # a proxy of the environment does not lead to this machine
@@ -90,6 +111,9 @@ class Client:
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._not_before = 0.0
         self._failures = 0  # in a row
+        self._useless = Counter[str]()  # failures of this run, by kind
+        self._reached = False  # whether there was ever a connection
+        self._end = ""  # what ends the work
         self._random = random.Random()
 
     def __enter__(self) -> Self:
@@ -107,12 +131,15 @@ class Client:
         What the function raises ends it, once the requests that are under way are done.
         """
         threads = self.config.concurrency
+        self._end = ""
         self._stop.clear()
 
         def ending(item: Item) -> Result:
             try:
                 return function(item)
-            except EndpointError:
+            except EndpointError as error:
+                with self._lock:
+                    self._end = self._end or str(error)  # threads that wait say the same
                 self._stop.set()  # before this thread takes the next item
                 raise
 
@@ -173,11 +200,19 @@ class Client:
         self.calls.add(row, usage)
         with self._lock:
             self._failures += 1
-            failures = self._failures
-        if 0 < self.config.max_failures <= failures:
+            self._useless[kind] += 1
+            failures, alike = self._failures, self._useless[kind]
+        if not self.config.max_failures:
+            return Asked(error=kind, detail=detail)
+        if kind in _USELESS and alike == failures >= FIRST_QUESTIONS and not self.calls.answered:
             raise EndpointError(
-                f"{failures} questions in a row got no answer from {self.config.url}, the last: {kind}: {detail}; answers are"
-                " kept, and the same command goes on (--max-failures 0 = never give up)"
+                f"{self.config.url} {_USELESS[kind]} the first {failures} questions, so no others are asked: {detail}"
+                f"{advice(self.config, kind)}"
+            )
+        if self.config.max_failures <= failures:
+            raise EndpointError(
+                f"{counted(failures, 'question')} in a row got no answer from {self.config.url}, the last: {kind}: {detail}"
+                f"{advice(self.config, kind)}; answers are kept, and the same command goes on (--max-failures 0 = never give up)"
             )
         return Asked(error=kind, detail=detail)
 
@@ -188,6 +223,9 @@ class Client:
             try:
                 return self._post(content)
             except _FailedError as failed:
+                if isinstance(failed, _UnreachedError) and not self._reached:
+                    self._try_again_once(failures, failed)
+                    continue
                 if not failed.again or failures > self.config.retries:
                     raise
                 pause = backoff.delay(failures, failed.asked_for, self._random.random())
@@ -198,31 +236,42 @@ class Client:
                         self._not_before = max(self._not_before, time.monotonic() + pause)
         raise AssertionError("the count has no end")
 
+    def _try_again_once(self, failures: int, failed: _FailedError) -> None:
+        """Wait a moment; EndpointError for the second failure at an address where there was never a connection."""
+        if failures > min(self.config.retries, 1):
+            secure = "SSL" in failed.detail
+            ask = (
+                "does it speak https, by a certificate that is known here?"
+                if secure
+                else "is a server running there?"
+            )
+            raise EndpointError(
+                f"no connection to {self.config.base_url}: {failed.detail}; {ask} (--base-url)"
+            )
+        self._stop.wait(SECOND_TRY)
+
     def _wait_turn(self) -> None:
         """Wait while the server has asked for a pause. EndpointError where the work ends."""
         while not self._stop.is_set() and (left := self._not_before - time.monotonic()) > 0:
             self._stop.wait(left)
         if self._stop.is_set():
-            raise EndpointError("the program is ending")
+            raise EndpointError(self._end or "the program is ending")
 
     def _post(self, content: bytes) -> dict[str, Any]:
         """Send a request once, and return the object of a reply with status 200."""
         deadline = time.monotonic() + self.config.timeout
         try:
             with self._http.stream("POST", self.config.url, content=content) as response:
-                raw = b""
+                self._reached, raw = True, b""
                 for part in response.iter_bytes():
                     raw += part
                     if len(raw) > MAX_REPLY:
                         raise _FailedError("bad reply", f"more than {MAX_REPLY} bytes", again=False)
                     if time.monotonic() > deadline:
                         raise _FailedError("timeout", f"not done in {self.config.timeout:g} s", again=True)
-        except httpx2.TimeoutException as error:
-            detail = f"no answer in {self.config.timeout:g} s ({type(error).__name__})"
-            raise _FailedError("timeout", detail, again=True) from error
         except (httpx2.TransportError, httpx2.DecodingError) as error:
-            detail = f"{type(error).__name__}: {error}"[:SHOWN]
-            raise _FailedError("connection", detail, again=True) from error
+            self._reached = self._reached or not isinstance(error, _UNREACHED)
+            raise self._lost(error) from error
         if response.status_code != 200:
             self._refuse(response, raw)
         try:
@@ -232,6 +281,17 @@ class Client:
         if not isinstance(reply, dict) or not isinstance(reply.get("choices"), list) or not reply["choices"]:
             raise _FailedError("bad reply", f"it has no choices: {_message(raw)}", again=True)
         return reply
+
+    def _lost(self, error: httpx2.RequestError) -> _FailedError:
+        """What became of a request without a reply."""
+        kind = "timeout" if isinstance(error, httpx2.TimeoutException) else "connection"
+        detail, name = f"{type(error).__name__}: {error}"[:SHOWN], type(error).__name__
+        if isinstance(error, _UNREACHED):
+            seconds = min(self.config.timeout, CONNECT)
+            silent = f"it did not answer in {seconds:g} s"
+            return _UnreachedError(kind, silent if kind == "timeout" else detail, again=True)
+        late = f"no answer in {self.config.timeout:g} s ({name})"
+        return _FailedError(kind, late if kind == "timeout" else detail, again=True)
 
     def _refuse(self, response: httpx2.Response, raw: bytes) -> None:
         """Raise what a status other than 200 means: EndpointError where it concerns all questions."""
@@ -254,6 +314,14 @@ class Client:
     def _redacted(self, text: str) -> str:
         """A text without the key."""
         return text.replace(self._key, "[key]") if len(self._key) >= SECRET else text
+
+
+def advice(config: EndpointConfig, kind: str) -> str:
+    """Return what may help against an error of this kind, beginning with a semicolon; nothing where that is not known."""
+    if kind == "bad reply":
+        return "; look at --base-url"
+    weaker = _WEAKER.get(config.response_format) if kind == "rejected" else None
+    return f"; if it does not know {weaker}" if weaker else ""
 
 
 def _done(pending: dict[Future[Result], Item]) -> Iterator[tuple[Item, Result]]:

@@ -29,7 +29,7 @@ class TextEndpointConfig:
     temperature: float = 0.0
     """Temperature of sampling."""
     seed: int = 0
-    """Seed that is sent, plus 1 for each time that a wrong answer is asked for again; also of the images and orders that are shown."""
+    """Seed that is sent, plus 1 for each time that a wrong answer is asked for again."""
     max_tokens: int = 1024
     """Longest answer in tokens."""
     body: str = "{}"
@@ -39,11 +39,11 @@ class TextEndpointConfig:
     timeout: float = 120.0
     """Seconds until a request is given up and sent again."""
     retries: int = 5
-    """Times that a request is sent again after status 429 or 5xx, a timeout or a lost connection, with growing pauses."""
+    """Times that a request is sent again, after pauses that grow: after status 408, 425, 429 or 5xx, a timeout, a lost connection, or a reply that is no JSON. An address without a connection ever is tried twice."""
     answer_retries: int = 2
     """Times that an answer is asked for again that is a refusal, cut off, no JSON, or not of the schema."""
     max_failures: int = 20
-    """Questions in a row without an answer after which the program ends; 0 = it never ends by that."""
+    """Questions in a row without an answer after which the program ends, 3 where the server rejects all from the first on; 0 = it never ends by that."""
     price_input: float = 0.0
     """Price of a million tokens of input, for the printed cost."""
     price_output: float = 0.0
@@ -110,6 +110,8 @@ class TextEndpointConfig:
 class EndpointConfig(TextEndpointConfig):
     """An endpoint whose model reads images, too."""
 
+    seed: int = 0
+    """Seed that is sent, plus 1 for each time that a wrong answer is asked for again; also of the images and orders that are shown."""
     image_side: int = 512
     """Images are sent as PNG, made smaller until no side has more pixels."""
 
@@ -122,9 +124,9 @@ class OptionalEndpointConfig(TextEndpointConfig):
     """An endpoint of a program that works without one, too: it is checked by `config`, once it is known to be asked."""
 
     base_url: str = ""
-    """Its address, such as http://localhost:8000/v1; requests go to ADDRESS/chat/completions. Empty = no model is asked."""
+    """Address of the model of --cleaner model, such as http://localhost:8000/v1; requests go to ADDRESS/chat/completions."""
     model: str = ""
-    """Name of the model there."""
+    """Name of the model there, for --cleaner model."""
 
     def __post_init__(self) -> None:
         """Check nothing yet."""

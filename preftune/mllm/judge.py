@@ -19,7 +19,7 @@ from torch import Tensor
 from preftune.images import to_pil
 from preftune.mllm.answers import read_scores
 from preftune.mllm.calls import CallLog
-from preftune.mllm.client import Client, EndpointError
+from preftune.mllm.client import Client, EndpointError, advice
 from preftune.mllm.config import ASPECTS, EndpointConfig
 from preftune.mllm.questions import Picture, of_image
 from preftune.mllm.templates import OURS, Template, load
@@ -67,6 +67,7 @@ class Judge:
         if asked.value is None:
             raise EndpointError(
                 f"{self.client.config.model} did not rate {template.name} of an image of {prompt!r}: {asked.error}: {asked.detail}"
+                f"{advice(self.client.config, asked.error)}"
             )
         ((score, _),) = asked.value
         return float(score)

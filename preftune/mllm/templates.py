@@ -32,6 +32,11 @@ class Template:
     """The first 12 digits of the SHA-256 of the text before prompt and number of images are filled in."""
     _text: string.Template
 
+    @property
+    def text(self) -> str:
+        """The text before prompt and number of images are filled in."""
+        return self._text.template
+
     def rate(self, prompt: str, pictures: tuple[Picture, ...]) -> Question:
         """Return the question for the scores of images."""
         return self._question(prompt, pictures, scores_schema(len(pictures)), "scores")
