@@ -203,7 +203,7 @@ def page(
 ) -> str:  # fmt: skip
     """Return the page; every text in it is escaped. `said` is empty where nobody was asked."""
     every = zip(originals, cleaned, said or [Said()] * len(cleaned), strict=True)
-    changed = [(old, new, one.unsafe) for old, new, one in every if old.strip() != new.prompt]
+    changed = [(old, new, one.unsafe) for old, new, one in every if old.strip() != new.prompt.strip()]
     failed = [
         {"prompt": old[:MAX_SHOWN], "error": one.error, "detail": one.detail}
         for old, one in zip(originals, said, strict=False)
@@ -328,7 +328,7 @@ def check_result(config: Config, said: Sequence[Said], summary: Mapping[str, Any
         )
     if failed and config.drop_unsafe:
         say(
-            f"{counted(len(failed), 'prompt')} without an answer may be unsafe and stay; error says which, in prompts.jsonl"
+            f"{counted(len(failed), 'prompt')} without an answer, not judged: left in prompts.jsonl, with an error"
         )
     if summary["left_out"] == len(said):
         raise ValueError(

@@ -87,7 +87,7 @@ def watched(
     except EndpointError as error:
         with exit_on_user_error():
             raise error
-    say(f"{counted(total, unit)}: {known:,} were answered before, {failed:,} have no answer")
+    say(f"{counted(total, unit)}: {known:,} answered before, {failed:,} without an answer")
 
 
 def all_calls(client: Client) -> dict[str, Any]:

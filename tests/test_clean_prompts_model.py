@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from browser import Browser
 from data_build import clean_prompts
 from data_build.clean_prompts import Config
 from preftune.cli import parse
@@ -88,7 +89,7 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["all_calls"]["input_tokens"] == 300
     assert "artist artgerm        50.00% ->   0.00%\nresolution 8k" in said.out
     assert "3 requests, 300 + 60 tokens, cost 0.0006" in said.out
-    assert "4 prompts: 0 were answered before, 0 have no answer" in said.err
+    assert "4 prompts: 0 answered before, 0 without an answer" in said.err
     page = before["index.html"].decode()
     assert "a cat<del>, 8 k, artgerm</del>" in page
     assert '<th scope="row">no answer of m-7b, left as they were</th><td class="number">0</td>' in page
@@ -131,10 +132,10 @@ def test_an_error_keeps_the_original_and_is_counted(
         ]
         assert all((row["error"], row["detail"], row["unsafe"]) == (None, None, False) for row in found[:4])
         assert summary(tmp_path)["errors"] == dict.fromkeys(sorted(wrongs), 1)
-        assert "10 prompts: 0 were answered before, 6 have no answer" in capsys.readouterr().err
+        assert "10 prompts: 0 answered before, 6 without an answer" in capsys.readouterr().err
         page = (tmp_path / "out/index.html").read_text(encoding="utf-8")
         assert '<th scope="row">no answer of m-7b, left as they were</th><td class="number">6</td>' in page
-        assert "<h2>6 of 6 without an answer, left as they were</h2>" in page
+        assert "<h2>Prompts without an answer, left as they were</h2>\n<ul" in page
         assert '<p>server &lt;b&gt;, 8k</p>\n<p class="note">server: status 503: it failed</p>' in page
         asked, stub.answer = len(stub.requests), look
         clean_prompts.main(given)
@@ -197,7 +198,7 @@ def test_unsafe_prompts_are_told_and_left_out(tmp_path: Path, capsys: pytest.Cap
         assert [row["unsafe"] for row in told] == [False, True, None, False]
         assert (summary(tmp_path)["unsafe"], summary(tmp_path)["left_out"]) == (1, 0)
         assert not (tmp_path / "out/unsafe.jsonl").exists()
-        assert "without an answer may be unsafe" not in capsys.readouterr().err
+        assert "not judged" not in capsys.readouterr().err
         clean_prompts.main(replace(given, drop_unsafe=True))
         assert rows(tmp_path) == [told[0], told[2], told[3]]
         assert read_jsonl(tmp_path / "out/unsafe.jsonl") == [told[1]], "with its original"
@@ -206,7 +207,7 @@ def test_unsafe_prompts_are_told_and_left_out(tmp_path: Path, capsys: pytest.Cap
         page = (tmp_path / "out/index.html").read_text(encoding="utf-8")
         assert 'unsafe for work, as m-7b says; left out</th><td class="number">1</td>' in page
         assert "a naked man (unsafe for work)" in page
-        assert "1 prompt without an answer may be unsafe and stay" in capsys.readouterr().err
+        assert "1 prompt without an answer, not judged: left in prompts.jsonl" in capsys.readouterr().err
         clean_prompts.main(given)
         assert rows(tmp_path) == told
         assert not (tmp_path / "out/unsafe.jsonl").exists(), "of an earlier start"
@@ -216,6 +217,16 @@ def test_unsafe_prompts_are_told_and_left_out(tmp_path: Path, capsys: pytest.Cap
         assert "m-7b calls all prompts unsafe: none is left, see" in refused(alone, capsys)
         assert [row["original"] for row in read_jsonl(tmp_path / "out/unsafe.jsonl")] == ["naked, 8k"]
         assert rows(tmp_path) == []
+
+
+def test_prompts_without_an_answer_are_not_changed_ones_and_some_are_shown(tmp_path: Path) -> None:
+    texts = ["a cat, 8k", *(f"refusal {at}, " for at in range(5))]
+    with StubEndpoint(about("refusal", lambda body: completion("I can't."))) as stub:
+        clean_prompts.main(config(tmp_path, stub.url, *texts, shown=3, endpoint={"answer_retries": 0}))
+    page = (tmp_path / "out/index.html").read_text(encoding="utf-8")
+    assert "<h2>1 of the prompts that changed</h2>" in page
+    assert '<p class="note">The first 3 of 5.</p>' in page
+    assert page.count("<p>refusal ") == 3
 
 
 def test_nobody_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -254,3 +265,21 @@ def test_flags_that_do_not_fit(
     (tmp_path / "out").mkdir()
     (tmp_path / "out/notes.txt").touch()
     assert "holds something else" in refused(config(tmp_path, "http://h/v1", "a cat"), capsys)
+
+
+def test_the_page_in_a_narrow_window(tmp_path: Path) -> None:
+    """At 400 pixels nothing is out of the window, and the words before and after are not broken."""
+    long = "x" * 90
+    with StubEndpoint() as stub:
+        clean_prompts.main(config(tmp_path, stub.url, f"a cat, trending on artstation, {long}, 8k", long))
+    browser = Browser()
+    try:
+        page = browser.open("reader", (tmp_path / "out/index.html").as_uri(), (400, 900))
+        assert page.run("document.documentElement.scrollWidth <= innerWidth")
+        lines = page.run(
+            "[...document.querySelectorAll('thead th + th')].map((head) => { const range = document.createRange();"
+            " range.selectNodeContents(head); return range.getClientRects().length; })"
+        )
+    finally:
+        browser.close()
+    assert lines == [1, 1]

@@ -202,6 +202,7 @@ def test_a_default_in_words() -> None:
     assert (
         in_words("a folder. (default: None)")
         == in_words("a folder. (default: )")
+        == in_words("a folder. (default: '')")
         == "a folder. (default: none)"
     )
     assert in_words("size; None = all. (default: 3)") == "size; None = all. (default: 3)"
@@ -210,6 +211,7 @@ def test_a_default_in_words() -> None:
 def test_help_says_no_none(helps: dict[Path, str]) -> None:
     for path, text in helps.items():
         assert "(default: None)" not in " ".join(text.split()), short(path)
+        assert "(default: '')" not in text, short(path)
         assert "{None" not in text, short(path)
 
 
