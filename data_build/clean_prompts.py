@@ -263,7 +263,7 @@ def by_model(
         used = all_calls(client)
     kinds = Counter(one.error for one in said if one.error)
     unsafe = sum(one.unsafe is True for one in said)
-    about = {"model": endpoint.model, "template": load_clean(templates).digest}
+    about: dict[str, Any] = {"model": endpoint.model, "template": load_clean(templates).digest}
     about |= {"unsafe": unsafe, "left_out": unsafe if config.drop_unsafe else 0}
     return cleaned, said, about | {"errors": dict(sorted(kinds.items())), "all_calls": used}
 
