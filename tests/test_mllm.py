@@ -309,6 +309,27 @@ def test_a_server_that_is_not_there(retries: int) -> None:
     assert time.monotonic() - start < (1 if not retries else 3)
 
 
+def test_a_thread_that_waited_says_why_the_work_ends() -> None:
+    """Not that it ends, in place of the reason, where both are done at once."""
+    said: list[str] = []
+
+    def rate(value: int) -> None:
+        if value == 0:
+            one._stop.wait(30)
+        try:
+            one.ask(question(value), partial(read_scores, count=1))
+        except EndpointError as error:
+            said.append(str(error))
+            raise
+
+    with StubEndpoint(faults=[failed(404, message="no model m")]) as stub:
+        config = EndpointConfig(base_url=stub.url, model="m", concurrency=2)
+        with Client(config, CallLog(None)) as one, pytest.raises(EndpointError, match="no model m"):
+            list(one.each(rate, range(2)))
+    assert len(said) == 2
+    assert len({*said}) == 1
+
+
 def test_an_address_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A socket whose queue is full: the network drops what comes, as it does for a host behind a wall."""
     monkeypatch.setattr(client, "CONNECT", 0.3)
