@@ -139,7 +139,7 @@ def study_of(config: Config) -> tuple[Settings, list[Item]]:
         for name, value in vars(asked).items():  # without --data, what is not named is the study's
             if value != getattr(settings, name) and (config.data or value != usual[name]):
                 raise ValueError(
-                    f"{folder} holds a study with --{name.replace('_', '-')} {_typed(getattr(settings, name))}, not {_typed(value)};"
+                    f"{folder} holds a study with {_typed(name, getattr(settings, name))}, not {_typed(name, value)};"
                     " leave --data and the flags of the study out to go on with it, or choose another --output-dir"
                 )
         _check_tasks(config, settings)
@@ -168,9 +168,12 @@ def _check_tasks(config: Config, settings: Settings) -> None:
         )
 
 
-def _typed(value: object) -> str:
-    """Return a value as it is typed."""
-    return (" ".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
+def _typed(name: str, value: object) -> str:
+    """Return a flag and its value as they are typed."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {' '.join(map(str, value)) or 'none' if isinstance(value, tuple) else value}"
 
 
 def guidelines_of(config: Config) -> str:

@@ -173,7 +173,11 @@ def _export(service: Service, person: Person) -> Mapping[str, int]:
 def _check_origin(request: Request) -> None:
     """RefusalError for what a page of another site sends; browsers name the site of a page that sends something."""
     origin = request.headers.get("Origin")
-    if request.method == "POST" and origin is not None and origin.partition("://")[2] != request.host:
+    if request.method != "POST" or origin is None:
+        return
+    scheme, _, site = origin.partition("://")
+    port = {"http": ":80", "https": ":443"}.get(scheme, "")  # which browsers leave out, and proxies may not
+    if site.removesuffix(port) != request.host.removesuffix(port):
         raise RefusalError(
             403, "a page of another site has sent this; a server in front of this one has to pass the Host on"
         )

@@ -4,6 +4,7 @@ A `Refusal` is what a user did that cannot be; its text is for the user.
 """
 
 import json
+import math
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -99,7 +100,7 @@ class Service:
             mine = [item for item in self.items.values() if name in self._held.get(item.prompt, (name,))]
             if self.storage.people()[name] == "inspector":
                 mine = [*self.items.values()]
-            again = {item for other, item, visit in self._begun if other == name and visit}
+            again = {item for other, item, visit in tuple(self._begun) if other == name and visit}
             self._tasks[name] = tasks_of(
                 mine,
                 name,
@@ -157,7 +158,7 @@ class Service:
             "name": person.name, "role": person.role, "done": len(tasks) - len(upcoming), "total": len(tasks),
             "ties": self.settings.choice_ties,
         }  # fmt: skip
-        if at is None:
+        if at is None or not tasks:
             if not upcoming:
                 return about | {"finished": True, "at": len(tasks), "why": "" if tasks else self._nothing()}
             at = upcoming[0]
@@ -196,8 +197,8 @@ class Service:
         task = next((task for task in self.tasks(person.name) if task.id == identity), None)
         if task is None:
             raise RefusalError(403, "this is no task of yours")
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds == seconds:
-            raise RefusalError(400, "seconds is no number")
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+            raise RefusalError(400, "seconds is no time")
         try:
             answer = read_answer(
                 task.item.kind, task.item.image_ids, body.get("answer"), ties=self.settings.choice_ties

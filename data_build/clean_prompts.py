@@ -189,13 +189,13 @@ def summary_of(
 
 def pieces(original: str, cleaned: str) -> list[tuple[str, str]]:
     """Return the original, with its spaces, as ("same" or "gone", words), and ("new", words) where the cleaned one has others."""
-    old, new = (_PIECE.findall(text[:MAX_SHOWN]) for text in (original, cleaned))
+    old, new = (_PIECE.findall(" " + text[:MAX_SHOWN]) for text in (original, cleaned))
     bare = [[word.strip() for word in words] for words in (old, new)]
     found = list[tuple[str, str]]()
     for tag, a, b, c, d in difflib.SequenceMatcher(None, bare[0], bare[1], autojunk=False).get_opcodes():
         parts = [("same", old[a:b])] if tag == "equal" else [("gone", old[a:b]), ("new", new[c:d])]
         found += [(kind, "".join(words)) for kind, words in parts if words]
-    return found
+    return [(kind, words[1:] if at == 0 else words) for at, (kind, words) in enumerate(found)]
 
 
 def page(

@@ -30,7 +30,8 @@ Answer = TypeVar("Answer")
 def check_folder(folder: Path, program: str, flags: Mapping[str, str]) -> None:
     """Raise ValueError for an output folder with something in it that this program has not begun with the same flags.
 
-    The results of other flags would replace those that are there.
+    The results of other flags would replace those that are there. Where no question has been answered yet there is nothing to lose: a
+    mistyped --model, say.
     """
     if (folder / BEGUN).is_file():
         try:
@@ -41,7 +42,7 @@ def check_folder(folder: Path, program: str, flags: Mapping[str, str]) -> None:
         if not same_program:
             raise ValueError(f"{folder} was begun by {begun['program']}; choose another --output-dir")
         for flag, value in flags.items():
-            if earlier.get(flag) != value:
+            if earlier.get(flag) != value and _answered(folder):
                 raise ValueError(
                     f"{folder} was begun with {flag} {earlier.get(flag)}, got {value}; its results would be lost: choose another"
                     " --output-dir"
@@ -52,16 +53,23 @@ def check_folder(folder: Path, program: str, flags: Mapping[str, str]) -> None:
         raise ValueError(f"{folder} exists and holds something else; choose another --output-dir")
 
 
+def _answered(folder: Path) -> bool:
+    """Whether any question of a folder has an answer."""
+    if not (folder / CALLS).exists():
+        return False
+    with CallLog(folder / CALLS) as calls:
+        return calls.answered
+
+
 @contextmanager
 def asking(folder: Path, config: EndpointConfig, program: str, flags: Mapping[str, str]) -> Iterator[Client]:
     """Make the folder of the output, or open one that has been begun, and yield who asks and keeps the answers there."""
     folder.mkdir(parents=True, exist_ok=True)
     tidy(folder)
+    begun = json.dumps({"program": program, "flags": dict(flags)}, indent=2) + "\n"
     with exit_on_user_error():
-        if not (folder / BEGUN).exists():
-            write_text(
-                folder / BEGUN, json.dumps({"program": program, "flags": dict(flags)}, indent=2) + "\n"
-            )
+        if not (folder / BEGUN).exists() or read_text(folder / BEGUN) != begun:
+            write_text(folder / BEGUN, begun)
         calls = CallLog(folder / CALLS)
     with calls, Client(config, calls) as client:
         yield client

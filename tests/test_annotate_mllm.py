@@ -329,6 +329,14 @@ def test_a_folder_belongs_to_one_program_and_its_flags(
         with pytest.raises(SystemExit):
             clean_prompts.main(cleaning)
         assert "was begun by annotate-mllm; choose another --output-dir" in capsys.readouterr().err
+        with StubEndpoint(
+            faults=[failed(404, message="no such model")]
+        ) as other:  # nothing was answered: nothing is lost
+            typo = config(other, data, {"model": "typo", "concurrency": 1}, output_dir=data.parent / "new")
+            assert "no such model" in refused(typo, capsys)
+        annotate_mllm.main(config(stub, data, output_dir=data.parent / "new"))
+        assert json.loads((data.parent / "new/begun.json").read_text())["flags"]["--model"] == "judge-7b"
+        asked = len(stub.requests)
         (data.parent / "out/begun.json").write_text("{")
         assert "begun.json is damaged" in refused(config(stub, data), capsys)
         assert (len(stub.requests), (data.parent / "out/ratings.jsonl").read_bytes()) == (asked, before)

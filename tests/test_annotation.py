@@ -462,12 +462,13 @@ def test_another_study_in_the_folder_is_said(tmp_path: Path, capsys: pytest.Capt
     annotate.main(config(tmp_path, data, serve=False))
     with pytest.raises(SystemExit):
         annotate.main(config(tmp_path, data, serve=False, seed=7))
-    assert "holds a study with --seed 1, not 7; leave --data and the flags" in capsys.readouterr().err
+    assert "holds a study with --seed 1, not --seed 7; leave --data and the flags" in capsys.readouterr().err
     for flags, said in (
-        ({"seed": 7}, "--seed 1, not 7"),
-        ({"repeats": 0.5}, "--repeats 0.05, not 0.5"),
-        ({"raters": ("hpsv2.1",)}, "--raters none, not hpsv2.1"),
-        ({"tasks": ("prompt", "ranking")}, "--tasks ranking, not prompt ranking"),
+        ({"seed": 7}, "--seed 1, not --seed 7"),
+        ({"repeats": 0.5}, "--repeats 0.05, not --repeats 0.5"),
+        ({"raters": ("hpsv2.1",)}, "--raters none, not --raters hpsv2.1"),
+        ({"tasks": ("prompt", "ranking")}, "--tasks ranking, not --tasks prompt ranking"),
+        ({"choice_ties": True}, "--no-choice-ties, not --choice-ties"),
     ):
         with pytest.raises(SystemExit):
             annotate.main(config(tmp_path, serve=False, **flags))

@@ -138,6 +138,7 @@ def test_nothing_to_do_is_said_and_is_no_thanks(tmp_path: Path) -> None:
     said = study.task("bob")
     assert said["why"] == "All items have their 1 annotator; there is nothing for you yet."
     assert (said["total"], said["finished"]) == (0, True)
+    assert study.service.task(study.person("bob"), 0) == said, "whatever place is asked for"
 
 
 def test_who_joins_takes_from_who_has_most_left_to_answer(tmp_path: Path) -> None:

@@ -227,6 +227,12 @@ def test_pieces_say_both() -> None:
     assert pieces("(a red car:1.3), hd", "a red car") == [
         ("gone", "("), ("same", "a red car"), ("gone", ":1.3), hd"),
     ]  # fmt: skip
+    assert pieces("cat on mat, 8k", "a cat on mat") == [
+        ("new", "a"),
+        ("same", " cat on mat"),
+        ("gone", ", 8k"),
+    ]
+    assert pieces("A cat", "The cat") == [("gone", "A"), ("new", " The"), ("same", " cat")]
 
 
 # ---------------------------------------------------------------- the program

@@ -402,10 +402,10 @@ def test_a_server_that_comes_at_once_or_goes_away(monkeypatch: pytest.MonkeyPatc
     ("reply", "settings", "words"),
     [
         (failed(400, message="unknown json_schema"), {}, "rejected the first 3 questions.*status 400: unknown json_schema; if it"
-         " does not know JSON schemas: --response-format json-object$"),
-        (failed(422, message="no"), {"response_format": "json-object"}, "status 422: no; if it .* --response-format text$"),
-        (failed(400, message="no"), {"response_format": "text"}, "status 400: no$"),
-        (Reply(content=b"<html>"), {"retries": 0}, "gave no usable reply to the first 3 questions.*; look at --base-url$"),
+         " does not know JSON schemas: --response-format json-object; --max-failures 0 goes on nevertheless$"),
+        (failed(422, message="no"), {"response_format": "json-object"}, "status 422: no; if it .* --response-format text; --max-failures 0 goes on nevertheless$"),
+        (failed(400, message="no"), {"response_format": "text"}, "status 400: no; --max-failures 0 goes on nevertheless$"),
+        (Reply(content=b"<html>"), {"retries": 0}, "gave no usable reply to the first 3 questions.*; look at --base-url; --max-failures 0 goes on nevertheless$"),
     ],
 )  # fmt: skip
 def test_a_server_that_can_use_no_question(reply: Reply, settings: dict[str, Any], words: str) -> None:
@@ -413,7 +413,7 @@ def test_a_server_that_can_use_no_question(reply: Reply, settings: dict[str, Any
 
     def ask(calls: CallLog, answer: Callable[[dict[str, Any]], Reply], **more: Any) -> int:
         with StubEndpoint(answer) as stub:
-            config = EndpointConfig(base_url=stub.url, model="m", concurrency=1, **settings | more)
+            config = EndpointConfig(base_url=stub.url, model="m", **{"concurrency": 1} | settings | more)
             with Client(config, calls) as one:
                 rate = partial(read_scores, count=1)
                 return sum(
@@ -434,6 +434,17 @@ def test_a_server_that_can_use_no_question(reply: Reply, settings: dict[str, Any
         return completion("I can't.") if len(seen) == 2 else reply
 
     assert ask(CallLog(None), mixed, answer_retries=0) == 9
+    some = {"concurrency": 8, "max_failures": 20}
+
+    def filtered(body: dict[str, Any]) -> Reply:  # the first five are refused at once, while others think
+        seen.append(body)
+        if len(seen) <= 5:
+            return reply
+        time.sleep(0.3)
+        return completion(rating([3]))
+
+    seen.clear()
+    assert ask(CallLog(None), filtered, **some) == 5
     with pytest.raises(EndpointError, match=r"2 questions in a row got no answer.*(rejected|bad reply)"):
         ask(CallLog(None), lambda body: reply, max_failures=2)
 

@@ -46,7 +46,7 @@ CONNECT = 10.0
 SECOND_TRY = 1.0
 """Seconds until an address that nobody has listened at is tried again, once."""
 FIRST_QUESTIONS = 3
-"""So many questions that the server can do nothing with, and no answer yet, end the work."""
+"""So many questions that the server can do nothing with, or twice those asked at a time, and no answer yet end the work."""
 _USELESS = {"rejected": "rejected", "bad reply": "gave no usable reply to"}
 """Errors that are of the request or of the address, and not of one question, where all have them -> what is said of the server."""
 _WEAKER = {
@@ -204,10 +204,13 @@ class Client:
             failures, alike = self._failures, self._useless[kind]
         if not self.config.max_failures:
             return Asked(error=kind, detail=detail)
-        if kind in _USELESS and alike == failures >= FIRST_QUESTIONS and not self.calls.answered:
+        first = max(
+            FIRST_QUESTIONS, 2 * self.config.concurrency
+        )  # answers under way take longer than refusals
+        if kind in _USELESS and alike == failures >= first and not self.calls.answered:
             raise EndpointError(
                 f"{self.config.url} {_USELESS[kind]} the first {failures} questions, so no others are asked: {detail}"
-                f"{advice(self.config, kind)}"
+                f"{advice(self.config, kind)}; --max-failures 0 goes on nevertheless"
             )
         if self.config.max_failures <= failures:
             raise EndpointError(
