@@ -80,7 +80,8 @@ class Service:
         }
         self._tasks: dict[str, list[Task]] = {}
         self._begun = set(storage.begun())
-        self._held = self._shared_out() if settings.annotators_per_item else {}
+        number = settings.annotators_per_item
+        self._held = self._shared_out(number) if number else {}
         self._results = threading.Lock()
 
     def links(self) -> list[tuple[Person, str]]:
@@ -97,9 +98,8 @@ class Service:
     def tasks(self, name: str) -> list[Task]:
         """Return the tasks of an annotator, or of an inspector who answers, too."""
         if name not in self._tasks:
-            mine = [item for item in self.items.values() if name in self._held.get(item.prompt, (name,))]
-            if self.storage.people()[name] == "inspector":
-                mine = [*self.items.values()]
+            is_shared = self._held and self.storage.people()[name] == "annotator"
+            mine = [item for item in self.items.values() if not is_shared or name in self._held[item.prompt]]
             again = {item for other, item, visit in tuple(self._begun) if other == name and visit}
             self._tasks[name] = tasks_of(
                 mine,
@@ -111,7 +111,7 @@ class Service:
             )
         return self._tasks[name]
 
-    def _shared_out(self) -> dict[str, list[str]]:
+    def _shared_out(self, number: int) -> dict[str, list[str]]:
         """Give those who are new their shares, and return prompt -> annotators."""
         sizes = Counter(item.prompt for item in self.items.values())
         annotators = [name for name, role in self.storage.people().items() if role == "annotator"]
@@ -126,9 +126,7 @@ class Service:
         for one in self.storage.answers():
             if (one.annotator, self.items[one.item].prompt) in begun:
                 begun[one.annotator, self.items[one.item].prompt] += not one.visit
-        found = shared_out(
-            sizes, annotators, self.settings.annotators_per_item or len(annotators), self.settings.seed, held=held, begun=begun
-        )  # fmt: skip
+        found = shared_out(sizes, annotators, number, self.settings.seed, held=held, begun=begun)
         after = [(name, item.id) for item in self.items.values() for name in found[item.prompt]]
         if set(after) != set(before):
             self.storage.share_out(after)

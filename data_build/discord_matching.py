@@ -139,14 +139,13 @@ def elsewhere(groups: Groups, upload: Upload, channel: str, person: str) -> Miss
 
 def left_out(groups: Groups, upload: Upload, channel: str, person: str) -> str:
     """Return why the answer was left out that an image is from; empty for an image of none that was."""
-    named = [image for image, _ in groups.named(channel, upload.name, left_out=True)]
-    found = next(
-        (image for image in named if upload.hash != UNUSABLE and upload.is_like(groups, image)), None
-    )
-    if found is None and upload.hash != UNUSABLE:
-        most = _most_alike(groups, upload, groups.recent(channel, person, left_out=True))
-        found = most if isinstance(most, GroupImage) else None
-    return groups.why_left_out(found) if found is not None else ""
+    if upload.hash == UNUSABLE:
+        return ""
+    for image, _ in groups.named(channel, upload.name, left_out=True):
+        if upload.is_like(groups, image):
+            return groups.why_left_out(image)
+    found = _most_alike(groups, upload, groups.recent(channel, person, left_out=True))
+    return groups.why_left_out(found) if isinstance(found, GroupImage) else ""
 
 
 def _most_alike(groups: Groups, upload: Upload, images: Sequence[GroupImage]) -> GroupImage | Missed:

@@ -41,12 +41,12 @@ def check_folder(folder: Path, program: str, flags: Mapping[str, str]) -> None:
             raise ValueError(f"{folder / BEGUN} is damaged; choose another --output-dir") from error
         if not same_program:
             raise ValueError(f"{folder} was begun by {begun['program']}; choose another --output-dir")
-        for flag, value in flags.items():
-            if earlier.get(flag) != value and _answered(folder):
-                raise ValueError(
-                    f"{folder} was begun with {flag} {earlier.get(flag)}, got {value}; its results would be lost: choose another"
-                    " --output-dir"
-                )
+        changed = next((flag for flag in flags if earlier.get(flag) != flags[flag]), None)
+        if changed is not None and _answered(folder):
+            raise ValueError(
+                f"{folder} was begun with {changed} {earlier.get(changed)}, got {flags[changed]}; its results would be lost: choose"
+                " another --output-dir"
+            )
         return
     others = list(folder.iterdir()) if folder.is_dir() else []
     if not all(is_leftover(path) or is_lock(path) for path in others):
@@ -68,8 +68,7 @@ def asking(folder: Path, config: EndpointConfig, program: str, flags: Mapping[st
     tidy(folder)
     begun = json.dumps({"program": program, "flags": dict(flags)}, indent=2) + "\n"
     with exit_on_user_error():
-        if not (folder / BEGUN).exists() or read_text(folder / BEGUN) != begun:
-            write_text(folder / BEGUN, begun)
+        write_text(folder / BEGUN, begun)
         calls = CallLog(folder / CALLS)
     with calls, Client(config, calls) as client:
         yield client
