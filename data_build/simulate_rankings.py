@@ -3,7 +3,9 @@
 Each ranking has several images for one caption, ordered by gold score plus normal noise. The images are
 *rendered* (the caption's scene or one that differs in one or two words, with or without defects), or
 *generated* by a pipeline at several guidance scales and step counts. Both kinds are needed: a scorer that
-is trained on rendered images alone does not generalise to generated ones.
+is trained on rendered images alone does not generalise to generated ones. With `--climbed-by SCORER` they are
+*climbed*: a generated image, and what the gradient of that scorer makes of it (data_build/climbed.py), to
+train the scorer again.
 
 The noise is set so that two annotators agree on a pair about 65 % of the time, as HPS (arXiv 2303.14420)
 and ImageReward (arXiv 2304.05977) report for people. This agreement, and that of one annotator with the
@@ -18,21 +20,27 @@ Whoever changes the judge measures this again: an annotator's mistakes are in un
 
     python data_build/simulate_rankings.py --output-dir data/rankings_rendered --count 20000 --images 8 --annotators 5
     python data_build/simulate_rankings.py --output-dir data/rankings_drawn --count 1500 --images 8 --annotators 5 --model assets/tiny/pipeline
+    python data_build/simulate_rankings.py --output-dir data/rankings_climbed --count 400 --images 6 --annotators 2 --model assets/tiny/pipeline --climbed-by imagereward-tiny
 
 `rankings.jsonl` rows, one for each annotator: prompt, generations (file names), ranking (1 = best), source
-(the annotator), images (rendered or generated), gold (noiseless, for evaluation only). Hardware: on one CPU
+(the annotator), images (rendered, generated or climbed), gold (noiseless, for evaluation only). Hardware: on one CPU
 core 350 images/s when rendering (most of it is the judge) and 25 images/s when generating.
 """
 
 import itertools
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from preftune import families
 from preftune.cli import exit_on_user_error, parse
 from preftune.families import Source
+from rewards import CARDS, find_card, own
+
+CLIMB_STEPS, CLIMB_RATE = 12, 0.05
+"""--climb-steps and --climb-rate where they are not given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +63,12 @@ class Config:
     """Guidance scales, one chosen at random for each image."""
     step_counts: tuple[int, ...] = (4, 8, 16)
     """Values of num_inference_steps (ddim), one chosen at random for each image."""
+    climbed_by: str | None = None
+    """Differentiable scorer, by its name or folder, whose gradient makes the images of a ranking from its first one, with a --model; None = none."""
+    climb_steps: int | None = None
+    """Adam steps, on the latents, to the last image that --climbed-by makes; the others stop evenly spaced before it; None = 12."""
+    climb_rate: float | None = None
+    """Learning rate of these steps: how far, about, one moves each latent; None = 0.05."""
     annotators: int = 1
     """Number of annotators per caption; each gives one ranking."""
     annotator_noise: float = 0.4
@@ -86,6 +100,39 @@ class Config:
                 f"--guidance-scales must be at least 0 and --step-counts at least 1, got {scales} and {steps}"
             )
 
+        self.check_climb()
+
+    def check_climb(self) -> None:
+        """Raise ValueError for wrong flags of the climb."""
+        if self.climbed_by is None:
+            if self.climb_steps is not None or self.climb_rate is not None:
+                raise ValueError(
+                    "--climb-steps and --climb-rate belong to --climbed-by; name its scorer, or leave them out"
+                )
+            return
+        if self.model is None:
+            raise ValueError(
+                f"--climbed-by {self.climbed_by} starts from images of a --model; name one, or leave it out"
+            )
+        if not find_card(self.climbed_by).differentiable:
+            usable = ", ".join(card.name for card in CARDS.values() if card.differentiable)
+            raise ValueError(
+                f"--climbed-by {self.climbed_by} is not differentiable, but its gradient is needed; one of {usable}"
+            )
+        own.named_by_user(self.climbed_by)
+        steps, rate = self.climb()
+        if steps < self.images // 2:
+            raise ValueError(
+                f"--climb-steps must be at least {self.images // 2}, half of --images, one for each image of a climb, got {steps}"
+            )
+        if not 0 < rate < math.inf:
+            raise ValueError(f"--climb-rate must be a number above 0, got {rate}")
+
+    def climb(self) -> tuple[int, float]:
+        """Return --climb-steps and --climb-rate with their defaults in place of None."""
+        steps, rate = self.climb_steps, self.climb_rate
+        return CLIMB_STEPS if steps is None else steps, CLIMB_RATE if rate is None else rate
+
     def source(self) -> Source | None:
         """Return where the model is, None without one; ValueError as `families.locate`."""
         return None if self.model is None else families.locate(self.model, self.revision, self.variant)
@@ -101,6 +148,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+import rewards
+from data_build import climbed
 from preftune import seeds
 from preftune.cli.precision import device_here
 from preftune.cli.printable import show
@@ -108,8 +157,9 @@ from preftune.files import replacing, write_text
 from preftune.files.one_writer import one_writer
 from preftune.images import load_pixels, to_pil
 from preftune.records import write_jsonl
-from preftune.sampling import sample
+from preftune.sampling import sample, sample_latents
 from preftune.sampling_config import Sampling
+from rewards.mix import Mix
 from rewards.shapes import SIZE, Scene
 from rewards.shapes_judge import judge
 from rewards.shapes_rendering import change_one_word, place, random_defects, random_scene, render, to_bytes
@@ -145,30 +195,81 @@ def write_image(pixels: Tensor, path: Path) -> None:
     to_pil(pixels).save(path, compress_level=1)
 
 
+def drawn_setting(rng: Generator, config: Config) -> tuple[float, int]:
+    """Return a guidance scale and a step count, chosen at random."""
+    return float(rng.choice(config.guidance_scales)), int(rng.choice(config.step_counts))
+
+
+def by_setting(
+    settings: Sequence[tuple[float, int]], batch_size: int
+) -> Iterator[tuple[Sampling, list[int]]]:
+    """Yield each setting, as the sampling that it asks for, with its places in the list."""
+    for guidance, steps in sorted(set(settings)):
+        sampling = Sampling(
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            solver="ddim",
+            resolution=str(SIZE),
+            batch_size=batch_size,
+        )
+        yield sampling, [row for row, setting in enumerate(settings) if setting == (guidance, steps)]
+
+
+def title_of(sampling: Sampling, what: str) -> str:
+    """Return the title of a progress bar."""
+    return f"{what} at guidance {sampling.guidance_scale:g}, {sampling.num_inference_steps} steps"
+
+
+def image_seed(row: int, config: Config) -> int:
+    """Return the seed of an image; row = ranking * images + place in the ranking."""
+    return config.seed * 1_000_003 + row
+
+
 def write_generated(config: Config, model: Source, folder: Path) -> None:
     """Generate and write all images, in groups of equal settings."""
     family = families.load(model, device_here())
     settings, captions, names = [], [], []
     for index in range(config.count):
         scene, rng = scene_of(index, config)
-        for _ in range(config.images):
-            settings.append((float(rng.choice(config.guidance_scales)), int(rng.choice(config.step_counts))))
-            captions.append(scene.caption())
+        settings += [drawn_setting(rng, config) for _ in range(config.images)]
+        captions += [scene.caption()] * config.images
         names += image_names(index, config)
-    for guidance, steps in sorted(set(settings)):
-        rows = [row for row, setting in enumerate(settings) if setting == (guidance, steps)]
-        sampling = Sampling(
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            solver="ddim",
-            resolution=str(SIZE),
-            batch_size=64,
-        )
-        image_seeds = [config.seed * 1_000_003 + row for row in rows]
-        title = f"sampling at guidance {guidance:g}, {steps} steps"
+    for sampling, rows in by_setting(settings, batch_size=64):
+        image_seeds = [image_seed(row, config) for row in rows]
+        title = title_of(sampling, "sampling")
         batches = sample(family, [captions[row] for row in rows], image_seeds, sampling, progress=title)
         for row, pixels in zip(rows, itertools.chain.from_iterable(batches), strict=True):
             write_image(pixels, folder / names[row])
+
+
+def write_climbed(config: Config, scorer: str, model: Source, folder: Path) -> None:
+    """Generate the first image of each ranking, as `write_generated` does, and write it with those that the scorer's gradient makes of it."""
+    family = families.load(model, device_here())
+    reward = Mix([rewards.load(scorer, device=family.device)], {scorer: 1.0}, "none")
+    drawn = [scene_of(index, config) for index in range(config.count)]
+    settings = [drawn_setting(rng, config) for _, rng in drawn]
+    length, rate = config.climb()
+    for sampling, indices in by_setting(settings, climbed.BATCH):
+        captions = [drawn[index][0].caption() for index in indices]
+        image_seeds = [image_seed(index * config.images, config) for index in indices]
+        title = title_of(sampling, "climbing from images")
+        batches = sample_latents(family, captions, image_seeds, sampling, progress=title)
+        for start, latents in zip(range(0, len(indices), climbed.BATCH), batches, strict=True):
+            part = slice(start, start + climbed.BATCH)
+            movers = [seeds.generator(config.seed, index, 2) for index in indices[part]]
+            pixels = climbed.climbed(
+                family,
+                lambda shown, texts: reward(shown, texts).rewards,
+                latents,
+                captions[part],
+                movers,
+                images=config.images,
+                steps=length,
+                rate=rate,
+            )
+            for index, ranking in zip(indices[part], pixels, strict=True):
+                for name, image in zip(image_names(index, config), ranking, strict=True):
+                    write_image(image, folder / name)
 
 
 def write_rendered(config: Config, folder: Path) -> None:
@@ -188,9 +289,13 @@ def main(config: Config) -> None:
         model = config.source()
         if model is not None:
             families.check(model)
+        if config.climbed_by is not None:
+            rewards.check(config.climbed_by)
     with replacing(config.output_dir) as folder:
         if model is None:
             write_rendered(config, folder)
+        elif config.climbed_by is not None:
+            write_climbed(config, config.climbed_by, model, folder)
         else:
             write_generated(config, model, folder)
         summary = write_rankings(config, folder)
@@ -200,6 +305,7 @@ def main(config: Config) -> None:
 def write_rankings(config: Config, folder: Path) -> dict[str, float]:
     """Judge the images of a folder, write rankings.jsonl and summary.json, and return the summary."""
     rows, golds = [], []
+    kind = "rendered" if config.model is None else "generated" if config.climbed_by is None else "climbed"
     for index in tqdm(range(config.count), desc="annotating", unit="ranking", mininterval=1):
         caption, names = scene_of(index, config)[0].caption(), image_names(index, config)
         pixels = torch.stack([load_pixels(folder / name) for name in names])
@@ -211,7 +317,7 @@ def write_rankings(config: Config, folder: Path) -> dict[str, float]:
                 "generations": names,
                 "ranking": ranks,
                 "source": f"annotator {annotator}",
-                "images": "rendered" if config.model is None else "generated",
+                "images": kind,
                 "gold": [round(float(value), 4) for value in gold],
             }
             for annotator, ranks in enumerate(annotate(gold, index, config))
