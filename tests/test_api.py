@@ -505,7 +505,7 @@ def test_without_arguments_it_is_the_demo(checkout: Path) -> None:
     flags = arguments.flags({}, cli.flag_types(program.Config))
     demo = cli.parse(program.Config, flags, default_config=program.TINY)
     config, written = running.configure(program, {"max_train_steps": 7}, cli.flag_types(program.Config))
-    assert demo.run.max_train_steps == 85
+    assert demo.run.max_train_steps == 80
     assert (config.run.max_train_steps, config.model, written) == (7, demo.model, None)
 
 

@@ -64,22 +64,22 @@ def test_token_ids_equal_the_authors(kind: Any, clips: Path) -> None:
 
 
 def test_another_vocabulary_gives_the_ids_of_its_pipeline(tmp_path: Path) -> None:
-    """The embedded pipeline's 611 tokens; its merges, written down and read again, make the same ones."""
+    """The embedded pipeline's 900 tokens; its merges, written down and read again, make the same ones."""
     folder = Path(__file__).parents[1] / "assets" / "tiny" / "pipeline" / "tokenizer"
     file = folder / "tokenizer.json"
-    assert vocab_size(file) == 611
-    tokenizer = ClipTokenizer("transformers", file, 32, 611)
+    assert vocab_size(file) == 900
+    tokenizer = ClipTokenizer("transformers", file, 48, 900)
     theirs = CLIPTokenizer.from_pretrained(folder)
     texts = ["a red circle above a blue square on a white background", "Weird  image. 7&\u00e9", "a " * 40]
     assert [tokenizer.encode(text) for text in texts] == [
         theirs(text, truncation=True, padding=False)["input_ids"] for text in texts
     ]
-    assert (tokenizer.start, tokenizer.end) == (609, 610)
+    assert (tokenizer.start, tokenizer.end) == (898, 899)
     (tmp_path / "merges.txt").write_text(tokenizer.merges, encoding="utf-8")
-    again = ClipTokenizer("transformers", tmp_path / "merges.txt", 32, 611)
+    again = ClipTokenizer("transformers", tmp_path / "merges.txt", 48, 900)
     assert [again.encode(text) for text in texts] == [tokenizer.encode(text) for text in texts]
-    with pytest.raises(ValueError, match="has 97 merges, not the 98 pairs of a vocabulary of 612 tokens"):
-        ClipTokenizer("transformers", file, 32, 612)
+    with pytest.raises(ValueError, match="has 386 merges, not the 387 pairs of a vocabulary of 901 tokens"):
+        ClipTokenizer("transformers", file, 48, 901)
 
 
 def test_entities_are_resolved_twice_where_ftfy_leaves_them(clips: Path) -> None:

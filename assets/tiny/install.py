@@ -1,10 +1,11 @@
 r"""Copy trained models into this folder, in types that take less room.
 
     python assets/tiny/install.py --pipeline runs/pretrain_third/pipeline --imagereward runs/reward_model/scorer \
-        --hps runs/hps/scorer --pickscore runs/pickscore_tiny/scorer --clip runs/pretrain_clip/scorer
+        --hps runs/hps/scorer --pickscore runs/pickscore_tiny/scorer --blip runs/pretrain_scorer/scorer --clip runs/pretrain_clip/scorer
 
 The pipeline is in float16. Transformers would load its text encoder in the type of the file, so that the configuration of the text
-encoder asks for float32. Matrices of scorers are in float8 (e4m3), their vectors in float16: LOG.md has what that changes.
+encoder asks for float32. Matrices of scorers are in float8 (e4m3), their vectors in float16: LOG.md has what that changes. A card.json,
+which says from which folder a training started, stays behind: cards of embedded scorers are in rewards/__init__.py.
 """
 
 import json
@@ -38,10 +39,12 @@ class Config:
     """Scorer folder of HPS's architecture, a CLIP, as reward_model.py wrote it."""
     pickscore: Path | None = None
     """Scorer folder of the held-out scorer, a CLIP, as reward_model.py wrote it."""
+    blip: Path | None = None
+    """Scorer folder of the pre-trained BLIP, as pretrain_scorer.py wrote it."""
     clip: Path | None = None
     """Scorer folder of the pre-trained CLIP, as pretrain_scorer.py wrote it."""
     output_dir: Path = HERE
-    """Folder that gets pipeline/, imagereward/, hps/, pickscore/ and pretrained/clip/."""
+    """Folder that gets pipeline/, imagereward/, hps/, pickscore/, pretrained/blip/ and pretrained/clip/."""
 
 
 def narrow(path: Path, matrices: torch.dtype) -> None:
@@ -69,6 +72,7 @@ def main(config: Config) -> None:
         (config.imagereward, "imagereward", SCORER),
         (config.hps, "hps", SCORER),
         (config.pickscore, "pickscore", SCORER),
+        (config.blip, "pretrained/blip", SCORER),
         (config.clip, "pretrained/clip", SCORER),
     ):
         if source is None:
@@ -76,7 +80,7 @@ def main(config: Config) -> None:
         target = config.output_dir / name
         partial = target.with_name(f".{target.name}.tmp")
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(source, partial)
+        shutil.copytree(source, partial, ignore=shutil.ignore_patterns("card.json"))
         with exit_on_user_error():
             for file, matrices in types.items():
                 narrow(partial / file, matrices)
