@@ -34,10 +34,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import rewards
 from preftune import families
 from preftune.cli import exit_on_user_error, parse
 from preftune.families import Source
-from rewards import CARDS, find_card, own
+from rewards import own
 
 CLIMB_STEPS, CLIMB_RATE = 12, 0.05
 """--climb-steps and --climb-rate where they are not given."""
@@ -114,11 +115,7 @@ class Config:
             raise ValueError(
                 f"--climbed-by {self.climbed_by} starts from images of a --model; name one, or leave it out"
             )
-        if not find_card(self.climbed_by).differentiable:
-            usable = ", ".join(card.name for card in CARDS.values() if card.differentiable)
-            raise ValueError(
-                f"--climbed-by {self.climbed_by} is not differentiable, but its gradient is needed; one of {usable}"
-            )
+        rewards.check_differentiable(self.climbed_by, "--climbed-by")
         own.named_by_user(self.climbed_by)
         steps, rate = self.climb()
         if steps < self.images // 2:
@@ -148,7 +145,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-import rewards
 from data_build import climbed
 from preftune import seeds
 from preftune.cli.precision import device_here

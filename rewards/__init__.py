@@ -268,6 +268,13 @@ def find_card(name: str) -> Card:
     return card_of(name)
 
 
+def check_differentiable(name: str, flag: str) -> None:
+    """Raise ValueError, which names the flag, for a scorer without a gradient, and as `find_card`."""
+    if not find_card(name).differentiable:
+        usable = ", ".join(card.name for card in CARDS.values() if card.differentiable)
+        raise ValueError(f"{flag} {name} is not differentiable, but its gradient is needed; one of {usable}")
+
+
 def load(
     name: str,
     *,

@@ -148,12 +148,9 @@ class RewardConfig:
         """Raise ValueError for unknown scorers or wrong statistics, and for a scorer without the gradient that is needed."""
         names = list(self.weights())
         units([rewards.find_card(name) for name in names], self.reward_normalization, self.reward_stats)
-        for name in names:
-            if differentiable and not rewards.find_card(name).differentiable:
-                usable = ", ".join(card.name for card in rewards.CARDS.values() if card.differentiable)
-                raise ValueError(
-                    f"--rewards {name} is not differentiable, but its gradient is needed; one of {usable}"
-                )
+        if differentiable:
+            for name in names:
+                rewards.check_differentiable(name, "--rewards")
 
     def check(self) -> None:
         """Raise ValueError for missing or altered files of scorers."""
