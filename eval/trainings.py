@@ -15,10 +15,12 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from preftune.cli.printable import show
 from preftune.files import write_text
+from preftune.machine.cores import cores
 from preftune.programs import PROGRAMS
 from rewards import embedded
 
@@ -102,8 +104,36 @@ def command_record(command: Sequence[str]) -> str:
     return "; ".join(parts)
 
 
-def train(name: str, command: Sequence[str], seed: int, output: Path) -> Path:
+def train_all(
+    commands: Mapping[str, Sequence[str]], seeds: Sequence[int], output: Path, concurrency: int
+) -> dict[tuple[str, int], Path]:
+    """Return (method, seed) -> its run's folder, trained as `train` says, so many at a time.
+
+    All methods are trained with the first seed before any is with the second, so that a wrong command is found early. After a
+    failure, a ValueError, those that run are waited for, and nothing more is started.
+    """
+    jobs = [(name, command, seed) for seed in seeds for name, command in commands.items()]
+    if concurrency == 1:
+        return {(name, seed): train(name, command, seed, output) for name, command, seed in jobs}
+    threads = max(1, cores() // concurrency)
+    with ThreadPoolExecutor(concurrency) as pool:
+        begun = {
+            (name, seed): pool.submit(train, name, command, seed, output, threads)
+            for name, command, seed in jobs
+        }
+        try:
+            for one in as_completed(begun.values()):
+                one.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return {key: one.result() for key, one in begun.items()}
+
+
+def train(name: str, command: Sequence[str], seed: int, output: Path, threads: int = 0) -> Path:
     """Train a method with a seed unless that is done, and return its run's folder, output/runs/NAME-SEED.
+
+    With so many CPU threads, unless the command has --threads; 0 = as many as the driver takes.
 
     A training that was stopped goes on. ValueError where the driver fails, or where the folder is another command's.
     """
@@ -125,6 +155,8 @@ def train(name: str, command: Sequence[str], seed: int, output: Path) -> Path:
         "--resume-from-checkpoint",
         "latest",
     ]
+    if threads and "--threads" not in (word.partition("=")[0] for word in command):
+        added += ["--threads", str(threads)]
     launched = [sys.executable, "-m", "accelerate.commands.launch", *launch_words(command), *added]
     show(f"{name}, seed {seed}: {shlex.join(launched[3:])}")
     with log.open("w") as file:

@@ -4,6 +4,7 @@ import csv
 import math
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -204,6 +205,7 @@ DRIVER = "a=finetune/refl.py --learning-rate 1"
         (["--methods", DRIVER, "--negatives", "b=x"], "--negatives names b, which is none of base, a"),
         (["--methods", DRIVER, "--rewards", "beauty=1"], "unknown scorer"),
         (["--methods", DRIVER, "--count", "0"], "--count must be at least 1"),
+        (["--methods", DRIVER, "--concurrency", "0"], "--concurrency must be at least 1, got 0"),
         (["--methods", DRIVER, "--model", "nowhere"], "nowhere"),
         (["--methods", DRIVER, "--sample.resolution", "128"], "the scorer shapes judges 64 x 64 images"),
         (
@@ -219,7 +221,7 @@ def test_wrong_flags(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(compare_methods, "train", lambda *_: pytest.fail("a driver was started"))
+    monkeypatch.setattr(compare_methods, "train_all", lambda *_: pytest.fail("a driver was started"))
     with pytest.raises(SystemExit) as stop:
         compare_methods.main(
             cli.parse(compare_methods.Config, [*argv, "--output-dir", str(tmp_path / "out")])
@@ -278,7 +280,7 @@ def test_a_report_of_other_settings_is_not_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Neither is one without a record; a batch size is no other setting."""
-    monkeypatch.setattr(compare_methods, "train", lambda *_: pytest.fail("a driver was started"))
+    monkeypatch.setattr(compare_methods, "train_all", lambda *_: pytest.fail("a driver was started"))
     argv = ["--methods", DRIVER, "--sample.resolution", "64", "--output-dir", str(tmp_path)]
 
     def refused(*more: str) -> str:
@@ -385,3 +387,37 @@ def test_a_run_that_was_removed_is_trained_again(tmp_path: Path, launched: list[
         assert trainings.train("m", command, 0, tmp_path) == folder
         shutil.rmtree(folder)
     assert len(launched) == 4
+
+
+def test_trainings_at_a_time(
+    tmp_path: Path, launched: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two at a time share the cores, and are in order; a failure leaves what runs alone and starts nothing more."""
+    together, seen = threading.Barrier(2, timeout=10), dict[str, str]()
+    run = trainings.subprocess.run
+
+    def meet(command: list[str], **settings: object) -> object:
+        together.wait()  # breaks unless two are started before one of them has ended
+        seen[Path(command[command.index("--output-dir") + 1]).name] = " ".join(command).partition(
+            "--threads "
+        )[2]
+        return run(command, **settings)
+
+    monkeypatch.setattr(trainings, "cores", lambda: 8)
+    monkeypatch.setattr(trainings.subprocess, "run", meet)
+    commands = {"a": ["d.py"], "b": ["d.py", "--threads", "3"]}
+    runs = trainings.train_all(commands, [1, 0], tmp_path, concurrency=2)
+    assert list(runs) == [("a", 1), ("b", 1), ("a", 0), ("b", 0)]
+    assert runs["b", 0] == tmp_path / "runs" / "b-0"
+    assert seen["a-0"] == seen["a-1"] == "4"
+    assert seen["b-0"].startswith("3 "), "as the command says, once"
+    assert "--threads" not in seen["b-0"]
+    assert trainings.train_all(commands, [1, 0], tmp_path, concurrency=2) == runs
+    assert len(launched) == 4, "finished runs are not repeated"
+
+    monkeypatch.setattr(trainings.subprocess, "run", run)
+    failing = {"c": ["d.py", "--wrong"], "d": ["d.py"], "e": ["d.py"], "f": ["d.py"], "g": ["d.py"]}
+    with pytest.raises(ValueError, match="method c, seed 0 failed"):
+        trainings.train_all(failing, range(50), tmp_path, concurrency=2)
+    assert len(launched) < 4 + 20
+    assert {path.stem for path in (tmp_path / "runs").glob("*.done")} >= {"d-0"}
