@@ -313,6 +313,40 @@ def weights_of(output: Path, updates: int = 3) -> dict[str, Tensor]:
     return found
 
 
+def test_each_image_has_an_order_of_its_levels() -> None:
+    levels = torch.tensor([751, 501, 251])
+
+    def orders() -> list[Generator]:
+        return [Generator().manual_seed(image) for image in range(6)]
+
+    turns = torch.stack([scored_samples.levels_at(levels, orders(), turn) for turn in range(4)])
+    assert all(sorted(image.tolist()) == [251, 501, 751] for image in turns[:3].T), "each level once"
+    assert turns[3].equal(turns[0]), "then from the first again"
+    assert len({tuple(image.tolist()) for image in turns[:3].T}) > 2, "not in one order for all"
+
+
+@pytest.mark.parametrize(
+    ("driver", "solver", "expected"),
+    [("nft", "ddim", {751, 501, 251}), ("awm", "dpm++", {999, 749, 500})],
+)
+def test_levels_are_those_of_the_epochs_images(
+    driver: str, solver: str, expected: set[int], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last of four, where a clean image is known already, is left out; the others come equally often."""
+    seen = Counter[int]()
+
+    def record(*given: Any) -> Noised:
+        at = noised(*given)
+        seen.update(int(t) for t in at.t)
+        return at
+
+    monkeypatch.setattr(scored_samples, "noised", record)
+    flags = f"--timesteps sampling --timesteps-per-image 3 --sample.num-inference-steps 4 --sample.solver {solver}"
+    assert recorded.train(driver, argv(driver, root, tmp_path / "out", *flags.split())) == 0
+    assert set(seen) == expected
+    assert len(set(seen.values())) == 1
+
+
 @pytest.fixture(scope="module")
 def straight(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A run of each driver: two updates on the images of epoch 1, one on those of epoch 2."""

@@ -1,4 +1,4 @@
-"""Flags that the methods share which generate images, score them, and train on them at random noise levels: AWM, DiffusionNFT."""
+"""Flags that the methods share which generate images, score them, and train on them with new noise: AWM, DiffusionNFT."""
 
 import math
 from dataclasses import dataclass
@@ -21,6 +21,10 @@ class ScoredConfig:
     """Updates before images are generated anew. None = as many as see each image once."""
     timesteps_per_image: int = 6
     """Noise levels at which an update trains on an image, each with a noise of its own: as many backward passes."""
+    timesteps: Literal["random", "sampling"] = "random"
+    """Noise levels to train at. random: those of the family's pre-training. sampling: those at which the images
+    of the epoch were denoised but the last, in random order (released: with the last); better where they are few.
+    """
     advantage_std: Literal["all", "prompt"] = "all"
     """Divide (reward - mean of the prompt's images) by the standard deviation of all images of the epoch, as published, or of the prompt's."""
     advantage_clip: float = 5.0

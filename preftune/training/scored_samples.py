@@ -1,4 +1,4 @@
-"""Generated images with rewards, an epoch at a time, to train on at random noise levels: what AWM and DiffusionNFT share.
+"""Generated images with rewards, an epoch at a time, to train on with new noise: what AWM and DiffusionNFT share.
 
 An epoch's images are kept in RUN/epoch_0001: final latents, prompts and rewards, in one piece with digests. How they were denoised is not
 kept: training adds noise anew. They are a function of (weights that generated them, prompts, seeds), so that a folder that is gone
@@ -13,7 +13,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from preftune import files, seeds
 from preftune.cli.notes import say
@@ -23,6 +23,7 @@ from preftune.order import items_at
 from preftune.records import read_jsonl, write_jsonl
 from preftune.sampling import decoded_parts, sample_latents, sharded
 from preftune.seeds import Stream
+from preftune.solvers import SOLVERS
 from preftune.training import advantages, checkpoint, generated_folders
 from preftune.training.run import Run
 from preftune.training.scored_config import ScoredConfig
@@ -213,6 +214,7 @@ def batches(
 ) -> Iterator[Batch]:
     """Yield the backward passes of an update, each in its context of `accumulate`: each image at all its noise levels in turn."""
     run, number = w.run, config.timesteps_per_image
+    levels = levels_of(w) if config.timesteps == "sampling" else None
     for micro_batch in run.passes(run.config.gradient_accumulation_steps * number):
         part, turn = divmod(micro_batch, number)
         indices = run.image_indices(step, part)
@@ -222,8 +224,30 @@ def batches(
             own = upload(samples.advantages[rows], run.device)
             cond = w.family.encode([samples.prompts[row] for row in rows])
         generators = [run.generator(index, stream=turn) for index in indices]
+        orders = [run.generator(index, stream=number) for index in indices]
+        chosen = None if levels is None else levels_at(levels, orders, turn)
         with run.accumulate():
-            yield Batch(x0=x0, at=noised(w.family, x0, generators), cond=cond, advantages=own)
+            yield Batch(x0=x0, at=noised(w.family, x0, generators, chosen), cond=cond, advantages=own)
+
+
+def levels_of(w: Workspace) -> Tensor:
+    """Return the timesteps (T,) at which the denoiser is called for an image of an epoch, falling, each once, without the last of several.
+
+    Stable Diffusion's last one is t = 1, where a clean image is known already and nothing is to be learnt.
+    """
+    settings = w.validation.sample.resolved(w.family.defaults)
+    steps, solver = settings.num_inference_steps, settings.solver
+    if solver in SOLVERS:
+        levels = w.family.timesteps(steps, solver, settings.resolution)[:-1]
+    else:
+        levels = torch.as_tensor(w.family.scheduler(solver, steps).timesteps).unique().flip(0)
+    return levels[: max(1, len(levels) - 1)]
+
+
+def levels_at(levels: Tensor, generators: Sequence[Generator], turn: int) -> Tensor:
+    """Return the timestep (B,) of each image in a turn: the turn-th of `levels` (T,) in an order of its own, which begins again after T."""
+    orders = [torch.randperm(len(levels), generator=generator) for generator in generators]
+    return levels[torch.stack([order[turn % len(levels)] for order in orders])]
 
 
 def rows_at(samples: Samples, indices: range, per_epoch: int, seed: int) -> list[int]:
