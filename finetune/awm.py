@@ -23,7 +23,7 @@ sigma: that is ours.
     python finetune/awm.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts my_prompts.txt --rewards imagereward=1
 
 Differences from the released code: images are generated with the --sample settings, guidance included, where the code has none; timesteps
-are those of the family's training, where the code has the 12 middle ones of its 14 steps; prompts whose images all have one reward
+are those of the family's training, where the code has the 12 middle ones of its 14 steps (`--timesteps sampling`: all but the last); prompts whose images all have one reward
 are left out and counted. Left out: gradient through guidance, the sum of several timesteps' lp inside the exponential. Hardware: a GPU for
 Stable Diffusion.
 """

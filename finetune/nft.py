@@ -20,7 +20,7 @@ Diffusion's highest noise: these levels count most.
 
 Differences from the released code: images are generated with the --sample settings, guidance included, where the code has none: without it
 images of Stable Diffusion are grey. Only the prediction for the prompt is trained. Timesteps are those of the family's training, where the code
-has those of its 10 steps; prompts whose images all have one reward are left out and counted. Left out: several adv_mode other than `all`.
+has those of its 10 steps, which `--timesteps sampling` takes but for the last; prompts whose images all have one reward are left out and counted. Left out: several adv_mode other than `all`.
 Hardware: a GPU for Stable Diffusion.
 """
 

@@ -32,6 +32,7 @@ _SAMPLE = "--sample.num-inference-steps 2 --sample.solver ddim --sample.resoluti
 _BUILDERS = {
     "shapes": "--count 6",
     "simulate_rankings": "--count 2 --images 3",
+    "simulate_rankings climbed": "--count 2 --images 3 --model {root}/pipeline --step-counts 2 --climbed-by brightness --climb-steps 2",
     "generate": f"--model {{root}}/pipeline --prompts {{root}}/prompts.txt --count 4 --images 2 --prompts-per-part 2 {_SAMPLE}",
     "score": "--data {root}/images --rewards brightness shapes --chunk 4 --batch-size 2 --workers 0 --best 1",
     "score metadata": "--data {box}/images --rewards brightness --chunk 5 --workers 0 --best 0 --add-to-metadata",

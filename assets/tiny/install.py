@@ -1,7 +1,7 @@
 r"""Copy trained models into this folder, in types that take less room.
 
     python assets/tiny/install.py --pipeline runs/pretrain_third/pipeline --imagereward runs/reward_model/scorer \
-        --hps runs/hps/scorer --pickscore runs/pickscore_tiny/scorer --blip runs/pretrain_scorer/scorer --clip runs/pretrain_clip/scorer
+        --pickscore runs/pickscore_tiny/scorer --blip runs/pretrain_scorer/scorer --clip runs/pretrain_clip/scorer
 
 The pipeline is in float16. Transformers would load its text encoder in the type of the file, so that the configuration of the text
 encoder asks for float32. Matrices of scorers are in float8 (e4m3), their vectors in float16: LOG.md has what that changes. A card.json,
@@ -35,8 +35,6 @@ class Config:
     """Pipeline folder, as pretrain.py wrote it."""
     imagereward: Path | None = None
     """Scorer folder of ImageReward's architecture, as reward_model.py wrote it."""
-    hps: Path | None = None
-    """Scorer folder of HPS's architecture, a CLIP, as reward_model.py wrote it."""
     pickscore: Path | None = None
     """Scorer folder of the held-out scorer, a CLIP, as reward_model.py wrote it."""
     blip: Path | None = None
@@ -44,7 +42,7 @@ class Config:
     clip: Path | None = None
     """Scorer folder of the pre-trained CLIP, as pretrain_scorer.py wrote it."""
     output_dir: Path = HERE
-    """Folder that gets pipeline/, imagereward/, hps/, pickscore/, pretrained/blip/ and pretrained/clip/."""
+    """Folder that gets pipeline/, imagereward/, pickscore/, pretrained/blip/ and pretrained/clip/."""
 
 
 def narrow(path: Path, matrices: torch.dtype) -> None:
@@ -70,7 +68,6 @@ def main(config: Config) -> None:
     for source, name, types in (
         (config.pipeline, "pipeline", PIPELINE),
         (config.imagereward, "imagereward", SCORER),
-        (config.hps, "hps", SCORER),
         (config.pickscore, "pickscore", SCORER),
         (config.blip, "pretrained/blip", SCORER),
         (config.clip, "pretrained/clip", SCORER),

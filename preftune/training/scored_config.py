@@ -23,7 +23,7 @@ class ScoredConfig:
     """Noise levels at which an update trains on an image, each with a noise of its own: as many backward passes."""
     timesteps: Literal["random", "sampling"] = "random"
     """Noise levels to train at. random: those of the family's pre-training. sampling: those at which the images
-    of the epoch were denoised but the last, in random order (released: with the last); better where they are few.
+    of the epoch were denoised but the last, in random order. Released: all 10 (DiffusionNFT), the middle 12 of 14 (AWM).
     """
     advantage_std: Literal["all", "prompt"] = "all"
     """Divide (reward - mean of the prompt's images) by the standard deviation of all images of the epoch, as published, or of the prompt's."""
