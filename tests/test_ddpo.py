@@ -546,7 +546,8 @@ def test_the_published_configurations() -> None:
     for name, images, updates in (
         ("sd15", 256, 2),
         ("sd15_grpo", 128, 1),
-        ("tiny", 64, 2),
+        ("tiny", 64, 1),
+        ("tiny_jpeg", 64, 2),
         ("tiny_grpo", 64, 1),
     ):
         config = parse(ddpo.Config, ["--config", str(folder / f"{name}.yaml"), "--prompts", "a"])
