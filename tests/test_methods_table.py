@@ -11,6 +11,7 @@ import yaml
 
 from data_build import diffusiondb, generate, simulate_rankings
 from eval import compare_methods
+from eval.trainings import split_named
 from preftune import cli
 
 ROOT = Path(__file__).parents[1]
@@ -57,12 +58,12 @@ def read_table(path: Path) -> dict[str, dict[str, str]]:
 def test_the_table_in_small(left_out: set[str], checkout: Path) -> None:
     build("--count", "8", "--images", "8", pairs="--count 4 --images 2")
     settings = yaml.safe_load(CONFIG.read_text())
-    own = [method for method in settings["methods"] if method.partition("=")[0] not in left_out]
+    own = dict(map(split_named, settings["methods"]))
+    names = [name for name in own if name not in left_out]
     methods = []
-    for method in own:
-        name = method.partition("=")[0]
+    for name in names:
         short = f"--max-train-steps 3 --train-batch-size 4 --num-validation-prompts 2 --threads 1 --sample.num-inference-steps 2 {LESS.get(name, '')}"
-        methods.append(f"{name}=raft_3@1" if "@" in method else f"{method} {short}")
+        methods.append(f"{name}=raft_3@1" if "@" in own[name] else f"{name}={own[name]} {short}")
     argv = [
         "--config",
         str(CONFIG),
@@ -77,7 +78,6 @@ def test_the_table_in_small(left_out: set[str], checkout: Path) -> None:
     ]
     assert compare_methods.main(cli.parse(compare_methods.Config, argv)) == 0
     rows = read_table(checkout / "runs/compare/table.csv")
-    names = [method.partition("=")[0] for method in own]
     assert list(rows) == ["base", *names]
     images = {name: int(row["images"]) for name, row in rows.items()}
     expected = dict.fromkeys(names, 12) | {"base": 0, "raft_1": 4, "ddpo": 24}
@@ -89,7 +89,7 @@ def test_the_table_in_small(left_out: set[str], checkout: Path) -> None:
 
 @pytest.mark.slow
 def test_the_table_in_full(checkout: Path) -> None:
-    """Seventy minutes on two cores: the numbers are in LOG.md. Started as a user would."""
+    """About seventy minutes on two cores, estimated from one seed: the numbers are in LOG.md. Started as a user would."""
     build("--count", "500", "--images", "8", pairs="--count 1000 --images 4")
     command = [sys.executable, "eval/compare_methods.py", "--config", str(CONFIG)]
     subprocess.run(command, check=True)

@@ -224,8 +224,10 @@ def batches(
             own = upload(samples.advantages[rows], run.device)
             cond = w.family.encode([samples.prompts[row] for row in rows])
         generators = [run.generator(index, stream=turn) for index in indices]
-        orders = [run.generator(index, stream=number) for index in indices]
-        chosen = None if levels is None else levels_at(levels, orders, turn)
+        chosen = None
+        if levels is not None:
+            orders = [run.generator(index, stream=number) for index in indices]
+            chosen = levels_at(levels, orders, turn)
         with run.accumulate():
             yield Batch(x0=x0, at=noised(w.family, x0, generators, chosen), cond=cond, advantages=own)
 
